@@ -1,0 +1,75 @@
+# Everything here sets itself up from nothing: Python >= 3.10 and a package index are all it takes.
+#   make PYTHON=python3.12 demo     another interpreter
+#   make VENV=/tmp/agglo demo       another place for the environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+
+# One stamp a set of dependencies; both follow pyproject.toml, so a second run starts at once.
+QUICKSTART := $(VENV)/.quickstart-stamp
+DEV        := $(VENV)/.dev-stamp
+
+comma := ,
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench docs setup clean
+
+help:  ## list what can be made
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and write a report (about 8 minutes)
+	@echo "agglo: distilling a student into runs/quickstart/ (an earlier run there is replaced)"
+	@$(VENV)/bin/agglo train quickstart --overwrite
+	@echo "agglo: open runs/quickstart/report.html in a browser"
+
+test: $(DEV)  ## run the tests
+	@$(VENV)/bin/python -m pytest -q
+
+lint: $(DEV)  ## style, layers, types
+	@echo "== ruff check";   $(VENV)/bin/ruff check .
+	@echo "== ruff format";  $(VENV)/bin/ruff format --check .
+	@echo "== import-linter"; $(VENV)/bin/lint-imports
+	@echo "== pyright";      $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(DEV)  ## measure the figures in the README (see benchmarks/README.md)
+	@$(VENV)/bin/python benchmarks/run.py
+
+docs:  ## where the documentation is
+	@echo "docs/all-of-agglo.md   the whole library on one page"
+	@echo "docs/method.md         paper, file, equation"
+	@echo "docs/log.md            experiments with numbers, the failed ones included"
+
+setup: $(DEV)  ## install the environment for development, run nothing
+
+clean:  ## remove the environment and caches; runs/ is kept
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment --------------------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "agglo: there is no '$(PYTHON)'. Install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "agglo: needs Python 3.10 or newer, but '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "agglo: making an environment in $(VENV)/"
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
+	  echo "agglo: '$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+define install
+	@echo "agglo: installing agglo[$(1)] into $(VENV)/ (PyTorch is large: a few minutes, once)"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$(1)]" || { \
+	  echo "agglo: the installation failed; the lines above say why. Run the same command again to go on." >&2; exit 1; }
+endef
+
+# A newer development environment serves the demo too: it holds all of quickstart.
+$(QUICKSTART): pyproject.toml | $(VENV)/bin/python
+	$(call install,quickstart)
+	@touch $@
+
+$(DEV): pyproject.toml | $(VENV)/bin/python
+	$(call install,quickstart$(comma)dev)
+	@touch $(QUICKSTART) $@

@@ -1,0 +1,67 @@
+"""agglo: agglomerative vision backbones, one student distilled from several teachers.
+
+>>> import agglo
+>>> model = agglo.load("agglo-lite")
+>>> output = model("cup.jpg")        # output.summary (1, D), output.spatial (1, D', H, W), output.heads[teacher]
+
+The names below are found when they are first used, so that ``import agglo`` stays fast: it does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agglo.embedding import embed
+    from agglo.evals._run import evaluate
+    from agglo.model import Model, create
+    from agglo.recipe import Recipe
+    from agglo.train.loop import distill
+    from agglo.types import Features, FeatureSpec, Output, View
+    from agglo.zoo import list_models, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FeatureSpec",
+    "Features",
+    "Model",
+    "Output",
+    "Recipe",
+    "View",
+    "__version__",
+    "create",
+    "distill",
+    "embed",
+    "evaluate",
+    "list_models",
+    "load",
+]
+
+_HOME = {
+    "FeatureSpec": "agglo.types",
+    "Features": "agglo.types",
+    "Model": "agglo.model",
+    "Output": "agglo.types",
+    "Recipe": "agglo.recipe",
+    "View": "agglo.types",
+    "create": "agglo.model",
+    "distill": "agglo.train.loop",
+    "embed": "agglo.embedding",
+    "evaluate": "agglo.evals._run",
+    "list_models": "agglo.zoo",
+    "load": "agglo.zoo",
+}
+"""Public name → the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'agglo' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Balancers, one kind a file."""

@@ -1,0 +1,311 @@
+"""Strict configuration: kinds found by file name, recipe keys checked against constructors, errors that name the key.
+
+An extension point is a package ``agglo.<point>``; a kind is a file in it that holds one public class. The class's
+keyword-only constructor parameters *are* the keys a recipe may use, so nothing is registered and nothing is listed twice.
+Third parties add kinds through the entry-point group ``agglo.<point>``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from agglo.types import ConfigError
+
+POINTS: dict[str, str] = {
+    "students": "Student",
+    "heads": "Head",
+    "teachers": "Teacher",
+    "text": "TextTower",
+    "normalizers": "Normalizer",
+    "losses": "Loss",
+    "balancers": "Balancer",
+    "sources": "Source",
+    "evals": "Eval",
+}
+"""Extension point → the contract class in its ``base.py``."""
+
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+class Strict(BaseModel):
+    """A typed node of a recipe: unknown keys are errors, values are not coerced beyond what YAML needs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def _point(point: str) -> str:
+    if point not in POINTS:
+        raise ConfigError(f"no extension point {point!r}{nearest(point, POINTS)}")
+    return point
+
+
+@cache
+def _plugins(point: str) -> dict[str, Any]:
+    return {entry.name: entry for entry in entry_points(group=f"agglo.{point}")}
+
+
+def kinds(point: str, *, installed: bool = True) -> list[str]:
+    """Names of the kinds of an extension point, sorted.
+
+    Args:
+        point: one of :data:`POINTS`.
+        installed: include kinds that other packages provide through entry points.
+
+    Raises:
+        ConfigError: there is no such extension point.
+    """
+    folder = Path(__file__).parent / _point(point)
+    names = {path.stem for path in folder.glob("*.py") if path.stem != "base" and not path.stem.startswith("_")}
+    return sorted(names | set(_plugins(point) if installed else ()))
+
+
+@cache
+def find(point: str, kind: str, *, installed: bool = True) -> type:
+    """The class of a kind.
+
+    Args:
+        point: an extension point, e.g. ``"losses"``.
+        kind: a file name in it, e.g. ``"angular"``.
+        installed: False for kinds named by a downloaded checkpoint, which may only be built-in ones.
+
+    Raises:
+        ConfigError: unknown point or kind; the message offers the nearest names.
+    """
+    known = kinds(point, installed=installed)
+    if kind not in known:
+        raise ConfigError(f"no kind {kind!r} of {point}{nearest(kind, known)}")
+    if not (Path(__file__).parent / point / f"{kind}.py").exists():
+        return _plugins(point)[kind].load()
+    base = getattr(importlib.import_module(f"agglo.{point}.base"), POINTS[point])
+    module = importlib.import_module(f"agglo.{point}.{kind}")
+    found = [
+        value
+        for name, value in vars(module).items()
+        if inspect.isclass(value)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"agglo/{point}/{kind}.py must hold exactly one public {base.__name__}, found {len(found)}")
+    return found[0]
+
+
+@cache
+def schema(cls: type) -> type[BaseModel]:
+    """A pydantic model of the keyword-only parameters of ``cls``'s constructor: the legal recipe keys."""
+    hints = get_type_hints(cls.__init__)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[name] = (hints.get(name, Any), default)
+    return create_model(cls.__name__, __config__=_STRICT, **fields)
+
+
+def check_options(point: str, options: Mapping[str, Any], where: str = "", *, installed: bool = True) -> dict[str, Any]:
+    """Validate ``{"kind": ..., **keys}`` against the kind's constructor.
+
+    Args:
+        point: the extension point.
+        options: the mapping from the recipe.
+        where: dotted path of the mapping in the recipe, for messages.
+        installed: see :func:`find`.
+
+    Returns:
+        The same mapping, complete: every default filled in, ``kind`` first.
+
+    Raises:
+        ConfigError: no kind, an unknown kind, an unknown key, a value of the wrong type.
+    """
+    if "kind" not in options:
+        raise ConfigError(f"{where or point}: needs `kind:`, one of {', '.join(kinds(point))}")
+    try:
+        cls = find(point, str(options["kind"]), installed=installed)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+    keys = {key: value for key, value in options.items() if key != "kind"}
+    try:
+        checked = schema(cls).model_validate(keys)
+    except ValidationError as error:
+        raise ConfigError(explain(error, keys, where or f"{point}.{options['kind']}", schema(cls))) from None
+    return {"kind": options["kind"], **{name: getattr(checked, name) for name in type(checked).model_fields}}
+
+
+def build(point: str, options: Mapping[str, Any], *program: Any, where: str = "", installed: bool = True) -> Any:
+    """Construct the kind that ``options`` name.
+
+    Args:
+        point: the extension point.
+        options: ``{"kind": name, **keys}``.
+        program: the positional arguments the contract asks for (feature specs, names).
+        where: dotted path in the recipe, for messages.
+        installed: see :func:`find`.
+
+    Raises:
+        ConfigError: the options do not fit the kind's constructor.
+    """
+    checked = check_options(point, options, where, installed=installed)
+    return find(point, checked.pop("kind"), installed=installed)(*program, **checked)
+
+
+# --- YAML and overrides -----------------------------------------------------------------------------------------------
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None
+    yaml.width = 110
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def read_yaml(text: str, name: str = "recipe") -> dict[str, Any]:
+    """Parse YAML 1.2; duplicate keys are an error.
+
+    Raises:
+        ConfigError: not YAML, or not a mapping; names the line.
+    """
+    try:
+        data = _yaml().load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{name}, line {line}: {error.problem}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{name}: expected a mapping of keys at the top, found {type(data).__name__}")
+    return data
+
+
+def write_yaml(data: Any) -> str:
+    """``data`` as YAML, keys in their given order."""
+    from io import StringIO
+
+    out = StringIO()
+    _yaml().dump(data, out)
+    return out.getvalue()
+
+
+def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Apply ``key.path=value`` assignments to a copy of a nested mapping; values are YAML (``[1, 2]``, ``1e-3``, ``null``).
+
+    A list element is addressed by its index: ``partitions.0.batch=64``. Setting ``kind`` drops that mapping's other keys,
+    because they belonged to the kind that is replaced.
+
+    Raises:
+        ConfigError: no ``=``, an index out of range, or a path through a value that holds no keys.
+    """
+    root = _copy(data)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"override {assignment!r} is not of the form key.path=value")
+        try:
+            value = _number(_yaml().load(text)) if text else None
+        except MarkedYAMLError:
+            raise ConfigError(f"override {assignment!r}: {text!r} is not a YAML value") from None
+        _assign(root, path.split("."), value, assignment)
+    return root
+
+
+def _assign(root: Any, keys: list[str], value: Any, assignment: str) -> None:
+    node = root
+    for position, key in enumerate(keys):
+        last = position == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f"override {assignment!r}: {key!r} is no index of a list of {len(node)}")
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+        else:
+            raise ConfigError(f"override {assignment!r}: {'.'.join(keys[:position])} is a value, it holds no keys")
+        if not last:
+            if isinstance(node, dict) and node.get(index) is None:
+                node[index] = {}
+            node = node[index]
+        elif isinstance(node, dict) and index == "kind" and node.get("kind") != value:
+            node.clear()
+            node["kind"] = value
+        else:
+            node[index] = value
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.2's core schema reads 1e-3 as a string in some parsers; a person who types it means a number.
+    if isinstance(value, str):
+        try:
+            return float(value) if any(char.isdigit() for char in value) else value
+        except ValueError:
+            return value
+    return value
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` when something is close, else ``"; there are: a, b, c"``."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}? (all: {', '.join(options)})"
+    return f"; there are: {', '.join(options)}" if options else ""
+
+
+def explain(error: ValidationError, data: Any, where: str, model: type[BaseModel]) -> str:
+    """One line a problem: the dotted key, what is wrong with it, and the nearest legal key."""
+    lines = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+        key = ".".join(str(part) for part in location)
+        path = f"{where}.{key}" if where and key else where or key
+        if problem["type"] == "extra_forbidden":
+            legal = _fields_at(model, location[:-1])
+            lines.append(f"{path}: unknown key{nearest(str(location[-1]), legal)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: missing")
+        elif isinstance(problem.get("ctx", {}).get("error"), ConfigError):
+            lines.append(str(problem["ctx"]["error"]))  # it names its own key
+        else:
+            lines.append(f"{path}: {problem['msg']} (got {problem['input']!r})")
+    return "\n".join(lines)
+
+
+def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
+    """The legal keys at a location of a pydantic tree."""
+    node = model
+    for part in location:
+        candidates = [node, *getattr(node, "__args__", ())]
+        for candidate in candidates:
+            fields = getattr(candidate, "model_fields", None)
+            if fields and part in fields:
+                node = fields[part].annotation
+                break
+        else:
+            node = next((arg for arg in getattr(node, "__args__", ()) if hasattr(arg, "model_fields")), node)
+    for candidate in [node, *getattr(node, "__args__", ())]:
+        if hasattr(candidate, "model_fields"):
+            return list(candidate.model_fields)
+    return []

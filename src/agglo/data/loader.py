@@ -1,0 +1,274 @@
+"""Batches for training and for evals: read, crop, stack; ahead of time, in order, and without surprises."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event, Lock
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agglo.data.views import (
+    PartitionLike,
+    Quota,
+    ViewPolicy,
+    centre_view,
+    draw_positions,
+    draw_resolution,
+    draw_view,
+    generator,
+    image_at,
+    render,
+)
+from agglo.sources.base import Source
+from agglo.types import ConfigError, ImageError, View
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's images.
+
+    Args:
+        images: RGB float32 ``(B, 3, H, W)`` in [0, 1]; not mixed yet (:func:`agglo.data.views.mix`), so that
+            the blend can be made on the device.
+        views: where each lies in its source image, in pixels of the image as the loader keeps it (``max_side``).
+        names: each image's name.
+        step: the step.
+        partition: index of the partition the size came from.
+        skipped: names of bad images whose place another took.
+    """
+
+    images: Tensor
+    views: list[View]
+    names: list[str]
+    step: int
+    partition: int
+    skipped: list[str]
+
+
+class _StoppedError(Exception):
+    """The consumer has gone; unfinished batches need not be finished."""
+
+
+class Loader:
+    """Training batches as a pure function of the step, whatever the threads, the cache and the history.
+
+    Decoded images stay in memory until ``cache_mb`` is used up, and are never evicted: over shuffled passes that keeps
+    the largest share of hits. A bad image is replaced by the next readable one of its source's pass, named once in the
+    log and in :attr:`skipped`.
+
+    Args:
+        sources: where images come from.
+        weights: share of samples from each source, or None for shares by length.
+        partitions: sizes, batches and shares of steps.
+        policy: distribution of crops.
+        seed: of everything random here.
+        workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+        cache_mb: budget of decoded images, in MiB.
+        max_side: images with a longer side in pixels are shrunk to it when read, always, cached or not.
+
+    Attributes:
+        skipped: name to reason of every bad image met so far.
+
+    Raises:
+        ConfigError: no sources, an empty one, or weights or partitions that cannot be drawn from.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None,
+        partitions: Sequence[PartitionLike],
+        policy: ViewPolicy,
+        seed: int = 0,
+        workers: int = 1,
+        *,
+        cache_mb: int = 1024,
+        max_side: int | None = None,
+    ) -> None:
+        if not sources:
+            raise ConfigError("data.sources: at least one is needed")
+        self._lengths = [len(source) for source in sources]
+        for number, length in enumerate(self._lengths):
+            if length == 0:
+                raise ConfigError(f"data.sources.{number}: the source is empty")
+        if weights is not None and len(weights) != len(sources):
+            raise ConfigError(f"data.sources: {len(weights)} weights for {len(sources)} sources")
+        self.sources = tuple(sources)
+        self.weights = tuple(self._lengths if weights is None else weights)
+        self.partitions = tuple(partitions)
+        self.policy = policy
+        self.seed = seed
+        self.workers = workers
+        self.max_side = max_side
+        self.skipped: dict[str, str] = {}
+        Quota(self.weights)
+        draw_resolution(seed, 0, self.partitions)
+        self._lock = Lock()
+        self._cache: dict[tuple[int, int], Image.Image] = {}
+        self._room = cache_mb * 2**20
+        self._bad: dict[tuple[int, int], ImageError] = {}
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step.
+
+        Raises:
+            ConfigError: no image of a source it needs can be read.
+        """
+        return self._prepare(step, Event())
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps ``start .. stop``, in order, prepared ahead by ``workers`` threads.
+
+        At most ``workers + 1`` batches wait. An error is raised where its batch is due. Closing the generator, or an
+        exception in it such as Ctrl-C, drops what is unfinished.
+        """
+        if self.workers < 1:
+            for step in range(start, stop):
+                yield self.batch(step)
+            return
+        gone = Event()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="agglo-loader")
+        steps = iter(range(start, stop))
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for step in steps:
+                waiting.append(pool.submit(self._prepare, step, gone))
+                if len(waiting) > self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            gone.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, step: int, gone: Event) -> Batch:
+        """Runs in threads, so without torch kernels: each would start threads of its own."""
+        draw = draw_resolution(self.seed, step, self.partitions)
+        images = np.empty((draw.batch, 3, *draw.size), dtype=np.float32)
+        views: list[View] = []
+        names: list[str] = []
+        skipped: list[str] = []
+        for sample, (source, position) in enumerate(draw_positions(draw.start, draw.batch, self.weights)):
+            if gone.is_set():
+                raise _StoppedError
+            index, image, bad = self._readable(source, position)
+            view = draw_view((image.height, image.width), draw.size, self.policy, generator(self.seed, step, sample))
+            np.divide(render(image, view).numpy(), np.float32(255), out=images[sample])
+            views.append(view)
+            names.append(self.sources[source].name(index))
+            skipped.extend(bad)
+        return Batch(torch.from_numpy(images), views, names, step, draw.partition, skipped)
+
+    def _readable(self, source: int, position: int) -> tuple[int, Image.Image, list[str]]:
+        """The image at a position, or the next readable one of the same pass: ``(index, image, names passed over)``.
+
+        The search goes round within the pass, so that it depends on nothing but the position.
+        """
+        length = self._lengths[source]
+        first = position - position % length
+        bad: list[str] = []
+        for offset in range(length):
+            index = image_at(self.seed, source, first + (position + offset) % length, length)
+            try:
+                return index, self._read(source, index), bad
+            except ImageError as error:
+                bad.append(error.name)
+        example = self.skipped[bad[0]]
+        raise ConfigError(f"data.sources.{source}: none of its {length} images can be read; {bad[0]}: {example}")
+
+    def _read(self, source: int, index: int) -> Image.Image:
+        key = source, index
+        if key in self._bad:
+            raise self._bad[key]
+        if (cached := self._cache.get(key)) is not None:
+            return cached
+        try:
+            image = self.sources[source].read(index)
+        except ImageError as error:
+            with self._lock:
+                self._bad[key] = error
+                new = error.name not in self.skipped
+                self.skipped[error.name] = error.why
+            if new:
+                _log.warning("skipped %s: %s", error.name, error.why)
+            raise
+        if self.max_side is not None and max(image.size) > self.max_side:
+            ratio = self.max_side / max(image.size)
+            width, height = (max(1, round(side * ratio)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        cost = image.width * image.height * 4  # PIL keeps RGB in 32 bits
+        with self._lock:
+            if key not in self._cache and cost <= self._room:
+                self._cache[key] = image
+                self._room -= cost
+        return image
+
+
+class EvaluationBatch(NamedTuple):
+    """Images for an eval.
+
+    Args:
+        indices: in the source, of the images that are here.
+        images: RGB float32 ``(B, 3, H, W)`` in [0, 1].
+        skipped: name to reason of the bad images passed over since the batch before.
+    """
+
+    indices: list[int]
+    images: Tensor
+    skipped: dict[str, str]
+
+
+def evaluation_batches(
+    source: Source, size: int | tuple[int, int], batch_size: int, resize: Literal["cover", "stretch"] = "cover"
+) -> Iterator[EvaluationBatch]:
+    """Every readable image of a source once, in order.
+
+    Args:
+        size: side of the square, or ``(H, W)``, in pixels.
+        batch_size: images at a time; fewer where some are bad, and at the end.
+        resize: ``cover`` scales the image until it covers the canvas and keeps the centre; ``stretch`` bends it.
+
+    Raises:
+        ConfigError: the source is empty or none of its images can be read.
+        ValueError: no such resize, or a batch of no images.
+    """
+    if resize not in ("cover", "stretch"):
+        raise ValueError(f"resize is cover or stretch, got {resize!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    canvas = (size, size) if isinstance(size, int) else size
+    ready: EvaluationBatch | None = None  # held back by one, so that skips after the last good image are reported
+    skipped: dict[str, str] = {}
+    for start in range(0, len(source), batch_size):
+        indices: list[int] = []
+        pixels: list[Tensor] = []
+        for index in range(start, min(start + batch_size, len(source))):
+            try:
+                image = source.read(index)
+            except ImageError as error:
+                skipped[error.name] = error.why
+                _log.warning("skipped %s: %s", error.name, error.why)
+                continue
+            view = centre_view((image.height, image.width), canvas, stretch=resize == "stretch")
+            indices.append(index)
+            pixels.append(render(image, view))
+        if indices:
+            if ready is not None:
+                yield ready
+            ready = EvaluationBatch(indices, torch.stack(pixels).float() / 255, skipped)
+            skipped = {}
+    if ready is None:
+        example = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:1])
+        raise ConfigError(f"none of the source's {len(source)} images can be read{example}")
+    ready.skipped.update(skipped)
+    yield ready

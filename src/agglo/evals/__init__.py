@@ -1,0 +1,1 @@
+"""Evals, one kind a file."""

@@ -1,0 +1,152 @@
+"""How well a student's heads say what its teachers say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agglo.config import nearest
+from agglo.evals._features import (
+    FeatureError,
+    Inapplicable,
+    check,
+    device_of,
+    frozen,
+    input_size,
+    open_source,
+    read_batches,
+    to_tensor,
+)
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.nn.geometry import align
+from agglo.teachers.base import Teacher
+from agglo.types import ConfigError, Features
+
+HELD_OUT: list[dict[str, Any]] = [{"kind": "photos", "split": "heldout"}, {"kind": "scenes", "split": "test"}]
+
+
+class Agreement(Eval):
+    """Agreement of each head with its teacher, in the teacher's own space, on images kept out of training.
+
+    The student sees an image at ``size``, the teacher at the size it asks for; their maps are brought to the smaller
+    grid per axis by area averaging (METHOD 3.3, D-11). With ``y`` the teacher's and ``y'`` the head's features, over
+    all images and cells, and ``m`` the mean of ``y``:
+
+    - ``<teacher>/summary_cosine``: the mean of ``cos(y', y)``;
+    - ``<teacher>/spatial_r2``: ``1 - sum ||y' - y||^2 / sum ||y - m||^2``, the share of variance explained: 1 is a
+      perfect copy, 0 is what always answering ``m`` gets, below 0 is worse than that;
+    - ``<teacher>/spatial_cosine``: the mean of ``cos(y' - m, y - m)``; the common mean is taken off because a large one
+      makes any two maps look alike.
+
+    A metric is left out where the teacher has no such output or the student no head for it.
+
+    Args:
+        teachers: by the names of the student's heads.
+        size: pixels, side or ``(H, W)``; snapped to what the student can take.
+        sources: the images; taken together.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher] | None = None,
+        /,
+        *,
+        size: int | tuple[int, int] = 128,
+        sources: list[dict[str, Any]] = HELD_OUT,
+    ) -> None:
+        if not sources:
+            raise ConfigError("evals.agreement: sources is empty; name one, such as {kind: photos, split: heldout}")
+        self.teachers = teachers
+        self.size = size
+        self.sources = sources
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        """Measure ``model``, whose outputs must have ``heads``; deterministic.
+
+        Raises:
+            TypeError: no teachers were given, or the model has no heads.
+            ConfigError: a teacher has no head in this model.
+            FeatureError: NaN, infinity, or a head of another width than its teacher.
+        """
+        if not self.teachers:
+            raise Inapplicable(
+                "agreement compares a student with its teachers: give them, "
+                "evaluate(model, [...], teachers={name: teacher}) or Agreement({name: teacher})"
+            )
+        pairs = {name: _Pairs(name) for name in self.teachers}
+        with frozen(model, *self.teachers.values()):
+            for options in self.sources:
+                self._collect(model, options, pairs, progress)
+        return {metric: value for pair in pairs.values() for metric, value in pair.metrics().items()}
+
+    def _collect(
+        self, model: Backbone, options: Mapping[str, Any], pairs: Mapping[str, _Pairs], progress: Progress | None
+    ) -> None:
+        view = input_size(model, self.size)
+        for _, names, images in read_batches(open_source(options), [], progress):
+            batch = torch.stack([to_tensor(image, view) for image in images])
+            heads: Mapping[str, Features] | None = getattr(model(batch.to(device_of(model))), "heads", None)
+            if not heads:
+                raise Inapplicable(f"agreement compares heads with teachers: this {type(model).__name__} has no heads")
+            for name, teacher in (self.teachers or {}).items():
+                if name not in heads:
+                    raise ConfigError(f"the model has no head for teacher {name!r}{nearest(name, heads)}")
+                size = teacher.input_size(view, model.spec.stride)
+                shown = batch if size == view else torch.stack([to_tensor(image, size) for image in images])
+                pairs[name].add(heads[name], teacher(shown.to(device_of(teacher))), names)
+
+
+class _Pairs:
+    """What one head and its teacher said, batch by batch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cosines: list[Tensor] = []
+        self.maps: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, head: Features, teacher: Features, names: list[str]) -> None:
+        ours, theirs = (
+            (check(f.summary, f"{who} summary", names, 2), check(f.spatial, f"{who} spatial", names, 4))
+            for f, who in ((head, f"{self.name} head's"), (teacher, f"{self.name} teacher's"))
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            if a is None or b is None:
+                continue
+            if a.shape[1] != b.shape[1]:
+                raise FeatureError(f"head {self.name!r} has {a.shape[1]} channels and its teacher {b.shape[1]}")
+            if a.ndim == 2:
+                self.cosines.append(F.cosine_similarity(a.double(), b.double(), dim=1))
+            else:
+                self.maps.append(align(a, b))
+
+    def metrics(self) -> dict[str, float]:
+        found = {}
+        if self.cosines:
+            found[f"{self.name}/summary_cosine"] = float(torch.cat(self.cosines).mean())
+        if self.maps:
+            r2, cosine = spatial_agreement(self.maps)
+            if r2 is None:
+                raise FeatureError(f"teacher {self.name!r} says the same in every cell: there is nothing to agree on")
+            found |= {f"{self.name}/spatial_r2": r2, f"{self.name}/spatial_cosine": cosine}
+        return found
+
+
+def spatial_agreement(maps: list[tuple[Tensor, Tensor]]) -> tuple[float | None, float]:
+    """R^2 and mean centred cosine of ``(head, teacher)`` batches ``(B, D, h, w)`` on one grid each.
+
+    Sums run in float64. R^2 is None where the teacher's features have no variance.
+    """
+    cells = sum(theirs[:, 0].numel() for _, theirs in maps)
+    mean = torch.stack([theirs.double().sum((0, 2, 3)) for _, theirs in maps]).sum(0) / cells
+    centre = mean[None, :, None, None]
+    residual = variance = cosine = 0.0
+    for ours, theirs in maps:
+        ours, theirs = ours.double() - centre, theirs.double() - centre
+        residual += float((ours - theirs).square().sum())
+        variance += float(theirs.square().sum())
+        cosine += float(F.cosine_similarity(ours, theirs, dim=1).sum())
+    return (1 - residual / variance if variance > 0 else None), cosine / cells

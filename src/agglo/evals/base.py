@@ -1,0 +1,44 @@
+"""The contract of an eval: a model in, named numbers out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from agglo.types import Features, FeatureSpec
+
+Progress = Callable[[str], None]
+"""Called with a short phrase now and then, so that long work can be seen to move."""
+
+
+class Backbone(Protocol):
+    """What an eval measures: a Model, a Teacher, anything that encodes images."""
+
+    spec: FeatureSpec
+
+    def __call__(self, images: Tensor) -> Features:
+        """RGB ``(B, 3, H, W)`` in [0, 1] to features."""
+        ...
+
+
+class Eval(ABC):
+    """One benchmark; its keyword-only constructor arguments are its protocol.
+
+    Attributes:
+        needs_text: only models with ``encode_text`` and ``encode_image`` can be measured.
+        lower_is_better: names of the metrics that are better when lower; all others are better when higher.
+    """
+
+    needs_text: bool = False
+    lower_is_better: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        """Measure ``model``; deterministic.
+
+        Raises:
+            TypeError: the model lacks what this eval needs (a text tower, a summary, a spatial map).
+        """

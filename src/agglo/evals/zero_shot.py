@@ -1,0 +1,118 @@
+"""Classification by free text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agglo.bundled import imagenet_classes, imagenet_wnids
+from agglo.config import nearest
+from agglo.evals._features import Encoded, FeatureError, class_names, encode, encode_texts, open_source
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.types import ConfigError
+
+SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
+
+
+class ZeroShot(Eval):
+    """Zero-shot classification: an image belongs to the class whose name, as text, lies nearest (Radford et al. 2021).
+
+    A class's vector is the normalised mean of the unit-norm embeddings of its name in each template (METHOD 7); an
+    image's is ``encode_image``, or the normalised summary of a text-aligned teacher that has no such method. The score is
+    their cosine; equal scores go to the class that comes first.
+
+    Metrics: ``top1`` and ``top5``, in [0, 1].
+
+    Args:
+        templates: sentences with ``{}`` where the class name goes.
+        classes: ``source``: the source's own ``classes``, or those its labels name; ``imagenet``: all 1000 classes, and
+            each image's label is the WordNet id that its file name begins with (``n01440764_tench.jpg``); or a list of
+            names, which must hold every label of the source.
+        size: pixels, side or ``(H, W)``; snapped to what the model can take.
+        source: the images.
+    """
+
+    needs_text = True
+
+    def __init__(
+        self,
+        *,
+        templates: list[str] | tuple[str, ...] = ("a photo of a {}",),
+        classes: str | list[str] = "source",
+        size: int | tuple[int, int] = 128,
+        source: Mapping[str, Any] = SCENES_TEST,
+    ) -> None:
+        if not templates:
+            raise ConfigError('evals.zero_shot: templates is empty; "{}" alone is the class name itself')
+        wrong = next((template for template in templates if "{}" not in template), None)
+        if wrong is not None:
+            raise ConfigError(f"evals.zero_shot: template {wrong!r} has no {{}} where the class name goes")
+        if isinstance(classes, str) and classes not in ("source", "imagenet"):
+            raise ConfigError(
+                f"evals.zero_shot: classes {classes!r}{nearest(classes, ('source', 'imagenet'))}, or a list"
+            )
+        self.templates = tuple(templates)
+        self.classes = classes
+        self.size = size
+        self.source = source
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        # Text first: a model without it must say so before any image is encoded.
+        encode_texts(model, [self.templates[0].replace("{}", "thing")], "zero_shot")
+        images = encode(model, self.source, self.size, want="text", progress=progress)
+        if images.summary is None:
+            raise FeatureError(f"{type(model).__name__} returned no image embeddings")
+        names, truth = self.labels(images)
+        bank = class_bank(model, names, self.templates)
+        if bank.shape[1] != images.summary.shape[1]:
+            raise FeatureError(f"texts have {bank.shape[1]} channels and images {images.summary.shape[1]}")
+        hits = [
+            rank_of(chunk @ bank.T, answer)
+            for chunk, answer in zip(images.summary.split(1024), truth.split(1024), strict=True)
+        ]
+        rank = torch.cat(hits)
+        return {f"top{k}": float((rank < k).double().mean()) for k in (1, 5)}
+
+    def labels(self, images: Encoded) -> tuple[list[str], Tensor]:
+        """The class names that compete, and each image's position among them."""
+        source = open_source(self.source)
+        if self.classes == "imagenet":
+            number = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
+            wnids = [PurePath(name).name.split(".")[0].split("_")[0] for name in images.names]
+            bad = next((name for name, wnid in zip(images.names, wnids, strict=True) if wnid not in number), None)
+            if bad is not None:
+                raise ConfigError(
+                    f"{bad}: no ImageNet-1k WordNet id; name files like n01440764_tench.jpg, or set `classes`"
+                )
+            return list(imagenet_classes()), torch.tensor([number[wnid] for wnid in wnids])
+        found = class_names(source, images.index)
+        own: Sequence[str] = getattr(source, "classes", ()) or sorted(set(found))
+        names = list(own if isinstance(self.classes, str) else self.classes)
+        absent = next((name for name in found if name not in names), None)
+        if absent is not None:
+            raise ConfigError(
+                f"evals.zero_shot: the source labels images {absent!r}, not in classes{nearest(absent, names)}"
+            )
+        number = {name: i for i, name in reversed(list(enumerate(names)))}
+        return names, torch.tensor([number[name] for name in found])
+
+
+def class_bank(model: object, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Unit-norm ``(V, D)``: the normalised mean, over templates, of each name's unit-norm embeddings."""
+    readable = [name.replace("_", " ") for name in names]
+    mean = sum(
+        encode_texts(model, [template.replace("{}", name) for name in readable], "zero_shot") for template in templates
+    )
+    return F.normalize(torch.as_tensor(mean), dim=1)
+
+
+def rank_of(scores: Tensor, truth: Tensor) -> Tensor:
+    """How many classes come before the true one, ``(N,)``, for scores ``(N, V)``; equal scores in class order."""
+    own = scores.gather(1, truth[:, None])
+    earlier = torch.arange(scores.shape[1])[None] < truth[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(1)

@@ -1,0 +1,1 @@
+"""Heads, one kind a file."""

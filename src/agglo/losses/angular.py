@@ -1,0 +1,86 @@
+"""Squared angle, balanced by the angular dispersion of the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agglo.losses._reduce import masked_mean
+from agglo.losses.base import Loss
+from agglo.nn.linalg import unit
+
+# Targets that are taken to float64 at once by `fit`.
+_CHUNK = 8192
+
+
+class Angular(Loss):
+    """Squared angle over the teacher's dispersion, the summary loss of C-RADIOv4 (arXiv 2601.17237, eq. 3-7).
+
+    In the paper's letters::
+
+        L = Θ(x, y)² / Disp,    Θ(x, y) = arccos(x·y / |x||y|),    Disp = E[Θ(y, μ)²],    μ = E[y] / |E[y]|
+
+    Teachers differ in how wide a cone their summaries fill; dividing by the dispersion puts their losses on one scale
+    (predicting the mean direction costs 1). The angle is taken as ``2 atan2(|x̂ - ŷ|, |x̂ + ŷ|)``, whose square has a
+    finite gradient everywhere, where arccos has not. A zero vector has no direction: it gets no gradient.
+
+    Args:
+        dispersion: divide by ``Disp``, which :meth:`fit` estimates before training; False gives the squared angle in
+            square radians.
+    """
+
+    dispersion: Tensor
+
+    def __init__(self, *, dispersion: bool = True) -> None:
+        super().__init__()
+        self.needs_statistics = dispersion
+        self.register_buffer("dispersion", torch.tensor(0.0))  # 0: not fitted
+        self._ready = False
+
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See the base class.
+
+        Raises:
+            RuntimeError: the dispersion is wanted and was not fitted.
+        """
+        if self.needs_statistics:
+            # Reading the buffer waits for the device; once is enough.
+            self._ready = self._ready or bool(self.dispersion > 0)
+            if not self._ready:
+                raise RuntimeError(
+                    "the angular loss does not know the dispersion of its targets: call fit(targets) first, or set "
+                    "`dispersion: false`"
+                )
+        loss = masked_mean(lambda x, y: _angle(x, y).square(), prediction, target, mask)
+        return loss / self.dispersion if self.needs_statistics else loss
+
+    @torch.no_grad()
+    def fit(self, targets: Tensor) -> None:
+        """Set the dispersion from raw teacher summaries ``(N, D)``, in float64, mean direction first.
+
+        Raises:
+            ValueError: not ``(N, D)``, empty, or not finite.
+        """
+        if targets.ndim != 2 or 0 in targets.shape:
+            raise ValueError(f"expected targets (N, D) with N and D positive, got {tuple(targets.shape)}")
+        if not bool(torch.isfinite(targets).all()):
+            raise ValueError("the targets hold NaN or infinity: run the teacher in float32 or look at its input")
+        chunks = targets.detach().cpu().split(_CHUNK)
+        mean = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0)[None] / len(targets)
+        squared = sum(float(_angle(chunk.double(), mean).square().sum()) for chunk in chunks)
+        self.dispersion.fill_(max(squared / len(targets), 1e-8))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = False
+
+
+def _angle(x: Tensor, y: Tensor) -> Tensor:
+    """Angle in [0, π] between vectors along dim 1; π/2 to a zero vector, 0 between two of them."""
+    x, y = unit(x), unit(y)
+    apart = torch.linalg.vector_norm(x - y, dim=1)
+    along = torch.linalg.vector_norm(x + y, dim=1)
+    # Where a norm is 0 its gradient is 0 (torch's choice among the subgradients), whatever atan2 sends into it.
+    return 2 * torch.atan2(apart, along)

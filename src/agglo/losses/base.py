@@ -1,0 +1,33 @@
+"""The contract of a loss between a head's prediction and a teacher's target."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Loss(nn.Module, ABC):
+    """A scalar distance over the channel axis (dim 1), averaged over everything else.
+
+    Attributes:
+        needs_statistics: :meth:`fit` must see a sample of targets before training.
+    """
+
+    needs_statistics: bool = False
+
+    @abstractmethod
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Float32 scalar; zero iff prediction equals target (up to what the loss ignores).
+
+        Args:
+            prediction: ``(B, D)`` or ``(B, D, H, W)``.
+            target: the same shape; no gradient flows into it.
+            mask: ``(B, 1)`` or ``(B, 1, H, W)``, True where the position counts. All False gives 0, never NaN.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+
+    def fit(self, targets: Tensor) -> None:
+        """Estimate what the loss must know of the targets' distribution from ``(N, D)`` of them."""

@@ -1,0 +1,33 @@
+"""Smooth L1 (Huber) distance."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from agglo.losses._reduce import masked_mean
+from agglo.losses.base import Loss
+
+
+class SmoothL1(Loss):
+    """``d² / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``; mean over channels, then valid positions.
+
+    AM-RADIO (arXiv 2312.06709) adds it to the cosine to keep the magnitudes of features.
+
+    Args:
+        beta: where the square turns into a line, in units of the target; 0 gives L1.
+
+    Raises:
+        ValueError: ``beta`` is negative.
+    """
+
+    def __init__(self, *, beta: float = 1.0) -> None:
+        super().__init__()
+        if not beta >= 0:
+            raise ValueError(f"beta must be at least 0, got {beta}")
+        self.beta = beta
+
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        return masked_mean(
+            lambda x, y: F.smooth_l1_loss(x, y, reduction="none", beta=self.beta).mean(1), prediction, target, mask
+        )

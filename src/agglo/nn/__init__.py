@@ -1,0 +1,1 @@
+"""Pure tensor code: no model knows of a recipe, a file or a device here."""

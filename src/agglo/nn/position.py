@@ -1,0 +1,62 @@
+"""Cropped position embeddings (CPE; AM-RADIO, METHOD 2.8): one large table, any grid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def eval_window(table: Tensor, grid: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """The embedding of a grid at inference: the table shrunk to the grid's longer side, then cropped top-left.
+
+    So a wide image uses the upper part of a square of its own width, and the aspect of the table is kept.
+
+    Args:
+        table: ``(1, C, R, R)``.
+        grid: ``(h, w)`` in patches.
+        align_corners: how the table is resized; RADIO's generations differ (RADIO.md section 2).
+
+    Returns:
+        ``(1, C, h, w)`` in the table's dtype.
+    """
+    if grid == tuple(table.shape[-2:]):
+        return table
+    side = max(grid)
+    resized = F.interpolate(table.float(), size=(side, side), mode="bilinear", align_corners=align_corners)
+    return resized[..., : grid[0], : grid[1]].to(table.dtype)
+
+
+def train_window(table: Tensor, grid: tuple[int, int], batch: int, drop: float = 0.1) -> Tensor:
+    """A random viewport of the table for every sample (METHOD 2.8 steps 1 to 5).
+
+    Scale ``s ~ U(sqrt(0.1), 1)`` and aspect ``a = exp(U(ln 3/4, ln 4/3))`` give an extent ``(s a, s / a)`` in (x, y),
+    placed uniformly inside the table; with probability ``drop`` a sample gets no position at all.
+
+    Args:
+        table: ``(1, C, R, R)``.
+        grid: ``(h, w)`` in patches; a grid equal to the table's gets the table as it is.
+        batch: number of samples.
+        drop: probability of an all-zero embedding.
+
+    Returns:
+        ``(batch, C, h, w)``, or ``(1, C, R, R)`` when the grid is the table's own.
+    """
+    if grid == tuple(table.shape[-2:]):
+        return table
+    device = table.device
+    u_scale, u_aspect = torch.rand(batch, 1, 1, device=device), torch.rand(batch, 1, 1, device=device)
+    u_place = torch.rand(batch, 1, 1, 2, device=device)
+    scale = math.sqrt(0.1) + u_scale * (1 - math.sqrt(0.1))
+    aspect = torch.exp(math.log(3 / 4) + u_aspect * (math.log(4 / 3) - math.log(3 / 4)))
+    extent = torch.stack([scale * aspect, scale / aspect], dim=-1).clamp(0, 1)
+    height, width = grid
+    ys, xs = torch.linspace(0, 1, height, device=device), torch.linspace(0, 1, width, device=device)
+    points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)[None]
+    points = (points * extent + u_place * (1 - extent)) * 2 - 1
+    window = F.grid_sample(table.float().expand(batch, -1, -1, -1), points, mode="bilinear", align_corners=True)
+    if drop > 0:
+        window = window * (torch.rand(batch, 1, 1, 1, device=device) >= drop)
+    return window.to(table.dtype)

@@ -1,0 +1,1 @@
+"""Normalizers, one kind a file."""

@@ -1,0 +1,348 @@
+"""From a file, an array or a tensor to what models eat, and to sizes they can take.
+
+One module for training, evals and export, so that no pixel is treated in two ways: :func:`decode` reads image files,
+:func:`to_tensor` and :func:`load_image` make tensors, :func:`nearest_size` and its relatives know the legal sizes,
+:class:`Conditioner` normalises inside the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from agglo.types import ImageError
+
+_WITH_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
+_ROUNDING = 1e-3
+"""How far a float image may leave [0, 1] (resampling overshoots a little) before it counts as a wrong range."""
+
+
+# ---------------------------------------------------------------------------------------------------- decoding
+
+
+def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read one image file: upright, 8-bit RGB, without a file handle.
+
+    Greyscale and palette are expanded; transparency is composited over white; CMYK is converted without its colour
+    profile; 16-bit greyscale is divided by 257 (65535 is white); other integer and float ranges follow
+    :func:`_eight_bits`; an animation or a document gives its first frame; the EXIF orientation is applied.
+
+    Args:
+        source: a path, or a binary file object that can seek.
+        name: what errors call the image; default: the path.
+
+    Returns:
+        A loaded ``PIL.Image`` of mode "RGB", 1x1 or larger.
+
+    Raises:
+        ImageError: missing, empty, no image, truncated, damaged, a decompression bomb, or of an unsupported mode.
+    """
+    if name is None:
+        name = str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", "image"))
+    try:
+        with Image.open(source) as image:
+            if image.format == "EPS":
+                # Loading one would start Ghostscript: a program in a data file is no image.
+                raise ImageError(name, "EPS files are programs and are not run; convert it to PNG first")
+            image.load()
+            _turn_upright(image)
+            return _rgb(image, name)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(name, "no such file") from None
+    except IsADirectoryError:
+        raise ImageError(name, "is a folder, not an image") from None
+    except PermissionError:
+        raise ImageError(name, "may not be read (permission denied)") from None
+    except UnidentifiedImageError:
+        raise ImageError(name, _not_an_image(source)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(name, f"too large to decode safely ({error})") from None
+    except Exception as error:  # PIL's readers raise nearly anything on damaged files: SyntaxError, struct.error, ...
+        detail = str(error) or type(error).__name__
+        kind = "truncated" if "truncated" in detail.lower() or isinstance(error, EOFError) else "damaged"
+        raise ImageError(name, f"{kind} image file ({detail})") from error
+
+
+def _not_an_image(source: str | os.PathLike[str] | BinaryIO) -> str:
+    """Why PIL did not recognise the file, as a phrase."""
+    try:
+        if isinstance(source, str | os.PathLike):
+            with open(source, "rb") as file:
+                head, size = file.read(8), os.fstat(file.fileno()).st_size
+        else:
+            size = source.seek(0, os.SEEK_END)
+            source.seek(0)
+            head = source.read(8)
+    except OSError:
+        return "not an image that can be read"
+    if size == 0:
+        return "is empty (0 bytes)"
+    return f"not an image that can be read ({size} bytes, beginning with {head!r})"
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Apply the EXIF orientation in place; unreadable EXIF counts as none."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # noqa: BLE001 (damaged metadata, which fails in many ways, must not cost a readable picture)
+        return
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """A loaded image in any mode as a plain 8-bit "RGB" image."""
+    if min(image.size) < 1:
+        raise ImageError(name, f"has no pixels ({image.width}x{image.height})")
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_eight_bits(np.asarray(image), name)).convert("RGB")
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        rgba = image.convert("RGBA")
+        result = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    else:
+        try:
+            result = image.convert("RGB")
+        except ValueError:
+            raise ImageError(name, f"colour mode {image.mode} is not supported; convert it to RGB first") from None
+    result.info = {}  # profiles, EXIF blocks and comments would live as long as a cached image
+    return result
+
+
+def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+    """Deep greyscale ``(H, W)`` to uint8.
+
+    Integers within 0..65535 are 16-bit samples: ``round(v / 257)``. Floats within [0, 1] are multiplied by 255, floats
+    within [0, 255] rounded. Anything else has no agreed white, so its own minimum and maximum become black and white.
+    """
+    data = values.astype(np.float64)
+    if not np.isfinite(data).all():
+        raise ImageError(name, "holds NaN or infinity")
+    low, high = float(data.min()), float(data.max())
+    if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
+        data = data / 257
+    elif values.dtype.kind == "f" and low >= 0 and high <= 1:
+        data = data * 255
+    elif not (values.dtype.kind == "f" and low >= 0 and high <= 255):
+        data = (data - low) * (255 / (high - low) if high > low else 0)
+    return np.rint(data).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------- tensors
+
+
+def to_tensor(image: Image.Image | np.ndarray | Tensor, name: str = "image") -> Tensor:
+    """One image as a model wants it.
+
+    Args:
+        image: a PIL image of any mode; an array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)`` (alpha is
+            composited over white); or a tensor ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``. Values: uint8, uint16, bool,
+            or floats in [0, 1].
+        name: what errors call the image.
+
+    Returns:
+        RGB float32 ``(3, H, W)`` in [0, 1]; a tensor stays on its device.
+
+    Raises:
+        ImageError: wrong layout, dtype or range, NaN, or no pixels; the message says what to do.
+        TypeError: not an image at all.
+    """
+    if isinstance(image, Image.Image):
+        image = np.asarray(_rgb(_loaded(image, name), name))
+    if isinstance(image, np.ndarray):
+        channels_first = torch.from_numpy(np.array(_planes(image, name)))
+    elif isinstance(image, Tensor):
+        _check_planes(tuple(image.shape), name)
+        channels_first = image if image.ndim == 3 else image[None]
+    else:
+        raise TypeError(f"{name}: expected a PIL image, an array or a tensor, got {type(image).__name__}")
+    if channels_first.numel() == 0:
+        raise ImageError(name, f"has no pixels (shape {tuple(image.shape)})")
+    values = _unit_range(channels_first, name)
+    if values.shape[0] == 4:
+        values = values[:3] * values[3:] + (1 - values[3:])
+    return values.expand(3, -1, -1).contiguous()
+
+
+def to_batch(images: Tensor, name: str = "images") -> Tensor:
+    """A batch of images as RGB float32 ``(B, 3, H, W)`` in [0, 1].
+
+    Args:
+        images: ``(B, 3, H, W)`` or ``(B, 1, H, W)`` of uint8, uint16, bool, or floats in [0, 1].
+        name: what errors call them.
+
+    Raises:
+        ImageError: wrong layout, dtype or range, NaN, or no pixels; the message says what to do.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        hint = "; pass tensor.permute(0, 3, 1, 2)" if images.ndim == 4 and images.shape[3] == 3 else ""
+        raise ImageError(name, f"tensor of shape {tuple(images.shape)}: expected (B, 3, H, W){hint}")
+    if images.numel() == 0:
+        raise ImageError(name, f"has no pixels (shape {tuple(images.shape)})")
+    return _unit_range(images, name).expand(-1, 3, -1, -1)
+
+
+def load_image(image: str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor) -> Tensor:
+    """Anything a person would call an image, as RGB float32 ``(3, H, W)`` in [0, 1].
+
+    Args:
+        image: a path or binary file (see :func:`decode`), or whatever :func:`to_tensor` takes. The EXIF orientation of
+            a PIL image that was opened elsewhere is applied.
+
+    Raises:
+        ImageError: it cannot be read or understood.
+    """
+    if isinstance(image, np.ndarray | Tensor):
+        return to_tensor(image)
+    if isinstance(image, Image.Image):
+        name = str(getattr(image, "filename", "") or "image")
+        return to_tensor(ImageOps.exif_transpose(_loaded(image, name)), name)
+    if isinstance(image, str | os.PathLike):
+        return to_tensor(decode(Path(image).expanduser(), os.fspath(image)))
+    if hasattr(image, "read"):
+        return to_tensor(decode(image))
+    raise TypeError(f"expected a path, a file, a PIL image, an array or a tensor, got {type(image).__name__}")
+
+
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image that someone else opened, with its pixels read."""
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(name, f"damaged image file ({error})") from error
+    return image
+
+
+def _planes(array: np.ndarray, name: str) -> np.ndarray:
+    """An array image with its channels first."""
+    shape = array.shape
+    if array.ndim == 2:
+        return array[None]
+    if array.ndim == 3 and shape[2] in (1, 3, 4):
+        return array.transpose(2, 0, 1)
+    if array.ndim == 3 and shape[0] in (1, 3, 4):
+        why = "channels come last in arrays, (H, W, 3): pass array.transpose(1, 2, 0) or torch.from_numpy(array)"
+    elif array.ndim == 4:
+        why = "this is a batch: pass one image at a time"
+    else:
+        why = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+    raise ImageError(name, f"array of shape {shape}: {why}")
+
+
+def _check_planes(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
+        return
+    if len(shape) == 3 and shape[2] in (1, 3, 4):
+        why = "channels come first in tensors, (3, H, W): pass tensor.permute(2, 0, 1)"
+    elif len(shape) == 4:
+        why = "this is a batch: pass one image at a time"
+    else:
+        why = "expected (H, W), (1, H, W) or (3, H, W)"
+    raise ImageError(name, f"tensor of shape {shape}: {why}")
+
+
+def _unit_range(values: Tensor, name: str) -> Tensor:
+    """Any legal dtype as float32 in [0, 1]."""
+    if values.dtype == torch.bool:
+        return values.float()
+    if values.dtype == torch.uint8:
+        return values.float() / 255
+    if values.dtype == torch.uint16:
+        return values.float() / 65535
+    if not values.is_floating_point():
+        hint = "uint8 (0..255), uint16 or floats in [0, 1] are understood; cast it to uint8 if it holds 0..255"
+        raise ImageError(name, f"dtype {str(values.dtype).removeprefix('torch.')} has no agreed range: {hint}")
+    values = values.float()
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):  # min and max carry NaN through
+        raise ImageError(name, "holds NaN or infinity")
+    if low < -_ROUNDING:
+        hint = "images are in [0, 1], not normalised: the model subtracts its mean itself"
+        raise ImageError(name, f"values from {low:.4g} to {high:.4g}: {hint}")
+    if high > 1 + _ROUNDING:
+        raise ImageError(name, f"values from {low:.4g} to {high:.4g}: floats must be in [0, 1]; divide by 255")
+    return values.clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- sizes
+
+
+def nearest_size(size: tuple[int, int], step: int) -> tuple[int, int]:
+    """The legal ``(H, W)`` nearest to ``size``: each side ``max(step, round(side / step) * step)``, ties to even."""
+    _check_step(step)
+    height, width = (max(step, round(side / step) * step) for side in size)
+    return height, width
+
+
+def legal_sizes_near(side: int, step: int) -> tuple[int, int]:
+    """The largest legal side at or below ``side`` (at least ``step``), and the smallest at or above it."""
+    _check_step(step)
+    return max(step, side // step * step), max(step, -(-side // step) * step)
+
+
+def check_size(height: int, width: int, step: int) -> None:
+    """Raise unless both sides are positive multiples of ``step`` pixels.
+
+    Raises:
+        ValueError: names the side and the nearest legal sizes.
+    """
+    _check_step(step)
+    wrong = [(n, side) for n, side in (("height", height), ("width", width)) if side < step or side % step]
+    if wrong:
+        which = " and ".join(f"{n} {side}" for n, side in wrong)
+        legal = "; ".join(
+            f"nearest legal {n}: {' or '.join(map(str, sorted(set(legal_sizes_near(side, step)))))}"
+            for n, side in wrong
+        )
+        raise ValueError(f"images of {height}x{width} pixels (HxW): {which} must be a multiple of {step}; {legal}")
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Stretch a batch ``(B, 3, H, W)`` to ``size``, bilinear and antialiased; the same object where it fits already."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def snap(images: Tensor, step: int) -> Tensor:
+    """:func:`resize` a batch ``(B, 3, H, W)`` to the nearest legal size; the same object if it is legal."""
+    height, width = images.shape[-2:]
+    return resize(images, nearest_size((height, width), step))
+
+
+def _check_step(step: int) -> None:
+    if step < 1:
+        raise ValueError(f"step must be a positive number of pixels, got {step}")
+
+
+class Conditioner(nn.Module):
+    """Per-channel normalisation inside the model: ``(x - mean) / std``, images in [0, 1].
+
+    Args:
+        mean, std: three numbers each, RGB; kept as buffers ``(1, 3, 1, 1)``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"mean and std need three numbers each (RGB), got {len(mean)} and {len(std)}")
+        if not all(s > 0 for s in std):
+            raise ValueError(f"std must be positive, got {tuple(std)}")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise RGB ``(B, 3, H, W)`` in [0, 1]."""
+        return (images - self.mean) / self.std

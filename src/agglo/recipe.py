@@ -1,0 +1,272 @@
+"""The recipe: everything a training run is, as one strict tree that every YAML file must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from agglo.config import Strict, build, check_options, explain, nearest, override, read_yaml, write_yaml
+from agglo.types import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Kind = dict[str, Any]
+"""``{"kind": name, **keys}``, checked against the kind's constructor."""
+
+
+class Claim(Strict):
+    """What the recipe promises, so that a reader knows what to expect before running it."""
+
+    summary: str
+    hardware: str = ""
+    time: str = ""
+    expect: str = ""
+    source: str = ""
+
+
+class TeacherEntry(Strict):
+    """One teacher and how the student answers to it.
+
+    Args:
+        teacher: the kind and its keys (written flat in YAML: ``{kind: timm, model: ..., spatial_weight: 1}``).
+        summary_weight: weight of the summary term; 0 switches it off (METHOD 2.11).
+        spatial_weight: weight of the spatial term; 0 switches it off.
+        size: pixels of the square the teacher sees, or null for the student's own size.
+        summary_head, spatial_head: override the recipe's ``heads:`` for this teacher.
+    """
+
+    teacher: Kind
+    summary_weight: float = Field(default=1.0, ge=0)
+    spatial_weight: float = Field(default=1.0, ge=0)
+    size: int | None = Field(default=None, gt=0)
+    summary_head: Kind | None = None
+    spatial_head: Kind | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, data: Any) -> Any:
+        """The YAML writes the teacher's own keys beside ours; here they part."""
+        if not isinstance(data, Mapping) or "teacher" in data:
+            return data
+        own = set(cls.model_fields) - {"teacher"}
+        return {
+            "teacher": {key: value for key, value in data.items() if key not in own},
+            **{key: value for key, value in data.items() if key in own},
+        }
+
+
+class Heads(Strict):
+    """The default heads of every teacher."""
+
+    summary: Kind = {"kind": "mlp"}
+    spatial: Kind = {"kind": "mlp"}
+
+
+class Targets(Strict):
+    """How targets are put on common footing, and from how many images that is estimated before step 0 (D-3)."""
+
+    normalizer: Kind = {"kind": "phi_s"}
+    estimate_images: int = Field(default=1024, gt=0)
+
+
+class Losses(Strict):
+    """The distance of each term."""
+
+    summary: Kind = {"kind": "angular"}
+    spatial: Kind = {"kind": "mse"}
+
+
+class SourceEntry(Strict):
+    """A source and the share of samples drawn from it."""
+
+    source: Kind
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "source" in data:
+            return data
+        return {
+            "source": {key: value for key, value in data.items() if key != "weight"},
+            **({"weight": data["weight"]} if "weight" in data else {}),
+        }
+
+
+class Views(Strict):
+    """Random crops that student and teachers share.
+
+    Args:
+        scale: share of the image's area in a crop, uniform in this range.
+        aspect: width / height of a crop, log-uniform in this range.
+        flip: probability of a mirror image.
+        mixup: probability that a batch is blended with itself in another order, before student *and* teachers see it.
+    """
+
+    scale: tuple[float, float] = (0.35, 1.0)
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    mixup: float = Field(default=0.0, ge=0, le=1)
+
+    @field_validator("scale", "aspect")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"must be a range (low, high) with 0 < low <= high, not {value}")
+        return value
+
+
+class Data(Strict):
+    """Where images come from and how they are cropped."""
+
+    sources: list[SourceEntry] = Field(min_length=1)
+    views: Views = Views()
+    workers: int = Field(default=1, ge=0)
+    cache_mb: int = Field(default=1024, ge=0)
+
+
+class Partition(Strict):
+    """A set of resolutions with the batch that fits them; each step draws one partition, then one size (METHOD 3.1)."""
+
+    sizes: list[int] = Field(min_length=1)
+    batch: int = Field(gt=0)
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Train(Strict):
+    """The optimisation.
+
+    Args:
+        steps: optimiser steps.
+        lr: peak learning rate; linear over ``warmup_steps``, then cosine to ``lr * final_lr``.
+        backbone_lr: factor on ``lr`` for the student below its heads, which may start from trained weights.
+        weight_decay: AdamW's, left off biases, norms, position tables and class tokens.
+        ema: decay of the averaged weights, which are what is evaluated and exported; 0 switches averaging off. Its
+            early steps use ``min(ema, (1 + step) / (10 + step))``.
+        clip: largest gradient norm, or null.
+        precision: ``fp32``, or ``bf16`` autocast (only fast where the hardware has it).
+        freeze_norm_statistics: keep the running statistics of BatchNorm as they start.
+    """
+
+    steps: int = Field(gt=0)
+    lr: float = Field(default=1e-3, gt=0)
+    backbone_lr: float = Field(default=1.0, ge=0)
+    final_lr: float = Field(default=0.01, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    ema: float = Field(default=0.9996, ge=0, lt=1)
+    clip: float | None = Field(default=None, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    freeze_norm_statistics: bool = False
+    seed: int = 0
+    log_every: int = Field(default=10, gt=0)
+    save_every: int = Field(default=500, gt=0)
+
+
+class Recipe(Strict):
+    """A training run. Read one with :func:`load`; ``agglo recipes`` lists those that ship."""
+
+    name: str
+    claim: Claim
+    student: Kind
+    teachers: dict[str, TeacherEntry] = Field(min_length=1)
+    heads: Heads = Heads()
+    targets: Targets = Targets()
+    losses: Losses = Losses()
+    balancer: Kind = {"kind": "fixed"}
+    data: Data
+    partitions: list[Partition] = Field(min_length=1)
+    train: Train
+    evals: list[Kind] = []
+    smoke: list[str] = []
+
+    @model_validator(mode="after")
+    def _kinds(self) -> Recipe:
+        """Fill in and check every ``{kind: ...}`` of the tree against its constructor."""
+        _check(self.student, "students", "student")
+        for name, entry in self.teachers.items():
+            if not name or "/" in name or "." in name:
+                raise ConfigError(f"teachers.{name}: a teacher's name must not be empty nor hold '/' or '.'")
+            _check(entry.teacher, "teachers", f"teachers.{name}")
+            for key in ("summary_head", "spatial_head"):
+                if getattr(entry, key) is not None:
+                    _check(getattr(entry, key), "heads", f"teachers.{name}.{key}")
+        _check(self.heads.summary, "heads", "heads.summary")
+        _check(self.heads.spatial, "heads", "heads.spatial")
+        _check(self.targets.normalizer, "normalizers", "targets.normalizer")
+        _check(self.losses.summary, "losses", "losses.summary")
+        _check(self.losses.spatial, "losses", "losses.spatial")
+        _check(self.balancer, "balancers", "balancer")
+        for index, entry in enumerate(self.data.sources):
+            _check(entry.source, "sources", f"data.sources.{index}")
+        for index, entry in enumerate(self.evals):
+            _check(entry, "evals", f"evals.{index}")
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """The resolved recipe as the YAML tree that reads back to it."""
+        data = self.model_dump(mode="json")
+        for name, entry in data["teachers"].items():
+            data["teachers"][name] = {**entry.pop("teacher"), **entry}
+        data["data"]["sources"] = [{**entry.pop("source"), **entry} for entry in data["data"]["sources"]]
+        return data
+
+    def yaml(self) -> str:
+        """:meth:`flat` as YAML text."""
+        return write_yaml(self.flat())
+
+    def smoked(self) -> Recipe:
+        """The pocket size: the same recipe under its own ``smoke`` overrides."""
+        return decode(override(self.flat(), self.smoke))
+
+
+def _check(options: Kind, point: str, where: str) -> None:
+    checked = check_options(point, options, where)
+    options.clear()
+    options.update(checked)
+
+
+def decode(data: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """A mapping to a recipe.
+
+    Raises:
+        ConfigError: it does not fit; the message holds one line for each problem.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{name}:\n" + explain(error, data, "", Recipe)) from None
+
+
+def names() -> list[str]:
+    """The recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(name_or_path: str, overrides: Iterable[str] = (), *, smoke: bool = False) -> Recipe:
+    """Read a recipe by name or path, then apply overrides.
+
+    Args:
+        name_or_path: ``"quickstart"``, or a YAML file.
+        overrides: ``key.path=value`` assignments; applied last, so they win over ``smoke``.
+        smoke: shrink the recipe by its own ``smoke`` list first.
+
+    Raises:
+        ConfigError: no such recipe, or it does not fit.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no recipe {name_or_path!r}{nearest(name_or_path, names())}")
+    data = read_yaml(path.read_text(encoding="utf-8"), path.name)
+    if smoke:
+        data = override(data, data.get("smoke", []))
+    return decode(override(data, overrides), path.name)
+
+
+__all__ = ["Claim", "Partition", "Recipe", "TeacherEntry", "Views", "build", "decode", "load", "names"]

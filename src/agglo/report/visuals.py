@@ -1,0 +1,260 @@
+"""What the models of a run see and find: PCA pictures of their spatial maps, and photos ranked by text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agglo.config import build
+from agglo.model import Model
+from agglo.picture import pca_basis, pca_picture
+from agglo.preprocess import resize, to_tensor
+from agglo.recipe import Recipe
+from agglo.sources.base import Source
+from agglo.teachers.base import Teacher
+from agglo.types import AggloError, ImageError
+
+PIXELS = 320
+"""Largest side at which models look at the gallery; smaller for models that were trained far below."""
+SHOWN = 224
+"""Side of a picture in the file: sharp on a dense screen, small enough for the whole page to stay below 3 MB."""
+THUMB = 176
+IMITATED = 3
+"""With more teachers than this the table would be too wide to show the student's answer beside each."""
+FAVOURITES = ("chelsea", "coffee", "motorcycle_left", "astronaut", "flower", "rocket")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the gallery: ``title``, a ``note`` under it, and one picture a row (None: the model gave none)."""
+
+    title: str
+    note: str
+    pictures: list[Image.Image | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """PCA pictures: the images' names, and columns whose first is the images themselves."""
+
+    names: list[str]
+    columns: list[Column]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One photo of a ranking."""
+
+    name: str
+    thumb: Image.Image
+    score: float
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A text, its best photos, and the rank (from 1) of the right photo for the student and before training."""
+
+    text: str
+    hits: list[Hit]
+    rank: int
+    rank_before: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Text search over held-out photos."""
+
+    queries: list[Query]
+    photos: int
+    head: str
+
+    @property
+    def found(self) -> int:
+        """Queries whose right photo comes first."""
+        return sum(query.rank == 1 for query in self.queries)
+
+    @property
+    def found_before(self) -> int | None:
+        """The same before training, or None where the untrained student is not there."""
+        ranks = [query.rank_before for query in self.queries]
+        return None if any(rank is None for rank in ranks) else sum(rank == 1 for rank in ranks)
+
+
+@dataclass(slots=True)
+class Models:
+    """What the pictures are made with; each may be missing."""
+
+    student: Model | None = None
+    untrained: Model | None = None
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The central square of an image, resampled to ``side`` pixels."""
+    edge = min(image.size)
+    x, y = (image.width - edge) // 2, (image.height - edge) // 2
+    return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + edge, y + edge))
+
+
+def gallery_images(recipe: Recipe | None, count: int = 6) -> list[tuple[str, Image.Image]]:
+    """Images that the student was not trained on, half photos and half scenes; else what the recipe's sources hold.
+
+    Returns:
+        Up to ``count`` pairs of name and image; empty where no source can be opened.
+    """
+    photos, scenes = _open({"kind": "photos", "split": "heldout"}), _open({"kind": "scenes", "split": "test"})
+    found: list[tuple[str, Image.Image]] = []
+    if photos is not None:
+        names = {photos.name(i).rpartition("/")[2]: i for i in range(len(photos))}
+        order = [names[name] for name in FAVOURITES if name in names]
+        order += [i for i in range(len(photos)) if i not in order]
+        found += _read(photos, order, count - count // 2 if scenes is not None else count)
+    if scenes is not None:
+        found += _read(scenes, _spread(len(scenes), count - len(found)), count - len(found))
+    for entry in recipe.data.sources if recipe is not None and not found else []:
+        source = _open(entry.source)
+        if source is not None and len(found) < count:
+            found += _read(source, _spread(len(source), count - len(found)), count - len(found))
+    return found
+
+
+def _open(options: Mapping[str, Any]) -> Source | None:
+    try:
+        return build("sources", options)
+    except AggloError:  # not installed here: the page says what it shows, and shows what there is
+        return None
+
+
+def _spread(length: int, count: int) -> list[int]:
+    return sorted({i * length // max(1, count) for i in range(count)}) if length else []
+
+
+def _read(source: Source, order: Sequence[int], count: int) -> list[tuple[str, Image.Image]]:
+    found: list[tuple[str, Image.Image]] = []
+    for index in order:
+        if len(found) == count:
+            break
+        try:
+            found.append((source.name(index), source.read(index)))
+        except ImageError:
+            continue
+    return found
+
+
+# --- what they see ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, Image.Image]]) -> Gallery:
+    """Images beside the PCA pictures of every model's spatial map; one basis a column, fitted over all images.
+
+    Beside each teacher stands what the student's head for it answers, painted with the teacher's own basis: equal
+    colours mean equal features.
+
+    Raises:
+        ValueError: there is no image, or no model to show.
+    """
+    if not images:
+        raise ValueError("no image source could be opened")
+    names = [name for name, _ in images]
+    columns = [Column("image", "", [square(image, SHOWN) for _, image in images])]
+    guide = models.student or models.untrained
+    side = PIXELS if guide is None else min(PIXELS, 2 * guide.preferred_size)
+    stride = 16 if guide is None else guide.spec.stride
+    batch = torch.stack([to_tensor(square(image, side), name) for name, image in images])
+    wanted = _dense_teachers(models, recipe)
+    answers: dict[str, Tensor] = {}
+    for title, note, model in (
+        ("untrained", "before step 0", models.untrained),
+        ("student", "after training", models.student),
+    ):
+        if model is None or model.spec.spatial is None:
+            continue
+        heads = [name for name in wanted if name in model.heads] if model is models.student else []
+        output = model(batch, heads=heads)
+        columns.append(_column(title, note, output.spatial))
+        answers |= {name: f.spatial for name, f in output.heads.items() if f.spatial is not None}
+    for name in wanted:
+        teacher = models.teachers[name]
+        spatial = teacher(resize(batch, teacher.input_size((side, side), stride))).spatial
+        columns.append(_column(name, "teacher", spatial))
+        if name in answers and len(wanted) <= IMITATED:
+            columns.append(_column(f"student as {name}", "same colours as its teacher", answers[name], basis=spatial))
+    if len(columns) == 1:
+        raise ValueError("neither a student nor a teacher with a spatial map is there")
+    return Gallery(names, columns)
+
+
+def _dense_teachers(models: Models, recipe: Recipe | None) -> list[str]:
+    weights = {name: entry.spatial_weight for name, entry in recipe.teachers.items()} if recipe else {}
+    return [name for name, t in models.teachers.items() if t.spec.spatial is not None and weights.get(name, 1) > 0]
+
+
+def _column(title: str, note: str, maps: Tensor | None, *, basis: Tensor | None = None) -> Column:
+    if maps is None:
+        raise ValueError(f"{title} gave no spatial map")
+    fitted = pca_basis(maps if basis is None else basis)
+    return Column(title, note, [pca_picture(one, fitted, (SHOWN, SHOWN)) for one in maps])
+
+
+# --- what they find ---------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 12) -> Search:
+    """Rank the held-out photos by text, as ``agglo search`` does: cosine of the text and the image embedding.
+
+    Args:
+        models: the student, and the untrained one for comparison.
+        recipe: its ``retrieval`` eval, if any, says at which size photos are looked at.
+        top: photos kept of a ranking.
+        limit: most queries shown.
+
+    Raises:
+        TypeError: the student has no text-aligned head.
+        AggloError: the photos are not installed.
+    """
+    if models.student is None:
+        raise ValueError("there is no trained model in this run folder")
+    head = models.student.text_head()
+    photos = build("sources", {"kind": "photos", "split": "heldout"})
+    asked = [photos.query(i) for i in range(len(photos))]
+    images = [photos.read(i) for i in range(len(photos))]
+    side = search_size(models.student, recipe)
+    batch = torch.stack([to_tensor(square(image, side)) for image in images])
+    queries = list(dict.fromkeys(asked))[:limit]
+    texts = models.student.encode_text(queries)
+    scores = texts @ models.student.encode_image(batch).T
+    before = None
+    if models.untrained is not None and head in models.untrained.heads:
+        before = texts @ models.untrained.encode_image(batch, head).T
+    thumbs = [square(image, THUMB) for image in images]
+    results = []
+    for row, query in enumerate(queries):
+        order = scores[row].argsort(descending=True, stable=True).tolist()
+        hits = [Hit(photos.name(i), thumbs[i], float(scores[row, i]), asked[i] == query) for i in order[:top]]
+        old = None if before is None else _rank(before[row], asked, query)
+        results.append(Query(query, hits, _rank(scores[row], asked, query), old))
+    return Search(results, len(photos), head)
+
+
+def _rank(scores: Tensor, asked: Sequence[str], query: str) -> int:
+    order = scores.argsort(descending=True, stable=True).tolist()
+    return 1 + next(place for place, index in enumerate(order) if asked[index] == query)
+
+
+def search_size(model: Model, recipe: Recipe | None) -> int:
+    """The side at which the recipe's ``retrieval`` eval looks at photos; else the model's own, at least 224."""
+    for entry in recipe.evals if recipe else []:
+        if entry.get("kind") == "retrieval" and isinstance(entry.get("size"), int):
+            return int(entry["size"])
+    return max(224, model.preferred_size)

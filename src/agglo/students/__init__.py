@@ -1,0 +1,1 @@
+"""Students, one kind a file."""

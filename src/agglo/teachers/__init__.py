@@ -1,0 +1,1 @@
+"""Teachers, one kind a file."""

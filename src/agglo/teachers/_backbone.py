@@ -1,0 +1,140 @@
+"""A frozen timm backbone that conditions its own input: shared by the teachers that stand on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agglo import bundled
+from agglo.config import nearest
+from agglo.extras import require
+from agglo.types import AssetError, ConfigError
+
+_LITE = {f"tf_efficientnet_lite{size}": size for size in bundled.LITE_SIZES}
+
+
+class Backbone(nn.Module):
+    """A timm model, its weights and its mean and standard deviation.
+
+    Args:
+        model: timm's name.
+        weights: ``"bundled"``, ``"random"`` (or None), ``"hub"`` or the path of a safetensors file.
+        size: side of the images it will see; a model that is built for one size is built for this one.
+
+    Attributes:
+        net: the timm model.
+        side: the only legal side length in pixels, or None where any size runs.
+        default_side: the side length of the images the weights were trained on, or ``side``.
+        licence: licence of the weights.
+
+    Raises:
+        ConfigError: unknown model, or weights that do not exist for it.
+        AssetError: weights that do not fit the model.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: str, weights: str | None, size: int | None = None) -> None:
+        super().__init__()
+        check_name(model)
+        self.net: Any
+        self.net, options = _create(model, weights == "hub", size)
+        config: dict[str, Any] = self.net.pretrained_cfg
+        self.licence = _load(self.net, model, weights, config)
+        self.default_side = int(options.get("img_size", config["input_size"][-1]))
+        fixed = bool(config.get("fixed_input_size")) and "dynamic_img_size" not in options
+        self.side = self.default_side if fixed else None
+        if size is not None and self.side not in (None, size):
+            raise ConfigError(f"timm's {model} runs at {self.side} pixels only, not at {size}")
+        self.layout = _layout(self.net)
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def condition(self, images: Tensor) -> Tensor:
+        """RGB ``(B, 3, H, W)`` in [0, 1] to what the weights expect."""
+        return ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` of RGB images ``(B, 3, H, W)`` in [0, 1]."""
+        return self.net(self.condition(images))
+
+
+def check_name(model: str) -> None:
+    """Refuse a name timm does not know.
+
+    Raises:
+        ConfigError: unknown; offers the nearest names.
+        MissingExtraError: timm is not installed.
+    """
+    timm = require("timm", "timm")
+    if ":" in model or "/" in model:
+        raise ConfigError(f"model {model!r}: give timm's own name; a checkpoint goes into `weights:`")
+    if not timm.is_model(model):
+        known = timm.list_models()
+        raise ConfigError(f"timm has no model {model!r}{nearest(model.split('.')[0], known)}")
+
+
+def _create(model: str, pretrained: bool, size: int | None) -> tuple[Any, dict[str, Any]]:
+    """The timm model and the options it took: one whose position embedding can be resized is asked to do so."""
+    timm = require("timm", "timm")
+    attempts: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
+    if size is not None:
+        attempts.insert(1, {"img_size": size})
+    with torch.random.fork_rng(devices=[]):
+        for options in attempts:
+            torch.manual_seed(0)  # random weights are the same in every process, and the caller's state is untouched
+            try:
+                net = timm.create_model(model, pretrained=pretrained, **options)
+            except TypeError as error:  # this architecture does not take the option
+                if not any(key in str(error) for key in options):
+                    raise
+            except RuntimeError as error:
+                raise ConfigError(f"timm cannot make {model!r}: {error}") from error
+            else:  # some architectures swallow the first option and stay as they are
+                if "dynamic_img_size" not in options or getattr(net, "dynamic_img_size", False):
+                    return net, options
+    raise ConfigError(f"timm cannot make {model!r}")
+
+
+def _layout(net: nn.Module) -> torch.memory_format:
+    """Put convolutional nets into channels-last order, in which they run 1.3 to 1.7 times faster on a CPU."""
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    if len(convolutions) <= sum(isinstance(module, nn.Linear) for module in net.modules()):
+        return torch.contiguous_format
+    for convolution in convolutions:  # only these: other 4-D parameters may be viewed in their own order
+        convolution.to(memory_format=torch.channels_last)
+    return torch.channels_last
+
+
+def _load(net: nn.Module, model: str, weights: str | None, config: dict[str, Any]) -> str:
+    """Put ``weights`` into ``net``; returns their licence."""
+    if weights in (None, "random"):
+        return "none (random weights)"
+    if weights == "hub":
+        return str(config.get("license") or "unknown")
+    if weights == "bundled":
+        size = _LITE.get(model.split(".")[0])
+        if size is None:
+            raise ConfigError(
+                f"no bundled weights for {model!r}; bundled: {', '.join(_LITE)}. "
+                "Use `weights: hub`, `weights: random` or the path of a safetensors file"
+            )
+        net.load_state_dict(bundled.lite_state_dict(size))
+        return bundled.BUNDLED[f"efficientnet-lite{size}"].licence
+    file = Path(str(weights)).expanduser()
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise ConfigError(
+            f"weights {weights!r}: not a safetensors file{nearest(str(weights), ('bundled', 'random', 'hub'))}"
+        )
+    try:
+        net.load_state_dict(require("safetensors.torch", "timm").load_file(file))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise AssetError(f"{file}: does not fit {model}: {error}") from error
+    except Exception as error:  # safetensors' own error class derives from Exception only
+        raise AssetError(f"{file}: cannot be read as safetensors: {error}") from error
+    return f"unknown ({file.name})"

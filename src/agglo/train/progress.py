@@ -1,0 +1,85 @@
+"""What a person and a machine see of a run: one live line, ``metrics.jsonl`` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+class Progress:
+    """The live line and the logs of a run; use as a context manager.
+
+    On a terminal the line is redrawn in place; elsewhere a line is printed every ten seconds and at the end.
+
+    Args:
+        folder: where ``metrics.jsonl`` is appended and TensorBoard's files go (``folder/tensorboard``).
+        total: steps of the whole run.
+        quiet: print nothing.
+    """
+
+    def __init__(self, folder: Path, total: int, *, quiet: bool = False) -> None:
+        self.total, self.quiet = total, quiet
+        self.console = Console(stderr=True, quiet=quiet)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=False)
+        self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(folder / "tensorboard")
+        self._printed = 0.0
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+        self._jsonl.close()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        self.console.print(message, highlight=False)
+
+    def show(self, step: int, terms: dict[str, float], images_per_second: float, seconds_left: float) -> None:
+        """Redraw the live line: loss by term, speed, time left."""
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        minutes, seconds = divmod(int(seconds_left), 60)
+        line = f"step {step}/{self.total}  {losses}  {images_per_second:.0f} images/s  {minutes}:{seconds:02d} left"
+        if self.console.is_terminal:
+            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+        elif time.monotonic() - self._printed > 10 or step == self.total:
+            self._printed = time.monotonic()
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """Append one JSON line, and the same numbers to TensorBoard."""
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.flush()
+        if self._board is not None:
+            for name, value in _flat(values):
+                self._board.add_scalar(name, value, step)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    numbers = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            numbers += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            numbers.append((f"{prefix}{key}", float(value)))
+    return numbers
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # the `log` extra is a convenience: metrics.jsonl holds the same numbers
+        return None
+    return SummaryWriter(str(folder))

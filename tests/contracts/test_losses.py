@@ -1,0 +1,54 @@
+"""Every kind of loss keeps the contract."""
+
+import pytest
+import torch
+
+from agglo.config import build, kinds
+from agglo.losses.base import Loss
+
+
+@pytest.fixture(params=kinds("losses", installed=False))
+def loss(request: pytest.FixtureRequest) -> Loss:
+    made = build("losses", {"kind": request.param})
+    made.fit(torch.randn(256, 6, generator=torch.Generator().manual_seed(3)))
+    return made
+
+
+def test_zero_at_the_target_and_positive_elsewhere(loss: Loss) -> None:
+    target = torch.randn(3, 6, 4, 4)
+    assert float(loss(target.clone(), target)) == pytest.approx(0, abs=1e-5)
+    assert float(loss(target + torch.randn_like(target), target)) > 1e-3
+
+
+def test_scalar_float32_for_vectors_and_maps(loss: Loss) -> None:
+    for shape in [(3, 6), (3, 6, 4, 5)]:
+        value = loss(torch.randn(shape).bfloat16(), torch.randn(shape))
+        assert value.shape == ()
+        assert value.dtype == torch.float32
+
+
+def test_gradient_reaches_the_prediction_alone(loss: Loss) -> None:
+    prediction, target = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    loss(prediction, target).backward()
+    assert torch.isfinite(prediction.grad).all()
+    assert prediction.grad.abs().sum() > 0
+    assert target.grad is None
+
+
+def test_masked_positions_do_not_count(loss: Loss) -> None:
+    prediction, target = torch.randn(2, 6, 4, 4), torch.randn(2, 6, 4, 4)
+    mask = torch.rand(2, 1, 4, 4) > 0.5
+    spoiled = torch.where(mask, prediction, torch.full_like(prediction, 1e3))
+    torch.testing.assert_close(loss(spoiled, target, mask), loss(prediction, target, mask))
+    assert float(loss(prediction, target, torch.zeros_like(mask))) == 0
+
+
+def test_shapes_that_differ_are_refused(loss: Loss) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        loss(torch.randn(2, 6, 4, 4), torch.randn(2, 6, 2, 2))
+
+
+def test_degenerate_vectors_give_finite_gradients(loss: Loss) -> None:
+    prediction = torch.zeros(2, 6, requires_grad=True)
+    loss(prediction, torch.zeros(2, 6)).backward()
+    assert torch.isfinite(prediction.grad).all()

@@ -1,0 +1,98 @@
+"""Heavy optional packages are imported in the few files that are about them, and only when they are needed."""
+
+from __future__ import annotations
+
+import ast
+
+import house_source
+import pytest
+
+HOSTS: dict[str, set[str]] = {
+    "timm": {"bundled.py", "students/timm.py", "teachers/_backbone.py", "teachers/timm.py", "teachers/conse.py"},
+    "torchvision": set(),
+    "transformers": {"text/minilm.py"},
+    "tokenizers": {"text/minilm.py"},
+    "sentence_transformers": set(),
+    "tensorboard": {"train/progress.py"},
+    "torch.utils.tensorboard": {"train/progress.py"},
+    "skimage": set(),  # photographs are read where the package is installed; its code is not imported
+    "sklearn": set(),
+    "scipy": set(),
+    "pyarrow": {"embedding.py"},
+    "pandas": set(),
+    "matplotlib": set(),
+    "mitsuba": set(),  # only benchmarks/scenes renders
+    "huggingface_hub": {"zoo.py", "teachers/_backbone.py"},
+}
+"""Guest → the files that may import it, always inside a function."""
+
+TORCH_FREE = {"__init__.py", "types.py", "config.py", "recipe.py", "extras.py", "bundled.py", "cli.py"}
+"""What ``agglo --help``, ``agglo kinds`` and ``agglo recipes`` read must not import torch at the top."""
+
+
+def guest_of(module: str) -> str | None:
+    matches = [guest for guest in HOSTS if module == guest or module.startswith(guest + ".")]
+    return max(matches, key=len) if matches else None
+
+
+def imports(path):
+    """``(module, line, lazy)`` of every import, those through ``extras.require`` and ``importlib`` included."""
+
+    def visit(node: ast.AST, lazy: bool):
+        for child in ast.iter_child_nodes(node):
+            inner = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, child.lineno, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                yield child.module, child.lineno, lazy
+                yield from ((f"{child.module}.{alias.name}", child.lineno, lazy) for alias in child.names)
+            elif isinstance(child, ast.Call) and ast.unparse(child.func).split(".")[-1] in ("require", "import_module"):
+                first = child.args[0] if child.args else None
+                if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                    yield first.value, child.lineno, lazy
+            yield from visit(child, inner)
+
+    yield from visit(house_source.tree(path), False)
+
+
+@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+def test_guests_stay_in_their_rooms(path):
+    where = house_source.name(path)
+    strangers, eager = [], []
+    for module, line, lazy in imports(path):
+        guest = guest_of(module)
+        if guest is None:
+            continue
+        if where not in HOSTS[guest]:
+            strangers.append(f"{where}:{line} imports {module}; its files are {sorted(HOSTS[guest]) or 'none'}")
+        if not lazy:
+            eager.append(f"{where}:{line} imports {module} when it is itself imported; move it into a function")
+    assert not strangers + eager, "\n".join(strangers + eager)
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE))
+def test_light_modules_do_not_import_torch(name):
+    path = house_source.ROOT / name
+    eager = {module.split(".")[0] for module, _, lazy in imports(path) if not lazy}
+    assert not eager & {"torch", "numpy"}
+
+
+def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
+    file = tmp_path / "odd.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pandas\nimport timm.models\n"
+        "def f():\n    from torch.utils import tensorboard\n    return require('transformers.models', 'x')\n"
+    )
+    seen = {(guest_of(module), lazy) for module, _, lazy in imports(file)} - {(None, False), (None, True)}
+    assert seen == {("timm", False), ("torch.utils.tensorboard", True), ("transformers", True)}
+
+
+def test_hosts_still_need_their_guests():
+    """An allowance nobody uses is taken back."""
+    used = {(guest_of(module), house_source.name(p)) for p in house_source.files() for module, _, _ in imports(p)}
+    guests_used = {guest for guest, _ in used}
+    for guest, hosts in HOSTS.items():
+        if guest in guests_used:
+            assert any((guest, host) in used for host in hosts)

@@ -1,0 +1,123 @@
+"""The public namespace is small, lazy and complete; importing it is cheap."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import agglo
+
+PUBLIC = {
+    "FeatureSpec",
+    "Features",
+    "Model",
+    "Output",
+    "Recipe",
+    "View",
+    "__version__",
+    "create",
+    "distill",
+    "embed",
+    "evaluate",
+    "list_models",
+    "load",
+}
+"""A name that comes or goes is a decision: it is made here, and told in CHANGELOG.md."""
+
+
+def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a new interpreter."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def seconds(code: str) -> float:
+    """The fastest of three new interpreters that run ``code``, less that of an empty one."""
+
+    def once(text: str) -> float:
+        start = time.perf_counter()
+        assert fresh(text).returncode == 0, fresh(text).stderr
+        return time.perf_counter() - start
+
+    return min(once(code) for _ in range(3)) - min(once("pass") for _ in range(3))
+
+
+def test_public_names_are_these():
+    assert set(agglo.__all__) == PUBLIC
+    assert len(agglo.__all__) == len(set(agglo.__all__)) <= 16
+    assert set(dir(agglo)) >= PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_name_is_found_at_its_home(name):
+    value = getattr(agglo, name)
+    if name != "__version__":
+        home = importlib.import_module(agglo._HOME[name])
+        assert value is getattr(home, name)
+        assert value.__module__ == home.__name__
+        assert value.__doc__
+
+
+def test_type_checkers_see_the_same_names():
+    import ast
+    import inspect
+
+    tree = ast.parse(inspect.getsource(agglo))
+    imported = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert {name: imported.get(name) for name in agglo._HOME} == agglo._HOME
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(AttributeError, match=r"'laod'.*load"):
+        agglo.laod  # noqa: B018
+
+
+def test_using_a_subpackage_does_not_hide_a_public_name():
+    """Importing ``agglo.train`` binds that name on the package: no public name may be the name of a module."""
+    code = "import agglo.train.loop, agglo.evals, agglo; print(callable(agglo.distill), callable(agglo.evaluate))"
+    result = fresh(code)
+    assert result.stdout.split() == ["True", "True"], result.stderr
+
+
+HEAVY = ("torch", "timm", "transformers", "torchvision", "sklearn", "skimage", "pyarrow", "scipy")
+
+
+def loaded_after(code: str) -> set[str]:
+    result = fresh(
+        f"import sys, json\n{code}\nprint('LOADED' + json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    )
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.rsplit("LOADED", 1)[1]))
+
+
+def test_import_agglo_loads_nothing_heavy():
+    assert loaded_after("import agglo") == set()
+    assert loaded_after("import torch") >= {"torch"}  # the probe itself can see it
+
+
+HELP = """
+sys.argv = ['agglo', '--help']
+from agglo.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code
+"""
+
+
+def test_help_loads_nothing_heavy():
+    assert loaded_after(HELP) == set()
+
+
+def test_import_is_fast():
+    assert seconds("import agglo") < 0.3
+
+
+def test_help_is_fast():
+    assert seconds("import sys\n" + HELP) < 0.5

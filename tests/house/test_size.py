@@ -1,0 +1,66 @@
+"""Files, functions and folders stay small enough to read in one sitting."""
+
+from __future__ import annotations
+
+import ast
+
+import house_source
+import pytest
+
+FILE_LINES = 400
+FUNCTION_LINES = 60
+DEPTH = 2
+BANNED = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
+
+LONGER: dict[str, str] = {
+    "train/loop.py::train": "the training loop reads top to bottom",
+}
+"""``file::function`` that may be longer than FUNCTION_LINES, and why."""
+
+
+def functions(tree: ast.AST):
+    """Every function with its length in lines, its docstring left out: documentation is never too long."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            end = node.end_lineno or node.lineno
+            first = node.body[0]
+            documented = ast.get_docstring(node) is not None
+            doc = (first.end_lineno or first.lineno) - first.lineno + 1 if documented else 0
+            yield node.name, end - node.lineno + 1 - doc
+
+
+def test_the_walk_sees_the_package():
+    names = {house_source.name(path) for path in house_source.files()}
+    assert {"__init__.py", "types.py", "config.py", "train/loop.py"} <= names
+
+
+@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+def test_file_is_short(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= FILE_LINES, f"{house_source.name(path)} has {lines} lines: give half of it a name of its own"
+
+
+@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+def test_functions_are_short(path):
+    where = house_source.name(path)
+    long = {
+        f"{where}::{name}": lines
+        for name, lines in functions(house_source.tree(path))
+        if lines > FUNCTION_LINES and f"{where}::{name}" not in LONGER
+    }
+    assert not long, f"longer than {FUNCTION_LINES} lines without docstring: {long}"
+
+
+def test_allowances_are_for_functions_that_exist():
+    known = {
+        f"{house_source.name(p)}::{name}" for p in house_source.files() for name, _ in functions(house_source.tree(p))
+    }
+    assert set(LONGER) <= known
+
+
+@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+def test_tree_is_flat_and_named(path):
+    relative = path.relative_to(house_source.ROOT)
+    assert len(relative.parts) <= DEPTH, f"{relative} lies deeper than {DEPTH}"
+    words = {part.removesuffix(".py").strip("_") for part in relative.parts}
+    assert not words & BANNED, f"{relative}: say what it is about"

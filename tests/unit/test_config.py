@@ -1,0 +1,97 @@
+"""Strict recipes: what does not fit is named, with the nearest thing that does."""
+
+import pytest
+
+from agglo import config, recipe
+from agglo.types import ConfigError
+
+TINY = {
+    "name": "tiny",
+    "claim": {"summary": "a test"},
+    "student": {"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8},
+    "teachers": {"toy": {"kind": "toy"}},
+    "data": {"sources": [{"kind": "photos"}]},
+    "partitions": [{"sizes": [32], "batch": 4}],
+    "train": {"steps": 2},
+}
+
+
+def test_defaults_are_filled_in_and_the_resolved_recipe_reads_back() -> None:
+    decoded = recipe.decode(TINY)
+    assert decoded.student["registers"] == 4
+    assert decoded.teachers["toy"].teacher["stride"] == 16
+    again = recipe.decode(config.read_yaml(decoded.yaml()))
+    assert again == decoded
+    assert again.yaml() == decoded.yaml()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.step=3", r"train\.step: unknown key; did you mean 'steps'"),
+        ("student.kind=vitt", r"student: no kind 'vitt' of students; did you mean 'vit'"),
+        ("student.widht=8", r"student\.widht: unknown key; did you mean 'width'"),
+        ("teachers.toy.strid=8", r"teachers\.toy\.strid: unknown key; did you mean 'stride'"),
+        ("losses.summary.kind=angle", r"losses\.summary: no kind 'angle' of losses"),
+        ("train.lr=fast", r"train\.lr: .*number.*'fast'"),
+        ("train.precision=fp17", r"train\.precision"),
+        ("data.views.flip=2", r"data\.views\.flip"),
+        ("data.views.scale=[1.0, 0.5]", r"data\.views\.scale.*range"),
+        ("partitions.0.batches=2", r"partitions\.0\.batches: unknown key; did you mean 'batch'"),
+        ("partitions.3.batch=2", r"no index of a list of 1"),
+        ("train.steps.x=2", r"is a value"),
+        ("nonsense", r"key\.path=value"),
+    ],
+)
+def test_what_does_not_fit_is_named(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe.decode(config.override(TINY, [assignment]))
+
+
+def test_overrides_leave_the_original_alone_and_read_yaml_values() -> None:
+    changed = config.override(TINY, ["train.lr=1e-3", "partitions.0.sizes=[32, 64]", "train.clip=null"])
+    assert changed["train"] == {"steps": 2, "lr": 1e-3, "clip": None}
+    assert changed["partitions"][0]["sizes"] == [32, 64]
+    assert TINY["train"] == {"steps": 2}
+
+
+def test_replacing_a_kind_drops_the_keys_of_the_old_one() -> None:
+    changed = config.override(TINY, ["student.kind=timm", "student.model=test_efficientnet"])
+    assert changed["student"] == {"kind": "timm", "model": "test_efficientnet"}
+
+
+def test_duplicate_keys_and_broken_yaml_name_the_line() -> None:
+    with pytest.raises(ConfigError, match="line 2"):
+        config.read_yaml("a: 1\na: 2\n", "x.yaml")
+    with pytest.raises(ConfigError, match="line"):
+        config.read_yaml("a: [1, 2\nb: 3", "x.yaml")
+    with pytest.raises(ConfigError, match="mapping"):
+        config.read_yaml("- 1\n- 2", "x.yaml")
+
+
+def test_unknown_recipe_offers_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        recipe.load("quikstart")
+
+
+def test_a_dotted_import_path_is_not_a_kind() -> None:
+    with pytest.raises(ConfigError, match="no kind"):
+        config.find("losses", "os.path")
+    with pytest.raises(ConfigError, match="no kind"):
+        config.find("losses", "base")
+    with pytest.raises(ConfigError, match="no kind"):
+        config.find("losses", "_reduce")
+
+
+def test_a_plugin_is_found_for_recipes_but_not_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        def load(self) -> type:
+            return dict
+
+    monkeypatch.setattr(config, "_plugins", lambda point: {"mine": Entry()} if point == "losses" else {})
+    config.find.cache_clear()
+    assert "mine" in config.kinds("losses")
+    assert config.find("losses", "mine") is dict
+    with pytest.raises(ConfigError, match="no kind 'mine'"):
+        config.find("losses", "mine", installed=False)
+    config.find.cache_clear()
