@@ -13,7 +13,7 @@ from materials import ALLOWED, COLOURS, METALS, PHRASES
 from meshes import Part
 from objects import CLASSES, settle
 
-SPLITS = {"train": range(0, 6), "val": range(6, 8), "test": range(8, 11)}
+SPLITS = {"train": range(6), "val": range(6, 8), "test": range(8, 11)}
 """Which identity numbers of every class belong to each split; no identity is in two."""
 
 SPLIT_CYCLE = ("train", "test", "train", "val", "train", "test", "train", "test", "train", "val")
@@ -128,8 +128,9 @@ def make_identity(category: str, number: int, seed: int) -> Identity:
     }
     named = material if material in METALS or material in ("wood", "marble") else colour
     parts = CLASSES[category](rng)
-    return Identity(f"{category.replace(' ', '_')}-{number:02d}", category, material, named, parts, slots,
-                    [seed, 3, kind, number])  # fmt: skip
+    return Identity(
+        f"{category.replace(' ', '_')}-{number:02d}", category, material, named, parts, slots, [seed, 3, kind, number]
+    )
 
 
 def plan(count: int) -> list[tuple[str, str, int]]:
@@ -202,19 +203,33 @@ def compose(index: int, split: str, subject: str, number: int, seed: int, attemp
     """
     rng = np.random.default_rng([seed, 4, index, attempt])
     others = [name for name in CLASS_NAMES if name != subject]
-    chosen = rng.permutation(others)[: int(rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15]))]
+    count = int(rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15]))
+    chosen = rng.permutation(others)[: count if attempt < 15 else min(count, 2)]
     identities = [make_identity(subject, number, seed)]
     identities += [make_identity(str(name), int(rng.choice(list(SPLITS[split]))), seed) for name in chosen]
-    objects = _arrange(identities, max(0.62, 1 - 0.05 * attempt), rng)
+    objects = _arrange(identities, max(0.55, 1 - 0.04 * attempt), rng)
     steps = np.random.default_rng([seed, 5]).permutation(len(BACKGROUNDS) * len(LIGHTS))
     combination = int(steps[index % len(steps)])  # every background meets every light equally often
     middle, gap = rng.uniform(-12, 12), rng.uniform(10, 45) * rng.choice([-1, 1])
     elevation, fov = rng.uniform(9, 38), rng.uniform(24, 46)
     margin, shift = rng.uniform(0.82, 0.95), rng.uniform(-0.03, 0.04)
     cameras = [
-        _frame(objects, middle + side * gap / 2, elevation + side * rng.uniform(-4, 4), fov + side * rng.uniform(-3, 3),
-               margin, shift)
+        _frame(
+            objects,
+            middle + side * gap / 2,
+            elevation + side * rng.uniform(-4, 4),
+            fov + side * rng.uniform(-3, 3),
+            margin,
+            shift,
+        )
         for side in (-1, 1)
-    ]  # fmt: skip
-    return Layout(index, split, objects, cameras, BACKGROUNDS[combination % len(BACKGROUNDS)],
-                  LIGHTS[combination // len(BACKGROUNDS)], [seed, 6, index, attempt])  # fmt: skip
+    ]
+    return Layout(
+        index,
+        split,
+        objects,
+        cameras,
+        BACKGROUNDS[combination % len(BACKGROUNDS)],
+        LIGHTS[combination // len(BACKGROUNDS)],
+        [seed, 6, index, attempt],
+    )

@@ -182,11 +182,17 @@ def surface(material: str, colour: Any, rng: np.random.Generator) -> dict[str, A
         diffuse, alpha, gloss = image_texture(marble_texture(rng), 0.42), 0.09, 1.0
     else:
         diffuse = rgb(colour)
-        alpha, gloss = {"painted": (0.4, 0.35), "plastic": (0.14, 1.0), "ceramic": (0.06, 1.0), "rubber": (0.45, 0.5)}[material]
+        alpha, gloss = {"painted": (0.4, 0.35), "plastic": (0.14, 1.0), "ceramic": (0.06, 1.0), "rubber": (0.45, 0.5)}[
+            material
+        ]
     bsdf = {
-        "type": "roughplastic", "distribution": "ggx", "alpha": alpha, "diffuse_reflectance": diffuse,
-        "specular_reflectance": {"type": "rgb", "value": gloss}, "nonlinear": material in ("plastic", "ceramic"),
-    }  # fmt: skip
+        "type": "roughplastic",
+        "distribution": "ggx",
+        "alpha": alpha,
+        "diffuse_reflectance": diffuse,
+        "specular_reflectance": {"type": "rgb", "value": gloss},
+        "nonlinear": material in ("plastic", "ceramic"),
+    }
     return {"type": "twosided", "bsdf": bsdf}
 
 

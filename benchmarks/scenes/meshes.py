@@ -100,9 +100,12 @@ def sphere(radius: float, slot: str = "main", rows: int = 32) -> Part:
 
 
 def tube(
-    path: Sequence[Sequence[float]], radius: float | Sequence[float], slot: str = "main", sides: int = 16,
+    path: Sequence[Sequence[float]],
+    radius: float | Sequence[float],
+    slot: str = "main",
+    sides: int = 16,
     closed: bool = False,
-) -> Part:  # fmt: skip
+) -> Part:
     """Sweep a circle along a 3D path.
 
     Args:
@@ -167,7 +170,7 @@ def block(x: float, y: float, z: float, slot: str = "main", bevel: float = 0.008
     signs = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], float)
     points = np.concatenate([signs * (half - bevel * (np.arange(3) != keep)) for keep in range(3)])
     points[:, 2] += half[2]
-    points[:, :2] *= (1 + (taper - 1) * points[:, 2:] / z)
+    points[:, :2] *= 1 + (taper - 1) * points[:, 2:] / z
     return hull(points, slot)
 
 

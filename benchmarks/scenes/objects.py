@@ -34,8 +34,10 @@ def bottle(rng: np.random.Generator) -> list[Part]:
     shoulder = h * rng.uniform(0.52, 0.64)
     slope = smooth_curve([(r, shoulder), (r * 0.86, shoulder + 0.05), (neck * 1.15, h * 0.83), (neck, h * 0.94)], 24)
     body = revolve([(0, 0), (r - 0.012, 0), (r, 0.012), *slope, (neck, h * 0.95), (0, h * 0.95)])
-    band = revolve([(r - 0.01, h * 0.15), (r + 0.003, h * 0.151), (r + 0.003, shoulder * 0.88), (r - 0.01, shoulder * 0.9)],
-                   "accent")  # fmt: skip
+    band = revolve(
+        [(r - 0.01, h * 0.15), (r + 0.003, h * 0.151), (r + 0.003, shoulder * 0.88), (r - 0.01, shoulder * 0.9)],
+        "accent",
+    )
     return [body, band, cylinder(neck * 1.25, h * 0.09, "accent", 0.006).moved(z=h * 0.91)]
 
 
@@ -65,7 +67,9 @@ def teapot(rng: np.random.Generator) -> list[Part]:
     r, h = rng.uniform(0.15, 0.18), rng.uniform(0.22, 0.28)
     foot, top = r * 0.6, r * rng.uniform(0.5, 0.6)
     body = revolve([(0, 0), *smooth_curve([(foot, 0), (r, h * 0.42), (r * 0.9, h * 0.68), (top, h)], 28), (0, h)])
-    lid = revolve([(top * 1.06, h), *smooth_curve([(top * 1.06, h + 0.008), (top * 0.6, h + 0.045), (0, h + 0.055)], 12)])
+    lid = revolve(
+        [(top * 1.06, h), *smooth_curve([(top * 1.06, h + 0.008), (top * 0.6, h + 0.045), (0, h + 0.055)], 12)]
+    )
     out = rng.uniform(0.13, 0.17)
     way = [(r * 0.8, 0, h * 0.3), (r + out * 0.45, 0, h * 0.48), (r + out * 0.75, 0, h * 0.85), (r + out, 0, h * 1.06)]
     spout = tube(smooth_curve(way, 24), np.linspace(0.046, 0.019, 24))
@@ -94,8 +98,11 @@ def chair(rng: np.random.Generator) -> list[Part]:
     w, d, seat, h = rng.uniform(0.26, 0.31), rng.uniform(0.25, 0.3), rng.uniform(0.25, 0.3), rng.uniform(0.52, 0.6)
     t, splay = rng.uniform(0.024, 0.034), rng.uniform(0, 0.02)
     x, y = w / 2 - t / 2, d / 2 - t / 2
-    legs = [rod((sx * (x + splay), sy * (y + splay), 0), (sx * x, sy * y, seat), t / 2 * 0.8, taper=1.25)
-            for sx in (-1, 1) for sy in (-1, 1)]  # fmt: skip
+    legs = [
+        rod((sx * (x + splay), sy * (y + splay), 0), (sx * x, sy * y, seat), t / 2 * 0.8, taper=1.25)
+        for sx in (-1, 1)
+        for sy in (-1, 1)
+    ]
     lean = rng.uniform(0.02, 0.05)
     posts = [rod((s * x, y, seat), (s * x, y + lean, h), t / 2) for s in (-1, 1)]
     parts = [*legs, *posts, block(w + 0.02, d + 0.02, 0.032, "accent", 0.012).moved(z=seat)]
@@ -107,7 +114,9 @@ def chair(rng: np.random.Generator) -> list[Part]:
         slats = [rod((s * x * 0.55, y, seat), (s * x * 0.55, y + lean, h), t / 3) for s in (-1, 0, 1)]
         slats.append(block(w + 0.01, 0.022, 0.05).moved(y=y + lean, z=h - 0.03))
     else:
-        slats = [block(w - t * 0.5, 0.018, (h - seat) * 0.62, "accent").moved(y=y + lean * 0.6, z=seat + (h - seat) * 0.36)]
+        slats = [
+            block(w - t * 0.5, 0.018, (h - seat) * 0.62, "accent").moved(y=y + lean * 0.6, z=seat + (h - seat) * 0.36)
+        ]
     return parts + slats
 
 
@@ -125,8 +134,11 @@ def table(rng: np.random.Generator) -> list[Part]:
     for sx in (-1, 1):
         for sy in (-1, 1):
             x, y = sx * (w / 2 - leg), sy * (d / 2 - leg)
-            parts.append(rod((x, y, 0), (x, y, h - t), leg * 0.3, taper=1.7) if style else
-                         block(leg, leg, h - t, bevel=0.004).moved(x, y))  # fmt: skip
+            parts.append(
+                rod((x, y, 0), (x, y, h - t), leg * 0.3, taper=1.7)
+                if style
+                else block(leg, leg, h - t, bevel=0.004).moved(x, y)
+            )
     return parts
 
 
@@ -191,7 +203,9 @@ def dumbbell(rng: np.random.Generator) -> list[Part]:
     for side in (-1, 1):
         z = side * (length / 2 - thick / 2) - thick / 2
         if style == 0:
-            head = revolve([(0, 0), (r * 0.8, 0), (r, 0.02), (r, thick - 0.02), (r * 0.8, thick), (0, thick)], segments=6)
+            head = revolve(
+                [(0, 0), (r * 0.8, 0), (r, 0.02), (r, thick - 0.02), (r * 0.8, thick), (0, thick)], segments=6
+            )
             parts.append(head.turned(30).moved(z=z))
         elif style == 1:
             parts.append(cylinder(r, thick * 0.48, "main", 0.012).moved(z=z + (thick * 0.5 if side < 0 else 0)))
@@ -221,8 +235,9 @@ def umbrella(rng: np.random.Generator) -> list[Part]:
         for grid in grids:
             index = np.arange(rows * 7).reshape(rows, 7)
             q = [index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]]
-            faces = np.concatenate([np.stack([q[0], q[1], q[2]], -1).reshape(-1, 3),
-                                    np.stack([q[0], q[2], q[3]], -1).reshape(-1, 3)])  # fmt: skip
+            faces = np.concatenate(
+                [np.stack([q[0], q[1], q[2]], -1).reshape(-1, 3), np.stack([q[0], q[2], q[3]], -1).reshape(-1, 3)]
+            )
             parts.append(Part(grid.reshape(-1, 3), faces, slot))
     hook = [(0, 0, 0.06), (0.004, 0, 0.02), (0.035, 0, -0.01), (0.07, 0, 0.015), (0.073, 0, 0.04)]
     parts.append(rod((0, 0, 0.05), (0, 0, length + 0.045), 0.009, "metal"))

@@ -51,8 +51,8 @@ def geometry_maps(
     normals = np.where(facing > 0.35, -normals, normals)  # thin open sheets seen from behind
     facing = np.minimum((normals * view).sum(-1, keepdims=True), 0) - (normals * view).sum(-1, keepdims=True)
     normals = normals + facing * view  # interpolated normals just past a silhouette are brought back to grazing
-    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-    index = np.rint(out[..., 6]).astype(int)
+    normals /= np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
+    index = np.rint(out[..., 6]).astype(int) - 1  # Mitsuba counts shapes from 1 here; 0 is a miss
     table = np.array([owners[k] for k in range(len(owners))], np.uint8)
     finite = np.where(np.isfinite(depth), depth, 0)
     return {
@@ -60,7 +60,7 @@ def geometry_maps(
         "depth_code": np.clip(np.rint(finite * scale), 0, 65535).astype(np.uint16),
         "normals": normals,
         "normal_code": np.rint((normals + 1) * 127.5).astype(np.uint8),
-        "instances": table[np.clip(index, 0, len(table) - 1)],
+        "instances": np.where(index >= 0, table[index], 0).astype(np.uint8),
     }
 
 
@@ -116,9 +116,12 @@ def develop(clean: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def correspondences(
-    views: list[dict[str, np.ndarray]], cameras: list[tuple[np.ndarray, np.ndarray]], scale: int,
-    rng: np.random.Generator, count: int = 128,
-) -> np.ndarray:  # fmt: skip
+    views: list[dict[str, np.ndarray]],
+    cameras: list[tuple[np.ndarray, np.ndarray]],
+    scale: int,
+    rng: np.random.Generator,
+    count: int = 128,
+) -> np.ndarray:
     """Points seen in both views.
 
     Pixel centres of view 0 are lifted by the stored depth and projected into view 1; a point is kept where the four

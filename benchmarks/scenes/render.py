@@ -46,29 +46,55 @@ ATTEMPTS = 60
 def _sensor(camera: Camera, size: int, samples: int, exact: bool) -> Any:
     """A Mitsuba camera; ``exact`` samples each pixel once, at its centre."""
     up, film_filter = [0, 0, 1], "box" if exact else "gaussian"
-    sampler = {"type": "stratified", "sample_count": 1, "jitter": False} if exact else {
-        "type": "multijitter", "sample_count": samples}  # fmt: skip
+    sampler = (
+        {"type": "stratified", "sample_count": 1, "jitter": False}
+        if exact
+        else {"type": "multijitter", "sample_count": samples}
+    )
     film = {"type": "hdrfilm", "width": size, "height": size, "rfilter": {"type": film_filter}, "pixel_format": "rgb"}
     pose = mi.ScalarTransform4f().look_at([float(v) for v in camera.eye], [float(v) for v in camera.target], up)
-    return mi.load_dict({"type": "perspective", "fov": float(camera.fov), "fov_axis": "x", "near_clip": 0.05,
-                         "far_clip": 100.0, "to_world": pose, "film": film, "sampler": sampler})  # fmt: skip
+    return mi.load_dict(
+        {
+            "type": "perspective",
+            "fov": float(camera.fov),
+            "fov_axis": "x",
+            "near_clip": 0.05,
+            "far_clip": 100.0,
+            "to_world": pose,
+            "film": film,
+            "sampler": sampler,
+        }
+    )
 
 
-def _load(layout: Layout) -> tuple[Any, dict[int, int], str]:
+def _load(layout: Layout, bare: bool = False) -> tuple[Any, dict[int, int], str]:
     """The Mitsuba scene, the instance of each shape index, and the background phrase."""
     with tempfile.TemporaryDirectory() as folder:
-        description, owners, phrase = assemble(layout, Path(folder))
+        description, owners, phrase = assemble(layout, Path(folder), bare)
         scene = mi.load_dict(description, parallel=False, optimize=False)
     return scene, {k: owners.get(shape.id(), 0) for k, shape in enumerate(scene.shapes())}, phrase
 
 
-def _acceptable(views: list[dict[str, np.ndarray]], layout: Layout, size: int) -> bool:
-    """The subject is the largest object of both views and large enough, and nothing is all but hidden."""
+def _geometry(layout: Layout, size: int, scene: Any, owners: dict[int, int]) -> list[dict[str, np.ndarray]]:
+    """The exact geometry maps of both views."""
+    return [
+        geometry_maps(
+            scene,
+            _sensor(camera, size, 1, exact=True),
+            camera.cam_from_world,
+            camera.intrinsics(size),
+            owners,
+            DEPTH_SCALE,
+        )
+        for camera in layout.cameras
+    ]
+
+
+def _acceptable(views: list[dict[str, np.ndarray]], layout: Layout, size: int, least: float) -> bool:
+    """The subject is the largest object of both views, at least ``least`` of the pixels, and nothing is hidden."""
     for view in views:
         count = np.bincount(view["instances"].ravel(), minlength=len(layout.objects) + 1)[1:] / size**2
-        if count[0] < 0.045 or (count[1:] > 0.85 * count[0]).any() or (count < MIN_VISIBLE / 128**2).any():
-            return False
-        if not np.isfinite(view["depth"]).all() or view["depth"].max() * DEPTH_SCALE > 65535:
+        if count[0] < least or (count[1:] > 0.85 * count[0]).any() or (count < MIN_VISIBLE / 128**2).any():
             return False
     return True
 
@@ -79,8 +105,17 @@ def _objects(layout: Layout, instances: np.ndarray) -> list[dict[str, Any]]:
     for number, item in enumerate(layout.objects, 1):
         ys, xs = np.nonzero(instances == number)
         box = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1] if len(xs) else [0, 0, 0, 0]
-        rows.append({"instance": number, "class": item.identity.category, "identity": item.identity.name,
-                     "material": item.identity.material, "colour": item.identity.colour, "pixels": len(xs), "box": box})  # fmt: skip
+        rows.append(
+            {
+                "instance": number,
+                "class": item.identity.category,
+                "identity": item.identity.name,
+                "material": item.identity.material,
+                "colour": item.identity.colour,
+                "pixels": len(xs),
+                "box": box,
+            }
+        )
     return rows
 
 
@@ -99,12 +134,17 @@ def _candidate(index: int, row: tuple[str, str, int], args: argparse.Namespace) 
         layout = compose(index, split, subject, number, args.seed, attempt)
         if len(layout.objects) < 2:
             continue
+        least = max(0.025, 0.05 - 0.001 * attempt)
+        if not _acceptable(_geometry(layout, args.size, *_load(layout, bare=True)[:2]), layout, args.size, least):
+            continue
         scene, owners, phrase = _load(layout)
-        views = [geometry_maps(scene, _sensor(camera, args.size, 1, True), camera.cam_from_world,
-                               camera.intrinsics(args.size), owners, DEPTH_SCALE) for camera in layout.cameras]  # fmt: skip
-        if _acceptable(views, layout, args.size):
+        views = _geometry(layout, args.size, scene, owners)
+        deepest = max(float(view["depth"].max()) for view in views)  # infinite where a ray misses everything
+        if deepest * DEPTH_SCALE <= 65535:
             return layout, scene, views, phrase
-    raise RuntimeError(f"scene {index} ({subject}): no acceptable composition in {ATTEMPTS} attempts; try another --seed")
+    raise RuntimeError(
+        f"scene {index} ({subject}): no acceptable composition in {ATTEMPTS} attempts; try another --seed"
+    )
 
 
 def render_scene(index: int, row: tuple[str, str, int], args: argparse.Namespace, work: Path) -> None:
@@ -125,17 +165,34 @@ def render_scene(index: int, row: tuple[str, str, int], args: argparse.Namespace
         _save_view(folder, k, colour, maps, classes[maps["instances"]])
         objects = _objects(layout, maps["instances"])
         pose = camera.cam_from_world
-        seen = [(o["class"], p.identity.phrase, pose[:3, :3] @ p.centre + pose[:3, 3])
-                for o, p in zip(objects, layout.objects, strict=True) if o["pixels"] >= MIN_VISIBLE * (args.size / 128) ** 2]  # fmt: skip
+        seen = [
+            (o["class"], p.identity.phrase, pose[:3, :3] @ p.centre + pose[:3, 3])
+            for o, p in zip(objects, layout.objects, strict=True)
+            if o["pixels"] >= MIN_VISIBLE * (args.size / 128) ** 2
+        ]
         caption, captions = describe([seen[0], *sorted(seen[1:], key=lambda item: item[2][2])], phrase)
-        rows.append({"caption": caption, "captions": captions, "K": camera.intrinsics(args.size).tolist(),
-                     "cam_from_world": pose.tolist(), "objects": objects})  # fmt: skip
+        rows.append(
+            {
+                "caption": caption,
+                "captions": captions,
+                "K": camera.intrinsics(args.size).tolist(),
+                "cam_from_world": pose.tolist(),
+                "objects": objects,
+            }
+        )
     cameras = [(camera.cam_from_world, camera.intrinsics(args.size)) for camera in layout.cameras]
     points = correspondences(views, cameras, DEPTH_SCALE, np.random.default_rng([*layout.seed, 7]))
     np.save(folder / "corr.npy", points)
     subject = layout.objects[0].identity
-    facts = {"scene": folder.stem, "split": layout.split, "subject": subject.category, "identity": subject.name,
-             "background": layout.background, "light": layout.light, "views": rows}  # fmt: skip
+    facts = {
+        "scene": folder.stem,
+        "split": layout.split,
+        "subject": subject.category,
+        "identity": subject.name,
+        "background": layout.background,
+        "light": layout.light,
+        "views": rows,
+    }
     (folder / "scene.json").write_text(json.dumps(facts, separators=(",", ":")))
     folder.rename(work / f"s{index:04d}")
 
@@ -155,14 +212,25 @@ def pack(work: Path, count: int, args: argparse.Namespace) -> str:
         for name in CLASS_NAMES:
             identities[split][name] = [f"{name.replace(' ', '_')}-{k:02d}" for k in numbers]
     meta = {
-        "format": FORMAT, "name": "scenes", "licence": "CC0-1.0", "renderer": f"Mitsuba {mi.__version__}",
-        "size": [args.size, args.size], "spp": args.spp, "seed": args.seed, "depth_scale": DEPTH_SCALE,
-        "classes": list(CLASS_NAMES), "backgrounds": list(BACKGROUNDS), "lights": list(LIGHTS), "views": 2,
+        "format": FORMAT,
+        "name": "scenes",
+        "licence": "CC0-1.0",
+        "renderer": f"Mitsuba {mi.__version__}",
+        "size": [args.size, args.size],
+        "spp": args.spp,
+        "seed": args.seed,
+        "depth_scale": DEPTH_SCALE,
+        "classes": list(CLASS_NAMES),
+        "backgrounds": list(BACKGROUNDS),
+        "lights": list(LIGHTS),
+        "views": 2,
         "identities": identities,
         "scenes": {split: [s["scene"] for s in scenes if s["split"] == split] for split in SPLITS},
-    }  # fmt: skip
+    }
     files = {"meta.json": json.dumps(meta, separators=(",", ":")).encode()}
-    files |= {f"{folder.name}/{path.name}": path.read_bytes() for folder in folders for path in sorted(folder.iterdir())}
+    files |= {
+        f"{folder.name}/{path.name}": path.read_bytes() for folder in folders for path in sorted(folder.iterdir())
+    }
     with tarfile.open(args.output, "w", format=tarfile.USTAR_FORMAT) as archive:
         for name in ["meta.json", *sorted(files.keys() - {"meta.json"})]:
             info = tarfile.TarInfo(name)
@@ -177,7 +245,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="scenes.tar", help="archive to write")
     parser.add_argument("--scenes", type=int, default=160, help="how many scenes, of two views each")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
-    parser.add_argument("--spp", type=int, default=64, help="paths per pixel of the colour images")
+    parser.add_argument("--spp", type=int, default=36, help="paths per pixel of the colour images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes, of one rendering thread each")
     args = parser.parse_args()
@@ -194,7 +262,11 @@ def main() -> None:
         for done, index in enumerate(pool.imap_unordered(_job, jobs), 1):
             spent = time.monotonic() - start
             left = spent / done * (len(jobs) - done)
-            print(f"\rscene {index:04d}  {done}/{len(jobs)}  {spent / done / 2:.2f} s/image  {left:.0f} s left ", end="", flush=True)
+            print(
+                f"\rscene {index:04d}  {done}/{len(jobs)}  {spent / done / 2:.2f} s/image  {left:.0f} s left ",
+                end="",
+                flush=True,
+            )
     print()
     digest = pack(work, args.scenes, args)
     print(f"{args.output}: {Path(args.output).stat().st_size:,} bytes, sha256 {digest}")

@@ -13,13 +13,22 @@ from meshes import Part, block, rotation, shading_mesh
 
 WALL_TONES = ((0.86, 0.82, 0.74), (0.66, 0.75, 0.78), (0.80, 0.66, 0.58), (0.60, 0.68, 0.58), (0.78, 0.76, 0.80))
 STUDIO_TONES = (
-    (0.90, 0.88, 0.84), (0.55, 0.68, 0.78), (0.90, 0.71, 0.60), (0.60, 0.73, 0.64), (0.88, 0.80, 0.58),
-    (0.70, 0.64, 0.78), (0.42, 0.45, 0.50),
-)  # fmt: skip
+    (0.90, 0.88, 0.84),
+    (0.55, 0.68, 0.78),
+    (0.90, 0.71, 0.60),
+    (0.60, 0.73, 0.64),
+    (0.88, 0.80, 0.58),
+    (0.70, 0.64, 0.78),
+    (0.42, 0.45, 0.50),
+)
 FLOOR_WOODS = ((0.70, 0.52, 0.36), (0.56, 0.38, 0.25), (0.80, 0.67, 0.50), (0.45, 0.32, 0.24))
 BRICK_TONES = ((0.66, 0.34, 0.26), (0.78, 0.72, 0.66), (0.56, 0.40, 0.34))
-CLOTHS = (((0.20, 0.33, 0.46), (0.90, 0.87, 0.80)), ((0.68, 0.25, 0.22), (0.92, 0.86, 0.76)),
-          ((0.28, 0.42, 0.34), (0.88, 0.84, 0.72)), ((0.24, 0.24, 0.26), (0.84, 0.70, 0.42)))  # fmt: skip
+CLOTHS = (
+    ((0.20, 0.33, 0.46), (0.90, 0.87, 0.80)),
+    ((0.68, 0.25, 0.22), (0.92, 0.86, 0.76)),
+    ((0.28, 0.42, 0.34), (0.88, 0.84, 0.72)),
+    ((0.24, 0.24, 0.26), (0.84, 0.70, 0.42)),
+)
 
 
 def write_ply(part: Part, path: Path) -> None:
@@ -64,8 +73,10 @@ def _sweep(distance: float, radius: float = 0.7) -> Part:
 
 def _room_corner(distance: float, turn: float) -> list[Part]:
     """Two walls that meet in a vertical edge ``distance`` behind the origin."""
-    return [_quad([(0, 0, -0.1), (14 * dx, 14 * dy, -0.1), (14 * dx, 14 * dy, 8), (0, 0, 8)]).moved(y=distance, x=turn / 60)
-            for dx, dy in ((np.cos(np.radians(a)), np.sin(np.radians(a))) for a in (-45 + turn, -135 + turn))]  # fmt: skip
+    return [
+        _quad([(0, 0, -0.1), (14 * dx, 14 * dy, -0.1), (14 * dx, 14 * dy, 8), (0, 0, 8)]).moved(y=distance, x=turn / 60)
+        for dx, dy in ((np.cos(np.radians(a)), np.sin(np.radians(a))) for a in (-45 + turn, -135 + turn))
+    ]
 
 
 def background(layout: Layout, rng: np.random.Generator) -> tuple[list[tuple[Part, dict[str, Any]]], str]:
@@ -90,7 +101,11 @@ def background(layout: Layout, rng: np.random.Generator) -> tuple[list[tuple[Par
         return [(_floor(), floor), (_wall(distance, rng.uniform(-15, 15)), wall)], "on a chequered tile floor"
     if layout.background == "rug":
         wood = m.matte(m.planks(rng, FLOOR_WOODS[rng.integers(len(FLOOR_WOODS))]), 1.1, 0.3)
-        rug = block(2 * spread + 0.3, 2 * spread + 0.2, 0.014, "stage", 0.006).turned(rng.uniform(-25, 25)).moved(z=-0.014)
+        rug = (
+            block(2 * spread + 0.3, 2 * spread + 0.2, 0.014, "stage", 0.006)
+            .turned(rng.uniform(-25, 25))
+            .moved(z=-0.014)
+        )
         weave = m.matte(m.checks(rng, *cloth), 0.7)
         back = _wall(distance + 0.4, rng.uniform(-15, 15))
         return [(_floor(-0.014), wood), (rug, weave), (back, wall)], "on a chequered rug"
@@ -109,7 +124,9 @@ def _environment(top: Any, horizon: Any, strength: float) -> dict[str, Any]:
     return {"type": "envmap", "bitmap": mi.Bitmap(np.ascontiguousarray(image)), "to_world": turn}
 
 
-def _panel(at: tuple[float, float, float], width: float, height: float, radiance: Any, disk: bool = False) -> dict[str, Any]:
+def _panel(
+    at: tuple[float, float, float], width: float, height: float, radiance: Any, disk: bool = False
+) -> dict[str, Any]:
     """A one-sided luminous panel facing the group."""
     up = [0, 1, 0] if abs(at[0]) + abs(at[1]) < 1 else [0, 0, 1]
     pose = mi.ScalarTransform4f().look_at(list(at), [0, 0, 0.15], up).scale([width / 2, height / 2, 1])
@@ -122,54 +139,74 @@ def lights(name: str, rng: np.random.Generator) -> dict[str, Any]:
     s = float(rng.choice([-1, 1]))
     u = rng.uniform
     if name == "softbox":
-        return {"env": _environment((1, 1, 1), (0.8, 0.8, 0.82), 0.22),
-                "key": _panel((s * u(1.4, 2.2), -u(1.2, 2.0), u(2.2, 2.9)), 1.5, 1.5, (11, 10.8, 10.4)),
-                "fill": _panel((-s * 2.6, -1.8, 1.4), 1.2, 1.6, (1.6, 1.65, 1.8))}  # fmt: skip
+        return {
+            "env": _environment((1, 1, 1), (0.8, 0.8, 0.82), 0.22),
+            "key": _panel((s * u(1.4, 2.2), -u(1.2, 2.0), u(2.2, 2.9)), 1.5, 1.5, (11, 10.8, 10.4)),
+            "fill": _panel((-s * 2.6, -1.8, 1.4), 1.2, 1.6, (1.6, 1.65, 1.8)),
+        }
     if name == "sunset":
-        return {"env": _environment((0.42, 0.5, 0.78), (0.95, 0.66, 0.5), 0.36),
-                "key": _panel((s * u(2.2, 2.8), -u(1.4, 2.2), u(1.2, 1.7)), 0.8, 0.8, (37, 21, 9.8))}  # fmt: skip
+        return {
+            "env": _environment((0.42, 0.5, 0.78), (0.95, 0.66, 0.5), 0.36),
+            "key": _panel((s * u(2.2, 2.8), -u(1.4, 2.2), u(1.2, 1.7)), 0.8, 0.8, (37, 21, 9.8)),
+        }
     if name == "window":
-        return {"env": _environment((0.8, 0.88, 1), (0.85, 0.85, 0.85), 0.2),
-                "key": _panel((s * u(2.0, 2.5), -u(0.4, 1.0), u(1.4, 1.8)), 1.0, 1.6, (12.5, 14.2, 16.5))}  # fmt: skip
+        return {
+            "env": _environment((0.8, 0.88, 1), (0.85, 0.85, 0.85), 0.2),
+            "key": _panel((s * u(2.0, 2.5), -u(0.4, 1.0), u(1.4, 1.8)), 1.0, 1.6, (12.5, 14.2, 16.5)),
+        }
     if name == "spot":
-        return {"env": _environment((0.75, 0.8, 1), (0.7, 0.7, 0.8), 0.16),
-                "key": _panel((s * u(0.2, 0.6), -u(0.3, 0.8), u(2.7, 3.1)), 0.7, 0.7, (44, 41, 36), disk=True)}  # fmt: skip
-    return {"env": _environment((0.55, 0.75, 1.0), (1.0, 0.96, 0.9), 0.95),
-            "key": _panel((s * u(2.2, 3.0), -u(2.0, 3.0), u(2.6, 3.2)), 0.7, 0.7, (29, 27.3, 24))}  # fmt: skip
+        return {
+            "env": _environment((0.75, 0.8, 1), (0.7, 0.7, 0.8), 0.16),
+            "key": _panel((s * u(0.2, 0.6), -u(0.3, 0.8), u(2.7, 3.1)), 0.7, 0.7, (44, 41, 36), disk=True),
+        }
+    return {
+        "env": _environment((0.55, 0.75, 1.0), (1.0, 0.96, 0.9), 0.95),
+        "key": _panel((s * u(2.2, 3.0), -u(2.0, 3.0), u(2.6, 3.2)), 0.7, 0.7, (29, 27.3, 24)),
+    }
 
 
-def assemble(layout: Layout, folder: Path) -> tuple[dict[str, Any], dict[str, int], str]:
+def _object_parts(layout: Layout) -> dict[str, tuple[int, Part]]:
+    """One mesh per object and material slot, by shape id, with the object's instance id (from 1)."""
+    shapes = {}
+    for number, item in enumerate(layout.objects, 1):
+        for slot in dict.fromkeys(part.slot for part in item.parts):
+            group = [part for part in item.parts if part.slot == slot]
+            starts = np.cumsum([0, *(len(part.vertices) for part in group[:-1])])
+            faces = np.concatenate([part.faces + start for part, start in zip(group, starts, strict=True)])
+            vertices = np.concatenate([part.vertices for part in group])
+            shapes[f"object{number}_{slot}"] = (number, Part(vertices, faces, slot))
+    return shapes
+
+
+def assemble(layout: Layout, folder: Path, bare: bool = False) -> tuple[dict[str, Any], dict[str, int], str]:
     """Write the meshes of a layout and describe the scene for `mitsuba.load_dict`.
 
     Args:
         layout: the composed scene.
         folder: where the mesh files go; must live until the scene is loaded.
+        bare: the objects alone, without stage, lights or materials: enough to see how much of each shows.
 
     Returns:
         The dictionary (without sensor or integrator), the instance id (from 1) of every object shape by shape id, and
         the caption's phrase for the background.
     """
     rng = np.random.default_rng(layout.seed)
-    parts, phrase = background(layout, rng)
-    scene: dict[str, Any] = {"type": "scene", **lights(layout.light, rng)}
+    parts, phrase = ([], "") if bare else background(layout, rng)
+    scene: dict[str, Any] = {"type": "scene"} if bare else {"type": "scene", **lights(layout.light, rng)}
     owners: dict[str, int] = {}
 
-    def add(name: str, part: Part, bsdf: dict[str, Any]) -> None:
+    def add(name: str, part: Part, bsdf: dict[str, Any] | None) -> None:
         write_ply(part, folder / f"{name}.ply")
-        scene[name] = {"type": "ply", "filename": str(folder / f"{name}.ply"), "bsdf": bsdf}
+        scene[name] = {"type": "ply", "filename": str(folder / f"{name}.ply")} | ({"bsdf": bsdf} if bsdf else {})
 
     for k, (part, bsdf) in enumerate(parts):
         add(f"stage{k}", part, bsdf)
-    for number, item in enumerate(layout.objects, 1):
-        grain = np.random.default_rng(item.identity.seed)
-        surfaces = {slot: m.surface(*item.identity.slots[slot], grain) for slot in item.identity.slots}
-        by_slot: dict[str, list[Part]] = {}
-        for part in item.parts:
-            by_slot.setdefault(part.slot, []).append(part)
-        for slot, group in by_slot.items():
-            starts = np.cumsum([0, *(len(part.vertices) for part in group[:-1])])
-            faces = np.concatenate([part.faces + start for part, start in zip(group, starts, strict=True)])
-            name = f"object{number}_{slot}"
-            add(name, Part(np.concatenate([part.vertices for part in group]), faces, slot), surfaces[slot])
-            owners[name] = number
+    looks: dict[int, dict[str, dict[str, Any]]] = {}
+    if not bare:
+        for number, item in enumerate(layout.objects, 1):
+            grain = np.random.default_rng(item.identity.seed)
+            looks[number] = {slot: m.surface(*look, grain) for slot, look in item.identity.slots.items()}
+    for name, (number, part) in _object_parts(layout).items():
+        add(name, part, None if bare else looks[number][part.slot])
+        owners[name] = number
     return scene, owners, phrase

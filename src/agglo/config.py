@@ -1,7 +1,7 @@
 """Strict configuration: kinds found by file name, recipe keys checked against constructors, errors that name the key.
 
 An extension point is a package ``agglo.<point>``; a kind is a file in it that holds one public class. The class's
-keyword-only constructor parameters *are* the keys a recipe may use, so nothing is registered and nothing is listed twice.
+keyword-only constructor parameters *are* the keys a recipe may use, so nothing is registered and nothing listed twice.
 Third parties add kinds through the entry-point group ``agglo.<point>``.
 """
 
@@ -200,10 +200,10 @@ def write_yaml(data: Any) -> str:
 
 
 def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """Apply ``key.path=value`` assignments to a copy of a nested mapping; values are YAML (``[1, 2]``, ``1e-3``, ``null``).
+    """Apply ``key.path=value`` assignments to a copy of a nested mapping; values are YAML (``[1, 2]``, ``null``).
 
-    A list element is addressed by its index: ``partitions.0.batch=64``. Setting ``kind`` drops that mapping's other keys,
-    because they belonged to the kind that is replaced.
+    A list element is addressed by its index: ``partitions.0.batch=64``. Setting ``kind`` drops that mapping's other
+    keys, because they belonged to the kind that is replaced.
 
     Raises:
         ConfigError: no ``=``, an index out of range, or a path through a value that holds no keys.
@@ -222,7 +222,7 @@ def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
 
 
 def _assign(root: Any, keys: list[str], value: Any, assignment: str) -> None:
-    node = root
+    node: Any = root
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
         if isinstance(node, list):
@@ -237,10 +237,9 @@ def _assign(root: Any, keys: list[str], value: Any, assignment: str) -> None:
             if isinstance(node, dict) and node.get(index) is None:
                 node[index] = {}
             node = node[index]
-        elif isinstance(node, dict) and index == "kind" and node.get("kind") != value:
-            node.clear()
-            node["kind"] = value
         else:
+            if isinstance(node, dict) and index == "kind" and node.get("kind") != value:
+                node.clear()
             node[index] = value
 
 
@@ -286,8 +285,8 @@ def explain(error: ValidationError, data: Any, where: str, model: type[BaseModel
             lines.append(f"{path}: unknown key{nearest(str(location[-1]), legal)}")
         elif problem["type"] == "missing":
             lines.append(f"{path}: missing")
-        elif isinstance(problem.get("ctx", {}).get("error"), ConfigError):
-            lines.append(str(problem["ctx"]["error"]))  # it names its own key
+        elif isinstance(cause := problem.get("ctx", {}).get("error"), ConfigError):
+            lines.append(str(cause))  # it names its own key
         else:
             lines.append(f"{path}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agglo.config import build, check_options, nearest
-from agglo.preprocess import Conditioner, check_size, load_image, snap
+from agglo.preprocess import Conditioner, check_size, load_image, snap, to_batch
 from agglo.recipe import Recipe
 from agglo.recipe import load as load_recipe
 from agglo.types import AggloError, AssetError, ConfigError, Features, FeatureSpec, Output
@@ -104,14 +104,15 @@ class Model(nn.Module):
         self.student = build("students", self.student_config, tuple(heads), installed=installed)
         self.conditioner = Conditioner(self.student.mean, self.student.std)
         inner: FeatureSpec = self.student.spec
-        self.heads = nn.ModuleDict({n: Heads(c, inner, installed=installed) for n, c in heads.items()})
+        built = {name: Heads(config, inner, installed=installed) for name, config in heads.items()}
+        self.heads: dict[str, Heads] = nn.ModuleDict(built)  # type: ignore[assignment]
         with_summary = sorted({c.slot for c in heads.values() if c.summary is not None}) or [0]
         self.summary_slots = with_summary if inner.slots > 1 else [0]
         summary = None if inner.summary is None else inner.summary // inner.slots * len(self.summary_slots)
         self.spec = FeatureSpec(summary, inner.spatial, inner.stride, inner.step, len(self.summary_slots))
         self._towers: dict[str, Any] = {}
 
-    # --- inference -----------------------------------------------------------------------------------------------------
+    # --- inference ---
 
     def forward(self, images: ImageLike, *, heads: Iterable[str] | None = None, resize: bool = True) -> Output:
         """Encode images.
@@ -132,14 +133,13 @@ class Model(nn.Module):
 
     def prepare(self, images: ImageLike, *, resize: bool = True) -> Tensor:
         """Any image-like to a float batch of legal size on the model's device."""
-        if not (isinstance(images, Tensor) and images.ndim == 4):
-            images = load_image(images)[None]
+        batch = to_batch(images) if isinstance(images, Tensor) and images.ndim == 4 else load_image(images)[None]
         weight = next(self.student.parameters())
-        images = images.to(weight.device, torch.float32)
+        batch = batch.to(weight.device, torch.float32)
         if resize:
-            return snap(images, self.spec.step)
-        check_size(images.shape[-2], images.shape[-1], self.spec.step)
-        return images
+            return snap(batch, self.spec.step)
+        check_size(batch.shape[-2], batch.shape[-1], self.spec.step)
+        return batch
 
     def encode(self, images: Tensor) -> Features:
         """The student alone, on ``(B, 3, H, W)`` of a legal size: all its class tokens, in their order."""
@@ -157,7 +157,7 @@ class Model(nn.Module):
             summary = summary.unflatten(1, (self.student.spec.slots, -1))[:, self.summary_slots].flatten(1)
         return Output(summary, features.spatial, {name: self.heads[name](features) for name in chosen})
 
-    # --- language ------------------------------------------------------------------------------------------------------
+    # --- language ---
 
     def text_head(self, head: str | None = None) -> str:
         """The name of the head that speaks a text tower's language.
@@ -188,7 +188,7 @@ class Model(nn.Module):
             raise TypeError(f"head {name!r} has no summary")
         return F.normalize(summary.float(), dim=-1)
 
-    # --- the folder ----------------------------------------------------------------------------------------------------
+    # --- the folder ---
 
     def config(self) -> dict[str, Any]:
         """What :meth:`load` needs besides the weights, as JSON data."""
@@ -245,13 +245,17 @@ class Model(nn.Module):
             model.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError, OSError) as error:
             first = str(error).strip().splitlines()[0]
-            raise AssetError(f"{folder / WEIGHTS} is damaged or of another model ({first}): fetch or save it again") from None
+            raise AssetError(
+                f"{folder / WEIGHTS} is damaged or of another model ({first}): fetch or save it again"
+            ) from None
         return model.eval()
 
     @classmethod
     def _from_config(cls, config: Mapping[str, Any]) -> Model:
         if config.get("format") != FORMAT:
-            raise ConfigError(f"config.json has format {config.get('format')!r}, this agglo reads {FORMAT}: upgrade agglo")
+            raise ConfigError(
+                f"config.json has format {config.get('format')!r}, this agglo reads {FORMAT}: upgrade agglo"
+            )
         return cls(
             config["student"],
             {name: HeadConfig(**head) for name, head in config["heads"].items()},
@@ -266,10 +270,11 @@ def plain_card(model: Model, name: str) -> str:
     facts = model.provenance
     teachers = "\n".join(f"- `{n}`: {t}" for n, t in facts.get("teachers", {}).items()) or "- unknown"
     return (
-        f"---\nlibrary_name: agglo\nlicense: {facts.get('license', 'other')}\ntags: [agglomerative, feature-extraction]\n---\n\n"
+        f"---\nlibrary_name: agglo\nlicense: {facts.get('license', 'other')}\n"
+        "tags: [agglomerative, feature-extraction]\n---\n\n"
         f"# {name}\n\nAn agglomerative vision backbone: `{model.student_config['kind']}` student, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, stride {model.spec.stride}.\n\n"
-        f"```python\nimport agglo\n\nmodel = agglo.load(\"{name}\")\n```\n\nTeachers and their licences:\n\n{teachers}\n"
+        f'```python\nimport agglo\n\nmodel = agglo.load("{name}")\n```\n\nTeachers and their licences:\n\n{teachers}\n'
     )
 
 
@@ -285,8 +290,10 @@ def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, 
         summary = spec.summary is not None and entry.summary_weight > 0
         spatial = spec.spatial is not None and entry.spatial_weight > 0
         if not summary and not spatial:
-            raise ConfigError(f"teachers.{name}: nothing to learn; it has "
-                              f"{'no' if spec.summary is None else 'a'} summary and {'no' if spec.spatial is None else 'a'} map")
+            raise ConfigError(
+                f"teachers.{name}: nothing to learn; it has "
+                f"{'no' if spec.summary is None else 'a'} summary and {'no' if spec.spatial is None else 'a'} map"
+            )
         per_teacher = recipe.student.get("cls_per_teacher", False)
         configs[name] = HeadConfig(
             summary=(entry.summary_head or recipe.heads.summary) if summary else None,

@@ -34,14 +34,12 @@ class TeacherEntry(Strict):
         teacher: the kind and its keys (written flat in YAML: ``{kind: timm, model: ..., spatial_weight: 1}``).
         summary_weight: weight of the summary term; 0 switches it off (METHOD 2.11).
         spatial_weight: weight of the spatial term; 0 switches it off.
-        size: pixels of the square the teacher sees, or null for the student's own size.
         summary_head, spatial_head: override the recipe's ``heads:`` for this teacher.
     """
 
     teacher: Kind
     summary_weight: float = Field(default=1.0, ge=0)
     spatial_weight: float = Field(default=1.0, ge=0)
-    size: int | None = Field(default=None, gt=0)
     summary_head: Kind | None = None
     spatial_head: Kind | None = None
 
@@ -104,18 +102,28 @@ class Views(Strict):
         aspect: width / height of a crop, log-uniform in this range.
         flip: probability of a mirror image.
         mixup: probability that a batch is blended with itself in another order, before student *and* teachers see it.
+        canvas: shorter side, in pixels, at which a crop is rendered at least, so that a teacher that looks at more
+            pixels than the student sees real ones; null renders at the student's size.
     """
 
     scale: tuple[float, float] = (0.35, 1.0)
     aspect: tuple[float, float] = (0.75, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)
     mixup: float = Field(default=0.0, ge=0, le=1)
+    canvas: int | None = Field(default=None, gt=0)
 
     @field_validator("scale", "aspect")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 < value[0] <= value[1]:
             raise ValueError(f"must be a range (low, high) with 0 < low <= high, not {value}")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _inside(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] > 1:
+            raise ValueError(f"a crop cannot be larger than its image: at most 1, not {value[1]}")
         return value
 
 

@@ -48,14 +48,13 @@ def test_readme_python_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_agglo_commands_exist(page):
-    import click
     import typer
 
     from agglo import cli
 
     app = next(value for value in vars(cli).values() if isinstance(value, typer.Typer))
     group = typer.main.get_command(app)
-    known: dict[str, click.Command] = group.commands  # type: ignore[attr-defined]
+    known = group.commands  # type: ignore[attr-defined]
     for line in commands(page):
         words = shlex.split(line.replace("|", " ").replace("…", ""))
         if words[0] != "agglo" or len(words) < 2:

@@ -18,7 +18,7 @@ HOSTS: dict[str, set[str]] = {
     "skimage": set(),  # photographs are read where the package is installed; its code is not imported
     "sklearn": set(),
     "scipy": set(),
-    "pyarrow": {"embedding.py"},
+    "pyarrow": {"cli.py", "embedding.py"},
     "pandas": set(),
     "matplotlib": set(),
     "mitsuba": set(),  # only benchmarks/scenes renders

@@ -248,7 +248,24 @@ def test_evaluation_batches_report_every_bad_image():
     batches = list(evaluation_batches(Noise(9, bad=[1, 3, 4, 5, 8]), 16, 3))
     assert [b.indices for b in batches] == [[0, 2], [6, 7]]
     assert [sorted(b.skipped) for b in batches] == [["noise/1"], ["noise/3", "noise/4", "noise/5", "noise/8"]]
-    with pytest.raises(ConfigError, match="none of the source's 2 images.*noise/0: is broken"):
+    with pytest.raises(ConfigError, match=r"none of the source's 2 images.*noise/0: is broken"):
         list(evaluation_batches(Noise(2, bad=[0, 1]), 16, 3))
     with pytest.raises(ValueError, match="cover or stretch"):
         next(evaluation_batches(Noise(2), 16, 3, "squeeze"))
+
+
+def test_a_canvas_renders_more_pixels_of_the_same_crops(tmp_path):
+    for index in range(3):
+        Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / f"{index}.png")
+    source = Folder(path=str(tmp_path))
+    partitions, policy = [Partition(sizes=[16, 48], batch=2)], ViewPolicy()
+    plain = Loader([source], None, partitions, policy, workers=0)
+    large = Loader([source], None, partitions, policy, workers=0, canvas=32)
+    for step in range(6):
+        small, big = plain.batch(step), large.batch(step)
+        assert small.size == big.size == tuple(small.images.shape[-2:])
+        assert tuple(big.images.shape[-2:]) == tuple(max(32, side) for side in small.size)
+        assert small.names == big.names
+        for one, two in zip(small.views, big.views, strict=True):
+            assert one.box == pytest.approx(two.box)
+            assert one.flip == two.flip

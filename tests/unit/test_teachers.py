@@ -263,11 +263,14 @@ def test_timm_sizes() -> None:
 
 @needs_timm
 def test_timm_model_of_one_size() -> None:
-    swin = {"kind": "timm", "model": "swin_tiny_patch4_window7_224", "weights": "random", "stage": 2}
-    teacher = build("teachers", swin)
-    assert teacher.input_size((128, 192), 16) == (224, 224) and teacher.spec.stride == 16
+    levit = {"kind": "timm", "model": "levit_128s", "weights": "random", "stage": 1}
+    teacher = build("teachers", levit)
+    assert teacher.input_size((128, 192), 16) == (224, 224)
     with torch.no_grad():
-        assert teacher(images(224, 224, batch=1)).spatial.shape == (1, 384, 14, 14)
+        assert teacher(images(224, 224, batch=1)).spatial.shape == (1, 256, 7, 7)
+    with pytest.raises(ConfigError, match="nearest legal size is 224x224"):
+        teacher(images(128, 192))
+    assert build("teachers", {**levit, "size": 128}).input_size((192, 256), 16) == (128, 128)
 
 
 @needs_timm

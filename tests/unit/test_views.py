@@ -1,6 +1,7 @@
 """Views: pure functions of (seed, step, sample), and geometry that agrees with the pixels."""
 
 import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_neighbouring_generators_are_independent():
         assert abs(np.corrcoef(first[:-lag], first[lag:])[0, 1]) < 0.06
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     weights=st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=1, max_size=6).filter(any),
     start=st.integers(0, 10**13),
@@ -62,7 +63,8 @@ def test_quota_is_exact_and_counts_what_it_chose(weights, start):
         assert seen == counts[chosen]
         counts[chosen] += 1
     assert quota.before(start + 40) == counts
-    assert (np.abs(np.array(quota.before(1000)) - shares * 1000) < 1 + 1e-6).all()
+    levels = math.ceil(math.log2(len(weights)))
+    assert (np.abs(np.array(quota.before(1000)) - shares * 1000) <= levels / 2 + 1e-3).all()
 
 
 def test_quota_begins_with_what_is_frequent():

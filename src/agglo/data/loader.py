@@ -31,6 +31,7 @@ from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError, View
 
 _log = logging.getLogger(__name__)
+_WHITE = np.float32(255)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Batch:
         step: the step.
         partition: index of the partition the size came from.
         skipped: names of bad images whose place another took.
+        size: ``(H, W)`` that the student is to see this step; the images are larger where ``canvas`` asks for it.
     """
 
     images: Tensor
@@ -53,6 +55,7 @@ class Batch:
     step: int
     partition: int
     skipped: list[str]
+    size: tuple[int, int]
 
 
 class _StoppedError(Exception):
@@ -74,6 +77,8 @@ class Loader:
         seed: of everything random here.
         workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
         cache_mb: budget of decoded images, in MiB.
+        canvas: crops are rendered with at least this shorter side, in pixels, for teachers that want more pixels than
+            the student; whoever wants fewer shrinks them.
         max_side: images with a longer side in pixels are shrunk to it when read, always, cached or not.
 
     Attributes:
@@ -93,6 +98,7 @@ class Loader:
         workers: int = 1,
         *,
         cache_mb: int = 1024,
+        canvas: int | None = None,
         max_side: int | None = None,
     ) -> None:
         if not sources:
@@ -109,6 +115,7 @@ class Loader:
         self.policy = policy
         self.seed = seed
         self.workers = workers
+        self.canvas = canvas
         self.max_side = max_side
         self.skipped: dict[str, str] = {}
         Quota(self.weights)
@@ -154,7 +161,8 @@ class Loader:
     def _prepare(self, step: int, gone: Event) -> Batch:
         """Runs in threads, so without torch kernels: each would start threads of its own."""
         draw = draw_resolution(self.seed, step, self.partitions)
-        images = np.empty((draw.batch, 3, *draw.size), dtype=np.float32)
+        size = self._rendered(draw.size)
+        images = np.empty((draw.batch, 3, *size), dtype=np.float32)
         views: list[View] = []
         names: list[str] = []
         skipped: list[str] = []
@@ -162,12 +170,16 @@ class Loader:
             if gone.is_set():
                 raise _StoppedError
             index, image, bad = self._readable(source, position)
-            view = draw_view((image.height, image.width), draw.size, self.policy, generator(self.seed, step, sample))
-            np.divide(render(image, view).numpy(), np.float32(255), out=images[sample])
+            view = draw_view((image.height, image.width), size, self.policy, generator(self.seed, step, sample))
+            np.divide(render(image, view).numpy(), _WHITE, out=images[sample])
             views.append(view)
             names.append(self.sources[source].name(index))
             skipped.extend(bad)
-        return Batch(torch.from_numpy(images), views, names, step, draw.partition, skipped)
+        return Batch(torch.from_numpy(images), views, names, step, draw.partition, skipped, draw.size)
+
+    def _rendered(self, size: tuple[int, int]) -> tuple[int, int]:
+        scale = max(1.0, (self.canvas or 0) / min(size))
+        return round(size[0] * scale), round(size[1] * scale)
 
     def _readable(self, source: int, position: int) -> tuple[int, Image.Image, list[str]]:
         """The image at a position, or the next readable one of the same pass: ``(index, image, names passed over)``.
@@ -251,7 +263,7 @@ def evaluation_batches(
     skipped: dict[str, str] = {}
     for start in range(0, len(source), batch_size):
         indices: list[int] = []
-        pixels: list[Tensor] = []
+        pixels: list[np.ndarray] = []
         for index in range(start, min(start + batch_size, len(source))):
             try:
                 image = source.read(index)
@@ -261,11 +273,11 @@ def evaluation_batches(
                 continue
             view = centre_view((image.height, image.width), canvas, stretch=resize == "stretch")
             indices.append(index)
-            pixels.append(render(image, view))
+            pixels.append(np.divide(render(image, view).numpy(), _WHITE))
         if indices:
             if ready is not None:
                 yield ready
-            ready = EvaluationBatch(indices, torch.stack(pixels).float() / 255, skipped)
+            ready = EvaluationBatch(indices, torch.from_numpy(np.stack(pixels)), skipped)
             skipped = {}
     if ready is None:
         example = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:1])

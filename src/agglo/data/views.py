@@ -3,11 +3,11 @@
 Nothing here has state. Which partition, which size, which images, which crop: each is computed from the seed and the
 step alone, so a run is the same on any number of threads, in any order, and after it is resumed.
 
-Two devices make that cheap. Randomness comes from Philox, a counter-based generator, keyed by the seed and addressed by
-(stream, step, sample). Shares (of sources in the samples, of partitions in the steps) are *quotas*: with integer
-cumulative weights ``C_k / C``, the first ``n`` draws hold ``round(n C_k / C) - round(n C_(k-1) / C)`` draws of choice
-``k``. That differs from the exact share by less than one, never decreases, and tells in O(1) how often ``k`` was drawn
-before, hence where each source stands in its own shuffled passes.
+Two devices make that cheap. Randomness comes from Philox, a counter-based generator, keyed by the seed and addressed
+by (stream, step, sample). Shares (of sources in the samples, of partitions in the steps) are *quotas*: of the first
+``n`` draws between two choices, ``round(n w_1 / (w_1 + w_2))`` go to the first; more choices are halves of halves.
+Every share holds to within half a draw a level, at any point, and how often a choice was drawn before is computed in
+O(log choices), hence where each source stands in its own shuffled passes.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def generator(seed: int, step: int, sample: int, stream: int = _VIEWS) -> np.ran
 
 
 class Quota:
-    """Draws among weighted choices with the least possible deviation from their shares (systematic sampling).
+    """Draws among weighted choices in fixed shares, countable at any point.
 
     Args:
         weights: non-negative and finite, at least one positive; resolved to one part in 2**32.
@@ -136,27 +136,44 @@ class Quota:
         total = math.fsum(weights)
         if not weights or not all(w >= 0 for w in weights) or not 0 < total < math.inf:
             raise ConfigError(f"weights must be finite, at least 0, and not all 0; got {list(weights)}")
-        sums = [math.fsum(weights[: k + 1]) / total for k in range(len(weights))]
-        # Integers, because float rounding would break the exact sum after many draws.
-        self._cumulative = [0, *(round(s * _RESOLUTION_OF_WEIGHTS) for s in sums)]
+        # Integers, because rounded floats would miscount after many draws.
+        whole = [max(1, round(w / total * _RESOLUTION_OF_WEIGHTS)) if w > 0 else 0 for w in weights]
+        self._sums = [0, *itertools.accumulate(whole)]
+
+    def _left(self, first: int, middle: int, last: int, draws: int) -> int:
+        """How many of ``draws`` among the choices ``first .. last`` fall before ``middle``."""
+        total = self._sums[last] - self._sums[first]
+        return (2 * (self._sums[middle] - self._sums[first]) * draws + total) // (2 * total) if total else 0
 
     def before(self, draw: int) -> list[int]:
         """How often each choice occurs in the first ``draw`` draws."""
-        half = _RESOLUTION_OF_WEIGHTS // 2
-        edges = [(c * draw + half) // _RESOLUTION_OF_WEIGHTS for c in self._cumulative]
-        return [b - a for a, b in itertools.pairwise(edges)]
+
+        def count(first: int, last: int, draws: int) -> list[int]:
+            if last - first == 1:
+                return [draws]
+            middle = (first + last) // 2
+            left = self._left(first, middle, last, draws)
+            return count(first, middle, left) + count(middle, last, draws - left)
+
+        return count(0, len(self._sums) - 1, draw)
 
     def choice(self, draw: int) -> tuple[int, int]:
         """``(choice, how often it was drawn before)`` of draw number ``draw`` (from 0)."""
-        before, after = self.before(draw), self.before(draw + 1)
-        chosen = next(k for k, (a, b) in enumerate(zip(before, after, strict=True)) if b > a)
-        return chosen, before[chosen]
+        first, last = 0, len(self._sums) - 1
+        while last - first > 1:
+            middle = (first + last) // 2
+            left = self._left(first, middle, last, draw)
+            if self._left(first, middle, last, draw + 1) > left:
+                last, draw = middle, left
+            else:
+                first, draw = middle, draw - left
+        return first, draw
 
 
 def draw_resolution(seed: int, step: int, partitions: Sequence[PartitionLike]) -> Draw:
     """The partition, size and samples of a step; the same on every rank (METHOD 3.1).
 
-    Partitions follow their weights by quota, heaviest first; the size is uniform in the partition.
+    Partitions follow their weights by quota; the size is uniform in the partition.
 
     Raises:
         ConfigError: no partitions, or one without sizes or images.
@@ -230,7 +247,7 @@ def draw_view(
         size: ``(H, W)`` of the canvas.
     """
     (height, width), (rows, columns) = source_size, size
-    u_area, u_aspect, u_x, u_y, u_flip = rng.random(5)
+    u_area, u_aspect, u_x, u_y, u_flip = rng.random(5).tolist()
     area = policy.scale[0] + (policy.scale[1] - policy.scale[0]) * u_area
     low, high = (a * columns / rows for a in policy.aspect)
     fit_low, fit_high = area * width / height, width / (area * height)  # where the crop's height, width still fit
@@ -286,7 +303,7 @@ def render(image: Image.Image, view: View) -> Tensor:
     pixels = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if view.flip:
         pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(np.asarray(pixels).transpose(2, 0, 1), order="C"))
 
 
 def mix(images: Tensor, seed: int, step: int, probability: float) -> Tensor:

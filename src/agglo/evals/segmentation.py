@@ -117,9 +117,8 @@ def fit_logistic(
     total = float(y.sum())
     if total <= 0:
         raise ProbeError("the training split has no labelled pixel: nothing to fit a probe on")
-    weight, bias = (
-        (t.clone() for t in start) if start else (x.new_zeros(y.shape[1], x.shape[1]), x.new_zeros(y.shape[1]))
-    )
+    zeros = x.new_zeros(y.shape[1], x.shape[1]), x.new_zeros(y.shape[1])
+    weight, bias = (tensor.clone() for tensor in start or zeros)
     weight.requires_grad_(True)
     bias.requires_grad_(True)
     optimiser = torch.optim.LBFGS(

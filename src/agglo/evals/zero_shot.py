@@ -23,8 +23,8 @@ class ZeroShot(Eval):
     """Zero-shot classification: an image belongs to the class whose name, as text, lies nearest (Radford et al. 2021).
 
     A class's vector is the normalised mean of the unit-norm embeddings of its name in each template (METHOD 7); an
-    image's is ``encode_image``, or the normalised summary of a text-aligned teacher that has no such method. The score is
-    their cosine; equal scores go to the class that comes first.
+    image's is ``encode_image``, or the normalised summary of a text-aligned teacher that has no such method. The score
+    is their cosine; equal scores go to the class that comes first.
 
     Metrics: ``top1`` and ``top5``, in [0, 1].
 

@@ -28,6 +28,8 @@ class Vocabulary(Head):
         classes: V, how many names the teacher's vocabulary holds.
     """
 
+    text: Tensor
+
     def __init__(self, source: int, target: int, /, *, classes: int = 1000) -> None:
         super().__init__()
         self.source, self.target = source, target

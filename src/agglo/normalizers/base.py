@@ -17,15 +17,22 @@ class Normalizer(nn.Module, ABC):
     """
 
     channels: int
+    mean: Tensor
+    whiten: Tensor
+    unwhiten: Tensor
     needs_statistics: bool = True
 
     @abstractmethod
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
-        """Accumulate statistics in float64 of ``(B, C, H, W)``; positions where ``mask (B, 1, H, W)`` is False are left out."""
+        """Accumulate statistics in float64 of ``(B, C, H, W)``, only where ``mask (B, 1, H, W)`` is True."""
 
     @abstractmethod
     def freeze(self) -> None:
-        """Turn the statistics into the map and forget them. A second call, or a call before any update, raises RuntimeError."""
+        """Turn the statistics into the map and forget them.
+
+        Raises:
+            RuntimeError: called twice, or before any update.
+        """
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from agglo.config import build
+from agglo.losses.base import Loss
 from agglo.model import Model
 from agglo.nn.geometry import align
+from agglo.normalizers.base import Normalizer
 from agglo.preprocess import resize
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
@@ -48,9 +50,11 @@ class Distill(nn.Module):
 
     def __init__(self, recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> None:
         super().__init__()
-        self.sizes = {name: entry.size for name, entry in recipe.teachers.items()}
         weights: dict[str, float] = {}
-        self.normalizers, self.summary_losses, self.spatial_losses = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        # Module dictionaries that are read as plain ones: pyright cannot know what a ModuleDict holds.
+        self.normalizers: dict[str, Normalizer] = nn.ModuleDict()  # type: ignore[assignment]
+        self.summary_losses: dict[str, Loss] = nn.ModuleDict()  # type: ignore[assignment]
+        self.spatial_losses: dict[str, Loss] = nn.ModuleDict()  # type: ignore[assignment]
         for name, entry in recipe.teachers.items():
             spec = specs[name]
             if spec.summary is not None and entry.summary_weight > 0:
@@ -71,14 +75,21 @@ class Distill(nn.Module):
         losses = [*self.summary_losses.values(), *self.spatial_losses.values()]
         return any(n.needs_statistics for n in fitted) or any(loss.needs_statistics for loss in losses)
 
-    def teach(self, teachers: Mapping[str, Teacher], images: Tensor, stride: int) -> dict[str, Features]:
-        """What the teachers say of a batch ``(B, 3, H, W)`` in [0, 1]: one forward pass each, under inference mode."""
+    def teach(
+        self, teachers: Mapping[str, Teacher], images: Tensor, size: tuple[int, int], stride: int
+    ) -> dict[str, Features]:
+        """What the teachers say of a batch: one forward pass each, under inference mode.
+
+        Args:
+            teachers: by name.
+            images: ``(B, 3, H, W)`` in [0, 1], at least as large as what the student sees.
+            size: ``(H, W)`` that the student sees; each teacher chooses its own from it.
+            stride: the student's.
+        """
         out = {}
         for name, teacher in teachers.items():
-            fixed = self.sizes[name]
-            size = (fixed, fixed) if fixed else teacher.input_size((images.shape[-2], images.shape[-1]), stride)
             with torch.inference_mode():
-                features = teacher(resize(images, size))
+                features = teacher(resize(images, teacher.input_size(size, stride)))
             # Inference tensors may not be saved for backward, so what leaves the teacher is an ordinary copy.
             out[name] = features.map(lambda x: x.float().clone())
         return out
@@ -95,9 +106,9 @@ class Distill(nn.Module):
             seen = True
             for name, normalizer in self.normalizers.items():
                 if normalizer.needs_statistics:
-                    normalizer.update(targets[name].spatial)
+                    normalizer.update(_there(targets[name].spatial, name))
             for name, kept in summaries.items():
-                kept.append(targets[name].summary.float().cpu())
+                kept.append(_there(targets[name].summary, name).cpu())
         if not seen:
             raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
         for normalizer in self.normalizers.values():
@@ -119,10 +130,13 @@ class Distill(nn.Module):
         for name, heads in model.heads.items():
             predicted, target = heads(features), targets[name]
             if name in self.summary_losses:
-                terms[f"{name}/summary"] = self.summary_losses[name](predicted.summary, target.summary)
+                terms[f"{name}/summary"] = self.summary_losses[name](
+                    _there(predicted.summary, name), _there(target.summary, name)
+                )
             if name in self.spatial_losses:
                 # Project first, then bring to the common grid (D-1); targets are normalised on their native grid.
-                pair = align(predicted.spatial, self.normalizers[name](target.spatial))
+                wanted = self.normalizers[name](_there(target.spatial, name))
+                pair = align(_there(predicted.spatial, name), wanted)
                 terms[f"{name}/spatial"] = self.spatial_losses[name](*pair)
         return Result(self.balancer(terms), {name: term.detach() for name, term in terms.items()})
 
@@ -130,5 +144,13 @@ class Distill(nn.Module):
     def fold(self, model: Model) -> Model:
         """Fold the normalizers into the spatial heads, in place: they answer in teacher space from then on."""
         for name, normalizer in self.normalizers.items():
-            model.heads[name].spatial.fold(normalizer.unwhiten, normalizer.mean)
+            head = model.heads[name].spatial
+            if head is not None:
+                head.fold(normalizer.unwhiten, normalizer.mean)
         return model
+
+
+def _there(tensor: Tensor | None, teacher: str) -> Tensor:
+    if tensor is None:
+        raise TypeError(f"teacher {teacher!r} or its head left out an output that its spec promises")
+    return tensor

@@ -74,6 +74,8 @@ def load_models(records: Records) -> Models:
     models = Models(_load(records, "model"), _load(records, "initial"))
     teachers = {}
     for name, entry in records.recipe.teachers.items() if records.recipe else ():
+        if entry.spatial_weight == 0:  # nothing of it is painted, and a text-aligned one takes long to build
+            continue
         try:
             # One by one, so that a teacher that is not installed here does not take the others with it.
             teachers[name] = build("teachers", entry.teacher, where=f"teachers.{name}").requires_grad_(False).eval()

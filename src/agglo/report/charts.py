@@ -18,17 +18,24 @@ MAX_POINTS = 400
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average without start-up bias: ``s_t = sum_i a^(t-i) x_i / sum_i a^(t-i)``, ``a = 1 - 1/span``.
+    """Two-sided exponential average, which does not lag: ``s_t = sum_i a^|t-i| x_i / sum_i a^|t-i|``, ``a = 1 - 1/span``.
 
     Args:
         values: in order.
-        span: about how many values the average looks back on; 1 returns the values.
+        span: about how many values to each side count; 1 returns the values.
     """
-    decay, total, weight, out = 1 - 1 / max(1.0, span), 0.0, 0.0, []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        out.append(total / weight)
-    return out
+    decay = 1 - 1 / max(1.0, span)
+
+    def one_side(ordered: Sequence[float]) -> list[tuple[float, float]]:
+        total, weight, out = 0.0, 0.0, []
+        for value in ordered:
+            total, weight = decay * total + value, decay * weight + 1
+            out.append((total, weight))
+        return out
+
+    past, future = one_side(values), one_side(values[::-1])[::-1]
+    # Each side holds x_t itself with weight 1, so it is taken off once.
+    return [(p + f - x) / (v + w - 1) for x, (p, v), (f, w) in zip(values, past, future, strict=True)]
 
 
 def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -113,7 +120,7 @@ def line_chart(title: str, points: Sequence[Point], colour: int, *, unit: str = 
     if not points:
         return tag("figure", tag("figcaption", name, tag("span", "no finite value", class_="chart-range")), class_="chart")
     steps, values = [p[0] for p in points], [p[1] for p in points]
-    calm = smooth(values, max(1.0, len(values) / 15))
+    calm = smooth(values, max(1.0, len(values) / 25))
     log = wants_log(values)
     x = Axis(steps[0], steps[-1], LEFT, WIDTH - RIGHT, margin=0.0 if len(points) > 1 else 0.06)
     y = Axis(min(values), max(values), HEIGHT - BOTTOM, TOP, log=log)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from PIL import ImageStat
 
 from agglo.model import Model
 from agglo.report.charts import line_chart, stacked_bar
@@ -95,14 +98,19 @@ def _notes(records: Records) -> Markup | None:
 
 
 def _duo(gallery: Gallery | None) -> Markup | None:
+    """The image whose features differ most from place to place, beside the student's picture of it."""
     column = next((c for c in gallery.columns if c.title == "student"), None) if gallery else None
-    if gallery is None or column is None or column.pictures[0] is None or gallery.columns[0].pictures[0] is None:
+    if gallery is None or column is None:
         return None
-    name = gallery.names[0]
+    pairs = [(name, image, seen) for name, image, seen in zip(gallery.names, gallery.columns[0].pictures, column.pictures)
+             if image is not None and seen is not None]  # fmt: skip
+    if not pairs:
+        return None
+    name, image, seen = max(pairs, key=lambda pair: sum(ImageStat.Stat(pair[2]).var))
     return tag(
         "figure",
-        picture(gallery.columns[0].pictures[0], name),
-        picture(column.pictures[0], f"PCA of the student's features of {name}", quality=88),
+        picture(image, name),
+        picture(seen, f"PCA of the student's features of {name}", quality=88),
         tag("figcaption", f"{name}, and what the student makes of it: the three principal components of its "
                           "spatial features, as colours."),
         class_="duo",
@@ -151,7 +159,7 @@ def _hardware(records: Records) -> str:
     threads = str(known.get("threads", ""))
     words = f"{threads} CPU thread{'' if threads == '1' else 's'}" if threads else ""
     system = str(known.get("processor") or known.get("platform", ""))
-    system = re.sub(r"-with-.*$", "", system)
+    system = re.sub(r"^(\w+)-.*(x86_64|amd64|arm64|aarch64).*$", r"\1 \2", system)  # no kernel version in a sentence
     return f"{words} ({system})" if words and system else words or system
 
 
@@ -188,7 +196,7 @@ def _learning(records: Records) -> list[Child]:
                          stacked_bar(phases), class_="panel"))  # fmt: skip
     board = records.folder / "tensorboard"
     if board.is_dir() and any(board.iterdir()):
-        parts.append(tag("p", "The same numbers, live: ", _code(f"tensorboard --logdir {board}"), class_="foot"))
+        parts.append(tag("p", "The same numbers, live: ", _code(f"tensorboard --logdir {shlex.quote(str(board))}"), class_="foot"))
     else:
         parts.append(tag("p", "For live curves, install TensorBoard: ", _code('pip install "agglo[log]"'), class_="foot"))
     return parts
@@ -203,14 +211,14 @@ def _measured(records: Records) -> list[Child]:
         "The student, the same student before its first step, and its teachers, under the same protocol. "
         "Bold is the best of a row; the change is the student against itself before training.",
     )
-    command = _code(f"agglo eval {records.folder}")
+    command = _code(f"agglo report {_quoted(records)}")
     table = eval_table(records)
     agreement = agreement_table(records)
     if table is None and agreement is None:
         return [*head, _missing("evals.json is not there, so nothing is measured yet. Measure with ", command)]
     parts: list[Child] = [*head, table or _missing("Only agreement is measured. Measure the rest with ", command)]
     parts.append(tag("h3", "Agreement with each teacher", class_="sub"))
-    parts.append(tag("p", "On held-out photos: the cosine between the summary the student predicts for a teacher and "
+    parts.append(tag("p", "On images kept out of training: the cosine between the summary the student predicts for a teacher and "
                           "the teacher's own, and how much of the variance of the teacher's spatial map it explains "
                           "(R², 1 is all of it).", class_="intro"))  # fmt: skip
     parts.append(agreement or _missing("evals.json holds no agreement. Measure it with ", command))
@@ -280,7 +288,7 @@ def _found(records: Records, attempt: Attempt) -> list[Child]:
 
 def _reproduce(records: Records) -> list[Child]:
     parts = _heading("Reproduce", "Same recipe, same versions, same seed: the same numbers on the same machine.")
-    parts.append(tag("pre", tag("code", f"agglo train {_recipe_name(records)}")))
+    parts.append(tag("pre", tag("code", f"agglo train {_recipe_name(records)} -o {_quoted(records)}")))
     if records.recipe_text:
         parts.append(tag("details", tag("summary", "Resolved recipe"), tag("pre", tag("code", _yaml(records.recipe_text)))))
     if records.versions:
@@ -292,13 +300,13 @@ def _reproduce(records: Records) -> list[Child]:
     else:
         parts.append(_missing("versions.json is not there: `agglo train` writes it when a run begins."))
     parts.append(tag("h3", "Three commands to try next", class_="sub"))
-    model = records.folder / "model"
+    run = _quoted(records)
     steps = [
-        ("Search your own pictures by text with this student.",
-         f'agglo search ~/Pictures "a cup of coffee" --model {model}'),
-        ("See what it sees in one of them.", f"agglo view photo.jpg --model {model}"),
+        ("Search photos by text with this student; put a folder of your own in the place of --photos.",
+         f'agglo search --photos "a cup of coffee" --model {run}'),
+        ("See what it sees in a picture of yours.", f"agglo view YOUR_IMAGE.jpg -o view.png --model {run}"),
         ("Train ten times longer and compare the two reports.",
-         f"agglo train {_recipe_name(records)} train.steps={_longer(records)} --out {records.folder}-long"),
+         f"agglo train {_recipe_name(records)} train.steps={_longer(records)} -o {_quoted(records, '-long')}"),
     ]  # fmt: skip
     parts.append(tag("ul", [tag("li", tag("p", why), tag("pre", tag("code", cmd))) for why, cmd in steps], class_="cmd"))
     return parts
@@ -318,10 +326,10 @@ def _recipe_name(records: Records) -> str:
 
     path = records.folder / "recipe.yaml"
     if records.recipe is None:
-        return str(path) if path.is_file() else "quickstart"
+        return shlex.quote(str(path)) if path.is_file() else "quickstart"
     if records.recipe.name in recipes.names() and recipes.load(records.recipe.name) == records.recipe:
         return records.recipe.name
-    return str(path)
+    return shlex.quote(str(path))
 
 
 def _longer(records: Records) -> int:
@@ -329,4 +337,8 @@ def _longer(records: Records) -> int:
 
 
 def _resume(records: Records) -> str:
-    return f"agglo train {_recipe_name(records)} --resume"
+    return f"agglo train {_recipe_name(records)} -o {_quoted(records)} --resume"
+
+
+def _quoted(records: Records, ending: str = "") -> str:
+    return shlex.quote(f"{records.folder}{ending}")

@@ -26,12 +26,20 @@ METRICS = {
     "spatial_r2": "spatial R²",
     "spatial_cosine": "spatial cosine",
     "miou": "mIoU",
+    "delta1": "δ < 1.25",
+    "abs_rel": "relative error",
+    "rmse": "RMSE",
+    "mrr": "MRR",
+    "top1": "top-1",
+    "top5": "top-5",
 }
 HEADLINES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("segmentation", "Segmentation mIoU", ("miou",)),
-    ("depth", "Depth {}", ("delta1", "d1", "abs_rel", "rmse")),
-    ("zero_shot", "Zero-shot {}", ("top1", "accuracy")),
-    ("knn", "Nearest neighbours {}", ("top1", "accuracy")),
+    ("segmentation", "Segmentation {}", ("miou",)),
+    ("depth", "Depth {}", ("delta1", "abs_rel", "rmse")),
+    (AGREEMENT, "Agreement, {}", ("summary_cosine",)),
+    (AGREEMENT, "Agreement, {}", ("spatial_r2",)),
+    ("zero_shot", "Zero-shot {}", ("top1",)),
+    ("knn", "Nearest neighbours {}", ("top1",)),
 )
 """Eval, title of its tile, and the metric to show: the first of these that it has, else its first."""
 
@@ -54,16 +62,15 @@ def tiles(records: Records, search: Search | None, limit: int = 6) -> Markup | N
     student, untrained = records.evals.get(STUDENT, {}), records.evals.get(UNTRAINED, {})
     shown: list[Markup] = []
     for eval_name, title, wanted in HEADLINES:
-        metrics = student.get(eval_name, {})
-        metric = _pick(metrics, wanted)
-        if metric:
-            was = untrained.get(eval_name, {}).get(metric)
+        if eval_name == AGREEMENT:
+            metric, lower = wanted[0], False
+            now, was = _average(student.get(AGREEMENT, {}), metric), _average(untrained.get(AGREEMENT, {}), metric)
+        else:
+            metric = _pick(student.get(eval_name, {}), wanted) or ""
             lower = records.lower(eval_name, metric)
-            shown.append(_tile(title.format(metric), metrics[metric], was, lower=lower))
-    for ending, title in (("summary_cosine", "Agreement, summary cosine"), ("spatial_r2", "Agreement, spatial R²")):
-        now, was = _average(student.get(AGREEMENT, {}), ending), _average(untrained.get(AGREEMENT, {}), ending)
+            now, was = student.get(eval_name, {}).get(metric), untrained.get(eval_name, {}).get(metric)
         if now is not None:
-            shown.append(_tile(title, now, was))
+            shown.append(_tile(title.format(_metric(metric)), now, was, lower=lower))
     if search is not None and search.queries:
         total = len(search.queries)
         before = "" if search.found_before is None else f"before training {search.found_before} of {total}"

@@ -17,7 +17,7 @@ from agglo.preprocess import resize, to_tensor
 from agglo.recipe import Recipe
 from agglo.sources.base import Source
 from agglo.teachers.base import Teacher
-from agglo.types import AggloError, ImageError
+from agglo.types import AggloError
 
 PIXELS = 320
 """Largest side at which models look at the gallery; smaller for models that were trained far below."""
@@ -129,7 +129,8 @@ def gallery_images(recipe: Recipe | None, count: int = 6) -> list[tuple[str, Ima
 
 def _open(options: Mapping[str, Any]) -> Source | None:
     try:
-        return build("sources", options)
+        source = build("sources", options)
+        return source if len(source) else None  # the length opens a bundled archive, which may be missing
     except AggloError:  # not installed here: the page says what it shows, and shows what there is
         return None
 
@@ -145,7 +146,7 @@ def _read(source: Source, order: Sequence[int], count: int) -> list[tuple[str, I
             break
         try:
             found.append((source.name(index), source.read(index)))
-        except ImageError:
+        except AggloError:
             continue
     return found
 
@@ -188,7 +189,7 @@ def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, I
         spatial = teacher(resize(batch, teacher.input_size((side, side), stride))).spatial
         columns.append(_column(name, "teacher", spatial))
         if name in answers and len(wanted) <= IMITATED:
-            columns.append(_column(f"student as {name}", "same colours as its teacher", answers[name], basis=spatial))
+            columns.append(_column(f"student as {name}", "in the same basis", answers[name], basis=spatial))
     if len(columns) == 1:
         raise ValueError("neither a student nor a teacher with a spatial map is there")
     return Gallery(names, columns)
@@ -232,7 +233,8 @@ def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 
     side = search_size(models.student, recipe)
     batch = torch.stack([to_tensor(square(image, side)) for image in images])
     queries = list(dict.fromkeys(asked))[:limit]
-    texts = models.student.encode_text(queries)
+    template = next((str(e.get("template")) for e in recipe.evals if e.get("kind") == "retrieval"), "{}") if recipe else "{}"
+    texts = models.student.encode_text([template.replace("{}", query) for query in queries])
     scores = texts @ models.student.encode_image(batch).T
     before = None
     if models.untrained is not None and head in models.untrained.heads:

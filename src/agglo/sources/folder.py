@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -23,12 +24,14 @@ class Folder(Source):
     as classes: see :meth:`label`.
 
     Args:
-        path: a folder, or one image file (of any ending); ``~`` is expanded.
+        path: a folder, or one image file (of any ending); ``~`` and ``${VARIABLES}`` are expanded.
         recursive: look in sub-folders too.
         extensions: file endings that count as images, in any case, with or without the dot.
+        share: keep the images whose names hash into ``[low, high)`` of [0, 1): a split that does not depend on the
+            machine, the order or what else is in the folder. ``[0, 0.5]`` and ``[0.5, 1]`` are disjoint and complete.
 
     Raises:
-        ConfigError: the path does not exist, or holds no image.
+        ConfigError: the path does not exist or holds no image, or a variable in it is not set.
     """
 
     def __init__(
@@ -37,8 +40,11 @@ class Folder(Source):
         path: str,
         recursive: bool = True,
         extensions: tuple[str, ...] = _EXTENSIONS,
+        share: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        root = Path(path).expanduser()
+        root = Path(_expanded(path)).expanduser()
+        if not 0 <= share[0] < share[1] <= 1:
+            raise ConfigError(f"sources.folder: share is a range (low, high) in [0, 1], not {list(share)}")
         if not root.exists():
             raise ConfigError(_missing(path, root))
         self.root = root if root.is_dir() else root.parent
@@ -50,7 +56,9 @@ class Folder(Source):
         found, others, folders = _scan(root, recursive, wanted)
         if not found:
             raise ConfigError(_empty(path, recursive, wanted, others, folders))
-        self._relative = tuple(sorted(found))
+        self._relative = tuple(name for name in sorted(found) if share[0] <= _hash(name) < share[1])
+        if not self._relative:
+            raise ConfigError(f"{path}: none of its {len(found)} images falls into share {list(share)}: widen it")
 
     def __len__(self) -> int:
         return len(self._relative)
@@ -74,6 +82,19 @@ class Folder(Source):
         """The class of each image, or None unless every image lies in a sub-folder."""
         labels = [label for i in range(len(self)) if (label := self.label(i)) is not None]
         return labels if len(labels) == len(self) else None
+
+
+def _expanded(path: str) -> str:
+    expanded = os.path.expandvars(path)
+    if "${" in expanded:
+        variable = expanded.partition("${")[2].partition("}")[0]
+        raise ConfigError(f"{path}: the environment variable {variable} is not set: export {variable}=/path/to/images")
+    return expanded
+
+
+def _hash(name: str) -> float:
+    """A name as a number in [0, 1), the same everywhere and for ever."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 def _scan(root: Path, recursive: bool, wanted: set[str]) -> tuple[list[str], Counter[str], int]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..types import AssetError, ImageError
-from .base import Source
+from agglo.sources.base import Source
+from agglo.types import AssetError, ImageError
 
 SHA256 = "pending"
 """Of the bundled archive, checked once per process before its first use."""
@@ -161,7 +161,9 @@ class Scenes(Source):
         except (OSError, KeyError, ValueError, tarfile.TarError) as error:
             raise AssetError(f"{self.path} is not a scenes archive ({error}); see docs/scenes.md") from error
         if meta.get("format") != FORMAT:
-            raise AssetError(f"{self.path} has format {meta.get('format')}, this version reads {FORMAT}; render it again")
+            raise AssetError(
+                f"{self.path} has format {meta.get('format')}, this version reads {FORMAT}; render it again"
+            )
         names = sorted(name for split in SPLITS if self.split in (split, "all") for name in meta["scenes"][split])
         self._views = [(name, view) for name in names for view in range(meta["views"])]
         self._meta = meta

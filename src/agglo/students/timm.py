@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from agglo import bundled
 from agglo.config import nearest
@@ -51,7 +51,7 @@ class Timm(Student):
         if init not in (None, "bundled", "hub"):
             raise ConfigError(f"student.init: {init!r} is none of 'bundled', 'hub', null")
         self.model, self.init, self.drop_path = model, init, drop_path
-        self.backbone: nn.Module = timm.create_model(model, num_classes=0, **self._options())
+        self.backbone: Any = timm.create_model(model, num_classes=0, **self._options())
         # Convolutions on a CPU run twice as fast on channels-last tensors; a transformer does not care.
         self.memory_format = torch.contiguous_format if hasattr(self.backbone, "blocks") and hasattr(
             self.backbone, "patch_embed"
@@ -70,6 +70,7 @@ class Timm(Student):
         )
         config = self.backbone.pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.rms: Tensor
         self.register_buffer("rms", torch.ones(sum(channels)))
         self._classifier: tuple[Tensor, Tensor] | None = None
 
@@ -123,7 +124,7 @@ class Timm(Student):
         mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
         was_training = self.training
         self.eval()
-        spatial = self((images - mean) / std).spatial
+        spatial: Any = self((images - mean) / std).spatial
         self.train(was_training)
         infos = self._stage_infos()
         widths = [int(infos[stage]["num_chs"]) for stage in self.stages]

@@ -30,10 +30,10 @@ def save(folder: Path, step: int, parts: dict[str, nn.Module], optimizer: optim.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, module in parts.items():
-        save_file({k: v.contiguous().clone() for k, v in module.state_dict().items()}, partial / f"{name}.safetensors")
+        save_file({k: _packed(v) for k, v in module.state_dict().items()}, partial / f"{name}.safetensors")
     moments: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
-        moments |= {f"{index}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
+        moments |= {f"{index}.{key}": _packed(torch.as_tensor(value)) for key, value in state.items()}
     save_file(moments, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, "parts": sorted(parts)}) + "\n")
     shutil.rmtree(target, ignore_errors=True)
@@ -41,6 +41,11 @@ def save(folder: Path, step: int, parts: dict[str, nn.Module], optimizer: optim.
     for old in checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old)
     return target
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """A copy in the plain memory order that safetensors asks for (convolutions may live channels-last)."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -56,7 +61,7 @@ def restore(folder: Path, parts: dict[str, nn.Module], optimizer: optim.Optimize
 
     Raises:
         ConfigError: there is none.
-        AssetError: it is damaged, or does not fit the recipe; names the folder to remove to fall back on the one before.
+        AssetError: it is damaged, or does not fit the recipe; names the folder to remove.
     """
     found = checkpoints(folder)
     if not found:

@@ -25,7 +25,7 @@ class Ema:
         if self.decay == 0:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
-        averaged, current = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+            mine.lerp_(theirs, 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

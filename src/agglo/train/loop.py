@@ -24,7 +24,7 @@ from agglo.data.loader import Batch, Loader
 from agglo.data.views import ViewPolicy, mix
 from agglo.model import Model, create
 from agglo.objectives.distill import Distill, build_teachers
-from agglo.preprocess import legal_sizes_near
+from agglo.preprocess import legal_sizes_near, resize
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.train import checkpoint
@@ -140,7 +140,9 @@ def claim_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     if used and resume:
         begun = folder / "recipe.yaml"
         if not begun.is_file() or begun.read_text(encoding="utf-8") != recipe.yaml():
-            raise ConfigError(f"{folder} was begun with another recipe: resume it with `--recipe {begun}`, or --overwrite")
+            raise ConfigError(
+                f"{folder} was begun with another recipe: resume it with `--recipe {begun}`, or --overwrite"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
@@ -159,8 +161,9 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, progress: Progre
         [build("sources", entry.source) for entry in recipe.data.sources],
         [entry.weight for entry in recipe.data.sources],
         recipe.partitions,
-        ViewPolicy(**recipe.data.views.model_dump()),
+        ViewPolicy(**recipe.data.views.model_dump(exclude={"canvas"})),
         recipe.train.seed,
+        canvas=recipe.data.views.canvas,
         workers=recipe.data.workers,
         cache_mb=recipe.data.cache_mb,
     )
@@ -194,7 +197,7 @@ def prepass(run: Run, progress: Progress) -> Iterator[dict[str, Any]]:
     progress.say(f"pre-pass: the teachers look at {wanted} images to fit the normalizers")
     steps = math.ceil(wanted / min(partition.batch for partition in run.recipe.partitions))
     for batch in run.loader.iterate(PREPASS_OFFSET, PREPASS_OFFSET + steps):
-        yield run.objective.teach(run.teachers, batch.images.to(run.device), run.model.spec.stride)
+        yield run.objective.teach(run.teachers, batch.images.to(run.device), batch.size, run.model.spec.stride)
         seen += len(batch.images)
         if seen >= wanted:
             return
@@ -224,7 +227,7 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
             progress.show(done, values, speed, elapsed / (done - run.start) * (config.steps - done))
             progress.record(done, {
                 "terms": values, "lr": rate, "grad_norm": float(norm), "images_per_second": speed,
-                "size": max(batch.images.shape[-2:]), "seconds": watch.take(), "elapsed": elapsed,
+                "size": max(batch.size), "seconds": watch.take(), "elapsed": elapsed,
                 "skipped_images": len(run.loader.skipped),
             })  # fmt: skip
         if interrupted or done % config.save_every == 0 or done == config.steps:
@@ -244,11 +247,11 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor
     config, model = run.recipe.train, run.model
     images = mix(batch.images.to(run.device), config.seed, batch.step, run.recipe.data.views.mixup)
     watch.lap("mix")
-    targets = run.objective.teach(run.teachers, images, model.spec.stride)
+    targets = run.objective.teach(run.teachers, images, batch.size, model.spec.stride)
     watch.lap("teachers")
     set_training(model, config.freeze_norm_statistics)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        result = run.objective(model, images, targets)
+        result = run.objective(model, resize(images, batch.size), targets)
     watch.lap("forward")
     if not torch.isfinite(result.loss):
         bad = [name for name, value in result.terms.items() if not torch.isfinite(value)]
@@ -317,7 +320,11 @@ def provenance(recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "threads": str(torch.get_num_threads())}
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
     for package in ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "pillow", "safetensors"):
         try:
             found[package] = version(package)

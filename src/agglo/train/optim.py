@@ -45,7 +45,7 @@ def build_optimizer(model: Model, config: Train) -> optim.AdamW:
         [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
         lr=config.lr,
         betas=config.betas,
-        fused=True,
+        foreach=True,  # the fused CPU kernel walks raw memory, and channels-last gradients may be laid out otherwise
     )
 
 

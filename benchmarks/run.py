@@ -1,0 +1,29 @@
+"""Run the benchmarks: ``python benchmarks/run.py [name ...]``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+NAMES = ("startup", "loop", "imagenet", "dense")
+
+
+def main() -> None:
+    """Run those named, or all of them, and keep each result."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: loader and kernels share the cores
+    sys.path.insert(0, str(Path(__file__).parent))
+    import record
+
+    names = sys.argv[1:] or NAMES
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(unknown)}; there are: {', '.join(NAMES)}")
+    for name in names:
+        print(f"== {name}", flush=True)
+        record.write(name, importlib.import_module(name).run())
+
+
+if __name__ == "__main__":
+    main()

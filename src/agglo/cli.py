@@ -1,0 +1,414 @@
+"""The command line. Everything heavy is imported inside the commands, so that `agglo --help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from agglo.types import AggloError, ConfigError
+
+if TYPE_CHECKING:
+    from agglo.model import Model
+
+INTERRUPTED = 130
+SHOWN = 448
+"""Longer side, in pixels, of an image in the picture that `view` writes."""
+
+
+class Commands(TyperGroup):
+    """Turns what went wrong into one line and an exit code; ``AGGLO_TRACEBACK=1`` shows where it came from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command: exit code 2 for errors that name a next move, 130 for Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if os.environ.get("AGGLO_TRACEBACK"):
+                raise
+            typer.echo("agglo: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # `agglo models | head`
+            raise
+        except (AggloError, OSError) as error:
+            if os.environ.get("AGGLO_TRACEBACK"):
+                raise
+            what = str(error) if isinstance(error, AggloError) or not error.strerror else _os_error(error)
+            typer.echo(f"agglo: {what}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _os_error(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Agglomerative vision backbones: one student distilled from several teachers. "
+    "Begin with: agglo train quickstart",
+)
+
+MODEL = typer.Option("agglo-lite", "--model", "-m", help="A released name, a saved model, or a run folder.")
+OVERWRITE = typer.Option(False, "--overwrite", help="Replace the output if it exists.")
+
+
+def main() -> None:
+    """Entry point of the ``agglo`` command."""
+    app()
+
+
+def _version(show: bool) -> None:
+    if show:
+        import agglo
+
+        typer.echo(f"agglo {agglo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Options before the command."""
+    del version
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    recipe: str = typer.Argument(metavar="RECIPE", help="A recipe's name (see `agglo recipes`) or a YAML file."),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="[key.path=value]...", help="Changes, e.g. train.steps=1000."
+    ),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; runs/<recipe> by default."),
+    resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in the run folder."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Throw away what the run folder holds."),
+    smoke: bool = typer.Option(False, "--smoke", help="The recipe's pocket size: a few steps, to see that it runs."),
+    show: bool = typer.Option(False, "--print", help="Print the resolved recipe and stop."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, mps; the best there is by default."),
+    report: bool = typer.Option(True, "--report/--no-report", help="Write report.html at the end."),
+    evals: bool = typer.Option(True, "--evals/--no-evals", help="Run the recipe's evals at the end."),
+) -> None:
+    """Distil a student from its teachers; then measure it and write a report."""
+    from agglo.recipe import load
+
+    resolved = load(recipe, overrides or [], smoke=smoke)
+    if show:
+        typer.echo(resolved.yaml(), nl=False)
+        return
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    folder = out or Path("runs") / (resolved.name + ("-smoke" if smoke else ""))
+    device = _checked_device(device)
+
+    from agglo.train.loop import distill
+
+    distill(resolved, folder, resume=resume, overwrite=overwrite, device=device)
+    with _saved(folder):
+        if evals and resolved.evals:
+            _measure(folder, device)
+        if report:
+            _report(folder)
+    run = shlex.quote(str(folder))
+    typer.echo(
+        f'\nNext:\n  agglo search --photos "a cup of coffee" --model {run}\n'
+        f"  agglo view YOUR_IMAGE.jpg -o view.png --model {run}\n"
+        f"  agglo embed YOUR_FOLDER -o embeddings.parquet --model {run}"
+    )
+
+
+@contextlib.contextmanager
+def _saved(folder: Path) -> Iterator[None]:
+    """After training: whatever happens now, say that the model is safe and how to get the rest."""
+    try:
+        yield
+    except (KeyboardInterrupt, AggloError, OSError):
+        run = shlex.quote(str(folder))
+        typer.echo(f"the model is saved in {folder / 'model'}; `agglo report {run}` does the rest", err=True)
+        typer.echo(f"(`agglo eval {run}` only measures it)", err=True)
+        raise
+
+
+def _checked_device(device: str | None) -> str | None:
+    """The device, found out to work before anything is loaded onto it."""
+    if device is None:
+        return None
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used here ({first}): try --device cpu") from None
+    return device
+
+
+def _measure(folder: Path, device: str | None = None) -> None:
+    """The run's evals, with a status line, then their table."""
+    from agglo.terminal import status
+    from agglo.train.measure import measure
+
+    with status("evals") as say:
+        record = measure(folder, device=device, progress=say)
+    _print_numbers(record["models"], frozenset(record["lower_is_better"]))
+
+
+@app.command("report")
+def report_command(run: Path = typer.Argument(metavar="RUN", help="A run folder.")) -> None:
+    """Make a run's report.html again; evals that were not run yet are run first."""
+    recipe = run / "recipe.yaml"
+    if recipe.is_file() and (run / "model").is_dir() and not (run / "evals.json").is_file():
+        from agglo.recipe import load
+
+        if load(str(recipe)).evals:
+            _measure(run)
+    _report(run)
+
+
+def _report(folder: Path) -> None:
+    from agglo.report import write
+    from agglo.terminal import status
+
+    with status("report"):
+        page = write(folder)
+    typer.echo(f"report: {page}")
+
+
+# --- evals ------------------------------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def eval_command(
+    model: str = typer.Argument(metavar="MODEL", help="A released name, a saved model, or a run folder."),
+    evals: str = typer.Option("quick", "--evals", help="A suite (quick, demo) or kinds: knn,zero_shot."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Also write the numbers to this .json file."),
+    device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Measure a model and print its numbers."""
+    from agglo.embedding import check_output
+    from agglo.evals._run import evaluate
+    from agglo.terminal import status
+    from agglo.train.measure import write_json
+
+    target = check_output(out, overwrite=overwrite, endings=(".json",)) if out else None
+    chosen, lower = _chosen_evals(evals)
+    loaded = _load(model, device)
+    recipe, teachers = Path(model) / "recipe.yaml", None
+    if recipe.is_file() and any(entry["kind"] == "agreement" for entry in chosen):
+        from agglo.objectives.distill import build_teachers
+        from agglo.recipe import load
+
+        teachers = {name: teacher.to(device or "cpu") for name, teacher in build_teachers(load(str(recipe))).items()}
+    with status("eval") as say:
+        results = evaluate(loaded, chosen, teachers, say)
+    _print_numbers({model: results}, lower)
+    for name, why in results.get("skipped", {}).items():
+        typer.echo(f"{name} left out: {why}", err=True)
+    if target is not None:
+        write_json(target, {"models": {model: results}, "lower_is_better": sorted(lower)})
+        typer.echo(f"wrote {target}", err=True)
+
+
+def _chosen_evals(text: str) -> tuple[list[dict[str, Any]], frozenset[str]]:
+    """``"quick"`` or ``"knn,zero_shot"`` as recipe entries, and the metrics among them that are better when lower."""
+    from agglo.config import find, kinds, nearest
+    from agglo.evals._run import SUITES
+
+    known = kinds("evals")
+    chosen = [dict(entry) for entry in SUITES.get(text, ())]
+    chosen = chosen or [{"kind": kind.strip()} for kind in text.split(",")]
+    for entry in chosen:
+        if entry["kind"] not in known:
+            raise ConfigError(f"no eval or suite {entry['kind']!r}{nearest(entry['kind'], [*known, *SUITES])}")
+    lower = frozenset[str]().union(*(find("evals", entry["kind"]).lower_is_better for entry in chosen))
+    return chosen, lower
+
+
+# --- using a model ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def embed(
+    folder: Path = typer.Argument(metavar="DIR", help="A folder of images (with its sub-folders), or one image."),
+    out: Path = typer.Option(..., "--out", "-o", help="A .parquet or .npz file."),
+    model: str = MODEL,
+    size: int | None = typer.Option(
+        None, help="Side of the square the model sees, in pixels; its preferred size by default."
+    ),
+    batch: int = typer.Option(32, help="Images at a time."),
+    head: str | None = typer.Option(None, help="The text-aligned head to write; the first there is by default."),
+    device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Turn every image of a folder into vectors: path, summary, and the text-aligned embedding."""
+    from agglo.embedding import as_files, check_output
+    from agglo.terminal import embed_with_bar
+
+    target = check_output(out, overwrite=overwrite)
+    if target.suffix == ".parquet":
+        from agglo.extras import require
+
+        require("pyarrow.parquet", "quickstart")  # now, not after an hour of encoding
+    source = as_files(folder)
+    loaded = _load(model, device)
+    embeddings = embed_with_bar(source, loaded, model, size=size, batch=batch, head=head)
+    embeddings.save(target, overwrite=overwrite)
+    shapes = ", ".join(f"{name} {array.shape[1]}" for name, array in embeddings.columns().items())
+    typer.echo(f"wrote {len(embeddings)} images to {target} ({shapes})")
+    _name_skipped(embeddings.skipped)
+
+
+@app.command()
+def search(
+    words: list[str] = typer.Argument(metavar="[DIR] TEXT", help="A folder of images, and what to look for."),
+    photos: bool = typer.Option(False, "--photos", help="Search the photos that come with agglo; give only the text."),
+    k: int = typer.Option(5, "-k", help="How many images to list."),
+    model: str = MODEL,
+    size: int | None = typer.Option(
+        None, help="Side of the square the model sees, in pixels; its preferred size by default."
+    ),
+    device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
+) -> None:
+    """Rank images by a text: agglo search DIR "a cup of coffee"."""
+    from agglo.config import build
+    from agglo.embedding import as_files
+    from agglo.embedding import search as rank
+    from agglo.terminal import embed_with_bar
+
+    if not photos and len(words) < 2:
+        raise ConfigError(
+            'search needs a folder and a text: agglo search DIR "a cup of coffee", or --photos and a text'
+        )
+    text = " ".join(words if photos else words[1:])
+    if not text.strip():
+        raise ConfigError("the text to search for is empty")
+    if k < 1:
+        raise ConfigError(f"-k must be at least 1, got {k}")
+    source = build("sources", {"kind": "photos", "split": "all"}) if photos else as_files(words[0])
+    loaded = _load(model, device)
+    try:
+        loaded.text_head()
+    except TypeError as error:
+        raise ConfigError(f"{model}: {error}") from None
+    embeddings = embed_with_bar(source, loaded, model, size=size, batch=32, head=None)
+    for hit in rank(embeddings, loaded, text, k):
+        typer.echo(f"{hit.score:6.3f}  {hit.name}")
+    _name_skipped(embeddings.skipped)
+
+
+@app.command()
+def view(
+    images: list[Path] = typer.Argument(metavar="IMAGE...", help="Images; several share their colours."),
+    out: Path | None = typer.Option(
+        None, "--out", "-o", help="A .png or .jpg file; <first image>-view.png by default."
+    ),
+    model: str = MODEL,
+    size: int | None = typer.Option(
+        None, help="Longer side at which the model looks; twice its preferred size by default."
+    ),
+    blocks: bool = typer.Option(False, "--blocks", help="Show each cell of the map as a block, not interpolated."),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Write each image beside the picture of its spatial features (three principal components as RGB)."""
+    from agglo.embedding import check_output, look
+    from agglo.picture import fitted, pca_basis, pca_picture, side_by_side, stacked
+
+    name = out or Path(f"{images[0].stem}-view.png")
+    target = check_output(name, overwrite=overwrite, endings=(".png", ".jpg", ".jpeg", ".webp"))
+    if any(target.resolve() == image.expanduser().resolve() for image in images):
+        raise ConfigError(f"{target} is one of the images: name another file with -o")
+    loaded = _load(model)
+    looks, skipped = look(images, loaded, size=size)
+    basis = pca_basis([each.spatial for each in looks])
+    rows = []
+    for each in looks:
+        image, cells = fitted(each.image, SHOWN), "{1} x {2} cells".format(*each.spatial.shape)
+        seen = pca_picture(each.spatial, basis, (image.height, image.width), smooth=not blocks)
+        rows.append(side_by_side([image, seen], [each.name, f"{model}, {cells}"]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        stacked(rows).save(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    typer.echo(f"wrote {target}")
+    _name_skipped(skipped)
+
+
+def _load(model: str, device: str | None = None) -> Model:
+    from agglo.zoo import load
+
+    device = _checked_device(device)
+    return load(model).to(device) if device else load(model)
+
+
+def _name_skipped(skipped: dict[str, str], most: int = 10) -> None:
+    """Count and name the images that were passed over, on stderr."""
+    if not skipped:
+        return
+    typer.echo(f"skipped {len(skipped)} image{'s' if len(skipped) > 1 else ''}:", err=True)
+    for name, why in list(skipped.items())[:most]:
+        typer.echo(f"  {why if why.startswith(name) else f'{name}: {why}'}", err=True)
+    if len(skipped) > most:
+        typer.echo(f"  and {len(skipped) - most} more", err=True)
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def models() -> None:
+    """List the released models."""
+    from agglo.terminal import console, models_table
+
+    console().print(models_table())
+
+
+@app.command()
+def kinds(
+    point: str | None = typer.Argument(None, metavar="[POINT]", help="An extension point, e.g. teachers."),
+    kind: str | None = typer.Argument(
+        None, metavar="[KIND]", help="One of its kinds: shows its keys, types and defaults."
+    ),
+) -> None:
+    """List the extension points and their kinds; with a kind, the keys a recipe may give it."""
+    from agglo.terminal import console, kind_help, kind_table, kinds_table
+
+    if point and kind:
+        console().print(kind_table(point, kind))
+        console().print("\n" + kind_help(point, kind), markup=False, highlight=False)
+    else:
+        console().print(kinds_table(point))
+
+
+@app.command()
+def recipes(name: str = typer.Argument(None, metavar="[NAME]", help="A recipe: shows its whole claim.")) -> None:
+    """List the recipes and what they promise."""
+    from agglo.terminal import console, recipe_table, recipes_table
+
+    console().print(recipe_table(name) if name else recipes_table())
+
+
+def _print_numbers(models: dict[str, Any], lower: frozenset[str]) -> None:
+    from agglo.terminal import console, numbers_table
+
+    console().print(numbers_table(models, lower))
+
+
+if __name__ == "__main__":
+    main()

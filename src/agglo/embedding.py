@@ -1,0 +1,369 @@
+"""Many images to vectors: a folder in; names, summaries and text-aligned embeddings out; and search by text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from agglo.config import build
+from agglo.data.loader import evaluation_batches
+from agglo.extras import require
+from agglo.model import Model
+from agglo.preprocess import check_size, decode, nearest_size, to_tensor
+from agglo.sources.base import Source
+from agglo.types import ConfigError, ImageError
+from agglo.zoo import DEFAULT, load
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all) after every batch."""
+
+ENDINGS = (".parquet", ".npz")
+_ROW_GROUP = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Images as vectors.
+
+    Args:
+        names: path or name of each of the N images, in the order they were given.
+        summary: ``(N, D)`` float32, the backbone's summary.
+        aligned: ``(N, E)`` float32 of unit norm, in the text tower's space; None where the model has no text tower.
+        skipped: name to reason of the images that could not be used.
+        model: what the model was called.
+        size: ``(H, W)`` in pixels at which it saw every image (cover and centre crop).
+        head: the head behind ``aligned``.
+    """
+
+    names: tuple[str, ...]
+    summary: np.ndarray
+    aligned: np.ndarray | None
+    skipped: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+    size: tuple[int, int] = (0, 0)
+    head: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write ``.parquet`` or ``.npz``; the file appears whole or not at all.
+
+        Columns (arrays): ``path``, ``summary``, and the text-aligned embedding under its head's name (``aligned`` where
+        that is taken). The schema's metadata (the array ``metadata``, JSON) holds model, size, head and agglo version.
+
+        Raises:
+            ConfigError: see :func:`check_output`.
+            MissingExtraError: Parquet is asked for and pyarrow is not installed.
+        """
+        path = check_output(path, overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            (_write_parquet if path.suffix == ".parquet" else _write_npz)(self, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays by column name, ``path`` left out."""
+        columns = {"summary": self.summary}
+        if self.aligned is not None:
+            columns["aligned" if self.head in (None, "path", "summary", "metadata") else str(self.head)] = self.aligned
+        return columns
+
+    def metadata(self) -> dict[str, str]:
+        """What a reader needs to know, as strings."""
+        import agglo
+
+        facts = {"model": self.model, "size": f"{self.size[0]}x{self.size[1]}", "version": agglo.__version__}
+        return {f"agglo.{key}": value for key, value in {**facts, "head": self.head or ""}.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One image of a ranking: its name, and its cosine similarity with the text."""
+
+    name: str
+    score: float
+
+
+def embed(
+    images_or_dir: str | Path | Source | Iterable[Any],
+    model: str | Path | Model = DEFAULT,
+    *,
+    size: int | None = None,
+    batch: int = 32,
+    head: str | None = None,
+    progress: Progress | None = None,
+) -> Embeddings:
+    """Encode a folder, a source, or any images.
+
+    Every image is scaled until it covers a square and cropped to its centre, as the evals do. An image that cannot be
+    read, or whose features are not finite, is skipped and named in ``skipped``.
+
+    Args:
+        images_or_dir: a folder (searched with its sub-folders) or image file; a source; or paths, PIL images, arrays
+            and tensors, mixed as you like.
+        model: a model, a released name, or a folder.
+        size: side of the square in pixels; None for the model's preferred size.
+        batch: images at a time.
+        head: which text-aligned head fills ``aligned``; None for the first there is.
+        progress: told after every batch.
+
+    Raises:
+        ConfigError: no images, none that can be read, an illegal size or batch, or no such text-aligned head.
+    """
+    called = str(model) if isinstance(model, str | Path) else str(model.provenance.get("recipe", "model"))
+    model = load(model) if isinstance(model, str | Path) else model
+    if batch < 1:
+        raise ConfigError(f"batch must be at least 1, got {batch}")
+    canvas, head = legal_size(model, size), _aligned_head(model, head)
+    source = _as_source(images_or_dir)
+    names: list[str] = []
+    summaries: list[np.ndarray] = []
+    aligned: list[np.ndarray] = []
+    skipped: dict[str, str] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for found in evaluation_batches(source, canvas, batch):
+            skipped |= found.skipped
+            summary, vectors = _encode(model, found.images, head)
+            good = np.asarray(np.isfinite(np.concatenate([summary, vectors], axis=1)).all(axis=1))
+            batch_names = [source.name(index) for index in found.indices]
+            skipped |= {
+                name: "its features are not finite" for name, fine in zip(batch_names, good, strict=True) if not fine
+            }
+            names += [name for name, fine in zip(batch_names, good, strict=True) if fine]
+            summaries.append(summary[good])
+            aligned.append(vectors[good])
+            if progress is not None:
+                progress(len(names) + len(skipped), len(source))
+    finally:
+        model.train(was_training)
+    if not names:
+        raise ConfigError(f"the model gave no finite features for any of {len(source)} images: its weights are damaged")
+    if progress is not None:
+        progress(len(source), len(source))
+    together = np.concatenate(aligned) if head is not None else None
+    return Embeddings(tuple(names), np.concatenate(summaries), together, skipped, called, canvas, head)
+
+
+def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int = 5) -> list[Hit]:
+    """The k images nearest to a text, best first; images of one score keep their order.
+
+    Args:
+        embeddings: from :func:`embed`, made by the same model.
+        model: that model.
+        text: free text.
+        k: how many; all when there are fewer.
+
+    Raises:
+        ConfigError: an empty text, ``k`` below 1, or a model without a text tower.
+    """
+    if not text.strip():
+        raise ConfigError("the text to search for is empty")
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}")
+    model = load(model) if isinstance(model, str | Path) else model
+    if embeddings.aligned is None:
+        _aligned_head(model, embeddings.head, needed=True)
+        raise ConfigError("these embeddings have no text-aligned part: embed the images again with this model")
+    with torch.inference_mode():
+        query = model.encode_text([text], embeddings.head).float().cpu().numpy()[0]
+    scores = embeddings.aligned @ query
+    return [Hit(embeddings.names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:k]]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One image and what a model sees in it.
+
+    Args:
+        name: the image's path.
+        image: the image, upright RGB, at its own size.
+        spatial: ``(D, H, W)`` float32, on the CPU; the grid has the image's shape.
+    """
+
+    name: str
+    image: Image.Image
+    spatial: torch.Tensor
+
+
+def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) -> tuple[list[Look], dict[str, str]]:
+    """The spatial features of images, each in its own shape.
+
+    Args:
+        paths: images, or folders of them.
+        model: a model with spatial features.
+        size: longer side in pixels; None for twice the preferred size, which shows finer structure.
+
+    Returns:
+        What was seen, and name to reason of the images that were skipped.
+
+    Raises:
+        ConfigError: no spatial features, no such path, an illegal size, or no image that can be read.
+    """
+    if model.spec.spatial is None:
+        raise ConfigError("this model has no spatial features: there is nothing to look at")
+    longest = 2 * model.preferred_size if size is None else legal_size(model, size)[0]
+    looks: list[Look] = []
+    skipped: dict[str, str] = {}
+    for source in [as_files(path) for path in paths]:
+        for index in range(len(source)):
+            try:
+                image = source.read(index)
+            except ImageError as error:
+                skipped[error.name] = error.why
+                continue
+            scale = longest / max(image.size)
+            height, width = nearest_size((round(image.height * scale), round(image.width * scale)), model.spec.step)
+            with torch.inference_mode():
+                seen = to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+                spatial = model(seen[None], heads=(), resize=False).spatial
+            looks.append(Look(source.name(index), image, spatial[0].float().cpu()))
+    if not looks:
+        raise ConfigError("none of the images can be read: " + "; ".join(f"{n}: {why}" for n, why in skipped.items()))
+    return looks, skipped
+
+
+def legal_size(model: Model, size: int | None) -> tuple[int, int]:
+    """The square a model sees: the one that was asked for, or the legal one nearest to its preferred size.
+
+    Raises:
+        ConfigError: the size asked for is illegal; the legal ones near it are named.
+    """
+    if size is None:
+        return nearest_size((model.preferred_size, model.preferred_size), model.spec.step)
+    try:
+        check_size(size, size, model.spec.step)
+    except ValueError as error:
+        raise ConfigError(f"size {size}: {error}") from None
+    return size, size
+
+
+def check_output(path: str | Path, *, overwrite: bool, endings: Sequence[str] = ENDINGS) -> Path:
+    """A path that may be written, checked before the work begins.
+
+    Raises:
+        ConfigError: an unknown ending, a folder, or a file that exists while ``overwrite`` is not set.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in endings:
+        raise ConfigError(f"{path}: the name must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file in it")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists: write it anew with --overwrite (overwrite=True), or choose another name")
+    return path
+
+
+def as_files(path: str | Path) -> Source:
+    """The images in a folder, or one image file, named by their paths.
+
+    Raises:
+        ConfigError: there is no such path, or no image in it.
+    """
+    folder = build("sources", {"kind": "folder", "path": str(path)})
+    return _Given([folder.file(index) for index in range(len(folder))])
+
+
+class _Given(Source):
+    """Images as they were handed in: paths are opened when read."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = list(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def name(self, index: int) -> str:
+        item = self._items[index]
+        return str(item) if isinstance(item, str | Path) else str(getattr(item, "filename", "") or f"image {index}")
+
+    def read(self, index: int) -> Image.Image:
+        item, name = self._items[index], self.name(index)
+        if isinstance(item, str | Path):
+            return decode(Path(item).expanduser(), name)
+        try:
+            pixels = to_tensor(item, name)
+        except TypeError as error:
+            raise ImageError(name, str(error)) from None
+        return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _as_source(images: str | Path | Source | Iterable[Any]) -> Source:
+    if isinstance(images, Source):
+        return images
+    if isinstance(images, str | Path):
+        return as_files(images)
+    # One array or tensor is one image or a batch, never a list of rows.
+    single = isinstance(images, Image.Image) or getattr(images, "ndim", 4) in (2, 3)
+    items = [images] if single else list(images)
+    if not items:
+        raise ConfigError("no images were given")
+    return _Given(items)
+
+
+def _aligned_head(model: Model, head: str | None, *, needed: bool = False) -> str | None:
+    if head is None and not needed and all(config.text is None for config in model.head_configs.values()):
+        return None
+    try:
+        return model.text_head(head)
+    except TypeError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _encode(model: Model, images: torch.Tensor, head: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Summaries ``(B, D)`` and text-aligned embeddings ``(B, E)``; E is 0 without a head."""
+    with torch.inference_mode():
+        out = model(images, heads=[] if head is None else [head], resize=False)
+    if out.summary is None:
+        raise ConfigError("this model has no summary: there is nothing to embed")
+    vectors = None if head is None else out.heads[head].summary
+    if vectors is None:
+        return out.summary.float().cpu().numpy(), np.zeros((len(images), 0), np.float32)
+    return out.summary.float().cpu().numpy(), F.normalize(vectors.float(), dim=-1).cpu().numpy()
+
+
+def _write_parquet(embeddings: Embeddings, file: Path) -> None:
+    pa, parquet = require("pyarrow", "quickstart"), require("pyarrow.parquet", "quickstart")
+    columns = embeddings.columns()
+    fields = [pa.field("path", pa.string()), *(pa.field(name, pa.list_(pa.float32())) for name in columns)]
+    schema = pa.schema(fields, metadata=embeddings.metadata())
+    with parquet.ParquetWriter(file, schema) as writer:
+        # In groups: the offsets of a list column are 32 bits wide.
+        for start in range(0, len(embeddings), _ROW_GROUP):
+            rows = slice(start, start + _ROW_GROUP)
+            lists = [_list_column(pa, array[rows]) for array in columns.values()]
+            names = pa.array(embeddings.names[rows], pa.string())
+            writer.write_table(pa.Table.from_arrays([names, *lists], schema=schema))
+
+
+def _list_column(pa: Any, array: np.ndarray) -> Any:
+    count, width = array.shape
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * np.int32(width))
+    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(array, np.float32).reshape(-1)))
+
+
+def _write_npz(embeddings: Embeddings, file: Path) -> None:
+    import json
+
+    # Strings as a unicode array, not objects: the file must open without pickle.
+    with file.open("wb") as stream:
+        np.savez(
+            stream,
+            path=np.array(embeddings.names),
+            metadata=np.array(json.dumps(embeddings.metadata())),
+            **embeddings.columns(),  # pyright: ignore[reportArgumentType]
+        )

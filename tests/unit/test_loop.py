@@ -1,0 +1,207 @@
+"""The training loop: it learns, it is reproducible, it can be stopped and resumed, and it never destroys a run."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from agglo import recipe
+from agglo.config import override
+from agglo.model import Model
+from agglo.train import loop
+from agglo.train.checkpoint import checkpoints
+from agglo.train.ema import Ema
+from agglo.train.optim import build_optimizer, learning_rate
+from agglo.types import AssetError, ConfigError
+
+TINY = {
+    "name": "tiny",
+    "claim": {"summary": "a test"},
+    "student": {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8, "registers": 1},
+    "teachers": {
+        "toy": {"kind": "toy"},
+        "other": {"kind": "toy", "seed": 1, "channels": 8, "stride": 8, "summary": 5},
+        "dense": {"kind": "toy", "seed": 2, "summary_weight": 0},
+    },
+    "heads": {"summary": {"kind": "mlp", "hidden": 16}, "spatial": {"kind": "mlp", "hidden": 16}},
+    "targets": {"normalizer": {"kind": "phi_s"}, "estimate_images": 16},
+    "partitions": [{"sizes": [32, 48], "batch": 4}, {"sizes": [64], "batch": 2, "weight": 0.3}],
+    "train": {"steps": 6, "lr": 3e-3, "ema": 0.9, "log_every": 1, "save_every": 3, "clip": 1.0},
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(6):
+        coarse = torch.rand(1, 3, 6, 6, generator=generator)
+        pixels = torch.nn.functional.interpolate(coarse, size=(80, 72), mode="bicubic").clamp(0, 1)[0]
+        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+    return folder
+
+
+def tiny(data: Path, *overrides: str) -> recipe.Recipe:
+    tree = {**TINY, "data": {"sources": [{"kind": "folder", "path": str(data)}], "workers": 0}}
+    return recipe.decode(override(tree, overrides))
+
+
+def trace(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return Model.load(folder / "model").state_dict()
+
+
+def test_a_run_leaves_everything_and_lowers_every_term(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = loop.distill(tiny(data, "train.steps=60", "train.log_every=10"), run, quiet=True)
+    for name in ("recipe.yaml", "versions.json", "metrics.jsonl", "model/config.json", "initial/model.safetensors"):
+        assert (run / name).is_file()
+    assert any((run / "tensorboard").iterdir())
+    assert recipe.load(str(run / "recipe.yaml")).train.steps == 60
+    first, last = trace(run)[0], trace(run)[-1]
+    assert set(first["terms"]) == {"toy/summary", "toy/spatial", "other/summary", "other/spatial", "dense/spatial"}
+    assert all(last["terms"][name] < first["terms"][name] for name in first["terms"])
+    assert last["step"] == 60
+    assert {"teachers", "forward", "backward", "data"} <= set(last["seconds"])
+    assert not model.training
+    out = model(torch.rand(1, 3, 50, 70))
+    assert out.heads["dense"].summary is None
+    assert out.heads["other"].spatial.shape[1] == 8
+
+
+def test_the_exported_heads_answer_in_the_teachers_own_space(data: Path, tmp_path: Path) -> None:
+    made = tiny(data, "train.steps=1", "train.ema=0")
+    (tmp_path / "run").mkdir()
+    with loop.Progress(tmp_path, 1, quiet=True) as progress:
+        run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), progress, resume=False)
+    run.model.eval()
+    images = torch.rand(2, 3, 32, 32)
+    before = run.model(images).heads["toy"].spatial
+    expected = run.objective.normalizers["toy"].inverse(before)
+    after = run.objective.fold(run.model)(images).heads["toy"].spatial
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+    initial = Model.load(tmp_path / "run" / "initial")(images).heads["toy"].spatial
+    torch.testing.assert_close(initial, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_numbers_another_seed_others(data: Path, tmp_path: Path) -> None:
+    loop.distill(tiny(data), tmp_path / "a", quiet=True)
+    loop.distill(tiny(data, "data.workers=2"), tmp_path / "b", quiet=True)
+    loop.distill(tiny(data, "train.seed=1"), tmp_path / "c", quiet=True)
+    terms = [[line["terms"] for line in trace(tmp_path / name)] for name in "abc"]
+    assert terms[0] == terms[1]
+    assert terms[0] != terms[2]
+
+
+def test_resumed_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.distill(tiny(data), tmp_path / "straight", quiet=True)
+    real = loop.one_step
+
+    def interrupting(run, batch, watch):  # noqa: ANN001, ANN202
+        if batch.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(run, batch, watch)
+
+    monkeypatch.setattr(loop, "one_step", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        loop.distill(tiny(data), tmp_path / "broken", quiet=True)
+    assert checkpoints(tmp_path / "broken" / "checkpoints")[-1].name == "step_00000004"  # the step was finished
+    monkeypatch.setattr(loop, "one_step", real)
+    loop.distill(tiny(data), tmp_path / "broken", resume=True, quiet=True)
+    straight, resumed = trace(tmp_path / "straight"), trace(tmp_path / "broken")
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
+    for one, two in zip(straight, resumed, strict=True):
+        assert one["terms"] == pytest.approx(two["terms"], rel=1e-5)
+    for name, value in weights(tmp_path / "straight").items():
+        torch.testing.assert_close(weights(tmp_path / "broken")[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_used_folder_is_never_touched_silently(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loop.distill(tiny(data, "train.steps=1"), run, quiet=True)
+    with pytest.raises(ConfigError, match=r"--resume.*--overwrite"):
+        loop.distill(tiny(data, "train.steps=1"), run, quiet=True)
+    with pytest.raises(ConfigError, match="another recipe"):
+        loop.distill(tiny(data, "train.steps=2"), run, resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="exclude"):
+        loop.distill(tiny(data), run, resume=True, overwrite=True, quiet=True)
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "chapter1.tex").write_text("...")
+    with pytest.raises(ConfigError, match="does not look like a run"):
+        loop.distill(tiny(data), precious, overwrite=True, quiet=True)
+    assert (precious / "chapter1.tex").exists()
+    loop.distill(tiny(data, "train.steps=1"), run, overwrite=True, quiet=True)
+
+
+def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loop.distill(tiny(data), run, quiet=True)
+    newest = checkpoints(run / "checkpoints")[-1]
+    (newest / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(AssetError, match=newest.name):
+        loop.distill(tiny(data), run, resume=True, quiet=True)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(loop.DivergenceError, match=r"not finite.*train\.lr"):
+        loop.distill(tiny(data, "train.lr=1e30", "train.clip=null", "train.save_every=1"), tmp_path / "run", quiet=True)
+    assert checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_an_illegal_resolution_names_the_legal_ones(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"partitions\.0\.sizes.*16 px; 40.*32 and 48"):
+        loop.distill(tiny(data, "partitions.0.sizes=[40]"), tmp_path / "run", quiet=True)
+
+
+def test_one_bad_image_is_skipped_counted_and_named(data: Path, tmp_path: Path) -> None:
+    (data / "broken.png").write_bytes((data / "0.png").read_bytes()[:200])
+    loop.distill(tiny(data), tmp_path / "run", quiet=True)
+    assert trace(tmp_path / "run")[-1]["skipped_images"] == 1
+
+
+def test_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
+    config = recipe.Train(steps=101, lr=2.0, warmup_steps=20, final_lr=0.1)
+    assert learning_rate(0, config) == pytest.approx(0.1)
+    assert learning_rate(19, config) == pytest.approx(2.0)
+    assert learning_rate(20, config) == pytest.approx(2.0)
+    assert learning_rate(60, config) == pytest.approx(0.2 + 1.8 / 2)
+    assert learning_rate(100, config) == pytest.approx(0.2)
+
+
+def test_weight_decay_spares_norms_biases_tokens_and_positions() -> None:
+    model = Model(TINY["student"], {})
+    optimizer = build_optimizer(model, recipe.Train(steps=1, weight_decay=0.1, backbone_lr=0.5))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert id(named["student.blocks.0.attn.qkv.weight"]) in decayed
+    for name in (
+        "blocks.0.norm1.weight",
+        "blocks.0.mlp.fc1.bias",
+        "patch_generator.pos_embed",
+        "patch_generator.token",
+    ):
+        assert id(named[f"student.{name}"]) not in decayed
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
+    assert all(group["scale"] == 0.5 for group in optimizer.param_groups)
+
+
+def test_ema_is_the_weighted_mean_it_says() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema, expected = Ema(model, 0.9), 0.0
+    for step in range(50):
+        torch.nn.init.constant_(model.weight, float(step))
+        ema.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(ema.model.weight) == pytest.approx(expected, rel=1e-5)
+    assert not ema.model.weight.requires_grad
