@@ -65,6 +65,8 @@ OVERWRITE = typer.Option(False, "--overwrite", help="Replace the output if it ex
 
 def main() -> None:
     """Entry point of the ``agglo`` command."""
+    # The loader's threads share the cores with OpenMP's, which by default spin while they wait: ten-fold slower on two.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 
@@ -202,10 +204,11 @@ def eval_command(
     from agglo.embedding import check_output
     from agglo.evals._run import evaluate
     from agglo.terminal import status
-    from agglo.train.measure import write_json
+    from agglo.train.measure import choose, lower_is_better, write_json
 
     target = check_output(out, overwrite=overwrite, endings=(".json",)) if out else None
-    chosen, lower = _chosen_evals(evals)
+    chosen = choose(evals)
+    lower = lower_is_better(chosen)
     loaded = _load(model, device)
     recipe, teachers = Path(model) / "recipe.yaml", None
     if recipe.is_file() and any(entry["kind"] == "agreement" for entry in chosen):
@@ -221,21 +224,6 @@ def eval_command(
     if target is not None:
         write_json(target, {"models": {model: results}, "lower_is_better": sorted(lower)})
         typer.echo(f"wrote {target}", err=True)
-
-
-def _chosen_evals(text: str) -> tuple[list[dict[str, Any]], frozenset[str]]:
-    """``"quick"`` or ``"knn,zero_shot"`` as recipe entries, and the metrics among them that are better when lower."""
-    from agglo.config import find, kinds, nearest
-    from agglo.evals._run import SUITES
-
-    known = kinds("evals")
-    chosen = [dict(entry) for entry in SUITES.get(text, ())]
-    chosen = chosen or [{"kind": kind.strip()} for kind in text.split(",")]
-    for entry in chosen:
-        if entry["kind"] not in known:
-            raise ConfigError(f"no eval or suite {entry['kind']!r}{nearest(entry['kind'], [*known, *SUITES])}")
-    lower = frozenset[str]().union(*(find("evals", entry["kind"]).lower_is_better for entry in chosen))
-    return chosen, lower
 
 
 # --- using a model ----------------------------------------------------------------------------------------------------
@@ -317,9 +305,7 @@ def view(
         None, "--out", "-o", help="A .png or .jpg file; <first image>-view.png by default."
     ),
     model: str = MODEL,
-    size: int | None = typer.Option(
-        None, help="Longer side at which the model looks; twice its preferred size by default."
-    ),
+    size: int | None = typer.Option(None, help="Longer side at which the model looks; at least 512 by default."),
     blocks: bool = typer.Option(False, "--blocks", help="Show each cell of the map as a block, not interpolated."),
     overwrite: bool = OVERWRITE,
 ) -> None:
@@ -338,7 +324,7 @@ def view(
     for each in looks:
         image, cells = fitted(each.image, SHOWN), "{1} x {2} cells".format(*each.spatial.shape)
         seen = pca_picture(each.spatial, basis, (image.height, image.width), smooth=not blocks)
-        rows.append(side_by_side([image, seen], [each.name, f"{model}, {cells}"]))
+        rows.append(side_by_side([image, seen], [Path(each.name).name, f"{model}, {cells}"]))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{os.getpid()}.{target.name}")
     try:

@@ -238,9 +238,10 @@ def _assign(root: Any, keys: list[str], value: Any, assignment: str) -> None:
                 node[index] = {}
             node = node[index]
         else:
-            if isinstance(node, dict) and index == "kind" and node.get("kind") != value:
-                node.clear()
-            node[index] = value
+            holder: Any = node
+            if index == "kind" and holder.get("kind") != value:
+                holder.clear()
+            holder[index] = value
 
 
 def _copy(value: Any) -> Any:

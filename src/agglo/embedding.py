@@ -26,6 +26,8 @@ Progress = Callable[[int, int], None]
 """Called with (images done, images in all) after every batch."""
 
 ENDINGS = (".parquet", ".npz")
+LOOK = 512
+"""Pixels at which :func:`look` looks at least: below, a map of stride 16 has too few cells to recognise anything."""
 _ROW_GROUP = 65_536
 
 
@@ -206,7 +208,7 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
     Args:
         paths: images, or folders of them.
         model: a model with spatial features.
-        size: longer side in pixels; None for twice the preferred size, which shows finer structure.
+        size: longer side in pixels; None for twice the preferred size or 512, whichever is more: finer structure shows.
 
     Returns:
         What was seen, and name to reason of the images that were skipped.
@@ -216,7 +218,7 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
     """
     if model.spec.spatial is None:
         raise ConfigError("this model has no spatial features: there is nothing to look at")
-    longest = 2 * model.preferred_size if size is None else legal_size(model, size)[0]
+    longest = max(LOOK, 2 * model.preferred_size) if size is None else legal_size(model, size)[0]
     looks: list[Look] = []
     skipped: dict[str, str] = {}
     for source in [as_files(path) for path in paths]:

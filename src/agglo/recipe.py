@@ -151,6 +151,8 @@ class Train(Strict):
         steps: optimiser steps.
         lr: peak learning rate; linear over ``warmup_steps``, then cosine to ``lr * final_lr``.
         backbone_lr: factor on ``lr`` for the student below its heads, which may start from trained weights.
+        head_steps: steps at the start in which only the heads learn, so that their first, random gradients do not
+            wreck a student that starts from trained weights (METHOD 5.2); it then warms up over ``warmup_steps`` too.
         weight_decay: AdamW's, left off biases, norms, position tables and class tokens.
         ema: decay of the averaged weights, which are what is evaluated and exported; 0 switches averaging off. Its
             early steps use ``min(ema, (1 + step) / (10 + step))``.
@@ -164,6 +166,7 @@ class Train(Strict):
     backbone_lr: float = Field(default=1.0, ge=0)
     final_lr: float = Field(default=0.01, ge=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
+    head_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     ema: float = Field(default=0.9996, ge=0, lt=1)

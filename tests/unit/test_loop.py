@@ -15,7 +15,7 @@ from agglo.model import Model
 from agglo.train import loop
 from agglo.train.checkpoint import checkpoints
 from agglo.train.ema import Ema
-from agglo.train.optim import build_optimizer, learning_rate
+from agglo.train.optim import build_optimizer, learning_rate, set_learning_rate, student_share
 from agglo.types import AssetError, ConfigError
 
 TINY = {
@@ -105,7 +105,7 @@ def test_resumed_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest
     loop.distill(tiny(data), tmp_path / "straight", quiet=True)
     real = loop.one_step
 
-    def interrupting(run, batch, watch):  # noqa: ANN001, ANN202
+    def interrupting(run, batch, watch):
         if batch.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return real(run, batch, watch)
@@ -191,7 +191,19 @@ def test_weight_decay_spares_norms_biases_tokens_and_positions() -> None:
     ):
         assert id(named[f"student.{name}"]) not in decayed
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
-    assert all(group["scale"] == 0.5 for group in optimizer.param_groups)
+    rate = set_learning_rate(optimizer, 0, recipe.Train(steps=1, lr=0.2, backbone_lr=0.5))
+    assert rate == 0.2
+    assert all(group["lr"] == pytest.approx(0.1) for group in optimizer.param_groups)
+
+
+def test_head_steps_leave_the_student_alone_then_warm_it_up(data: Path, tmp_path: Path) -> None:
+    config = recipe.Train(steps=100, backbone_lr=0.5, head_steps=10, warmup_steps=4)
+    shares = [student_share(step, config) for step in (0, 9, 10, 11, 13, 50)]
+    assert shares == pytest.approx([0, 0, 0.125, 0.25, 0.5, 0.5])
+    loop.distill(tiny(data, "train.steps=3", "train.head_steps=3", "train.ema=0"), tmp_path / "run", quiet=True)
+    initial, trained = (Model.load(tmp_path / "run" / name).state_dict() for name in ("initial", "model"))
+    for name, value in initial.items():
+        assert torch.equal(value, trained[name]) == name.startswith(("student.", "conditioner.")), name
 
 
 def test_ema_is_the_weighted_mean_it_says() -> None:

@@ -16,7 +16,13 @@ class Head(nn.Module, ABC):
     """Maps ``source`` channels to ``target`` channels, for vectors or for maps alike.
 
     A kind's constructor takes ``source`` and ``target`` positionally.
+
+    Attributes:
+        follows_student: learns at the student's rate instead of the heads', because it starts from weights as good as
+            the student's own.
     """
+
+    follows_student: bool = False
 
     source: int
     target: int

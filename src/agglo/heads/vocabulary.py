@@ -28,6 +28,7 @@ class Vocabulary(Head):
         classes: V, how many names the teacher's vocabulary holds.
     """
 
+    follows_student = True
     text: Tensor
 
     def __init__(self, source: int, target: int, /, *, classes: int = 1000) -> None:

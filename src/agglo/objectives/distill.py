@@ -117,15 +117,17 @@ class Distill(nn.Module):
         for name, loss in self.summary_losses.items():
             loss.fit(torch.cat(summaries[name]))
 
-    def forward(self, model: Model, images: Tensor, targets: Targets) -> Result:
+    def forward(self, model: Model, images: Tensor, targets: Targets, *, heads_only: bool = False) -> Result:
         """The objective on one batch.
 
         Args:
             model: the student with its heads, predicting in normalised space (D-2).
             images: ``(B, 3, H, W)`` in [0, 1], of a legal size.
             targets: what :meth:`teach` returned for the same images.
+            heads_only: let no gradient into the student.
         """
-        features = model.encode(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only):
+            features = model.encode(images)
         terms: dict[str, Tensor] = {}
         for name, heads in model.heads.items():
             predicted, target = heads(features), targets[name]

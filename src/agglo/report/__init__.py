@@ -47,7 +47,7 @@ def write(folder: str | Path, *, console: Console | None = None) -> Path:
             console.print(f"report: {what}", highlight=False)
         try:
             return page.Attempt(make())
-        except Exception as error:  # a page without a picture is better than no page: whatever happened is told in it
+        except Exception as error:  # noqa: BLE001 (a page without a picture beats no page; the page says why)
             return page.Attempt(None, f"{type(error).__name__}: {error}".rstrip("."))
 
     models = attempt("loading the student and its teachers", lambda: load_models(records)).of(visuals.Models)
@@ -79,7 +79,7 @@ def load_models(records: Records) -> Models:
         try:
             # One by one, so that a teacher that is not installed here does not take the others with it.
             teachers[name] = build("teachers", entry.teacher, where=f"teachers.{name}").requires_grad_(False).eval()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a guest library may raise anything; the page says so)
             records.notes.append(f"teacher {name} is not shown ({error})")
     models.teachers = teachers
     return models
@@ -87,12 +87,13 @@ def load_models(records: Records) -> Models:
 
 def _load(records: Records, name: str) -> Model | None:
     from agglo.model import Model
+    from agglo.types import AggloError
 
     folder = records.folder / name
     if not folder.is_dir():
         return None
     try:
         return Model.load(folder)
-    except Exception as error:
+    except (AggloError, OSError, RuntimeError, ValueError) as error:
         records.notes.append(f"{name}/ cannot be loaded ({error})")
         return None

@@ -18,7 +18,7 @@ MAX_POINTS = 400
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Two-sided exponential average, which does not lag: ``s_t = sum_i a^|t-i| x_i / sum_i a^|t-i|``, ``a = 1 - 1/span``.
+    """Two-sided exponential average, without lag: ``s_t = sum_i a^|t-i| x_i / sum_i a^|t-i|``, ``a = 1 - 1/span``.
 
     Args:
         values: in order.
@@ -50,10 +50,12 @@ def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Ticks at 1, 2 and 5 times powers of ten inside ``[low, high]``; only powers of ten where that would be too many."""
+    """Ticks at 1, 2 and 5 times powers of ten inside ``[low, high]``; fewer of them where those would be too many."""
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [m * 10.0**d for d in decades for m in mantissas if low * (1 - 1e-9) <= m * 10.0**d <= high * (1 + 1e-9)]
+        ticks = [
+            m * 10.0**d for d in decades for m in mantissas if low * (1 - 1e-9) <= m * 10.0**d <= high * (1 + 1e-9)
+        ]
         if len(ticks) <= count:
             break
     return ticks[:: math.ceil(len(ticks) / (count + 1))] if len(ticks) > count else ticks
@@ -118,13 +120,17 @@ def line_chart(title: str, points: Sequence[Point], colour: int, *, unit: str = 
     """
     name = tag("span", title, class_="chart-name")
     if not points:
-        return tag("figure", tag("figcaption", name, tag("span", "no finite value", class_="chart-range")), class_="chart")
+        return tag(
+            "figure", tag("figcaption", name, tag("span", "no finite value", class_="chart-range")), class_="chart"
+        )
     steps, values = [p[0] for p in points], [p[1] for p in points]
     calm = smooth(values, max(1.0, len(values) / 25))
     log = wants_log(values)
     x = Axis(steps[0], steps[-1], LEFT, WIDTH - RIGHT, margin=0.0 if len(points) > 1 else 0.06)
     y = Axis(min(values), max(values), HEIGHT - BOTTOM, TOP, log=log)
-    keep = range(0, len(points), math.ceil(len(points) / MAX_POINTS)) if len(points) > MAX_POINTS else range(len(points))
+    keep = (
+        range(0, len(points), math.ceil(len(points) / MAX_POINTS)) if len(points) > MAX_POINTS else range(len(points))
+    )
     shown = sorted({*keep, len(points) - 1})
     raw = [(x(steps[i]), y(values[i])) for i in shown]
     soft = [(x(steps[i]), y(calm[i])) for i in shown]
@@ -189,7 +195,9 @@ def stacked_bar(parts: Mapping[str, float]) -> Markup:
         key = [tag("i", class_=f"c{index % 8}"), name, tag("b", percent), tag("span", f"{seconds:,.1f} s")]
         legend.append(tag("li", key))
     label = ", ".join(f"{name} {100 * seconds / total:.1f} %" for name, seconds in parts.items())
-    return tag("div", tag("div", bars, class_="stack", role="img", aria_label=label), tag("ul", legend, class_="legend"))
+    return tag(
+        "div", tag("div", bars, class_="stack", role="img", aria_label=label), tag("ul", legend, class_="legend")
+    )
 
 
 def dumbbell(before: float | None, after: float | None, *, colour: int = 0) -> Markup:

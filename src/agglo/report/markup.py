@@ -69,7 +69,11 @@ def number(value: float, digits: int = 3) -> str:
     if value in (float("inf"), float("-inf")):
         return "∞" if value > 0 else f"{MINUS}∞"
     size = abs(value)
-    shown = f"{size:,.0f}" if size >= 1000 else f"{size:.{max(0, digits - (2 if size >= 100 else 1 if size >= 10 else 0))}f}"
+    shown = (
+        f"{size:,.0f}"
+        if size >= 1000
+        else f"{size:.{max(0, digits - (2 if size >= 100 else 1 if size >= 10 else 0))}f}"
+    )
     zero = not any(char in "123456789" for char in shown)
     return shown if value >= 0 or zero else MINUS + shown
 

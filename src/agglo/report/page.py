@@ -13,7 +13,7 @@ from PIL import ImageStat
 
 from agglo.model import Model
 from agglo.report.charts import line_chart, stacked_bar
-from agglo.report.markup import Child, Markup, number, picture, tag
+from agglo.report.markup import Child, Markup, number, picture, tag, text
 from agglo.report.records import Records
 from agglo.report.tables import agreement_table, eval_table, tiles
 from agglo.report.visuals import Gallery, Search
@@ -50,16 +50,17 @@ def render(records: Records, student: Model | None, gallery: Attempt, search: At
         _header(records, student, gallery.of(Gallery), search.of(Search)),
         tag("nav", [tag("a", title, href=f"#{name}") for name, title, _ in sections], aria_label="sections"),
         [tag("section", parts, id=name) for name, _, parts in sections],
-        tag("footer", f"Made by agglo {records.versions.get('agglo', '')} from the files in {records.folder}. "
+        tag("footer", f"Made by {_agglo(records)} from the files in {records.folder}. "
                       "This page is one file: it loads nothing and sends nothing."),
     ]  # fmt: skip
     before, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("<!--title-->")
     middle, _, after = rest.partition("<!--body-->")
-    return before + tag("i", f"{records.name} · agglo")[3:-4] + middle + "\n".join(map(_child, body)) + after
+    return before + text(f"{records.name} · agglo") + middle + "\n".join(map(text, body)) + after
 
 
-def _child(child: Child) -> str:
-    return tag("i", child)[3:-4]
+def _agglo(records: Records) -> str:
+    version = str(records.versions.get("agglo", ""))
+    return f"agglo {version}" if version[:1].isdigit() else "agglo"
 
 
 def _heading(title: str, intro: Child) -> list[Child]:
@@ -70,8 +71,8 @@ def _missing(*parts: Child) -> Markup:
     return tag("p", *parts, class_="empty")
 
 
-def _code(text: str) -> Markup:
-    return tag("code", text)
+def _code(command: str) -> Markup:
+    return tag("code", command)
 
 
 # --- header -----------------------------------------------------------------------------------------------------------
@@ -102,11 +103,11 @@ def _duo(gallery: Gallery | None) -> Markup | None:
     column = next((c for c in gallery.columns if c.title == "student"), None) if gallery else None
     if gallery is None or column is None:
         return None
-    pairs = [(name, image, seen) for name, image, seen in zip(gallery.names, gallery.columns[0].pictures, column.pictures)
-             if image is not None and seen is not None]  # fmt: skip
+    rows = zip(gallery.names, gallery.columns[0].pictures, column.pictures, strict=True)
+    pairs = [(name, image, seen) for name, image, seen in rows if image is not None and seen is not None]
     if not pairs:
         return None
-    name, image, seen = max(pairs, key=lambda pair: sum(ImageStat.Stat(pair[2]).var))
+    name, image, seen = max(pairs, key=lambda pair: sum(ImageStat.Stat(pair[2]).stddev))
     return tag(
         "figure",
         picture(image, name),
@@ -132,7 +133,13 @@ def _what_happened(records: Records, student: Model | None) -> list[Child]:
     images, exact = records.images
     if not records.metrics:
         return [*said, "No step of it is logged yet."]
-    said += ["In ", tag("b", f"{records.steps:,}"), " steps it saw ", tag("b", f"{'' if exact else '≈ '}{images:,}"), " views"]
+    said += [
+        "In ",
+        tag("b", f"{records.steps:,}"),
+        " steps it saw ",
+        tag("b", f"{'' if exact else '≈ '}{images:,}"),
+        " views",
+    ]
     if records.seconds:
         said += [" in ", tag("b", _duration(records.seconds))]
     hardware = _hardware(records)
@@ -174,7 +181,10 @@ def _learning(records: Records) -> list[Child]:
         "one a moving average; both in the units of the normalised targets.",
     )
     if not series:
-        return [*head, _missing("metrics.jsonl holds no losses. Train with ", _code(f"agglo train {_recipe_name(records)}"))]
+        return [
+            *head,
+            _missing("metrics.jsonl holds no losses. Train with ", _code(f"agglo train {_recipe_name(records)}")),
+        ]
     teachers = records.teachers
     charts = []
     for name, points in series.items():
@@ -192,13 +202,19 @@ def _learning(records: Records) -> list[Child]:
     if phases:
         total = sum(phases.values()) or 1.0
         work = sum(phases.get(name, 0.0) for name in MODELLING) / total
-        parts.append(tag("div", tag("h3", f"Where the time went: {work:.0%} in teachers and student".replace("%", " %")),
-                         stacked_bar(phases), class_="panel"))  # fmt: skip
+        title = f"Where the time went: {100 * work:.0f} % in teachers and student"
+        parts.append(tag("div", tag("h3", title), stacked_bar(phases), class_="panel"))
     board = records.folder / "tensorboard"
     if board.is_dir() and any(board.iterdir()):
-        parts.append(tag("p", "The same numbers, live: ", _code(f"tensorboard --logdir {shlex.quote(str(board))}"), class_="foot"))
+        parts.append(
+            tag(
+                "p", "The same numbers, live: ", _code(f"tensorboard --logdir {shlex.quote(str(board))}"), class_="foot"
+            )
+        )
     else:
-        parts.append(tag("p", "For live curves, install TensorBoard: ", _code('pip install "agglo[log]"'), class_="foot"))
+        parts.append(
+            tag("p", "For live curves, install TensorBoard: ", _code('pip install "agglo[log]"'), class_="foot")
+        )
     return parts
 
 
@@ -218,9 +234,11 @@ def _measured(records: Records) -> list[Child]:
         return [*head, _missing("evals.json is not there, so nothing is measured yet. Measure with ", command)]
     parts: list[Child] = [*head, table or _missing("Only agreement is measured. Measure the rest with ", command)]
     parts.append(tag("h3", "Agreement with each teacher", class_="sub"))
-    parts.append(tag("p", "On images kept out of training: the cosine between the summary the student predicts for a teacher and "
-                          "the teacher's own, and how much of the variance of the teacher's spatial map it explains "
-                          "(R², 1 is all of it).", class_="intro"))  # fmt: skip
+    meaning = (
+        "On images kept out of training: the cosine between the summary the student predicts for a teacher and the "
+        "teacher's own, and how much of the variance of the teacher's spatial map it explains (R², 1 is all of it)."
+    )
+    parts.append(tag("p", meaning, class_="intro"))
     parts.append(agreement or _missing("evals.json holds no agreement. Measure it with ", command))
     return parts
 
@@ -239,9 +257,10 @@ def _seen(records: Records, attempt: Attempt) -> list[Child]:
     if found is None:
         why = attempt.why or "there is no model"
         return [*head, _missing(f"No pictures: {why}. Finish the run with ", _code(_resume(records)))]
-    cells: list[Child] = []
-    for column in found.columns:
-        cells.append(tag("div", column.title, tag("span", column.note) if column.note else None, class_="head"))
+    cells: list[Child] = [
+        tag("div", column.title, tag("span", column.note) if column.note else None, class_="head")
+        for column in found.columns
+    ]
     for row, name in enumerate(found.names):
         for column in found.columns:
             shown = column.pictures[row]
@@ -275,7 +294,9 @@ def _found(records: Records, attempt: Attempt) -> list[Child]:
             name = hit.name.rpartition("/")[2]
             caption = tag("figcaption", f"{number(hit.score)} {'✓ ' if hit.right else ''}{name}", title=hit.name)
             mark = "right" if hit.right else None
-            hits.append(tag("figure", picture(hit.thumb, f"place {place}: {hit.name}", quality=78), caption, class_=mark))
+            hits.append(
+                tag("figure", picture(hit.thumb, f"place {place}: {hit.name}", quality=78), caption, class_=mark)
+            )
         verdict = None
         if query.rank > 1:
             verdict = tag("p", f"The right photo is number {query.rank}.", class_="verdict bad")
@@ -288,9 +309,11 @@ def _found(records: Records, attempt: Attempt) -> list[Child]:
 
 def _reproduce(records: Records) -> list[Child]:
     parts = _heading("Reproduce", "Same recipe, same versions, same seed: the same numbers on the same machine.")
-    parts.append(tag("pre", tag("code", f"agglo train {_recipe_name(records)} -o {_quoted(records)}")))
+    parts.append(tag("pre", tag("code", f"agglo train {_recipe_name(records)} -o {_quoted(records)}"), class_="wrap"))
     if records.recipe_text:
-        parts.append(tag("details", tag("summary", "Resolved recipe"), tag("pre", tag("code", _yaml(records.recipe_text)))))
+        parts.append(
+            tag("details", tag("summary", "Resolved recipe"), tag("pre", tag("code", _yaml(records.recipe_text))))
+        )
     if records.versions:
         rows = []
         for name, value in records.versions.items():
@@ -308,13 +331,19 @@ def _reproduce(records: Records) -> list[Child]:
         ("Train ten times longer and compare the two reports.",
          f"agglo train {_recipe_name(records)} train.steps={_longer(records)} -o {_quoted(records, '-long')}"),
     ]  # fmt: skip
-    parts.append(tag("ul", [tag("li", tag("p", why), tag("pre", tag("code", cmd))) for why, cmd in steps], class_="cmd"))
+    parts.append(
+        tag(
+            "ul",
+            [tag("li", tag("p", why), tag("pre", tag("code", cmd), class_="wrap")) for why, cmd in steps],
+            class_="cmd",
+        )
+    )
     return parts
 
 
-def _yaml(text: str) -> list[Child]:
+def _yaml(source: str) -> list[Child]:
     out: list[Child] = []
-    for line in text.splitlines(keepends=True):
+    for line in source.splitlines(keepends=True):
         key = re.match(r"^(\s*(?:- )?)([\w./-]+)(?=:)", line)
         out += [key[1], tag("span", key[2], class_="key"), line[key.end() :]] if key else [line]
     return out

@@ -165,7 +165,9 @@ def _read_evals(records: Records) -> None:
         records.notes.append('evals.json holds no "models": run the evals again')
     for model, evals in (models if isinstance(models, dict) else {}).items():
         for eval_name, metrics in (evals if isinstance(evals, dict) else {}).items():
-            numbers = {str(m): float(v) for m, v in metrics.items() if _is_number(v)} if isinstance(metrics, dict) else {}
+            numbers = (
+                {str(m): float(v) for m, v in metrics.items() if _is_number(v)} if isinstance(metrics, dict) else {}
+            )
             if numbers:
                 records.evals.setdefault(str(model), {})[str(eval_name)] = numbers
     lower = data.get("lower_is_better") if isinstance(data, dict) else None

@@ -51,7 +51,9 @@ def delta(before: float, after: float, *, lower: bool = False) -> Markup:
     if not any(char in "123456789" for char in shown):
         return tag("span", "unchanged", class_="delta")
     verdict = "good" if (change < 0) == lower else "bad"
-    return tag("span", f"{'▼' if change < 0 else '▲'} {shown.lstrip('+' + MINUS)}", class_=f"delta {verdict}", title=shown)
+    return tag(
+        "span", f"{'▼' if change < 0 else '▲'} {shown.lstrip('+' + MINUS)}", class_=f"delta {verdict}", title=shown
+    )
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def tiles(records: Records, search: Search | None, limit: int = 6) -> Markup | N
             shown.append(_tile(title.format(_metric(metric)), now, was, lower=lower))
     if search is not None and search.queries:
         total = len(search.queries)
-        before = "" if search.found_before is None else f"before training {search.found_before} of {total}"
+        before = "" if search.found_before is None else f"from {search.found_before} before training"
         shown.insert(0, _plain("Right photo first, by text", [str(search.found), tag("small", f" / {total}")], before))
     if len(shown) < 3 and records.metrics:
         shown += _cost(records)
@@ -112,7 +114,7 @@ def _average(metrics: Mapping[str, float], ending: str) -> float | None:
 
 
 def columns(records: Records) -> list[str]:
-    """The models of the table: untrained and trained student, the recipe's teachers, then whatever else was measured."""
+    """The models of the table: untrained and trained student, the teachers, then whatever else was measured."""
     known = [UNTRAINED, STUDENT, *records.teachers]
     return [name for name in dict.fromkeys([*known, *records.evals]) if name in records.evals]
 
@@ -155,7 +157,9 @@ def _row(records: Records, names: Sequence[str], eval_name: str, metric: str, co
         cells.append(_cell(value, "best" if winner else None))
         if name == STUDENT and compared:
             now, was = values[STUDENT], values[UNTRAINED]
-            cells.append(tag("td", delta(was, now, lower=lower)) if now is not None and was is not None else _cell(None))
+            cells.append(
+                tag("td", delta(was, now, lower=lower)) if now is not None and was is not None else _cell(None)
+            )
     return tag("tr", cells)
 
 
@@ -186,7 +190,9 @@ def agreement_table(records: Records) -> Markup | None:
         for key in keys:
             before, after = was.get(key), now.get(key)
             lower = records.lower(AGREEMENT, key.rpartition("/")[2])
-            change = tag("td", delta(before, after, lower=lower)) if None not in (before, after) else _cell(None)
+            change = _cell(None)
+            if before is not None and after is not None:
+                change = tag("td", delta(before, after, lower=lower))
             line = tag("td", dumbbell(before, after, colour=colour))
             label = tag("th", _metric(key.rpartition("/")[2]), scope="row")
             rows.append(tag("tr", label, _cell(before), _cell(after), change, line))

@@ -203,7 +203,7 @@ def _dense_teachers(models: Models, recipe: Recipe | None) -> list[str]:
 def _column(title: str, note: str, maps: Tensor | None, *, basis: Tensor | None = None) -> Column:
     if maps is None:
         raise ValueError(f"{title} gave no spatial map")
-    fitted = pca_basis(maps if basis is None else basis)
+    fitted = pca_basis(list(maps if basis is None else basis))
     return Column(title, note, [pca_picture(one, fitted, (SHOWN, SHOWN)) for one in maps])
 
 
@@ -233,7 +233,9 @@ def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 
     side = search_size(models.student, recipe)
     batch = torch.stack([to_tensor(square(image, side)) for image in images])
     queries = list(dict.fromkeys(asked))[:limit]
-    template = next((str(e.get("template")) for e in recipe.evals if e.get("kind") == "retrieval"), "{}") if recipe else "{}"
+    template = (
+        next((str(e.get("template")) for e in recipe.evals if e.get("kind") == "retrieval"), "{}") if recipe else "{}"
+    )
     texts = models.student.encode_text([template.replace("{}", query) for query in queries])
     scores = texts @ models.student.encode_image(batch).T
     before = None

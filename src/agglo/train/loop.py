@@ -29,7 +29,7 @@ from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.train import checkpoint
 from agglo.train.ema import Ema
-from agglo.train.optim import build_optimizer, learning_rate, set_learning_rate
+from agglo.train.optim import build_optimizer, set_learning_rate
 from agglo.train.progress import Progress
 from agglo.types import AggloError, ConfigError
 
@@ -141,7 +141,8 @@ def claim_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
         begun = folder / "recipe.yaml"
         if not begun.is_file() or begun.read_text(encoding="utf-8") != recipe.yaml():
             raise ConfigError(
-                f"{folder} was begun with another recipe: resume it with `--recipe {begun}`, or --overwrite"
+                f"{folder} was begun with another recipe: go on with `agglo train {begun} --out {folder} --resume`, "
+                "or throw it away with --overwrite"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,10 +210,10 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
     images_seen, since = 0, time.perf_counter()
     for batch in run.loader.iterate(run.start, config.steps):
         watch.lap("data")
-        step, rate = batch.step, learning_rate(batch.step, config)
+        step = batch.step
         # Every step has its own seed, so that a resumed run draws what the straight one drew.
         torch.manual_seed((config.seed * 1_000_003 + step) % (1 << 63))
-        set_learning_rate(run.optimizer, rate)
+        rate = set_learning_rate(run.optimizer, step, config)
         terms, norm = one_step(run, batch, watch)
         run.ema.update(run.model, step)
         watch.lap("ema")
@@ -251,7 +252,7 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor
     watch.lap("teachers")
     set_training(model, config.freeze_norm_statistics)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        result = run.objective(model, resize(images, batch.size), targets)
+        result = run.objective(model, resize(images, batch.size), targets, heads_only=batch.step < config.head_steps)
     watch.lap("forward")
     if not torch.isfinite(result.loss):
         bad = [name for name, value in result.terms.items() if not torch.isfinite(value)]

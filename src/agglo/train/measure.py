@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from agglo.config import find
-from agglo.evals._run import evaluate
+from agglo.config import find, kinds, nearest
+from agglo.evals._run import SUITES, evaluate
 from agglo.objectives.distill import build_teachers
 from agglo.recipe import load as load_recipe
 from agglo.types import ConfigError
@@ -55,12 +55,28 @@ def measure(
     for name, model in {**models, **teachers}.items():
         tell = None if progress is None else (lambda phrase, name=name: progress(f"{name}: {phrase}"))
         results[name] = evaluate(model, recipe.evals, teachers if name in models else None, tell)
-    lower: set[str] = set()
-    for entry in recipe.evals:
-        lower |= find("evals", str(entry["kind"])).lower_is_better
-    record = {"models": results, "lower_is_better": sorted(lower)}
+    record = {"models": results, "lower_is_better": sorted(lower_is_better(recipe.evals))}
     write_json(folder / "evals.json", record)
     return record
+
+
+def choose(text: str) -> list[dict[str, Any]]:
+    """``"quick"`` (a suite) or ``"knn,zero_shot"`` (kinds) as a recipe's list of evals.
+
+    Raises:
+        ConfigError: no such suite or kind; the message offers the nearest.
+    """
+    known = kinds("evals")
+    chosen = [dict(entry) for entry in SUITES.get(text, ())] or [{"kind": kind.strip()} for kind in text.split(",")]
+    for entry in chosen:
+        if entry["kind"] not in known:
+            raise ConfigError(f"no eval or suite {entry['kind']!r}{nearest(entry['kind'], [*known, *SUITES])}")
+    return chosen
+
+
+def lower_is_better(evals: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """The metrics of these evals that are better when lower."""
+    return frozenset[str]().union(*(find("evals", str(entry["kind"])).lower_is_better for entry in evals))
 
 
 def write_json(path: Path, data: Any) -> Path:

@@ -6,6 +6,7 @@ import math
 
 from torch import nn, optim
 
+from agglo.heads.base import Head
 from agglo.model import Model
 from agglo.recipe import Train
 
@@ -20,11 +21,18 @@ def learning_rate(step: int, config: Train) -> float:
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: Model, config: Train) -> optim.AdamW:
-    """AdamW over up to four groups: student or heads, decayed or not.
+def student_share(step: int, config: Train) -> float:
+    """The student's factor on the scheduled rate: 0 for ``head_steps``, a linear warm-up, then ``backbone_lr``."""
+    if step < config.head_steps or config.head_steps == 0:
+        return 0.0 if config.head_steps else config.backbone_lr
+    return config.backbone_lr * min(1.0, (step - config.head_steps + 1) / max(1, config.warmup_steps))
 
-    Weight decay is left off biases, norms and whatever the student excludes (METHOD 1.2). A ``scale`` in each group is
-    its factor on the scheduled rate; ``backbone_lr: 0`` freezes the student.
+
+def build_optimizer(model: Model, config: Train) -> optim.AdamW:
+    """AdamW over up to four groups: student (and heads that follow it) or heads, decayed or not.
+
+    Weight decay is left off biases, norms and whatever the student excludes (METHOD 1.2). ``backbone_lr: 0`` freezes
+    the student.
     """
     excluded = {f"student.{name}" for name in model.student.no_weight_decay()}
     norms = {
@@ -33,23 +41,28 @@ def build_optimizer(model: Model, config: Train) -> optim.AdamW:
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
         for name, _ in module.named_parameters(recurse=False)
     }
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    followers = ("student.",) + tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, Head) and module.follows_student
+    )
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        scale = config.backbone_lr if name.startswith("student.") else 1.0
-        if scale == 0:
+        student = name.startswith(followers)
+        if student and config.backbone_lr == 0:
             parameter.requires_grad_(False)
             continue
         plain = parameter.ndim < 2 or name in excluded or name in norms
-        groups.setdefault((scale, 0.0 if plain else config.weight_decay), []).append(parameter)
+        groups.setdefault((student, 0.0 if plain else config.weight_decay), []).append(parameter)
     return optim.AdamW(
-        [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
+        [{"params": params, "student": student, "weight_decay": decay} for (student, decay), params in groups.items()],
         lr=config.lr,
         betas=config.betas,
         foreach=True,  # the fused CPU kernel walks raw memory, and channels-last gradients may be laid out otherwise
     )
 
 
-def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
-    """Give every group its share of the scheduled rate."""
+def set_learning_rate(optimizer: optim.Optimizer, step: int, config: Train) -> float:
+    """Give every group its rate at a step; returns the heads' rate."""
+    rate = learning_rate(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        group["lr"] = rate * student_share(step, config) if group["student"] else rate
+    return rate

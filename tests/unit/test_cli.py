@@ -1,0 +1,362 @@
+"""The command line as a person meets it: what it prints, what it refuses, how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from agglo import config, recipe
+from agglo.cli import app
+from agglo.model import HeadConfig, Model
+
+RECIPE = """
+name: tiny
+claim: {{summary: two steps of nothing, time: a second}}
+student: {{kind: vit, width: 32, depth: 1, heads: 2, max_grid: 8, registers: 0}}
+teachers: {{toy: {{kind: toy}}}}
+heads: {{summary: {{kind: mlp, hidden: 16}}, spatial: {{kind: mlp, hidden: 16}}}}
+targets: {{normalizer: {{kind: identity}}, estimate_images: 8}}
+losses: {{summary: {{kind: cosine}}}}
+data: {{sources: [{{kind: folder, path: {folder}}}], workers: 0}}
+partitions: [{{sizes: [32], batch: 4}}]
+train: {{steps: 2, ema: 0.5}}
+evals: [{{kind: agreement, sources: [{{kind: folder, path: {folder}}}]}}]
+smoke: [train.steps=1]
+"""
+
+
+def agglo(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The one line on stderr of a command that is refused."""
+    result = agglo(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("agglo: "), result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tiny = Model({"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}, {}, preferred_size=64)
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    root = tmp_path / "images"
+    root.mkdir()
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(root / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def bad(folder: Path) -> Path:
+    """A truncated image beside the good ones."""
+    path = folder / "3b.png"
+    path.write_bytes((folder / "3.png").read_bytes()[:200])
+    return path
+
+
+@pytest.fixture
+def yaml(tmp_path: Path, folder: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(folder=folder), encoding="utf-8")
+    return path
+
+
+# --- at the door ------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom agglo.cli import app\n"
+        "print(CliRunner().invoke(app, ['--help']).output)\n"
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'timm') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command in ("train", "eval", "embed", "search", "view", "models", "kinds", "recipes", "report"):
+        assert f" {command} " in out
+    assert out.strip().endswith("[]")
+
+
+def test_an_unknown_command_gets_the_nearest() -> None:
+    result = agglo("serch")
+    assert result.exit_code == 2
+    assert "Did you mean 'search'" in result.stderr
+
+
+def test_version() -> None:
+    import agglo as package
+
+    assert agglo("--version").stdout.strip() == f"agglo {package.__version__}"
+
+
+def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGGLO_TRACEBACK", "1")
+    assert isinstance(agglo("train", "nothing").exception, config.ConfigError)
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_kinds_lists_every_kind_of_every_point() -> None:
+    out = agglo("kinds").stdout
+    for point in config.POINTS:
+        assert point in out
+        assert all(kind in out for kind in config.kinds(point))
+
+
+def test_a_kind_shows_its_keys_types_and_defaults() -> None:
+    out = agglo("kinds", "students", "vit").stdout
+    for line in (("width", "int", "192"), ("cls_per_teacher", "bool", "true"), ("mlp_ratio", "float", "4.0")):
+        assert any(row.split() == list(line) for row in out.splitlines()), line
+    assert "2312.06709" in out  # the docstring follows
+
+
+def test_unknown_points_and_kinds_get_the_nearest() -> None:
+    assert "did you mean 'losses'" in refused("kinds", "lossess")
+    assert "did you mean 'cosine'" in refused("kinds", "losses", "cosin")
+
+
+def test_recipes_and_models_are_listed() -> None:
+    out = agglo("recipes").stdout
+    assert all(name in out for name in recipe.names())
+    assert "agglo train quickstart" in agglo("recipes", "quickstart").stdout
+    assert "did you mean 'quickstart'" in refused("recipes", "quikstart")
+    assert "agglo-lite" in agglo("models").stdout
+
+
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+def test_embed_writes_names_the_bad_and_goes_on(model: Path, folder: Path, bad: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    result = agglo("embed", folder, "-o", out, "--model", model, "--size", 32)
+    assert result.exit_code == 0, result.output
+    assert "wrote 6 images" in result.stdout
+    assert "skipped 1 image:" in result.stderr
+    assert str(bad) in result.stderr
+    with np.load(out) as file:
+        assert file["path"].tolist() == [str(folder / f"{i}.png") for i in range(6)]
+        assert file["summary"].shape == (6, 32)
+        assert json.loads(str(file["metadata"]))["agglo.model"] == str(model)
+
+
+def test_embed_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"mine")
+    assert "--overwrite" in refused("embed", folder, "-o", out, "--model", model)
+    assert out.read_bytes() == b"mine"
+    assert agglo("embed", folder, "-o", out, "--model", model, "--overwrite").exit_code == 0
+    assert out.read_bytes() != b"mine"
+    assert ".parquet or .npz" in refused("embed", folder, "-o", tmp_path / "x.csv", "--model", model)
+    assert "64 or 80" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", model, "--size", 70)
+    assert "no text tower" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", model, "--head", "clip")
+    assert "no folder or image" in refused("embed", tmp_path / "nowhere", "-o", tmp_path / "x.npz", "--model", model)
+    assert "no model" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "no image in" in refused("embed", tmp_path / "empty", "-o", tmp_path / "x.npz", "--model", model)
+    assert not (tmp_path / "x.npz").exists()
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+class OneText(nn.Module):
+    def __init__(self, vector: torch.Tensor) -> None:
+        super().__init__()
+        self.vector = vector
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        assert texts == ["a cup of coffee"]
+        return self.vector[None]
+
+
+def test_search_ranks_the_right_image_first(folder: Path, bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    head = HeadConfig({"kind": "mlp", "hidden": 16}, None, 8, None, text={"kind": "minilm"})
+    speaking = Model(
+        {"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}, {"say": head}, preferred_size=64
+    )
+    from agglo import embedding
+
+    wanted = embedding.embed([folder / "4.png"], speaking).aligned
+    speaking._towers["say"] = OneText(torch.from_numpy(wanted[0]))
+    monkeypatch.setattr("agglo.zoo.load", lambda name: speaking)
+    for words in (["a cup of coffee"], ["a", "cup", "of", "coffee"]):  # quotes forgotten
+        result = agglo("search", folder, *words, "-k", 2)
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        assert len(lines) == 2
+        assert lines[0].split() == ["1.000", str(folder / "4.png")]
+        assert str(bad) in result.stderr
+    photos = agglo("search", "--photos", "a cup of coffee", "-k", 3)
+    assert photos.exit_code == 0, photos.output
+    assert all("photos/" in line for line in photos.stdout.splitlines())
+
+
+def test_search_says_what_it_needs(model: Path, folder: Path) -> None:
+    assert "needs a folder and a text" in refused("search", "cat", "--model", model)
+    assert "is empty" in refused("search", folder, " ", "--model", model)
+    assert "at least 1" in refused("search", folder, "cat", "-k", 0, "--model", model)
+    assert "no text tower" in refused("search", folder, "cat", "--model", model)
+
+
+# --- view -------------------------------------------------------------------------------------------------------------
+
+
+def test_view_writes_a_picture_of_all_readable_images(model: Path, folder: Path, bad: Path, tmp_path: Path) -> None:
+    out = tmp_path / "view.png"
+    result = agglo("view", folder / "0.png", folder / "1.png", bad, "-o", out, "--model", model, "--size", 64)
+    assert result.exit_code == 0, result.output
+    assert str(bad) in result.stderr
+    with Image.open(out) as picture:
+        assert picture.width > 2 * 448
+        assert picture.height > 2 * 373
+        right = np.asarray(picture.convert("RGB"))[:373, 460:]
+    assert right.reshape(-1, 3).std(0).min() > 10  # there is something to see, in all three colours
+
+
+def test_view_refuses(model: Path, folder: Path, bad: Path, tmp_path: Path) -> None:
+    image, out = folder / "0.png", tmp_path / "v.png"
+    before = image.read_bytes()
+    assert "--overwrite" in refused("view", image, "-o", image, "--model", model)
+    assert "is one of the images" in refused("view", image, "-o", image, "--overwrite", "--model", model)
+    assert image.read_bytes() == before
+    assert "none of the images" in refused("view", bad, "-o", out, "--model", model)
+    assert "64 or 80" in refused("view", image, "-o", out, "--model", model, "--size", 70)
+    assert "no folder or image" in refused("view", tmp_path / "no.png", "-o", out, "--model", model)
+    assert ".png" in refused("view", image, "-o", tmp_path / "v.txt", "--model", model)
+    assert not out.exists()
+
+
+# --- eval, train, report ----------------------------------------------------------------------------------------------
+
+
+def test_eval_names_the_nearest_eval(model: Path, tmp_path: Path) -> None:
+    assert "did you mean 'knn'" in refused("eval", model, "--evals", "kn")
+    assert ".json" in refused("eval", model, "-o", tmp_path / "x.txt")
+    assert "try --device cpu" in refused("eval", model, "--device", "gpu")
+
+
+def test_eval_prints_and_writes_what_evaluate_returns(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[dict]] = []
+
+    def evaluate(model: object, evals: list[dict], teachers: object, progress: object) -> dict:
+        asked.append(evals)
+        return {"knn": {"top1": 0.625}, "skipped": {"zero_shot": "no text tower"}}
+
+    monkeypatch.setattr("agglo.evals._run.evaluate", evaluate)
+    out = tmp_path / "numbers" / "out.json"
+    result = agglo("eval", model, "--evals", "knn, zero_shot", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert asked == [[{"kind": "knn"}, {"kind": "zero_shot"}]]
+    assert "0.625" in result.stdout
+    assert "zero_shot left out: no text tower" in result.stderr
+    assert json.loads(out.read_text())["models"][str(model)]["knn"] == {"top1": 0.625}
+
+
+def test_print_gives_a_recipe_that_reads_back(yaml: Path, tmp_path: Path) -> None:
+    result = agglo("train", yaml, "train.lr=0.5", "--print")
+    assert result.exit_code == 0, result.output
+    again = tmp_path / "again.yaml"
+    again.write_text(result.stdout, encoding="utf-8")
+    assert recipe.load(str(again)) == recipe.load(str(yaml), ["train.lr=0.5"])
+
+
+def test_train_refuses_what_does_not_fit(yaml: Path, tmp_path: Path) -> None:
+    assert "did you mean 'steps'" in refused("train", yaml, "train.step=3", "--print")
+    assert "did you mean 'cosine'" in refused("train", yaml, "losses.summary.kind=cosin", "--print")
+    assert "did you mean 'quickstart'" in refused("train", "quickstat", "--print")
+    assert "exclude each other" in refused("train", yaml, "--resume", "--overwrite", "--out", tmp_path / "run")
+    assert "32 and 48" in refused("train", yaml, "partitions.0.sizes=[40]", "--out", tmp_path / "run")
+
+
+def test_train_measures_reports_and_never_overwrites_silently(yaml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    result = agglo("train", yaml, "--smoke", "--out", run, "--device", "cpu", "--no-report")
+    assert result.exit_code == 0, result.output
+    numbers = json.loads((run / "evals.json").read_text())
+    assert set(numbers["models"]) == {"student", "untrained", "toy"}
+    assert numbers["models"]["student"]["agreement"]
+    assert "untrained" in result.stdout
+    assert result.stdout.count(f"--model '{run}'") == 3
+    before = (run / "model" / "model.safetensors").read_bytes()
+    line = refused("train", yaml, "--smoke", "--out", run)
+    assert "--resume" in line
+    assert "--overwrite" in line
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+    assert (
+        agglo("view", next(iter((tmp_path / "images").iterdir())), "-o", tmp_path / "v.png", "-m", run).exit_code == 0
+    )
+
+
+def test_an_interruption_during_the_evals_says_that_the_model_is_safe(
+    yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agglo.train.measure.measure", interrupt)
+    run = tmp_path / "run"
+    result = agglo("train", yaml, "--smoke", "--out", run)
+    assert result.exit_code == 130
+    assert f"the model is saved in {run / 'model'}" in result.stderr
+    assert f"agglo report {run}" in result.stderr
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_report_runs_missing_evals_first(yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("agglo.report")
+    run = tmp_path / "run"
+    assert agglo("train", yaml, "--smoke", "--out", run, "--no-evals", "--no-report").exit_code == 0
+    assert not (run / "evals.json").exists()
+    seen: list[bool] = []
+
+    def write(folder: Path) -> Path:
+        seen.append((folder / "evals.json").is_file())
+        return folder / "report.html"
+
+    monkeypatch.setattr("agglo.report.write", write)
+    result = agglo("report", run)
+    assert result.exit_code == 0, result.output
+    assert seen == [True]
+    assert str(run / "report.html") in result.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_saves_and_exits_130(yaml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "agglo.cli", "train", str(yaml), "train.steps=100000", "train.log_every=1"]
+    command += ["--out", str(run), "--device", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert list((run / "checkpoints").iterdir())

@@ -1,0 +1,263 @@
+"""Folders to vectors and back to images by text: values, order, bad images, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, look, search
+from agglo.model import HeadConfig, Model
+from agglo.types import ConfigError
+
+VIT = {"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}
+
+
+class Echo(nn.Module):
+    """A text tower that knows one vector for each text."""
+
+    def __init__(self, known: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.known = known
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        return torch.stack([self.known[text] for text in texts])
+
+
+def make_model(*, text: bool = True) -> Model:
+    torch.manual_seed(0)
+    head = HeadConfig({"kind": "mlp", "hidden": 16}, None, 8, None, text={"kind": "minilm"} if text else None)
+    return Model(VIT, {"say": head}, preferred_size=64).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_model()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images of different shapes in two folders, and two that are none."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    for index, size in enumerate([(40, 64), (64, 64), (100, 30), (1, 1), (16, 200)]):
+        where = root / "sub" if index % 2 else root
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(where / f"{index}.png")
+    (root / "2b.png").write_bytes((root / "2.png").read_bytes()[:80])
+    (root / "sub" / "1b.jpg").write_bytes(b"")
+    return root
+
+
+def test_every_readable_image_is_embedded_in_order_and_the_others_named(model: Model, folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    found = embed(folder, model, batch=2, progress=lambda done, total: seen.append((done, total)))
+    assert [Path(name).relative_to(folder).as_posix() for name in found.names] == [
+        "0.png",
+        "2.png",
+        "4.png",
+        "sub/1.png",
+        "sub/3.png",
+    ]
+    assert {Path(name).name for name in found.skipped} == {"2b.png", "1b.jpg"}
+    assert all(Path(name).is_file() for name in [*found.names, *found.skipped])
+    assert "0 bytes" in found.skipped[str(folder / "sub" / "1b.jpg")]
+    assert found.summary.shape == (5, 32)
+    assert found.size == (64, 64)
+    assert seen[-1] == (7, 7)
+    assert seen == sorted(seen)
+
+
+def test_vectors_are_those_of_the_model_on_the_covered_square(model: Model, folder: Path) -> None:
+    found = embed(folder, model)
+    square = folder / "sub" / "1.png"  # 64 x 64 already: no resampling between the file and the model
+    with torch.no_grad():
+        expected = model(square)
+        aligned = model.encode_image(str(square))
+    row = found.names.index(str(square))
+    np.testing.assert_allclose(found.summary[row], expected.summary[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(found.aligned[row], aligned[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found.aligned, axis=1), 1, atol=1e-5)
+
+
+def test_the_batch_size_changes_nothing(model: Model, folder: Path) -> None:
+    one, many = embed(folder, model, batch=1), embed(folder, model, batch=32)
+    assert one.names == many.names
+    assert one.skipped == many.skipped
+    np.testing.assert_allclose(one.summary, many.summary, atol=1e-5)
+
+
+def test_lists_of_anything_are_taken(model: Model, folder: Path) -> None:
+    path = folder / "sub" / "1.png"
+    pil = Image.open(path)
+    array = np.asarray(pil)
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy()).float() / 255
+    found = embed([str(path), path, pil, array, tensor, "no such file.png", 3], model)
+    assert len(found) == 5
+    np.testing.assert_allclose(found.summary, found.summary[:1].repeat(5, 0), atol=1e-5)
+    assert "no such file" in found.skipped["no such file.png"]
+    assert "image 6" in found.skipped
+    assert len(embed(tensor, model)) == len(embed(pil, model)) == 1
+    assert len(embed(tensor[None].repeat(3, 1, 1, 1), model)) == 3
+
+
+def test_training_mode_is_left_as_it_was(folder: Path) -> None:
+    model = make_model()
+    still = embed(folder, model)
+    model.train()
+    np.testing.assert_array_equal(embed(folder, model).summary, still.summary)
+    assert model.training
+
+
+def test_an_image_whose_features_are_not_finite_is_skipped(folder: Path) -> None:
+    model = make_model()
+    calm = model.student.forward
+
+    def explode(images: torch.Tensor):
+        features = calm(images)
+        features.summary[1] = float("nan")
+        return features
+
+    model.student.forward = explode
+    found = embed(folder, model)
+    assert len(found) == 4
+    assert "not finite" in found.skipped[str(folder / "2.png")]
+
+
+def test_a_text_finds_the_image_it_embeds_to(folder: Path) -> None:
+    model = make_model()
+    found = embed(folder, model)
+    model._towers["say"] = Echo({"that one": torch.from_numpy(found.aligned[3])})
+    hits = search(found, model, "that one", 3)
+    assert hits[0] == Hit(found.names[3], pytest.approx(1, abs=1e-5))
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    by_hand = sorted(found.aligned @ found.aligned[3], reverse=True)[:3]
+    np.testing.assert_allclose([hit.score for hit in hits], by_hand, atol=1e-6)
+    assert len(search(found, model, "that one", 99)) == 5
+
+
+def test_without_a_text_tower_there_is_no_search(folder: Path) -> None:
+    model = make_model(text=False)
+    found = embed(folder, model)
+    assert found.aligned is None
+    assert list(found.columns()) == ["summary"]
+    with pytest.raises(ConfigError, match="no text tower"):
+        search(found, model, "cat")
+    with pytest.raises(ConfigError, match="no text tower"):
+        embed(folder, model, head="say")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 65}, r"multiple of 16.*64 or 80"),
+        ({"size": 0}, "multiple of 16"),
+        ({"batch": 0}, "at least 1"),
+        ({"head": "sey"}, "those that do: say"),
+    ],
+)
+def test_bad_options_say_what_is_legal(model: Model, folder: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        embed(folder, model, **options)
+
+
+def test_bad_searches(model: Model) -> None:
+    found = Embeddings(("a",), np.zeros((1, 32), np.float32), None)
+    with pytest.raises(ConfigError, match="empty"):
+        search(found, model, "  ")
+    with pytest.raises(ConfigError, match="k must be"):
+        search(found, model, "cat", 0)
+    with pytest.raises(ConfigError, match="embed the images again"):
+        search(found, model, "cat")
+
+
+def test_no_images_is_an_error(model: Model, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no images"):
+        embed([], model)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no image in"):
+        embed(tmp_path / "empty", model)
+    with pytest.raises(ConfigError, match="no folder or image"):
+        embed(tmp_path / "nowhere", model)
+    with pytest.raises(ConfigError, match="can be read"):
+        embed([folder / "2b.png"], model)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "npz"])
+def test_files_give_back_what_was_saved(model: Model, folder: Path, tmp_path: Path, ending: str) -> None:
+    found = embed(folder, model)
+    path = found.save(tmp_path / "new" / f"out.{ending}")
+    if ending == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = parquet.read_table(path)
+        assert table.column_names == ["path", "summary", "say"]
+        assert str(table.schema.field("summary").type) == "list<element: float>"
+        columns = {name: np.array(table[name].to_pylist(), np.float32) for name in ("summary", "say")}
+        names, facts = table["path"].to_pylist(), {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+    else:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name in ("summary", "say")}
+            names, facts = file["path"].tolist(), json.loads(str(file["metadata"]))
+    assert tuple(names) == found.names
+    np.testing.assert_array_equal(columns["summary"], found.summary)
+    np.testing.assert_array_equal(columns["say"], found.aligned)
+    assert facts["agglo.size"] == "64x64"
+    assert facts["agglo.head"] == "say"
+    assert set(facts) == {"agglo.model", "agglo.size", "agglo.version", "agglo.head"}
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_is_replaced_only_on_request_and_never_half(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = embed(folder, model)
+    path = found.save(tmp_path / "out.npz")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        found.save(path)
+
+    def fail(stream, **arrays: object) -> None:
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="No space"):
+        found.save(path, overwrite=True)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["out.npz"]
+    for bad, message in (("out.csv", r"\.parquet or \.npz"), ("d.npz", "is a folder")):
+        (tmp_path / "d.npz").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=message):
+            check_output(tmp_path / bad, overwrite=True)
+
+
+def test_looks_keep_the_shape_of_their_image(model: Model, folder: Path) -> None:
+    looks, skipped = look([folder], model, size=64)
+    shapes = {Path(each.name).name: tuple(each.spatial.shape) for each in looks}
+    assert shapes == {
+        "0.png": (32, 2, 4),
+        "1.png": (32, 4, 4),
+        "2.png": (32, 4, 1),
+        "3.png": (32, 4, 4),
+        "4.png": (32, 1, 4),
+    }
+    assert len(skipped) == 2
+    with torch.no_grad():
+        expected = model(folder / "sub" / "1.png").spatial[0]
+    torch.testing.assert_close(next(e for e in looks if e.name.endswith("1.png")).spatial, expected)
+    with pytest.raises(ConfigError, match="64 or 80"):
+        look([folder], model, size=70)
+    with pytest.raises(ConfigError, match=r"none of the images.*0 bytes"):
+        look([folder / "sub" / "1b.jpg"], model)
+
+
+def test_as_files_names_paths(folder: Path) -> None:
+    source = as_files(folder)
+    assert len(source) == 7
+    assert source.name(0) == str(folder / "0.png")
+    assert source.read(0).size == (64, 40)

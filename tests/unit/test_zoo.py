@@ -1,0 +1,115 @@
+"""Finding models: names, folders, runs; and that a damaged release never loads."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from agglo import zoo
+from agglo.model import Model
+from agglo.types import AssetError, ConfigError
+from agglo.zoo import ReleasedModel, list_models, load
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = Model({"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}, {}, preferred_size=64)
+    return model.save(tmp_path_factory.mktemp("zoo") / "tiny")
+
+
+@pytest.fixture
+def released(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ReleasedModel:
+    """A release whose folder is a copy that a test may damage."""
+    folder = tmp_path / "asset"
+    folder.mkdir()
+    for file in saved.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    entry = ReleasedModel("tiny-test", "Apache-2.0", 0.1, "tests", sha256, folder)
+    monkeypatch.setitem(zoo.RELEASED, entry.name, entry)
+    return entry
+
+
+def weights(model: Model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_name_a_folder_and_a_run_give_the_same_model(saved: Path, released: ReleasedModel, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(saved)
+    models = [load(released.name), load(saved), load(str(saved)), load(run)]
+    assert all(torch.equal(weights(model), weights(models[0])) for model in models)
+    assert not any(model.training for model in models)
+
+
+def test_one_flipped_bit_is_caught(released: ReleasedModel) -> None:
+    file = released.folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(AssetError, match=r"corrupt.*reinstall"):
+        load(released.name)
+
+
+def test_a_release_without_a_recorded_sum_is_not_trusted(
+    released: ReleasedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(zoo.RELEASED, released.name, replace(released, sha256=""))
+    with pytest.raises(AssetError, match="not recorded"):
+        load(released.name)
+
+
+@pytest.mark.parametrize("damage", ["unlink", "garbage"])
+def test_a_damaged_configuration_is_caught(released: ReleasedModel, damage: str) -> None:
+    file = released.folder / "config.json"
+    file.unlink() if damage == "unlink" else file.write_text("{", encoding="utf-8")
+    with pytest.raises(AssetError, match="damaged"):
+        load(released.name)
+
+
+def test_a_missing_release_says_how_to_get_a_model(released: ReleasedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = replace(released, folder=released.folder / "nowhere")
+    monkeypatch.setitem(zoo.RELEASED, released.name, gone)
+    assert not gone.bundled
+    assert gone.megabytes is None
+    with pytest.raises(AssetError, match="agglo train quickstart"):
+        load(released.name)
+
+
+def test_the_list_holds_every_release_bundled_first(released: ReleasedModel) -> None:
+    found = list_models()
+    assert {model.name for model in found} == set(zoo.RELEASED) >= {"agglo-lite", released.name}
+    flags = [model.bundled for model in found]
+    assert flags == sorted(flags, reverse=True)
+    assert released.megabytes == pytest.approx((released.folder / "model.safetensors").stat().st_size / 1e6)
+
+
+def test_every_bundled_release_is_whole() -> None:
+    for model in list_models():
+        if model.bundled:
+            assert model.megabytes is not None
+            assert model.megabytes <= 12
+            assert load(model.name).spec.summary
+
+
+def test_unknown_names_get_the_nearest(saved: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'agglo-lite'"):
+        load("agglo-light")
+    with pytest.raises(ConfigError, match=f"did you mean '{saved}'"):
+        load(saved.parent / "tinny")
+
+
+def test_what_is_no_model_says_what_is_missing(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a file: name the folder"):
+        load(saved / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"needs config\.json and model\.safetensors"):
+        load(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(ConfigError, match=r"not finished.*--resume"):
+        load(tmp_path)
