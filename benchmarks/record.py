@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,10 @@ def write(name: str, result: dict[str, Any]) -> None:
     record = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "cores": os.cpu_count(),
         "versions": versions(),
         "result": result,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()

@@ -19,7 +19,7 @@ COMMANDS = {
 def run(repeats: int = 7) -> dict[str, Any]:
     """Interleaved repeats of each command; medians and spreads in seconds."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for name, arguments in COMMANDS.items():  # warm the file cache
+    for arguments in COMMANDS.values():  # warm the file cache
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
     for _ in range(repeats):
         for name, arguments in COMMANDS.items():

@@ -324,14 +324,23 @@ def versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": _processor(),
         "threads": str(torch.get_num_threads()),
     }
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
     for package in ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "pillow", "safetensors"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def _best_device() -> str:

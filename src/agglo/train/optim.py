@@ -41,8 +41,11 @@ def build_optimizer(model: Model, config: Train) -> optim.AdamW:
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
         for name, _ in module.named_parameters(recurse=False)
     }
-    followers = ("student.",) + tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, Head) and module.follows_student
+    followers = (
+        "student.",
+        *tuple(
+            f"{name}." for name, module in model.named_modules() if isinstance(module, Head) and module.follows_student
+        ),
     )
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
