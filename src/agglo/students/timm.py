@@ -20,7 +20,7 @@ class Timm(Student):
     """A timm backbone: its pooled features are the summary, the maps of chosen stages the spatial features.
 
     Stages are read by ``forward_intermediates`` in one pass, brought to the grid of ``stride`` (finer ones by area
-    averaging, coarser ones bilinearly), each divided by its RMS at the start of training, and concatenated.
+    averaging, coarser ones bilinearly), each scaled at the start to the same share of the variance, and concatenated.
 
     Args:
         tokens: names of the teachers; a timm backbone has one summary for all of them.
@@ -70,8 +70,8 @@ class Timm(Student):
         )
         config = self.backbone.pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
-        self.rms: Tensor
-        self.register_buffer("rms", torch.ones(sum(channels)))
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(sum(channels)))
         self._classifier: tuple[Tensor, Tensor] | None = None
 
     def _options(self) -> dict[str, object]:
@@ -95,7 +95,7 @@ class Timm(Student):
         spatial = torch.cat([_to_grid(level, grid) for level in maps], dim=1)
         return Features(
             summary=self.backbone.forward_head(final, pre_logits=True),
-            spatial=spatial / self.rms.to(spatial.dtype)[:, None, None],
+            spatial=spatial / self.scale.to(spatial.dtype)[:, None, None],
         )
 
     def initialize(self) -> None:
@@ -113,11 +113,15 @@ class Timm(Student):
         self.backbone.load_state_dict(state)
         if weight is not None and bias is not None:
             self._classifier = (weight, bias)
-        self._measure_rms()
+        self._measure_scale()
 
     @torch.no_grad()
-    def _measure_rms(self) -> None:
-        """Stages differ 10x in scale; equal scales let one head and one probe read them all. Noise images suffice."""
+    def _measure_scale(self) -> None:
+        """Give every stage the same share of the map's variance, whatever its scale and its number of channels.
+
+        Otherwise the coarsest stage, with most channels, drowns the fine ones in every distance and every picture.
+        Smooth noise is enough to measure it.
+        """
         generator = torch.Generator().manual_seed(0)
         coarse = torch.rand(8, 3, 8, 8, generator=generator)
         images = F.interpolate(coarse, size=(4 * self.spec.step,) * 2, mode="bicubic").clamp(0, 1)
@@ -128,8 +132,12 @@ class Timm(Student):
         self.train(was_training)
         infos = self._stage_infos()
         widths = [int(infos[stage]["num_chs"]) for stage in self.stages]
-        scales = [part.square().mean().sqrt().expand(part.shape[1]) for part in spatial.split(widths, dim=1)]
-        self.rms.copy_(torch.cat(scales).clamp_min(1e-6))
+        share = sum(widths) / len(widths)
+        scales = [
+            (part.var(dim=(0, 2, 3)).sum() / share).sqrt().expand(part.shape[1])
+            for part in spatial.split(widths, dim=1)
+        ]
+        self.scale.copy_(torch.cat(scales).clamp_min(1e-6))
 
     def _stage_infos(self) -> list[dict[str, Any]]:
         info = self.backbone.feature_info

@@ -41,12 +41,8 @@ def build_optimizer(model: Model, config: Train) -> optim.AdamW:
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
         for name, _ in module.named_parameters(recurse=False)
     }
-    followers = (
-        "student.",
-        *tuple(
-            f"{name}." for name, module in model.named_modules() if isinstance(module, Head) and module.follows_student
-        ),
-    )
+    heads = [name for name, module in model.named_modules() if isinstance(module, Head) and module.follows_student]
+    followers = tuple(f"{name}." for name in ["student", *heads])
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         student = name.startswith(followers)
