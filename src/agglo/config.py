@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
-from agglo.types import ConfigError
+from agglo.types import AggloError, ConfigError
 
 POINTS: dict[str, str] = {
     "students": "Student",
@@ -35,11 +35,21 @@ POINTS: dict[str, str] = {
 }
 """Extension point → the contract class in its ``base.py``."""
 
+NESTED: dict[str, str] = {
+    "source": "sources",
+    "sources": "sources",
+    "train": "sources",
+    "val": "sources",
+    "test": "sources",
+    "text": "text",
+}
+"""A kind's parameter of one of these names holds ``{kind: ...}`` of that point, or a list of them."""
+
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
 class Strict(BaseModel):
-    """A typed node of a recipe: unknown keys are errors, values are not coerced beyond what YAML needs."""
+    """A typed node of a recipe: unknown keys are errors, and what is read cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -143,7 +153,13 @@ def check_options(point: str, options: Mapping[str, Any], where: str = "", *, in
         checked = schema(cls).model_validate(keys)
     except ValidationError as error:
         raise ConfigError(explain(error, keys, where or f"{point}.{options['kind']}", schema(cls))) from None
-    return {"kind": options["kind"], **{name: getattr(checked, name) for name in type(checked).model_fields}}
+    values = {name: getattr(checked, name) for name in type(checked).model_fields}
+    for name, value in values.items():
+        for index, entry in enumerate(value if isinstance(value, list) else [value]):
+            if name in NESTED and isinstance(entry, Mapping):
+                inner = f"{where}.{name}" + (f".{index}" if isinstance(value, list) else "")
+                check_options(NESTED[name], entry, inner.removeprefix("."), installed=installed)
+    return {"kind": options["kind"], **values}
 
 
 def build(point: str, options: Mapping[str, Any], *program: Any, where: str = "", installed: bool = True) -> Any:
@@ -160,7 +176,13 @@ def build(point: str, options: Mapping[str, Any], *program: Any, where: str = ""
         ConfigError: the options do not fit the kind's constructor.
     """
     checked = check_options(point, options, where, installed=installed)
-    return find(point, checked.pop("kind"), installed=installed)(*program, **checked)
+    kind = checked.pop("kind")
+    try:
+        return find(point, kind, installed=installed)(*program, **checked)
+    except AggloError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where or f'{point}.{kind}'}: {error}") from error
 
 
 # --- YAML and overrides -----------------------------------------------------------------------------------------------
@@ -199,11 +221,11 @@ def write_yaml(data: Any) -> str:
     return out.getvalue()
 
 
-def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+def override(data: dict[str, Any], assignments: Iterable[str], keep: Collection[str] = ()) -> dict[str, Any]:
     """Apply ``key.path=value`` assignments to a copy of a nested mapping; values are YAML (``[1, 2]``, ``null``).
 
     A list element is addressed by its index: ``partitions.0.batch=64``. Setting ``kind`` drops that mapping's other
-    keys, because they belonged to the kind that is replaced.
+    keys, because they belonged to the kind that is replaced; those in ``keep`` stay.
 
     Raises:
         ConfigError: no ``=``, an index out of range, or a path through a value that holds no keys.
@@ -214,14 +236,14 @@ def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
         if not equals or not path:
             raise ConfigError(f"override {assignment!r} is not of the form key.path=value")
         try:
-            value = _number(_yaml().load(text)) if text else None
+            value = _yaml().load(text) if text else None
         except MarkedYAMLError:
             raise ConfigError(f"override {assignment!r}: {text!r} is not a YAML value") from None
-        _assign(root, path.split("."), value, assignment)
+        _assign(root, path.split("."), value, assignment, keep)
     return root
 
 
-def _assign(root: Any, keys: list[str], value: Any, assignment: str) -> None:
+def _assign(root: Any, keys: list[str], value: Any, assignment: str, keep: Collection[str]) -> None:
     node: Any = root
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
@@ -240,7 +262,8 @@ def _assign(root: Any, keys: list[str], value: Any, assignment: str) -> None:
         else:
             holder: Any = node
             if index == "kind" and holder.get("kind") != value:
-                holder.clear()
+                for stale in set(holder) - set(keep):
+                    del holder[stale]
             holder[index] = value
 
 
@@ -249,16 +272,6 @@ def _copy(value: Any) -> Any:
         return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_copy(item) for item in value]
-    return value
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.2's core schema reads 1e-3 as a string in some parsers; a person who types it means a number.
-    if isinstance(value, str):
-        try:
-            return float(value) if any(char.isdigit() for char in value) else value
-        except ValueError:
-            return value
     return value
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from agglo.config import build, check_options, nearest
 from agglo.preprocess import Conditioner, check_size, load_image, snap, to_batch
 from agglo.recipe import Recipe
 from agglo.recipe import load as load_recipe
-from agglo.types import AggloError, AssetError, ConfigError, Features, FeatureSpec, Output
+from agglo.types import AssetError, ConfigError, Features, FeatureSpec, Output
+
+if TYPE_CHECKING:
+    from agglo.teachers.base import Teacher
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -37,7 +40,7 @@ class HeadConfig:
         spatial: the same of the spatial head.
         summary_width: D of the teacher's summary.
         spatial_width: channels of the teacher's map.
-        slot: which class token feeds the summary head.
+        slot: which class token feeds the summary head, where the student has several.
         text: ``{kind, **keys}`` of the text tower whose embeddings the summary can be compared with, or None.
     """
 
@@ -54,7 +57,7 @@ class Heads(nn.Module):
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec, *, installed: bool = True) -> None:
         super().__init__()
-        self.slot, self.slots = config.slot, spec.slots
+        self.slot, self.slots = (config.slot if spec.slots > 1 else 0), spec.slots
         self.summary = self.spatial = None
         if config.summary is not None and spec.summary is not None:
             source = spec.summary // spec.slots
@@ -205,24 +208,31 @@ class Model(nn.Module):
         }
 
     def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, card: str | None = None) -> Path:
-        """Write ``model.safetensors``, ``config.json`` and a model card; the folder appears whole or not at all.
+        """Write ``model.safetensors``, ``config.json`` and a model card; each file is replaced whole.
 
         Args:
             folder: created if need be; files of the same names are replaced.
-            dtype: precision on disk; loading gives float32 back.
+            dtype: precision of matrices and kernels on disk; vectors (biases, running statistics, the conditioner) stay
+                as they are, and loading gives float32 back.
             card: Markdown of the card; a plain one is written when None.
+
+        Raises:
+            ValueError: a weight is not finite, or leaves the range of ``dtype``.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().cpu()
-            for name, tensor in self.state_dict().items()
-        }
-        partial = folder / f"{WEIGHTS}.partial"
-        save_file(state, partial, metadata={"format": "pt", "agglo": str(FORMAT)})
-        partial.replace(folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card or plain_card(self, folder.name), encoding="utf-8")
+        state = {}
+        for name, tensor in self.state_dict().items():
+            matrix = tensor.is_floating_point() and tensor.ndim >= 2
+            state[name] = (tensor.to(dtype) if matrix else tensor).contiguous().cpu()
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(f"{name} is not finite as {dtype}: nothing was saved to {folder}")
+        save_file(state, folder / f"{WEIGHTS}.partial", metadata={"format": "pt", "agglo": str(FORMAT)})
+        texts = {CONFIG: json.dumps(self.config(), indent=2) + "\n", CARD: card or plain_card(self, folder.name)}
+        for file, text in texts.items():
+            (folder / f"{file}.partial").write_text(text, encoding="utf-8")
+        for file in (WEIGHTS, *texts):
+            (folder / f"{file}.partial").replace(folder / file)
         return folder
 
     @classmethod
@@ -294,33 +304,39 @@ def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, 
                 f"teachers.{name}: nothing to learn; it has "
                 f"{'no' if spec.summary is None else 'a'} summary and {'no' if spec.spatial is None else 'a'} map"
             )
-        per_teacher = recipe.student.get("cls_per_teacher", False)
         configs[name] = HeadConfig(
             summary=(entry.summary_head or recipe.heads.summary) if summary else None,
             spatial=(entry.spatial_head or recipe.heads.spatial) if spatial else None,
             summary_width=spec.summary,
             spatial_width=spec.spatial,
-            slot=slot if per_teacher else 0,
+            slot=slot,
             text=entry.teacher.get("text") if summary else None,
         )
     return configs
 
 
-def create(recipe: Recipe | str, specs: Mapping[str, FeatureSpec] | None = None) -> Model:
+def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, *, initialize: bool = True) -> Model:
     """A new, untrained model from a recipe.
 
     Args:
         recipe: the recipe, its name or its path.
-        specs: what each teacher returns; when None the teachers are built to find out.
+        teachers: the recipe's teachers by name; built here when None, since heads take their widths from them.
+        initialize: start from the weights that the recipe names and from what the teachers know (a vocabulary); False
+            where other weights will be loaded.
 
     Raises:
         ConfigError: the recipe does not fit.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    if specs is None:
-        specs = {name: build("teachers", entry.teacher).spec for name, entry in recipe.teachers.items()}
+    if teachers is None:
+        teachers = {name: build("teachers", entry.teacher) for name, entry in recipe.teachers.items()}
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
     sizes = [size for partition in recipe.partitions for size in partition.sizes]
-    return Model(recipe.student, head_configs(recipe, specs), preferred_size=max(sizes))
-
-
-__all__ = ["AggloError", "HeadConfig", "Model", "create", "head_configs", "plain_card"]
+    model = Model(recipe.student, head_configs(recipe, specs), preferred_size=max(sizes))
+    if initialize:
+        model.student.initialize()
+        for name, heads in model.heads.items():
+            for head in (heads.summary, heads.spatial):
+                if head is not None:
+                    head.initialize(model.student, teachers[name])
+    return model

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from agglo.config import Strict, build, check_options, explain, nearest, override, read_yaml, write_yaml
+from agglo.config import Strict, check_options, explain, nearest, override, read_yaml, write_yaml
 from agglo.types import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -230,9 +230,9 @@ class Recipe(Strict):
         """:meth:`flat` as YAML text."""
         return write_yaml(self.flat())
 
-    def smoked(self) -> Recipe:
-        """The pocket size: the same recipe under its own ``smoke`` overrides."""
-        return decode(override(self.flat(), self.smoke))
+
+_OWN = (set(TeacherEntry.model_fields) - {"teacher"}) | (set(SourceEntry.model_fields) - {"source"})
+"""Keys that stand beside a kind's own in the YAML, and stay when an override names another kind."""
 
 
 def _check(options: Kind, point: str, where: str) -> None:
@@ -276,8 +276,5 @@ def load(name_or_path: str, overrides: Iterable[str] = (), *, smoke: bool = Fals
         raise ConfigError(f"no recipe {name_or_path!r}{nearest(name_or_path, names())}")
     data = read_yaml(path.read_text(encoding="utf-8"), path.name)
     if smoke:
-        data = override(data, data.get("smoke", []))
-    return decode(override(data, overrides), path.name)
-
-
-__all__ = ["Claim", "Partition", "Recipe", "TeacherEntry", "Views", "build", "decode", "load", "names"]
+        data = override(data, data.get("smoke", []), _OWN)
+    return decode(override(data, overrides, _OWN), path.name)

@@ -41,6 +41,8 @@ def test_defaults_are_filled_in_and_the_resolved_recipe_reads_back() -> None:
         ("partitions.3.batch=2", r"no index of a list of 1"),
         ("train.steps.x=2", r"is a value"),
         ("nonsense", r"key\.path=value"),
+        ("evals=[{kind: knn, train: {kind: scens}}]", r"evals\.0\.train: no kind 'scens' of sources; did you mean 'scenes'"),
+        ("evals=[{kind: agreement, sources: [{kind: photos, splt: 1}]}]", r"sources\.0\.splt: .*did you mean 'split'"),
     ],
 )
 def test_what_does_not_fit_is_named(assignment: str, message: str) -> None:
@@ -58,6 +60,16 @@ def test_overrides_leave_the_original_alone_and_read_yaml_values() -> None:
 def test_replacing_a_kind_drops_the_keys_of_the_old_one() -> None:
     changed = config.override(TINY, ["student.kind=timm", "student.model=test_efficientnet"])
     assert changed["student"] == {"kind": "timm", "model": "test_efficientnet"}
+    entry = {"kind": "hog", "cell": 4, "summary_weight": 0}
+    assert config.override({"t": entry}, ["t.kind=toy"], keep={"summary_weight"})["t"] == {
+        "kind": "toy",
+        "summary_weight": 0,
+    }
+
+
+def test_a_value_the_constructor_refuses_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"losses\.summary: .*beta"):
+        config.build("losses", {"kind": "smooth_l1", "beta": -1.0}, where="losses.summary")
 
 
 def test_duplicate_keys_and_broken_yaml_name_the_line() -> None:

@@ -1,8 +1,10 @@
 """The loader: batches depend on the step alone; bad images never stop a run."""
 
+import gc
 import logging
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -269,3 +271,16 @@ def test_a_canvas_renders_more_pixels_of_the_same_crops(tmp_path):
         for one, two in zip(small.views, big.views, strict=True):
             assert one.box == pytest.approx(two.box)
             assert one.flip == two.flip
+
+
+def test_a_bad_image_does_not_keep_batches_alive(tmp_path):
+    for index in range(2):
+        Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / f"{index}.png")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    loader = Loader([Folder(path=str(tmp_path))], None, [Partition(sizes=[16], batch=4)], ViewPolicy(), workers=0)
+    alive = [weakref.ref(loader.batch(step).images) for step in range(12)]
+    gc.collect()
+    assert loader.skipped
+    assert not any(reference() is not None for reference in alive)
+    assert len(loader._bad) == 1
+    assert all(isinstance(why, tuple) for why in loader._bad.values())  # no exception, whose traceback holds its frames

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from agglo import recipe
 from agglo.config import override
@@ -80,8 +82,9 @@ def test_a_run_leaves_everything_and_lowers_every_term(data: Path, tmp_path: Pat
 def test_the_exported_heads_answer_in_the_teachers_own_space(data: Path, tmp_path: Path) -> None:
     made = tiny(data, "train.steps=1", "train.ema=0")
     (tmp_path / "run").mkdir()
+    run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
     with loop.Progress(tmp_path, 1, quiet=True) as progress:
-        run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), progress, resume=False)
+        loop.start(run, progress, [])
     run.model.eval()
     images = torch.rand(2, 3, 32, 32)
     before = run.model(images).heads["toy"].spatial
@@ -129,8 +132,11 @@ def test_a_used_folder_is_never_touched_silently(data: Path, tmp_path: Path) -> 
     loop.distill(tiny(data, "train.steps=1"), run, quiet=True)
     with pytest.raises(ConfigError, match=r"--resume.*--overwrite"):
         loop.distill(tiny(data, "train.steps=1"), run, quiet=True)
-    with pytest.raises(ConfigError, match="another recipe"):
+    with pytest.raises(ConfigError, match=r"another recipe \(train\.steps\)"):
         loop.distill(tiny(data, "train.steps=2"), run, resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="no run to resume"):
+        loop.distill(tiny(data), tmp_path / "nowhere", resume=True, quiet=True)
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(ConfigError, match="exclude"):
         loop.distill(tiny(data), run, resume=True, overwrite=True, quiet=True)
     precious = tmp_path / "thesis"
@@ -139,7 +145,12 @@ def test_a_used_folder_is_never_touched_silently(data: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="does not look like a run"):
         loop.distill(tiny(data), precious, overwrite=True, quiet=True)
     assert (precious / "chapter1.tex").exists()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="nearest are 32 and 48"):  # a recipe that does not fit costs no run
+        loop.distill(tiny(data, "partitions.0.sizes=[40]"), run, overwrite=True, quiet=True)
+    assert (run / "model" / "model.safetensors").is_file()
     loop.distill(tiny(data, "train.steps=1"), run, overwrite=True, quiet=True)
+    assert (run / "notes.txt").read_text() == "mine"
 
 
 def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
@@ -153,13 +164,60 @@ def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data: Path, tmp_path: Path) -> None:
     with pytest.raises(loop.DivergenceError, match=r"not finite.*train\.lr"):
-        loop.distill(tiny(data, "train.lr=1e30", "train.clip=null", "train.save_every=1"), tmp_path / "run", quiet=True)
-    assert checkpoints(tmp_path / "run" / "checkpoints")
+        loop.distill(
+            tiny(data, "train.lr=1e10", "train.steps=40", "train.clip=null", "train.save_every=1"),
+            tmp_path / "run",
+            quiet=True,
+        )
+    kept = load_file(checkpoints(tmp_path / "run" / "checkpoints")[-1] / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in kept.values())
 
 
 def test_an_illegal_resolution_names_the_legal_ones(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"partitions\.0\.sizes.*16 px; 40.*32 and 48"):
         loop.distill(tiny(data, "partitions.0.sizes=[40]"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()  # so that the corrected command just works
+
+
+def test_a_stop_in_the_prepass_resumes_from_the_beginning(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.prepass
+
+    def interrupting(run, progress, interrupted):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from real(run, progress, interrupted)
+
+    monkeypatch.setattr(loop, "prepass", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        loop.distill(tiny(data), tmp_path / "run", quiet=True)
+    monkeypatch.setattr(loop, "prepass", real)
+    loop.distill(tiny(data), tmp_path / "run", resume=True, quiet=True)
+    loop.distill(tiny(data), tmp_path / "straight", quiet=True)
+    assert trace(tmp_path / "run")[-1]["terms"] == trace(tmp_path / "straight")[-1]["terms"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("losses.spatial.kind=angular",),
+        ("train.precision=bf16", "data.views.mixup=1.0", "data.views.canvas=64"),
+        ("student.kind=timm", "student.model=test_efficientnet", "student.stages=[2]", "partitions=[{sizes: [64], batch: 4}]"),
+        ("targets.normalizer.kind=identity", "losses.summary.kind=cosine", "losses.spatial.kind=smooth_l1"),
+        ("targets.normalizer.kind=standard", "losses.summary.kind=mse", "train.head_steps=2"),
+    ],
+)  # fmt: skip
+def test_every_ingredient_trains_and_resumes(data: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    made = tiny(data, "train.steps=4", "train.save_every=2", *overrides)
+    loop.distill(made, tmp_path / "straight", quiet=True)
+    loop.distill(made, tmp_path / "resumed", quiet=True)
+    shutil.rmtree(checkpoints(tmp_path / "resumed" / "checkpoints")[-1])  # as if killed after step 2
+    loop.distill(made, tmp_path / "resumed", resume=True, quiet=True)
+    straight, resumed = trace(tmp_path / "straight"), trace(tmp_path / "resumed")
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+    assert resumed[-1]["terms"] == pytest.approx(straight[-1]["terms"], rel=1e-4)
+    for name, value in weights(tmp_path / "straight").items():
+        torch.testing.assert_close(weights(tmp_path / "resumed")[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_one_bad_image_is_skipped_counted_and_named(data: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class Loader:
         self._lock = Lock()
         self._cache: dict[tuple[int, int], Image.Image] = {}
         self._room = cache_mb * 2**20
-        self._bad: dict[tuple[int, int], ImageError] = {}
+        self._bad: dict[tuple[int, int], tuple[str, str]] = {}
 
     def batch(self, step: int) -> Batch:
         """The batch of a step.
@@ -201,14 +201,15 @@ class Loader:
     def _read(self, source: int, index: int) -> Image.Image:
         key = source, index
         if key in self._bad:
-            raise self._bad[key]
+            # A fresh error each time: one that is kept would keep, through its traceback, every batch it passed.
+            raise ImageError(*self._bad[key])
         if (cached := self._cache.get(key)) is not None:
             return cached
         try:
             image = self.sources[source].read(index)
         except ImageError as error:
             with self._lock:
-                self._bad[key] = error
+                self._bad[key] = error.name, error.why
                 new = error.name not in self.skipped
                 self.skipped[error.name] = error.why
             if new:

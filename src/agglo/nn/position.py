@@ -56,7 +56,9 @@ def train_window(table: Tensor, grid: tuple[int, int], batch: int, drop: float =
     ys, xs = torch.linspace(0, 1, height, device=device), torch.linspace(0, 1, width, device=device)
     points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)[None]
     points = (points * extent + u_place * (1 - extent)) * 2 - 1
-    window = F.grid_sample(table.float().expand(batch, -1, -1, -1), points, mode="bilinear", align_corners=True)
+    # All samples' viewports as one tall grid over the one table: its gradient is then one table, not one a sample.
+    tall = F.grid_sample(table.float(), points.view(1, batch * height, width, 2), mode="bilinear", align_corners=True)
+    window = tall.view(-1, batch, height, width).transpose(0, 1)
     if drop > 0:
         window = window * (torch.rand(batch, 1, 1, 1, device=device) >= drop)
     return window.to(table.dtype)

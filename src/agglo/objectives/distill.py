@@ -100,7 +100,8 @@ class Distill(nn.Module):
         Raises:
             ConfigError: there was not one batch.
         """
-        summaries: dict[str, list[Tensor]] = {name: [] for name in self.summary_losses}
+        summaries: dict[str, list[Tensor]] = {n: [] for n, loss in self.summary_losses.items() if loss.needs_statistics}
+        cells: dict[str, list[Tensor]] = {n: [] for n, loss in self.spatial_losses.items() if loss.needs_statistics}
         seen = False
         for targets in batches:
             seen = True
@@ -109,13 +110,19 @@ class Distill(nn.Module):
                     normalizer.update(_there(targets[name].spatial, name))
             for name, kept in summaries.items():
                 kept.append(_there(targets[name].summary, name).cpu())
+            for name, kept in cells.items():
+                kept.append(_there(targets[name].spatial, name)[:, :, ::2, ::2].cpu())
         if not seen:
             raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
         for normalizer in self.normalizers.values():
             if normalizer.needs_statistics:
                 normalizer.freeze()
-        for name, loss in self.summary_losses.items():
-            loss.fit(torch.cat(summaries[name]))
+        for name, kept in summaries.items():
+            self.summary_losses[name].fit(torch.cat(kept))
+        for name, kept in cells.items():
+            normalizer = self.normalizers[name]
+            normalized = [normalizer(part.to(normalizer.mean.device)).cpu().permute(0, 2, 3, 1) for part in kept]
+            self.spatial_losses[name].fit(torch.cat([part.flatten(0, 2) for part in normalized]))
 
     def forward(self, model: Model, images: Tensor, targets: Targets, *, heads_only: bool = False) -> Result:
         """The objective on one batch.

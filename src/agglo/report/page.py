@@ -309,7 +309,9 @@ def _found(records: Records, attempt: Attempt) -> list[Child]:
 
 def _reproduce(records: Records) -> list[Child]:
     parts = _heading("Reproduce", "Same recipe, same versions, same seed: the same numbers on the same machine.")
-    parts.append(tag("pre", tag("code", f"agglo train {_recipe_name(records)} -o {_quoted(records, '-again')}"), class_="wrap"))
+    parts.append(
+        tag("pre", tag("code", f"agglo train {_recipe_name(records)} -o {_quoted(records, '-again')}"), class_="wrap")
+    )
     if records.recipe_text:
         parts.append(
             tag("details", tag("summary", "Resolved recipe"), tag("pre", tag("code", _yaml(records.recipe_text))))

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all, so that a killed run resumes bit for bit."""
+"""Checkpoints: safetensors and JSON, written whole or not at all, so that a killed run resumes where it was."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def save(folder: Path, step: int, parts: dict[str, nn.Module], optimizer: optim.
         optimizer: AdamW; its moments are stored as tensors.
     """
     target, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in folder.glob(".step_*.partial"):  # a kill left it
+        shutil.rmtree(stale)
     partial.mkdir(parents=True)
     for name, module in parts.items():
         save_file({k: _packed(v) for k, v in module.state_dict().items()}, partial / f"{name}.safetensors")
@@ -35,7 +36,7 @@ def save(folder: Path, step: int, parts: dict[str, nn.Module], optimizer: optim.
     for index, state in optimizer.state_dict()["state"].items():
         moments |= {f"{index}.{key}": _packed(torch.as_tensor(value)) for key, value in state.items()}
     save_file(moments, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, "parts": sorted(parts)}) + "\n")
+    (partial / "state.json").write_text(json.dumps({"step": step}) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     for old in checkpoints(folder)[:-KEEP]:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import platform
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +25,19 @@ from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.train import checkpoint
 from agglo.train.ema import Ema
+from agglo.train.folder import begin_folder, check_folder, versions
 from agglo.train.optim import build_optimizer, set_learning_rate
 from agglo.train.progress import Progress
 from agglo.types import AggloError, ConfigError
 
 PREPASS_OFFSET = 1 << 40
 """Steps of the pre-pass are numbered from here, so that they draw other views than training does."""
+
+
+DIVERGED = (
+    "; nothing of this step was kept. Start again with a lower train.lr or with train.clip=1 (--overwrite); "
+    "the checkpoints before it are sound"
+)
 
 
 class DivergenceError(AggloError, RuntimeError):
@@ -45,11 +48,14 @@ class DivergenceError(AggloError, RuntimeError):
 class Stopwatch:
     """Seconds spent in each phase of the loop since the last :meth:`take`."""
 
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.perf_counter)
 
     def lap(self, phase: str) -> None:
-        """Book the time since the last call under ``phase``."""
+        """Book the time since the last call under ``phase``; a GPU is waited for, or its work would be booked later."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
@@ -112,52 +118,22 @@ def distill(
         DivergenceError: the loss became NaN or infinite.
     """
     folder = Path(folder)
-    claim_folder(folder, recipe, resume=resume, overwrite=overwrite)
-    with Progress(folder, recipe.train.steps, quiet=quiet) as progress:
-        run = prepare(recipe, folder, torch.device(device or _best_device()), progress, resume=resume)
-        with _interruptible() as interrupted:
-            train(run, progress, interrupted)
+    check_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    run = prepare(recipe, folder, torch.device(device or _best_device()), resume=resume)
+    begin_folder(folder, recipe, overwrite=overwrite)  # only now: a recipe that does not fit must not cost a run
+    with Progress(folder, recipe.train.steps, quiet=quiet) as progress, _interruptible() as interrupted:
+        start(run, progress, interrupted)
+        train(run, progress, interrupted)
         return export(run, progress)
 
 
-def claim_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder ours, never silently over somebody's run.
-
-    Raises:
-        ConfigError: it exists and neither flag says what to do; or it was begun with another recipe.
-    """
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file: name another run folder")
-    used = folder.is_dir() and any(folder.iterdir())
-    if used and not (resume or overwrite):
-        raise ConfigError(f"{folder} exists: continue that run with --resume, or throw it away with --overwrite")
-    if used and overwrite:
-        if not (folder / "recipe.yaml").is_file():
-            raise ConfigError(f"{folder} does not look like a run folder (no recipe.yaml), so it is not overwritten")
-        shutil.rmtree(folder)
-    if used and resume:
-        begun = folder / "recipe.yaml"
-        if not begun.is_file() or begun.read_text(encoding="utf-8") != recipe.yaml():
-            raise ConfigError(
-                f"{folder} was begun with another recipe: go on with `agglo train {begun} --out {folder} --resume`, "
-                "or throw it away with --overwrite"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
-
-
-def prepare(recipe: Recipe, folder: Path, device: torch.device, progress: Progress, *, resume: bool) -> Run:
-    """Build everything; then start from a checkpoint, or from initial weights and the pre-pass."""
+def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool) -> Run:
+    """Build everything, and find out whatever can be wrong before anything is written."""
     torch.manual_seed(recipe.train.seed)
     teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
-    specs = {name: teacher.spec for name, teacher in teachers.items()}
-    model = create(recipe, specs)
+    model = create(recipe, teachers, initialize=not resume or not checkpoint.checkpoints(folder / "checkpoints"))
     check_sizes(recipe, model.student.spec.step)
-    objective = Distill(recipe, specs)
+    objective = Distill(recipe, {name: teacher.spec for name, teacher in teachers.items()})
     loader = Loader(
         [build("sources", entry.source) for entry in recipe.data.sources],
         [entry.weight for entry in recipe.data.sources],
@@ -168,45 +144,44 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, progress: Progre
         workers=recipe.data.workers,
         cache_mb=recipe.data.cache_mb,
     )
-    if not resume:
-        model.student.initialize()
-        for name, heads in model.heads.items():
-            for head in (heads.summary, heads.spatial):
-                if head is not None:
-                    head.initialize(model.student, teachers[name])
     model.provenance = provenance(recipe, teachers)
-    model.to(device), objective.to(device)
-    run = Run(
-        recipe, folder, device, teachers, model, Ema(model, recipe.train.ema), objective,
-        build_optimizer(model, recipe.train), loader,
-    )  # fmt: skip
-    if resume and checkpoint.checkpoints(folder / "checkpoints"):
-        run.start = checkpoint.restore(folder / "checkpoints", run.parts, run.optimizer)
-        progress.say(f"resumed at step {run.start} of {recipe.train.steps}")
-        return run
-    if resume:
-        raise ConfigError(f"{folder} holds no checkpoint yet: start again with --overwrite")
-    if objective.needs_statistics:
-        objective.fit(prepass(run, progress))
-    objective.fold(copy.deepcopy(model)).save(folder / "initial")
-    return run
+    model.to(device)
+    objective.to(device)
+    ema, optimizer = Ema(model, recipe.train.ema), build_optimizer(model, recipe.train)
+    return Run(recipe, folder, device, teachers, model, ema, objective, optimizer, loader)
 
 
-def prepass(run: Run, progress: Progress) -> Iterator[dict[str, Any]]:
+def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
+    """Go on from the newest checkpoint, or fit the statistics and keep the untrained model."""
+    if checkpoint.checkpoints(run.folder / "checkpoints"):
+        run.start = checkpoint.restore(run.folder / "checkpoints", run.parts, run.optimizer)
+        progress.rewind(run.start)
+        progress.say(f"resumed at step {run.start} of {run.recipe.train.steps}")
+        return
+    if run.objective.needs_statistics:
+        run.objective.fit(prepass(run, progress, interrupted))
+    run.objective.fold(copy.deepcopy(run.model)).save(run.folder / "initial")
+
+
+def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[dict[str, Any]]:
     """Teacher features of ``targets.estimate_images`` images, for the normalizers and losses that need statistics."""
     wanted, seen = run.recipe.targets.estimate_images, 0
     progress.say(f"pre-pass: the teachers look at {wanted} images to fit the normalizers")
     steps = math.ceil(wanted / min(partition.batch for partition in run.recipe.partitions))
     for batch in run.loader.iterate(PREPASS_OFFSET, PREPASS_OFFSET + steps):
+        if interrupted:
+            progress.say("stopped in the pre-pass, before the first step; --resume starts over")
+            raise KeyboardInterrupt
         yield run.objective.teach(run.teachers, batch.images.to(run.device), batch.size, run.model.spec.stride)
         seen += len(batch.images)
+        progress.note(f"pre-pass: {min(seen, wanted)} of {wanted} images")
         if seen >= wanted:
             return
 
 
 def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
     """All remaining steps."""
-    config, watch, began = run.recipe.train, Stopwatch(), time.monotonic()
+    config, watch, began = run.recipe.train, Stopwatch(run.device), time.monotonic()
     images_seen, since = 0, time.perf_counter()
     for batch in run.loader.iterate(run.start, config.steps):
         watch.lap("data")
@@ -231,10 +206,11 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
                 "size": max(batch.size), "seconds": watch.take(), "elapsed": elapsed,
                 "skipped_images": len(run.loader.skipped),
             })  # fmt: skip
+            watch.lap("log")
         if interrupted or done % config.save_every == 0 or done == config.steps:
             checkpoint.save(run.folder / "checkpoints", done, run.parts, run.optimizer)
             watch.lap("checkpoint")
-        if interrupted and done < config.steps:
+        if interrupted:
             progress.say(f"stopped at step {done} of {config.steps}; saved, go on with --resume")
             raise KeyboardInterrupt
 
@@ -256,10 +232,7 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor
     watch.lap("forward")
     if not torch.isfinite(result.loss):
         bad = [name for name, value in result.terms.items() if not torch.isfinite(value)]
-        raise DivergenceError(
-            f"step {batch.step}: {', '.join(bad) or 'the loss'} is not finite; resume the last checkpoint with "
-            "a lower train.lr, or set train.clip"
-        )
+        raise DivergenceError(f"step {batch.step}: {', '.join(bad) or 'the loss'} is not finite{DIVERGED}")
     run.optimizer.zero_grad(set_to_none=True)
     result.loss.backward()
     watch.lap("backward")
@@ -268,6 +241,8 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
     else:
         norm = nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+    if not torch.isfinite(norm):
+        raise DivergenceError(f"step {batch.step}: the gradient is not finite{DIVERGED}")
     run.optimizer.step()
     watch.lap("optimizer")
     return dict(result.terms), norm
@@ -285,7 +260,6 @@ def set_training(model: nn.Module, freeze_norm_statistics: bool) -> None:
 def export(run: Run, progress: Progress) -> Model:
     """The averaged weights with the normalizers folded in, saved as ``model/``."""
     model = run.objective.fold(run.ema.model).eval()  # type: ignore[arg-type]
-    model.provenance = run.model.provenance
     model.save(run.folder / "model")
     for name, why in run.loader.skipped.items():
         progress.say(f"skipped {name}: {why}")
@@ -317,30 +291,6 @@ def provenance(recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, Any]:
         "steps": recipe.train.steps,
         "agglo": versions()["agglo"],
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    for package in ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "pillow", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def _best_device() -> str:

@@ -27,7 +27,8 @@ class Progress:
         self.total, self.quiet = total, quiet
         self.console = Console(stderr=True, quiet=quiet)
         self._live = Live(console=self.console, refresh_per_second=4, transient=False)
-        self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = folder / "metrics.jsonl"
+        self._jsonl = self._metrics.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard")
         self._printed = 0.0
 
@@ -58,6 +59,19 @@ class Progress:
             self._printed = time.monotonic()
             self.console.print(line, highlight=False, soft_wrap=True)
 
+    def note(self, message: str) -> None:
+        """A passing remark on the live line; nothing where there is no terminal."""
+        if self.console.is_terminal:
+            self._live.update(Text(message))
+
+    def rewind(self, step: int) -> None:
+        """Forget the records of steps after ``step``, which a resumed run takes again."""
+        self._jsonl.close()
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step(line) <= step]
+        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._jsonl = self._metrics.open("a", encoding="utf-8")
+
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Append one JSON line, and the same numbers to TensorBoard."""
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
@@ -75,6 +89,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
         elif isinstance(value, (int, float)):
             numbers.append((f"{prefix}{key}", float(value)))
     return numbers
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; a line that a kill cut short belongs to no step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -1,0 +1,48 @@
+"""Every kind of eval keeps the contract, on a small model that knows nothing."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agglo.config import build, kinds
+from agglo.evals.base import Eval
+from agglo.teachers.toy import Toy
+from agglo.types import FeatureSpec, Output
+
+FEW = {"knn": {"k": 3}, "segmentation": {"steps": 5, "decay": [0.1]}, "agreement": {"sources": [{"kind": "photos"}]}}
+
+
+class Ignorant(nn.Module):
+    """Encodes images by a fixed random projection and texts by their letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = Toy(summary=26)
+        self.spec = FeatureSpec(26, 12, stride=16, step=16)
+
+    def forward(self, images: Tensor) -> Output:
+        out = self.toy(images)
+        return Output(out.summary, out.spatial, {"toy": out})
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return F.normalize(self(images).summary, dim=-1)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        letters = [[1e-3 + text.count(chr(97 + index)) for index in range(26)] for text in texts]
+        return F.normalize(torch.tensor(letters), dim=-1)
+
+
+@pytest.mark.parametrize("kind", kinds("evals", installed=False))
+def test_named_finite_numbers_and_the_same_ones_again(kind: str) -> None:
+    model = Ignorant().eval()
+    program = ({"toy": Toy(summary=26, seed=1)},) if kind == "agreement" else ()
+    made: Eval = build("evals", {"kind": kind, **FEW.get(kind, {})}, *program)
+    numbers = made.run(model)
+    assert numbers
+    assert all(isinstance(value, float) and math.isfinite(value) for value in numbers.values())
+    assert made.lower_is_better <= set(numbers)
+    assert made.run(model) == numbers
+    assert not model.training
