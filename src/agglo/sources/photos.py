@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from agglo.bundled import verify
 from agglo.preprocess import decode
 from agglo.sources.base import Source
-from agglo.types import AssetError, ConfigError, MissingExtraError
+from agglo.types import ConfigError, MissingExtraError
 
 _FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images")}
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
@@ -118,7 +118,6 @@ class Photos(Source):
         self.photos = tuple(p for p in PHOTOS if split == "all" or p.heldout == (split == "heldout"))
         folders = {package: _folder(package) for package in sorted({p.package for p in self.photos})}
         self._paths = tuple(folders[p.package] / p.file for p in self.photos)
-        self._verified: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -136,20 +135,9 @@ class Photos(Source):
         Raises:
             AssetError: the installed file is missing or is not the one we know.
         """
-        if index not in self._verified:
-            self._check(index)
-            self._verified.add(index)
-        return decode(self._paths[index], self.name(index))
-
-    def _check(self, index: int) -> None:
-        photo = self.photos[index]
-        distribution = _DISTRIBUTIONS[photo.package]
-        repair = f"reinstall it: pip install --force-reinstall {distribution}"
-        if not self._paths[index].is_file():
-            raise AssetError(f"{self.name(index)}: {distribution} has no file {self._paths[index]}; {repair}")
-        actual = hashlib.sha256(self._paths[index].read_bytes()).hexdigest()
-        if actual != photo.sha256:
-            raise AssetError(f"{self.name(index)}: corrupt: sha256 is {actual}, expected {photo.sha256}; {repair}")
+        photo, file = self.photos[index], self._paths[index]
+        verify(file, photo.sha256, f"pip install --force-reinstall {_DISTRIBUTIONS[photo.package]}")
+        return decode(file, self.name(index))
 
 
 def _folder(package: str) -> Path:

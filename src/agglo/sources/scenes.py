@@ -5,7 +5,6 @@ The format is described in docs/scenes.md; ``benchmarks/scenes/render.py`` makes
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from agglo.bundled import verify
 from agglo.sources.base import Source
 from agglo.types import AssetError, ImageError
 
@@ -25,8 +25,6 @@ SHA256 = "b5f6b83fd686e60adf6169ae3cd30cb16fdab07b6e05eff8922efa1665e20b83"
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "scenes.tar"
 SPLITS = ("train", "val", "test")
 FORMAT = 1
-
-_checked: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -106,21 +104,6 @@ class ScenePair:
     points: np.ndarray
 
 
-def _verify(path: Path) -> None:
-    """Check the bundled archive once per process."""
-    if path in _checked:
-        return
-    if not path.is_file():
-        raise AssetError(f"{path} is missing; reinstall agglo: pip install --force-reinstall agglo")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise AssetError(
-            f"{path} has sha256 {found}, not {SHA256}: the file is damaged or of another version; "
-            "reinstall agglo: pip install --force-reinstall agglo"
-        )
-    _checked.add(path)
-
-
 class Scenes(Source):
     """The rendered benchmark: two views of each scene, with every annotation.
 
@@ -153,7 +136,7 @@ class Scenes(Source):
         if self._members is not None:
             return self._members
         if self._bundled:
-            _verify(self.path)
+            verify(self.path, SHA256, "reinstall agglo: pip install --force-reinstall agglo")
         try:
             with tarfile.open(self.path, "r:") as archive:
                 members = {info.name: (info.offset_data, info.size) for info in archive if info.isfile()}
