@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agglo.model import HeadConfig, Model
+from agglo.students.timm import Timm
 from agglo.types import AssetError, ConfigError, Output
 
 STUDENT = {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8, "registers": 3}
@@ -112,3 +113,26 @@ def test_damaged_folders_are_refused(model: Model, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"student": config["student"] | {"depth": 3}}))
     with pytest.raises(AssetError, match="another model"):
         Model.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "stages"),
+    [("test_vit", (1,)), ("test_convnext", (2, 3)), ("resnet18", (2,)), ("vit_tiny_patch16_224", (5, 11))],
+)
+def test_any_timm_backbone_is_a_student(model: str, stages: tuple[int, ...]) -> None:
+    student = Timm(model=model, stages=stages).eval()
+    side = student.spec.step * 3
+    with torch.inference_mode():
+        out = student(torch.rand(2, 3, side, 2 * student.spec.step))
+    assert out.summary.shape == (2, student.spec.summary)
+    cells = (side // student.spec.stride, 2 * student.spec.step // student.spec.stride)
+    assert out.spatial.shape == (2, student.spec.spatial, *cells)
+
+
+def test_a_backbone_that_cannot_be_a_student_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="cannot be a student"):
+        Timm(model="swin_tiny_patch4_window7_224", stages=(3,))
+    with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
+        Timm(model="resnett18")
+    with pytest.raises(ConfigError, match="stages 0 to"):
+        Timm(model="resnet18", stages=(9,))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -164,9 +165,10 @@ def frozen(*models: object) -> Iterator[None]:
 
 
 def device_of(model: object) -> torch.device:
-    """Where the model's parameters live; the CPU if it has none."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
+    """Where the model's parameters live, or its buffers; the CPU if it has neither."""
+    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else iter(())
+    first = next(tensors, None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def read_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Timm(Student):
         super().__init__()
         del tokens  # one summary serves every teacher: a pooled map has no slots
         timm = require("timm", "timm")
-        if model not in timm.list_models():
+        if not timm.is_model(model):
             raise ConfigError(f"student.model: timm has no {model!r}{nearest(model, timm.list_models())[:400]}")
         if init not in (None, "bundled", "hub"):
             raise ConfigError(f"student.init: {init!r} is none of 'bundled', 'hub', null")
@@ -66,13 +67,14 @@ class Timm(Student):
         stride = stride or min(reductions)
         coarsest = max(int(entry["reduction"]) for entry in infos)
         self.spec = FeatureSpec(
-            summary=int(self._summary_width()), spatial=sum(channels), stride=stride, step=max(coarsest, stride)
+            summary=int(self._summary_width()), spatial=sum(channels), stride=stride, step=math.lcm(coarsest, stride)
         )
         config = self.backbone.pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(sum(channels)))
         self._classifier: tuple[Tensor, Tensor] | None = None
+        self._probe()
 
     def _options(self) -> dict[str, object]:
         options: dict[str, object] = {}
@@ -81,6 +83,22 @@ class Timm(Student):
         if self.model.startswith(("vit_", "deit", "eva", "beit")):
             options["dynamic_img_size"] = True
         return options
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Find out now, not in the first step, whether the architecture takes any size and has intermediate maps."""
+        side = self.spec.step * 2
+        was_training = self.training
+        try:
+            out = self.eval()(torch.zeros(1, 3, side, side))
+        except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+            why = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ConfigError(
+                f"student.model: {self.model} cannot be a student, it fails at {side}x{side} px: {why}"
+            ) from None
+        self.train(was_training)
+        if out.summary is None or out.summary.ndim != 2:
+            raise ConfigError(f"student.model: {self.model} has no pooled features, so it cannot be a student")
 
     def _summary_width(self) -> int:
         return getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
