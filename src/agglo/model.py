@@ -212,8 +212,8 @@ class Model(nn.Module):
 
         Args:
             folder: created if need be; files of the same names are replaced.
-            dtype: precision of matrices and kernels on disk; vectors (biases, running statistics, the conditioner) stay
-                as they are, and loading gives float32 back.
+            dtype: precision on disk; loading gives float32 back. Running variances stay as they are, because they span
+                more than half precision holds.
             card: Markdown of the card; a plain one is written when None.
 
         Raises:
@@ -223,8 +223,8 @@ class Model(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {}
         for name, tensor in self.state_dict().items():
-            matrix = tensor.is_floating_point() and tensor.ndim >= 2
-            state[name] = (tensor.to(dtype) if matrix else tensor).contiguous().cpu()
+            cast = tensor.is_floating_point() and not name.endswith("running_var")
+            state[name] = (tensor.to(dtype) if cast else tensor).contiguous().cpu()
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"{name} is not finite as {dtype}: nothing was saved to {folder}")
         save_file(state, folder / f"{WEIGHTS}.partial", metadata={"format": "pt", "agglo": str(FORMAT)})
