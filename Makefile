@@ -9,6 +9,8 @@ VENV   ?= .venv
 QUICKSTART := $(VENV)/.quickstart-stamp
 DEV        := $(VENV)/.dev-stamp
 
+AGGLO := $(VENV)/bin/python -m agglo.cli
+
 comma := ,
 
 SHELL := /bin/bash
@@ -20,10 +22,18 @@ SHELL := /bin/bash
 help:  ## list what can be made
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and write a report (about 8 minutes)
-	@echo "agglo: distilling a student into runs/quickstart/ (an earlier run there is replaced)"
-	@$(VENV)/bin/agglo train quickstart --overwrite
-	@echo "agglo: open runs/quickstart/report.html in a browser"
+demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and write a report (about 7 minutes)
+	@if [ -f runs/quickstart/recipe.yaml ] && [ ! -d runs/quickstart/model ]; then \
+	  echo "agglo: going on with the unfinished run in runs/quickstart/"; \
+	  $(AGGLO) train runs/quickstart/recipe.yaml --out runs/quickstart --resume; \
+	else \
+	  if [ -e runs/quickstart ]; then \
+	    old=runs/quickstart-$$(date +%Y%m%d-%H%M%S); mv runs/quickstart $$old; echo "agglo: the earlier run is now $$old/"; \
+	  fi; \
+	  echo "agglo: distilling a student into runs/quickstart/"; \
+	  $(AGGLO) train quickstart; \
+	fi
+	@echo "agglo: open runs/quickstart/report.html in a browser; 'source $(VENV)/bin/activate' gives you the agglo command"
 
 test: $(DEV)  ## run the tests
 	@$(VENV)/bin/python -m pytest -q

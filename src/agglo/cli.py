@@ -100,7 +100,7 @@ def train(
     overwrite: bool = typer.Option(False, "--overwrite", help="Throw away what the run folder holds."),
     smoke: bool = typer.Option(False, "--smoke", help="The recipe's pocket size: a few steps, to see that it runs."),
     show: bool = typer.Option(False, "--print", help="Print the resolved recipe and stop."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, mps; the best there is by default."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, mps; cuda, else cpu, by default."),
     report: bool = typer.Option(True, "--report/--no-report", help="Write report.html at the end."),
     evals: bool = typer.Option(True, "--evals/--no-evals", help="Run the recipe's evals at the end."),
 ) -> None:

@@ -54,10 +54,10 @@ RELEASED: dict[str, ReleasedModel] = {
         ReleasedModel(
             name="agglo-lite",
             licence="Apache-2.0",
-            params=None,
+            params=5.5,
             what_for="embeddings, text search and dense features on a laptop (Lite0 taught by Lite2, ConSE and HOG)",
-            sha256="",
-            config_sha256="",
+            sha256="837f674b79ff75bdcbbbb4e33cc235c798f2242174e099a11ff274246286c3f2",
+            config_sha256="be3e4fe56d101d299ac4cd9c9bdb5fd34bbfc41af8845dee22cd448250a5ecb0",
             folder=ASSETS / "agglo-lite",
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +16,10 @@ from agglo.recipe import Recipe, load
 from agglo.types import ConfigError
 
 LEFT_BY_A_RUN = (
-    "recipe.yaml", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints", "initial", "model", "evals.json",
-    "report.html",
+    "report.html", "evals.json", "model", "initial", "checkpoints", "tensorboard", "metrics.jsonl", "versions.json",
+    "recipe.yaml",
 )  # fmt: skip
-"""What --overwrite removes; whatever else lies in the folder is somebody's."""
+"""What --overwrite removes, what marks a run folder last; whatever else lies in the folder is somebody's."""
 
 
 def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -44,7 +45,7 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     if resume and (before := load(str(begun))) != recipe:
         raise ConfigError(
             f"{folder} was begun with another recipe ({', '.join(differences(before, recipe))}): go on with "
-            f"`agglo train {begun} --out {folder} --resume`, or throw it away with --overwrite"
+            f"`{resume_command(folder)}`, or throw it away with --overwrite"
         )
 
 
@@ -57,6 +58,11 @@ def differences(one: Recipe, two: Recipe) -> list[str]:
         return [] if a == b else [path.removeprefix(".")]
 
     return walk(one.flat(), two.flat(), "")
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with a run."""
+    return f"agglo train {shlex.quote(str(folder / 'recipe.yaml'))} --out {shlex.quote(str(folder))} --resume"
 
 
 def begin_folder(folder: Path, recipe: Recipe, *, overwrite: bool) -> None:

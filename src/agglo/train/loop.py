@@ -25,7 +25,7 @@ from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.train import checkpoint
 from agglo.train.ema import Ema
-from agglo.train.folder import begin_folder, check_folder, versions
+from agglo.train.folder import begin_folder, check_folder, resume_command, versions
 from agglo.train.optim import build_optimizer, set_learning_rate
 from agglo.train.progress import Progress
 from agglo.types import AggloError, ConfigError
@@ -124,7 +124,10 @@ def distill(
     with Progress(folder, recipe.train.steps, quiet=quiet) as progress, _interruptible() as interrupted:
         start(run, progress, interrupted)
         train(run, progress, interrupted)
-        return export(run, progress)
+        model = export(run, progress)
+        if interrupted:  # during the last save: the model is there, and what would follow was not wanted
+            raise KeyboardInterrupt
+        return model
 
 
 def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool) -> Run:
@@ -170,7 +173,9 @@ def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[di
     steps = math.ceil(wanted / min(partition.batch for partition in run.recipe.partitions))
     for batch in run.loader.iterate(PREPASS_OFFSET, PREPASS_OFFSET + steps):
         if interrupted:
-            progress.say("stopped in the pre-pass, before the first step; --resume starts over")
+            progress.say(
+                f"stopped in the pre-pass, before the first step; begin again with: {resume_command(run.folder)}"
+            )
             raise KeyboardInterrupt
         yield run.objective.teach(run.teachers, batch.images.to(run.device), batch.size, run.model.spec.stride)
         seen += len(batch.images)
@@ -211,7 +216,9 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
             checkpoint.save(run.folder / "checkpoints", done, run.parts, run.optimizer)
             watch.lap("checkpoint")
         if interrupted:
-            progress.say(f"stopped at step {done} of {config.steps}; saved, go on with --resume")
+            progress.say(
+                f"stopped at step {done} of {config.steps} and saved; go on with: {resume_command(run.folder)}"
+            )
             raise KeyboardInterrupt
 
 

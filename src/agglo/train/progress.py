@@ -52,9 +52,9 @@ class Progress:
         """Redraw the live line: loss by term, speed, time left."""
         losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
         minutes, seconds = divmod(int(seconds_left), 60)
-        line = f"step {step}/{self.total}  {losses}  {images_per_second:.0f} images/s  {minutes}:{seconds:02d} left"
+        line = f"step {step}/{self.total}  {minutes}:{seconds:02d} left  {images_per_second:.0f} images/s  {losses}"
         if self.console.is_terminal:
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+            self._live.update(Text(line))  # what matters most comes first; the losses fold on a narrow terminal
         elif time.monotonic() - self._printed > 10 or step == self.total:
             self._printed = time.monotonic()
             self.console.print(line, highlight=False, soft_wrap=True)
