@@ -46,6 +46,16 @@ def test_readme_python_runs(tmp_path, monkeypatch):
         exec(compile(block, f"README.md, block {number}", "exec"), scope)
 
 
+def test_the_example_of_a_new_kind_is_one():
+    import torch
+
+    scope: dict = {"__name__": "example"}
+    exec(compile(blocks(ROOT / "CONTRIBUTING.md", "py")[0], "CONTRIBUTING.md", "exec"), scope)
+    loss = scope["L1"](gain=2.0)
+    prediction, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(loss(prediction, target), 2 * (prediction - target).abs().mean())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_agglo_commands_exist(page):
     import typer

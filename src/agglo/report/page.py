@@ -285,7 +285,7 @@ def _found(records: Records, attempt: Attempt) -> list[Child]:
         "Found by text",
         f"The student ranks {found.photos} photos it never saw in training by the cosine between its image embedding "
         f"(head {found.head}) and the sentence's. The right photo, framed in green, comes first for "
-        f"{found.found} of {len(found.queries)} sentences.{before} These photos were chosen for having a subject that the "
+        f"{found.found} of {len(found.queries)} sentences.{before} The photos were chosen for a subject that the "
         "teacher can name.",
     )
     cards = []
