@@ -42,9 +42,9 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
     begun = folder / "recipe.yaml"
     if not begun.is_file() or not (folder / "versions.json").is_file():
         raise ConfigError(f"{folder} does not look like a run folder (recipe.yaml, versions.json): name another")
-    if resume and (before := load(str(begun))) != recipe:
+    if resume and (changed := differences(load(str(begun)), recipe)):
         raise ConfigError(
-            f"{folder} was begun with another recipe ({', '.join(differences(before, recipe))}): go on with "
+            f"{folder} was begun with another recipe ({', '.join(changed)}): go on with "
             f"`{resume_command(folder)}`, or throw it away with --overwrite"
         )
 
