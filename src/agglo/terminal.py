@@ -190,17 +190,22 @@ def embed_with_bar(
     """Embed with a progress bar on stderr."""
     from agglo.embedding import embed as encode
 
-    # Skipped images are named once, at the end, not in the middle of the bar.
-    logging.getLogger("agglo.data.loader").setLevel(logging.ERROR)
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     terminal = console(stderr=True)
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task("encoding", total=len(source), rate="")
+    # Skipped images are named once, at the end, not in the middle of the bar.
+    log = logging.getLogger("agglo.data.loader")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
+            task = bar.add_task("encoding", total=len(source), rate="")
 
-        def show(done: int, total: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.0f} images/s" if speed else "")
+            def show(done: int, total: int) -> None:
+                speed = bar.tasks[0].speed
+                bar.update(task, completed=done, total=total, rate=f"{speed:.0f} images/s" if speed else "")
 
-        result = encode(source, loaded, size=size, batch=batch, head=head, progress=show)
+            result = encode(source, loaded, size=size, batch=batch, head=head, progress=show)
+    finally:
+        log.setLevel(level)
     return replace(result, model=name)

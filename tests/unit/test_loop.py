@@ -280,3 +280,28 @@ def test_ema_is_the_weighted_mean_it_says() -> None:
         expected = decay * expected + (1 - decay) * step
     assert float(ema.model.weight) == pytest.approx(expected, rel=1e-5)
     assert not ema.model.weight.requires_grad
+
+
+def test_a_stop_during_the_last_save_keeps_the_model_and_ends_there(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.export
+
+    def interrupting(run, progress):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(run, progress)
+
+    monkeypatch.setattr(loop, "export", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        loop.distill(tiny(data, "train.steps=1"), tmp_path / "run", quiet=True)
+    assert Model.load(tmp_path / "run" / "model")
+
+
+def test_the_progress_line_begins_with_what_fits_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with loop.Progress(tmp_path, 300) as progress:
+        progress.show(300, {"lite2/summary": 0.5, "hog/spatial": 0.25}, 41.7, 75)
+    line = capsys.readouterr().err.strip()
+    assert line == "step 300/300  1:15 left  42 images/s  lite2/summary 0.500  hog/spatial 0.250"
+    assert line.index("images/s") < 80
