@@ -56,8 +56,8 @@ RELEASED: dict[str, ReleasedModel] = {
             licence="Apache-2.0",
             params=5.5,
             what_for="embeddings, text search and dense features on a laptop (Lite0 taught by Lite2, ConSE and HOG)",
-            sha256="837f674b79ff75bdcbbbb4e33cc235c798f2242174e099a11ff274246286c3f2",
-            config_sha256="be3e4fe56d101d299ac4cd9c9bdb5fd34bbfc41af8845dee22cd448250a5ecb0",
+            sha256="d4beae4a01d9ad57a9843c97234f86e537332a85015ac692d827b510bba9d6ff",
+            config_sha256="456e180f4d1e0cb6a3b0db8271cc23fd523464df26b849fce050cdc777eb4fef",
             folder=ASSETS / "agglo-lite",
         ),
     )
