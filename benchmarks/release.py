@@ -58,6 +58,7 @@ check that this suits your use.
 Linear probes, kNN and zero-shot on the test split of `scenes` (128 px, objects never seen); text search, ten plain
 queries on eleven held-out photographs whose subjects the ConSE teachers know (chosen so: see docs/log.md); agreement on
 held-out photographs and `scenes`. *Before* is the same student before its first step.
+The release was chosen among three trainings by these numbers and those below (docs/log.md), not on a split of its own.
 
 {table}
 

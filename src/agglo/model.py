@@ -20,7 +20,7 @@ from agglo.config import build, check_options, nearest
 from agglo.preprocess import Conditioner, check_size, load_image, snap, to_batch
 from agglo.recipe import Recipe
 from agglo.recipe import load as load_recipe
-from agglo.types import AssetError, ConfigError, Features, FeatureSpec, Output
+from agglo.types import AssetError, ConfigError, Features, FeatureSpec, Output, StorageError
 
 if TYPE_CHECKING:
     from agglo.teachers.base import Teacher
@@ -227,7 +227,7 @@ class Model(nn.Module):
             state[name] = (tensor.to(dtype) if cast else tensor).contiguous().cpu()
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"{name} is not finite as {dtype}: nothing was saved to {folder}")
-        save_file(state, folder / f"{WEIGHTS}.partial", metadata={"format": "pt", "agglo": str(FORMAT)})
+        write_tensors(state, folder / f"{WEIGHTS}.partial")
         texts = {CONFIG: json.dumps(self.config(), indent=2) + "\n", CARD: card or plain_card(self, folder.name)}
         for file, text in texts.items():
             (folder / f"{file}.partial").write_text(text, encoding="utf-8")
@@ -273,6 +273,19 @@ class Model(nn.Module):
             provenance=config.get("provenance"),
             installed=False,
         )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        StorageError: it cannot be written; nothing of it is left.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt", "agglo": str(FORMAT)})
+    except (SafetensorError, OSError) as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written ({error}): free some space or name another folder") from None
 
 
 def plain_card(model: Model, name: str) -> str:

@@ -43,6 +43,10 @@ class AssetError(AggloError, RuntimeError):
     """A bundled or downloaded file is missing or is not what its sha256 says."""
 
 
+class StorageError(AggloError, OSError):
+    """Weights could not be written (a full disk, a read-only folder); what was there before is as it was."""
+
+
 class MissingExtraError(AggloError, ImportError):
     """An optional dependency is not installed; the message holds the line that installs it."""
 

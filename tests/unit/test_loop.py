@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from agglo import model as model_module
 from agglo import recipe
 from agglo.config import override
 from agglo.model import Model
@@ -18,7 +20,7 @@ from agglo.train import loop
 from agglo.train.checkpoint import checkpoints
 from agglo.train.ema import Ema
 from agglo.train.optim import build_optimizer, learning_rate, set_learning_rate, student_share
-from agglo.types import AssetError, ConfigError
+from agglo.types import AssetError, ConfigError, StorageError
 
 TINY = {
     "name": "tiny",
@@ -305,3 +307,23 @@ def test_the_progress_line_begins_with_what_fits_a_narrow_terminal(
     line = capsys.readouterr().err.strip()
     assert line == "step 300/300  1:15 left  42 images/s  lite2/summary 0.500  hog/spatial 0.250"
     assert line.index("images/s") < 80
+
+
+def test_a_full_disk_is_an_error_with_a_next_move_and_costs_no_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model_module.save_file
+
+    def full(tensors, path, metadata=None):
+        if "step_00000006" in str(path):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(model_module, "save_file", full)
+    with pytest.raises(StorageError, match=r"No space left.*free some space"):
+        loop.distill(tiny(data), tmp_path / "run", quiet=True)
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+    monkeypatch.setattr(model_module, "save_file", real)
+    loop.distill(tiny(data), tmp_path / "run", resume=True, quiet=True)
+    assert trace(tmp_path / "run")[-1]["step"] == 6
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn, optim
 
+from agglo.model import write_tensors
 from agglo.types import AssetError, ConfigError
 
 KEEP = 2
@@ -25,17 +26,20 @@ def save(folder: Path, step: int, parts: dict[str, nn.Module], optimizer: optim.
         step: steps done.
         parts: modules by name (``model``, ``ema``, ``objective``).
         optimizer: AdamW; its moments are stored as tensors.
+
+    Raises:
+        StorageError: the disk is full or the folder read-only; the checkpoints before this one are as they were.
     """
     target, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
     for stale in folder.glob(".step_*.partial"):  # a kill left it
         shutil.rmtree(stale)
     partial.mkdir(parents=True)
     for name, module in parts.items():
-        save_file({k: _packed(v) for k, v in module.state_dict().items()}, partial / f"{name}.safetensors")
+        write_tensors({k: _packed(v) for k, v in module.state_dict().items()}, partial / f"{name}.safetensors")
     moments: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         moments |= {f"{index}.{key}": _packed(torch.as_tensor(value)) for key, value in state.items()}
-    save_file(moments, partial / "optimizer.safetensors")
+    write_tensors(moments, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step}) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
