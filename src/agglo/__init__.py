@@ -13,13 +13,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agglo.creation import create
     from agglo.embedding import embed
     from agglo.evals._run import evaluate
-    from agglo.model import Model, create
+    from agglo.exports._run import export
+    from agglo.info import describe
+    from agglo.model import Model
     from agglo.recipe import Recipe
     from agglo.train.loop import distill
     from agglo.types import Features, FeatureSpec, Output, View
-    from agglo.zoo import list_models, load
+    from agglo.zoo import list_models, load, push
 
 __version__ = "0.1.0"
 
@@ -32,11 +35,14 @@ __all__ = [
     "View",
     "__version__",
     "create",
+    "describe",
     "distill",
     "embed",
     "evaluate",
+    "export",
     "list_models",
     "load",
+    "push",
 ]
 
 _HOME = {
@@ -46,12 +52,15 @@ _HOME = {
     "Output": "agglo.types",
     "Recipe": "agglo.recipe",
     "View": "agglo.types",
-    "create": "agglo.model",
+    "create": "agglo.creation",
+    "describe": "agglo.info",
     "distill": "agglo.train.loop",
     "embed": "agglo.embedding",
     "evaluate": "agglo.evals._run",
+    "export": "agglo.exports._run",
     "list_models": "agglo.zoo",
     "load": "agglo.zoo",
+    "push": "agglo.zoo",
 }
 """Public name → the module that defines it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from agglo import catalogue
 from agglo.types import AggloError, ConfigError
 
 if TYPE_CHECKING:
@@ -209,7 +211,7 @@ def eval_command(
     target = check_output(out, overwrite=overwrite, endings=(".json",)) if out else None
     chosen = choose(evals)
     lower = lower_is_better(chosen)
-    loaded = _load(model, device)
+    loaded = _load(model, device, text=True)
     recipe, teachers = Path(model) / "recipe.yaml", None
     if recipe.is_file() and any(entry["kind"] == "agreement" for entry in chosen):
         from agglo.objectives.distill import build_teachers
@@ -252,7 +254,7 @@ def embed(
 
         require("pyarrow.parquet", "quickstart")  # now, not after an hour of encoding
     source = as_files(folder)
-    loaded = _load(model, device)
+    loaded = _load(model, device, text=True)
     embeddings = embed_with_bar(source, loaded, model, size=size, batch=batch, head=head)
     embeddings.save(target, overwrite=overwrite)
     shapes = ", ".join(f"{name} {array.shape[1]}" for name, array in embeddings.columns().items())
@@ -287,7 +289,7 @@ def search(
     if k < 1:
         raise ConfigError(f"-k must be at least 1, got {k}")
     source = build("sources", {"kind": "photos", "split": "all"}) if photos else as_files(words[0])
-    loaded = _load(model, device)
+    loaded = _load(model, device, text=True)
     try:
         loaded.text_head()
     except TypeError as error:
@@ -336,11 +338,28 @@ def view(
     _name_skipped(skipped)
 
 
-def _load(model: str, device: str | None = None) -> Model:
+@app.command()
+def export(
+    model: str = typer.Argument(metavar="MODEL", help="A released name, a saved model, or a run folder."),
+    kind: str = typer.Option(..., "--to", help="A layout: transformers, timm (see `agglo kinds exports`)."),
+    out: Path = typer.Option(..., "--out", "-o", help="A folder."),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+) -> None:
+    """Write a model as another library's checkpoint: the backbone, without heads."""
+    from agglo.exports._run import export as write
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        folder = write(model, kind, out, dtype=dtype)
+    for warning in said:
+        typer.echo(f"note: {warning.message}", err=True)
+    typer.echo(f"wrote {folder}")
+
+
+def _load(model: str, device: str | None = None, *, text: bool = False) -> Model:
     from agglo.zoo import load
 
-    device = _checked_device(device)
-    return load(model).to(device) if device else load(model)
+    return load(model, heads="text" if text else None, device=_checked_device(device) or "cpu")
 
 
 def _name_skipped(skipped: dict[str, str], most: int = 10) -> None:
@@ -356,38 +375,8 @@ def _name_skipped(skipped: dict[str, str], most: int = 10) -> None:
 
 # --- what there is ----------------------------------------------------------------------------------------------------
 
-
-@app.command()
-def models() -> None:
-    """List the released models."""
-    from agglo.terminal import console, models_table
-
-    console().print(models_table())
-
-
-@app.command()
-def kinds(
-    point: str | None = typer.Argument(None, metavar="[POINT]", help="An extension point, e.g. teachers."),
-    kind: str | None = typer.Argument(
-        None, metavar="[KIND]", help="One of its kinds: shows its keys, types and defaults."
-    ),
-) -> None:
-    """List the extension points and their kinds; with a kind, the keys a recipe may give it."""
-    from agglo.terminal import console, kind_help, kind_table, kinds_table
-
-    if point and kind:
-        console().print(kind_table(point, kind))
-        console().print("\n" + kind_help(point, kind), markup=False, highlight=False)
-    else:
-        console().print(kinds_table(point))
-
-
-@app.command()
-def recipes(name: str = typer.Argument(None, metavar="[NAME]", help="A recipe: shows its whole claim.")) -> None:
-    """List the recipes and what they promise."""
-    from agglo.terminal import console, recipe_table, recipes_table
-
-    console().print(recipe_table(name) if name else recipes_table())
+for command in (catalogue.models, catalogue.info, catalogue.push, catalogue.kinds, catalogue.recipes):
+    app.command()(command)
 
 
 def _print_numbers(models: dict[str, Any], lower: frozenset[str]) -> None:

@@ -32,6 +32,7 @@ POINTS: dict[str, str] = {
     "balancers": "Balancer",
     "sources": "Source",
     "evals": "Eval",
+    "exports": "Export",
 }
 """Extension point → the contract class in its ``base.py``."""
 

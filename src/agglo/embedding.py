@@ -126,7 +126,7 @@ def embed(
         ConfigError: no images, none that can be read, an illegal size or batch, or no such text-aligned head.
     """
     called = str(model) if isinstance(model, str | Path) else str(model.provenance.get("recipe", "model"))
-    model = load(model) if isinstance(model, str | Path) else model
+    model = load(model, heads="text") if isinstance(model, str | Path) else model
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, got {batch}")
     canvas, head = legal_size(model, size), _aligned_head(model, head)
@@ -177,7 +177,7 @@ def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int 
         raise ConfigError("the text to search for is empty")
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
-    model = load(model) if isinstance(model, str | Path) else model
+    model = load(model, heads="text") if isinstance(model, str | Path) else model
     if embeddings.aligned is None:
         _aligned_head(model, embeddings.head, needed=True)
         raise ConfigError("these embeddings have no text-aligned part: embed the images again with this model")

@@ -2,77 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from agglo import artefact
 from agglo.config import build, check_options, nearest
+from agglo.heads._pair import HeadConfig, Heads
+from agglo.intermediates import Aggregation, Alpha, choose, collect
+from agglo.nn.feature_norm import FeatureNormalizer, IntermediateNormalizer
 from agglo.preprocess import Conditioner, check_size, load_image, snap, to_batch
-from agglo.recipe import Recipe
-from agglo.recipe import load as load_recipe
-from agglo.types import AssetError, ConfigError, Features, FeatureSpec, Output, StorageError
-
-if TYPE_CHECKING:
-    from agglo.teachers.base import Teacher
-
-FORMAT = 1
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+from agglo.types import AssetError, ConfigError, Features, FeatureSpec, Output
 
 ImageLike = Tensor | Image.Image | np.ndarray | str | Path
-
-
-@dataclass(frozen=True, slots=True)
-class HeadConfig:
-    """One teacher's pair of heads, as data.
-
-    Args:
-        summary: ``{kind, **keys}`` of the summary head, or None.
-        spatial: the same of the spatial head.
-        summary_width: D of the teacher's summary.
-        spatial_width: channels of the teacher's map.
-        slot: which class token feeds the summary head, where the student has several.
-        text: ``{kind, **keys}`` of the text tower whose embeddings the summary can be compared with, or None.
-    """
-
-    summary: dict[str, Any] | None
-    spatial: dict[str, Any] | None
-    summary_width: int | None
-    spatial_width: int | None
-    slot: int = 0
-    text: dict[str, Any] | None = None
-
-
-class Heads(nn.Module):
-    """A teacher's heads: ``summary`` and ``spatial``, each of which may be absent."""
-
-    def __init__(self, config: HeadConfig, spec: FeatureSpec, *, installed: bool = True) -> None:
-        super().__init__()
-        self.slot, self.slots = (config.slot if spec.slots > 1 else 0), spec.slots
-        self.summary = self.spatial = None
-        if config.summary is not None and spec.summary is not None:
-            source = spec.summary // spec.slots
-            self.summary = build("heads", config.summary, source, config.summary_width, installed=installed)
-        if config.spatial is not None:
-            self.spatial = build("heads", config.spatial, spec.spatial, config.spatial_width, installed=installed)
-
-    def forward(self, features: Features) -> Features:
-        """Student features to this teacher's space."""
-        summary = spatial = None
-        if self.summary is not None and features.summary is not None:
-            summary = self.summary(features.summary.unflatten(1, (self.slots, -1))[:, self.slot])
-        if self.spatial is not None and features.spatial is not None:
-            spatial = self.spatial(features.spatial)
-        return Features(summary, spatial)
 
 
 class Model(nn.Module):
@@ -84,7 +35,11 @@ class Model(nn.Module):
 
     Args:
         student: ``{kind, **keys}`` of the student.
-        heads: by teacher name, in the order of the student's class tokens.
+        heads: by teacher name.
+        tokens: names of the teachers that have a class token, in its order; those of ``heads`` when None.
+        summary_slots: which class tokens are the summary; those that feed a summary head when None.
+        normalizers: ``features``: the map is normalised before the heads see it; ``intermediates``: so are those of
+            :meth:`intermediates` (``per_block``: with a rotation for every block). For released models that have them.
         preferred_size: the side, in pixels, at which the model is at its best.
         provenance: what is known of the training (recipe, teachers, licences, numbers); kept verbatim.
         installed: False where the configuration was downloaded, so that only built-in kinds may be named.
@@ -95,6 +50,9 @@ class Model(nn.Module):
         student: Mapping[str, Any],
         heads: Mapping[str, HeadConfig],
         *,
+        tokens: Sequence[str] | None = None,
+        summary_slots: Sequence[int] | None = None,
+        normalizers: Mapping[Literal["features", "intermediates"], Literal[True, "per_block"]] | None = None,
         preferred_size: int = 224,
         provenance: Mapping[str, Any] | None = None,
         installed: bool = True,
@@ -102,63 +60,211 @@ class Model(nn.Module):
         super().__init__()
         self.student_config = check_options("students", student, "student", installed=installed)
         self.head_configs = dict(heads)
+        self.tokens = tuple(heads if tokens is None else tokens)
+        self.normalizers = dict(normalizers or {})
         self.preferred_size = preferred_size
         self.provenance = dict(provenance or {})
-        self.student = build("students", self.student_config, tuple(heads), installed=installed)
-        self.conditioner = Conditioner(self.student.mean, self.student.std)
+        self.student = build("students", self.student_config, self.tokens, installed=installed)
+        self.conditioner: nn.Module = Conditioner(self.student.mean, self.student.std)
         inner: FeatureSpec = self.student.spec
         built = {name: Heads(config, inner, installed=installed) for name, config in heads.items()}
         self.heads: dict[str, Heads] = nn.ModuleDict(built)  # type: ignore[assignment]
         with_summary = sorted({c.slot for c in heads.values() if c.summary is not None}) or [0]
-        self.summary_slots = with_summary if inner.slots > 1 else [0]
+        self.summary_slots = list(with_summary if summary_slots is None else summary_slots) if inner.slots > 1 else [0]
+        if not set(self.summary_slots) <= set(range(inner.slots)):
+            raise ConfigError(f"summary_slots {self.summary_slots}: the student has {inner.slots} class tokens")
         summary = None if inner.summary is None else inner.summary // inner.slots * len(self.summary_slots)
         self.spec = FeatureSpec(summary, inner.spatial, inner.stride, inner.step, len(self.summary_slots))
+        width = inner.spatial or 0
+        self.feature_normalizer = FeatureNormalizer(width) if "features" in self.normalizers else None
+        per_block = self.normalizers.get("intermediates") == "per_block"
+        self.intermediate_normalizer = (
+            IntermediateNormalizer(self.student.depth, width, per_block=per_block)
+            if "intermediates" in self.normalizers
+            else None
+        )
         self._towers: dict[str, Any] = {}
+        self._said: set[str] = set()
 
     # --- inference ---
 
-    def forward(self, images: ImageLike, *, heads: Iterable[str] | None = None, resize: bool = True) -> Output:
+    @overload
+    def forward(
+        self, images: ImageLike, *, heads: Iterable[str] | None = ..., resize: bool = ..., window: int | None = ...
+    ) -> Output: ...
+
+    @overload
+    def forward(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        heads: Iterable[str] | None = ...,
+        resize: bool = ...,
+        window: int | None = ...,
+    ) -> list[Output]: ...
+
+    def forward(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        heads: Iterable[str] | None = None,
+        resize: bool = True,
+        window: int | None = None,
+    ) -> Output | list[Output]:
         """Encode images.
 
         Args:
-            images: ``(B, 3, H, W)`` or ``(3, H, W)`` in [0, 1]; or one PIL image, ``(H, W, 3)`` array, or path.
+            images: ``(B, 3, H, W)`` or ``(3, H, W)`` in [0, 1]; one PIL image, ``(H, W, 3)`` array, or path; clips
+                ``(B, T, 3, H, W)``, whose frames share one viewport of the position table in training; or a list of
+                images of any sizes and aspects, which are packed into one pass without padding.
             heads: names of the heads to run; None for all, ``()`` for none.
-            resize: bring sides that are no multiple of ``spec.step`` to the nearest that are; False raises instead.
+            resize: bring sides that are no multiple of :meth:`step` to the nearest that are; False raises instead.
+            window: side, in patches, of the windows most blocks look through (ViTDet); 0 for none, None for the
+                model's own setting.
 
         Returns:
-            ``summary (B, D)``, ``spatial (B, D', H / stride, W / stride)``, and the chosen heads' features.
+            ``summary (B, D)``, ``spatial (B, D', H / stride, W / stride)``, and the chosen heads' features; for clips
+            ``(B, T, ...)``; for a list, a list of outputs of one image each.
 
         Raises:
             ValueError: not images in [0, 1]; or ``resize=False`` and an illegal size (the legal ones are named).
             KeyError: no such head.
+            TypeError: windows are asked of a student that has none.
         """
-        return self.decode(self.encode(self.prepare(images, resize=resize)), heads)
+        names = self._chosen(heads)
+        if isinstance(images, list | tuple):
+            batches = [self.prepare(image, resize=resize, window=window) for image in images]
+            found = self.student.forward_list([self._condition(b) for b in batches], **self._windowed(window))
+            return [self.decode(features, names) for features in found]
+        if isinstance(images, Tensor) and images.ndim == 5:
+            return self._clips(images, names, resize, window)
+        return self.decode(self.encode(self.prepare(images, resize=resize, window=window), window=window), names)
 
-    def prepare(self, images: ImageLike, *, resize: bool = True) -> Tensor:
+    def _clips(self, clips: Tensor, heads: list[str], resize: bool, window: int | None) -> Output:
+        count, frames = clips.shape[:2]
+        self.student.set_clip_length(frames)
+        try:
+            out = self.decode(
+                self.encode(self.prepare(clips.flatten(0, 1), resize=resize, window=window), window=window), heads
+            )
+        finally:
+            self.student.set_clip_length(1)
+
+        def per_clip(features: Features) -> Features:
+            return Features(features.summary, features.spatial).map(lambda t: t.unflatten(0, (count, frames)))
+
+        backbone = per_clip(out)
+        return Output(backbone.summary, backbone.spatial, {name: per_clip(h) for name, h in out.heads.items()})
+
+    def step(self, window: int | None = None) -> int:
+        """Sides must be a multiple of this many pixels: of a patch, or of a whole window of patches."""
+        window = getattr(self.student, "window", None) if window is None else window
+        return self.spec.step * (window or 1)
+
+    def prepare(self, images: ImageLike, *, resize: bool = True, window: int | None = None) -> Tensor:
         """Any image-like to a float batch of legal size on the model's device."""
-        batch = to_batch(images) if isinstance(images, Tensor) and images.ndim == 4 else load_image(images)[None]
         weight = next(self.student.parameters())
-        batch = batch.to(weight.device, torch.float32)
+        if isinstance(self.conditioner, nn.Identity):
+            if not isinstance(images, Tensor) or images.ndim != 4:
+                raise TypeError("this model's conditioner was taken: pass conditioned images, a tensor (B, 3, H, W)")
+            batch = images.to(weight.device)
+        else:
+            if isinstance(images, Tensor) and images.dtype == torch.uint8:
+                self._say_once("images are a uint8 tensor: divided by 255, as floats in [0, 1] are meant")
+            batch = to_batch(images) if isinstance(images, Tensor) and images.ndim == 4 else load_image(images)[None]
+            batch = batch.to(weight.device, torch.float32)
+        largest = self.provenance.get("max_size")
+        if largest is not None and max(batch.shape[-2:]) > largest:
+            self._say_once(
+                f"images larger than the {largest} pixels this model was made for: it runs, but was not tried"
+            )
         if resize:
-            return snap(batch, self.spec.step)
+            return snap(batch, self.step(window))
         check_size(batch.shape[-2], batch.shape[-1], self.spec.step)
         return batch
 
-    def encode(self, images: Tensor) -> Features:
+    def encode(self, images: Tensor, *, window: int | None = None) -> Features:
         """The student alone, on ``(B, 3, H, W)`` of a legal size: all its class tokens, in their order."""
-        dtype = next(self.student.parameters()).dtype
-        return self.student(self.conditioner(images).to(dtype))
+        return self.student(self._condition(images), **self._windowed(window))
 
     def decode(self, features: Features, heads: Iterable[str] | None = None) -> Output:
         """The student's features, and what the heads make of them."""
-        chosen = list(self.heads) if heads is None else list(heads)
+        names = self._chosen(heads)
+        if self.feature_normalizer is not None and features.spatial is not None:
+            features = Features(features.summary, self.feature_normalizer(features.spatial))
+        found = {name: self.heads[name](features) for name in names}
+        return Output(self._summary(features), features.spatial, found)
+
+    def intermediates(
+        self,
+        images: ImageLike,
+        blocks: int | Sequence[int],
+        *,
+        aggregation: Aggregation = "sparse",
+        alpha: Alpha = "post-alpha",
+        norm: bool = False,
+        resize: bool = True,
+        window: int | None = None,
+    ) -> list[Features]:
+        """Features after chosen blocks; blocks after the last chosen one are not run.
+
+        Args:
+            images: as in :meth:`forward`, no list.
+            blocks: how many of the last blocks; or their indices, negative ones from the end.
+            aggregation: ``sparse``: of those blocks; ``dense``: averaged over the blocks since the one before.
+            alpha: how the checkpoint's intermediate normalizer, if it has one, scales them (RADIO.md 1.6).
+            norm: apply the student's final norm, if it has one.
+            resize, window: as in :meth:`forward`.
+
+        Returns:
+            One for each block, ascending: ``summary (B, D)`` and ``spatial (B, D', H / stride, W / stride)``.
+
+        Raises:
+            ValueError: no such block.
+            TypeError: this model's student is no stack of blocks.
+        """
+        batch = self._condition(self.prepare(images, resize=resize, window=window))
+        if not self.student.depth:
+            raise TypeError(f"a {self.student_config['kind']} student is no stack of blocks: it has no intermediates")
+        if window is not None:
+            self._windowed(window)
+        found = collect(
+            self.student, batch, choose(blocks, self.student.depth), self.intermediate_normalizer,
+            aggregation=aggregation, alpha=alpha, norm=norm, window=window,
+        )  # fmt: skip
+        return [Features(self._summary(features), features.spatial) for features in found]
+
+    def take_conditioner(self) -> nn.Module:
+        """Detach the conditioner, for use in a data loader; from now on the model takes conditioned tensors only."""
+        taken, self.conditioner = self.conditioner, nn.Identity()
+        return taken
+
+    def _condition(self, images: Tensor) -> Tensor:
+        return self.conditioner(images).to(next(self.student.parameters()).dtype)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=4)
+
+    def _windowed(self, window: int | None) -> dict[str, int]:
+        if window is not None and not self.student.windows:
+            raise TypeError(f"a {self.student_config['kind']} student cannot look through windows")
+        return {} if window is None else {"window": window}
+
+    def _chosen(self, heads: Iterable[str] | None) -> list[str]:
+        chosen = list(self.heads) if heads is None else [heads] if isinstance(heads, str) else list(heads)
         for name in chosen:
             if name not in self.heads:
-                raise KeyError(f"no head {name!r}{nearest(name, self.heads)}")
-        summary = features.summary
-        if summary is not None and len(self.summary_slots) != self.student.spec.slots:
-            summary = summary.unflatten(1, (self.student.spec.slots, -1))[:, self.summary_slots].flatten(1)
-        return Output(summary, features.spatial, {name: self.heads[name](features) for name in chosen})
+                has = f"this model has: {', '.join(self.heads) or 'none; load it with heads=[...]'}"
+                raise KeyError(f"no head {name!r}{nearest(name, self.heads)}; {has}")
+        return chosen
+
+    def _summary(self, features: Features) -> Tensor | None:
+        summary, slots = features.summary, self.student.spec.slots
+        if summary is None or self.summary_slots == list(range(slots)):
+            return summary
+        return summary.unflatten(1, (slots, -1))[:, self.summary_slots].flatten(1)
 
     # --- language ---
 
@@ -197,12 +303,15 @@ class Model(nn.Module):
         """What :meth:`load` needs besides the weights, as JSON data."""
         student = {key: value for key, value in self.student_config.items() if key != "init"}
         return {
-            "format": FORMAT,
+            "format": artefact.FORMAT,
             "student": student,
             "heads": {
                 name: {field: getattr(config, field) for field in HeadConfig.__slots__}
                 for name, config in self.head_configs.items()
             },
+            "tokens": list(self.tokens),
+            "summary_slots": self.summary_slots,
+            "normalizers": self.normalizers,
             "preferred_size": self.preferred_size,
             "provenance": self.provenance,
         }
@@ -219,137 +328,58 @@ class Model(nn.Module):
         Raises:
             ValueError: a weight is not finite, or leaves the range of ``dtype``.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {}
-        for name, tensor in self.state_dict().items():
-            cast = tensor.is_floating_point() and not name.endswith("running_var")
-            state[name] = (tensor.to(dtype) if cast else tensor).contiguous().cpu()
-            if not torch.isfinite(state[name]).all():
-                raise ValueError(f"{name} is not finite as {dtype}: nothing was saved to {folder}")
-        write_tensors(state, folder / f"{WEIGHTS}.partial")
-        texts = {CONFIG: json.dumps(self.config(), indent=2) + "\n", CARD: card or plain_card(self, folder.name)}
-        for file, text in texts.items():
-            (folder / f"{file}.partial").write_text(text, encoding="utf-8")
-        for file in (WEIGHTS, *texts):
-            (folder / f"{file}.partial").replace(folder / file)
-        return folder
+        return artefact.save(self, folder, dtype=dtype, card=card)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Model:
+    def load(cls, folder: str | Path, *, heads: Iterable[str] | None = None) -> Model:
         """Read a folder written by :meth:`save`; the model comes back in eval mode, in float32.
+
+        Args:
+            folder: what :meth:`save` wrote.
+            heads: the heads to load; None for all.
 
         Raises:
             ConfigError: no such folder, or its configuration does not fit this version.
             AssetError: the weights are damaged or belong to another configuration.
+            KeyError: no such head.
         """
         folder = Path(folder)
-        if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-            raise ConfigError(f"{folder} is no saved model: it must hold {CONFIG} and {WEIGHTS}")
+        config = artefact.read_config(folder)
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            model = cls._from_config(config)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(f"{folder / CONFIG}: not a model's configuration ({error})") from None
+            model = cls.from_config(config)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{folder / artefact.CONFIG}: not a model's configuration ({error})") from None
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
+            model.load_state_dict(load_file(folder / artefact.WEIGHTS))
         except (SafetensorError, RuntimeError, OSError) as error:
             first = str(error).strip().splitlines()[0]
             raise AssetError(
-                f"{folder / WEIGHTS} is damaged or of another model ({first}): fetch or save it again"
+                f"{folder / artefact.WEIGHTS} is damaged or of another model ({first}): fetch or save it again"
             ) from None
+        if heads is not None:
+            model.keep_heads(heads)
         return model.eval()
 
+    def keep_heads(self, heads: Iterable[str]) -> None:
+        """Throw the other heads away. Class tokens and the summary stay as they are.
+
+        Raises:
+            KeyError: no such head.
+        """
+        kept = self._chosen(heads)
+        for name in [name for name in self.heads if name not in kept]:
+            del self.heads[name], self.head_configs[name]
+
     @classmethod
-    def _from_config(cls, config: Mapping[str, Any]) -> Model:
-        if config.get("format") != FORMAT:
-            raise ConfigError(
-                f"config.json has format {config.get('format')!r}, this agglo reads {FORMAT}: upgrade agglo"
-            )
+    def from_config(cls, config: Mapping[str, Any]) -> Model:
+        """A model as :meth:`config` describes it, with random weights."""
         return cls(
             config["student"],
             {name: HeadConfig(**head) for name, head in config["heads"].items()},
+            tokens=config.get("tokens"),
+            summary_slots=config.get("summary_slots"),
+            normalizers=config.get("normalizers"),
             preferred_size=int(config.get("preferred_size", 224)),
             provenance=config.get("provenance"),
             installed=False,
         )
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        StorageError: it cannot be written; nothing of it is left.
-    """
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt", "agglo": str(FORMAT)})
-    except (SafetensorError, OSError) as error:
-        path.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written ({error}): free some space or name another folder") from None
-
-
-def plain_card(model: Model, name: str) -> str:
-    """A card for a model that has not been measured: what it is, what it learned from, under which licences."""
-    facts = model.provenance
-    teachers = "\n".join(f"- `{n}`: {t}" for n, t in facts.get("teachers", {}).items()) or "- unknown"
-    return (
-        f"---\nlibrary_name: agglo\nlicense: {facts.get('license', 'other')}\n"
-        "tags: [agglomerative, feature-extraction]\n---\n\n"
-        f"# {name}\n\nAn agglomerative vision backbone: `{model.student_config['kind']}` student, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, stride {model.spec.stride}.\n\n"
-        f'```python\nimport agglo\n\nmodel = agglo.load("{name}")\n```\n\nTeachers and their licences:\n\n{teachers}\n'
-    )
-
-
-def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, HeadConfig]:
-    """The heads that a recipe asks for, given what its teachers return; a weight of 0 means no head.
-
-    Raises:
-        ConfigError: a teacher is asked for a summary or a map that it does not have.
-    """
-    configs = {}
-    for slot, (name, entry) in enumerate(recipe.teachers.items()):
-        spec = specs[name]
-        summary = spec.summary is not None and entry.summary_weight > 0
-        spatial = spec.spatial is not None and entry.spatial_weight > 0
-        if not summary and not spatial:
-            raise ConfigError(
-                f"teachers.{name}: nothing to learn; it has "
-                f"{'no' if spec.summary is None else 'a'} summary and {'no' if spec.spatial is None else 'a'} map"
-            )
-        configs[name] = HeadConfig(
-            summary=(entry.summary_head or recipe.heads.summary) if summary else None,
-            spatial=(entry.spatial_head or recipe.heads.spatial) if spatial else None,
-            summary_width=spec.summary,
-            spatial_width=spec.spatial,
-            slot=slot,
-            text=entry.teacher.get("text") if summary else None,
-        )
-    return configs
-
-
-def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, *, initialize: bool = True) -> Model:
-    """A new, untrained model from a recipe.
-
-    Args:
-        recipe: the recipe, its name or its path.
-        teachers: the recipe's teachers by name; built here when None, since heads take their widths from them.
-        initialize: start from the weights that the recipe names and from what the teachers know (a vocabulary); False
-            where other weights will be loaded.
-
-    Raises:
-        ConfigError: the recipe does not fit.
-    """
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    if teachers is None:
-        teachers = {name: build("teachers", entry.teacher) for name, entry in recipe.teachers.items()}
-    specs = {name: teacher.spec for name, teacher in teachers.items()}
-    sizes = [size for partition in recipe.partitions for size in partition.sizes]
-    model = Model(recipe.student, head_configs(recipe, specs), preferred_size=max(sizes))
-    if initialize:
-        model.student.initialize()
-        for name, heads in model.heads.items():
-            for head in (heads.summary, heads.spatial):
-                if head is not None:
-                    head.initialize(model.student, teachers[name])
-    return model

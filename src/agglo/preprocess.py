@@ -8,7 +8,7 @@ One module for training, evals and export, so that no pixel is treated in two wa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -328,7 +328,7 @@ class Conditioner(nn.Module):
     """Per-channel normalisation inside the model: ``(x - mean) / std``, images in [0, 1].
 
     Args:
-        mean, std: three numbers each, RGB; kept as buffers ``(1, 3, 1, 1)``.
+        mean, std: three numbers each, RGB; kept as buffers ``(3, 1, 1)``.
     """
 
     mean: Tensor
@@ -340,8 +340,18 @@ class Conditioner(nn.Module):
             raise ValueError(f"mean and std need three numbers each (RGB), got {len(mean)} and {len(std)}")
         if not all(s > 0 for s in std):
             raise ValueError(f"std must be positive, got {tuple(std)}")
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conditioner:
+        """Move, but stay in float32: three digits of a mean are not enough for a model in half precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalise RGB ``(B, 3, H, W)`` in [0, 1]."""

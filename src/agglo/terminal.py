@@ -22,6 +22,7 @@ from agglo.types import AggloError
 
 if TYPE_CHECKING:
     from agglo.embedding import Embeddings
+    from agglo.info import ModelInfo
     from agglo.model import Model
     from agglo.sources.base import Source
 
@@ -37,14 +38,55 @@ def table(*columns: str, title: str | None = None, right: int | None = None) -> 
 
 def models_table() -> Table:
     """The released models."""
+    from agglo.releases import HubModel
     from agglo.zoo import list_models
 
     made = table("model", "params", "size", "licence", "what for")
     for model in list_models():
-        size = f"{model.megabytes:.1f} MB" if model.megabytes is not None else "not bundled"
+        size = f"{model.megabytes:.1f} MB" if model.bundled else "not bundled"
+        if isinstance(model, HubModel):
+            size = f"{model.megabytes / 1000:.1f} GB download"
         params = f"{model.params:.1f} M" if model.params is not None else ""
         made.add_row(Text(model.name, "bold"), params, size, model.licence, Text(model.what_for))
     return made
+
+
+def info_table(info: ModelInfo) -> Table:
+    """What one needs to know of a model."""
+    made = Table(box=None, show_header=False, pad_edge=False)
+
+    def tell(name: str, text: str) -> None:
+        made.add_row(Text(name, "bold"), Text(text))
+
+    height, width = info.size
+    flops, (weights, activations) = info.flops, info.memory
+    tell("model", info.name)
+    tell("licence", info.licence)
+    tell("student", ", ".join(f"{key} {value}" for key, value in info.student.items()))
+    heads = f" + {info.params[1] / 1e6:.1f} M in heads" if info.params[1] else ""
+    tell("parameters", f"{info.params[0] / 1e6:.1f} M{heads}")
+    slots = f" ({info.summary[1]} class tokens)" if info.summary[1] > 1 else ""
+    tell("summary", f"{info.summary[0]}{slots}")
+    tell("map", f"{info.spatial} channels, a cell every {info.stride} pixels")
+    tell("tokens", f"class: {', '.join(info.tokens)}; {info.registers} registers")
+    largest = f"; made for up to {info.largest}" if info.largest else ""
+    tell("sizes", f"sides that are multiples of {info.step} pixels; best at {info.preferred}{largest}")
+    tell("windows", "window=6 to 32 patches (ViTDet), or none" if info.windows else "none")
+    for name, widths in info.heads.items():
+        text = ", text" if name in info.text else ""
+        tell(f"head {name}", (_head_widths(*widths) if widths else "widths are told by the download") + text)
+    tell(
+        f"cost at {height}x{width}",
+        f"{flops / 1e9:.1f} GFLOPs an image; {weights / 1e6:.0f} MB of weights and {activations / 1e6:.0f} MB beside "
+        "them in float32, half of both in bfloat16",
+    )
+    return made
+
+
+def _head_widths(summary: int | None, spatial: int | None, upsample: int) -> str:
+    finer = f", {upsample} times finer" if upsample > 1 else ""
+    parts = [f"summary {summary}"] if summary else []
+    return ", ".join([*parts, *([f"map {spatial}{finer}"] if spatial else [])])
 
 
 def kinds_table(point: str | None = None) -> Table:

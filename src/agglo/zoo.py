@@ -1,105 +1,169 @@
-"""Released models as data: which there are, where they lie, what they are good for, and how a damaged one is told."""
+"""Finding and loading trained models: released ones by name, folders and files of any layout we know."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from agglo.artefact import CONFIG, WEIGHTS, read_json
 from agglo.bundled import verify
+from agglo.checkpoints import radio
+from agglo.checkpoints.hub import fetch_model, push_folder
+from agglo.checkpoints.reading import Checkpoint, verify_sha256
+from agglo.checkpoints.reading import fetch as fetch_files
 from agglo.config import nearest
-from agglo.model import CONFIG, WEIGHTS, Model
+from agglo.model import Model
+from agglo.releases import HUB, RELEASED, HubModel, ReleasedModel
 from agglo.types import AssetError, ConfigError
 
-ASSETS = Path(__file__).parent / "assets"
 DEFAULT = "agglo-lite"
 """The model that ``embed``, ``search`` and ``view`` use unless told otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReleasedModel:
-    """A trained student that ships with the package.
+def list_models() -> list[ReleasedModel | HubModel]:
+    """The released models: bundled ones first, then those of NVIDIA, newest first."""
+    ours = sorted(RELEASED.values(), key=lambda model: (not model.bundled, model.name))
+    return [*ours, *HUB.values()]
+
+
+def load(
+    name_or_path: str | Path = DEFAULT,
+    *,
+    heads: Iterable[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    compile: bool = False,
+    window: int | None = None,
+    align_corners: bool | None = None,
+    neck: str | None = None,
+    num_tokens: int | None = None,
+    revision: str | None = None,
+    sha256: str | None = None,
+) -> Model:
+    """Load a trained model, in eval mode.
 
     Args:
-        name: what :func:`load` calls it.
-        licence: SPDX expression of the weights.
-        params: parameters with heads, in millions; None until it is released.
-        what_for: one line for the person who chooses.
-        sha256: of ``model.safetensors``; kept here, so that a damaged folder cannot vouch for itself.
-        config_sha256: of ``config.json``.
-        folder: where its files lie.
-    """
-
-    name: str
-    licence: str
-    params: float | None
-    what_for: str
-    sha256: str
-    config_sha256: str
-    folder: Path
-
-    @property
-    def bundled(self) -> bool:
-        """Whether this installation holds its files."""
-        return (self.folder / WEIGHTS).is_file()
-
-    @property
-    def megabytes(self) -> float | None:
-        """Size of the weights on disk in MB, or None where they are not bundled."""
-        return (self.folder / WEIGHTS).stat().st_size / 1e6 if self.bundled else None
-
-
-RELEASED: dict[str, ReleasedModel] = {
-    entry.name: entry
-    for entry in (
-        ReleasedModel(
-            name="agglo-lite",
-            licence="Apache-2.0",
-            params=5.5,
-            what_for="embeddings, text search and dense features on a laptop (Lite0 taught by Lite2, ConSE and HOG)",
-            sha256="d4beae4a01d9ad57a9843c97234f86e537332a85015ac692d827b510bba9d6ff",
-            config_sha256="456e180f4d1e0cb6a3b0db8271cc23fd523464df26b849fce050cdc777eb4fef",
-            folder=ASSETS / "agglo-lite",
-        ),
-    )
-}
-"""Every released model by name."""
-
-
-def list_models() -> list[ReleasedModel]:
-    """The released models, bundled ones first."""
-    return sorted(RELEASED.values(), key=lambda model: (not model.bundled, model.name))
-
-
-def load(name_or_path: str | Path = DEFAULT) -> Model:
-    """Load a trained model.
-
-    Args:
-        name_or_path: a released name (``"agglo-lite"``); a folder that :meth:`agglo.Model.save` wrote; or a run folder.
-
-    Returns:
-        The model in eval mode, float32, on the CPU.
+        name_or_path: a released name (``"agglo-lite"``, ``"c-radio_v4-so400m"``; :func:`list_models`); a folder that
+            :meth:`agglo.Model.save` wrote, or a run folder; a folder of a Hugging Face repository (C-RADIO,
+            transformers' ``RadioModel``, timm); an official ``.pth.tar``; or ``"owner/name"`` on the Hugging Face hub.
+        heads: the teachers whose heads are wanted, ``"all"`` for all, ``"text"`` for those that speak a text tower's
+            language. None: all of a model of ours; none of an official checkpoint, where they are large.
+        dtype: of weights and arithmetic.
+        device: where to.
+        compile: compile the student with ``torch.compile``; the first call at a new size takes long.
+        window: side, in patches, of the windows that most blocks look through (ViTDet); also per call.
+        align_corners: how the position table is resized, where the released code of a generation differs (models before
+            July 2025, and the Hugging Face copies of C-RADIOv3-B and -H, have True).
+        neck: ``decoder`` or ``encoder`` of a RADIO1D model.
+        num_tokens: how many one-dimensional tokens a RADIO1D model keeps.
+        revision: branch, tag or commit on the hub.
+        sha256: what the weights file must have; checked before anything is read.
 
     Raises:
-        ConfigError: no such model; the message offers the nearest names.
-        AssetError: a released model is not bundled here, or its weights are not what their sha256 says.
+        ConfigError: no such model, head or option; the message offers the nearest names.
+        AssetError: files are missing, damaged or of another architecture; says which to fetch and where to put them.
     """
-    return Model.load(locate(name_or_path))
+    options = {"window": window, "align_corners": align_corners, "neck": neck, "num_tokens": num_tokens}
+    path, entry = _find(name_or_path, revision)
+    if sha256 is not None:
+        verify_sha256(path / WEIGHTS if path.is_dir() else path, sha256)
+    model = _read(path, entry, heads, dtype, device, options)
+    if compile:
+        model.student.compile()
+    return model
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The folder of a model, its weights verified where it is a released one. Arguments and errors as :func:`load`."""
+    """Where a model lies: a folder or an official file, fetched if need be. Arguments and errors as :func:`load`."""
+    return _find(name_or_path, None)[0]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """An official file, or a folder of any foreign layout."""
+    return radio.read(path)
+
+
+def _read(
+    path: Path,
+    entry: HubModel | None,
+    heads: Iterable[str] | None,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    options: dict[str, Any],
+) -> Model:
+    config = read_json(path / CONFIG) if path.is_dir() else {}
+    given = {key: value for key, value in options.items() if value is not None}
+    if "format" in config:
+        model = Model.load(path, heads=None if heads in ("all", "text") else heads)
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)}: only released models of NVIDIA take these when loaded; pass window= per call"
+            )
+        model.to(device, dtype)
+        return model
+    checkpoint = read_checkpoint(path)
+    if path.is_file() or radio.is_official(config):
+        release = entry.release if entry else None
+        return radio.from_checkpoint(checkpoint, heads=heads, release=release, dtype=dtype, device=device, **given)
+    from agglo.checkpoints import timm, transformers
+
+    if transformers.is_native(config):
+        return _without_heads(heads, path) or transformers.from_native(checkpoint, dtype=dtype, device=device, **given)
+    if timm.is_timm(config):
+        return _without_heads(heads, path) or timm.from_timm(checkpoint, dtype=dtype, device=device, **given)
+    raise ConfigError(
+        f"{path / CONFIG} is of no layout known here: ours, NVIDIA's, transformers' RadioModel, or timm's"
+    )
+
+
+def _without_heads(heads: Iterable[str] | None, path: Path) -> None:
+    if heads is not None and heads not in ("all", "text") and list(heads):
+        raise ConfigError(f"{path} holds a backbone only; NVIDIA's own repositories hold the heads too")
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def _find(name_or_path: str | Path, revision: str | None) -> tuple[Path, HubModel | None]:
+    """The path, and what is known of the release it is."""
     text = str(name_or_path)
     if text in RELEASED:
-        return _verified(RELEASED[text])
+        return _verified(RELEASED[text]), None
     path = Path(name_or_path).expanduser()
+    if path.exists():
+        return _folder_or_file(path), _by_file(path)
+    entry = HUB.get(text.lower()) or next((m for m in HUB.values() if m.repo == text and m.file is None), None)
+    if entry is not None and entry.file is not None:
+        return fetch_files(entry.repo, [entry.file], revision) / entry.file, entry
+    if entry is not None:
+        return fetch_model(entry.repo, revision), entry
+    if text.count("/") == 1 and not path.parent.is_dir():
+        return fetch_model(text, revision), None
+    raise ConfigError(f"no model {text!r}{nearest(text, {*RELEASED, *HUB, *_neighbours(path)})}")
+
+
+def _by_file(path: Path) -> HubModel | None:
+    """The release that a local pickle is, by its file name."""
+    return next((model for model in HUB.values() if model.file == path.name), None)
+
+
+def _folder_or_file(path: Path) -> Path:
     if path.is_file():
+        if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+            return path.parent
+        if path.suffix in radio.PICKLES:
+            return path
         raise ConfigError(
-            f"{path} is a file: name the folder that holds {CONFIG} and {WEIGHTS} (perhaps {path.parent})"
+            f"{path} is a file: name the folder that holds {CONFIG} and {WEIGHTS} (perhaps {path.parent}), "
+            "or an official .pth.tar"
         )
-    if not path.is_dir():
-        raise ConfigError(f"no model {text!r}{nearest(text, {*RELEASED, *_neighbours(path)})}")
     for folder in (path, path / "model"):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        if (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors*")):
             return folder
     if (path / "recipe.yaml").is_file():
         raise ConfigError(
@@ -111,10 +175,9 @@ def locate(name_or_path: str | Path) -> Path:
 
 def _neighbours(path: Path) -> list[str]:
     """Folders beside a missing one that hold a model or a run, as the user would write them."""
-    try:
+    beside: list[Path] = []
+    with contextlib.suppress(OSError):
         beside = [p for p in path.parent.iterdir() if any((p / n).exists() for n in (CONFIG, "model", "recipe.yaml"))]
-    except OSError:
-        return []
     return [str(path.parent / p.name) for p in sorted(beside)]
 
 
@@ -127,3 +190,24 @@ def _verified(entry: ReleasedModel) -> Path:
     for file, sha256 in ((WEIGHTS, entry.sha256), (CONFIG, entry.config_sha256)):
         verify(entry.folder / file, sha256 or "not recorded in agglo.zoo", "reinstall agglo")
     return entry.folder
+
+
+def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
+    """Put a model on the Hugging Face hub: weights, configuration and card; :func:`load` then takes ``repo`` as a name.
+
+    Args:
+        model: a model, or what :func:`load` takes for one of ours; a saved folder goes up as it is, with its card.
+        repo: ``owner/name``; made if need be.
+        private: whether a new repository is private.
+
+    Returns:
+        Where it can be looked at.
+
+    Raises:
+        ConfigError: no model of ours, or no name of a repository.
+        AssetError: no network, or no right to write there.
+    """
+    if not isinstance(model, Model):
+        return push_folder(locate(model), repo, private=private)
+    with tempfile.TemporaryDirectory() as folder:
+        return push_folder(model.save(Path(folder) / repo.rpartition("/")[2]), repo, private=private)

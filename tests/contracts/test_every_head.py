@@ -2,39 +2,61 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from agglo.config import build, kinds
 from agglo.heads.base import Head
+from agglo.types import ConfigError
+
+SOURCE, TARGET = 32, 10
+MAPS_ONLY = {"attention"}
+"""Kinds that mix positions: they have nothing to say about a single vector, and refuse it."""
 
 
 @pytest.fixture(params=kinds("heads", installed=False))
-def head(request: pytest.FixtureRequest) -> Head:
-    torch.manual_seed(0)
-    made = build("heads", {"kind": request.param}, 24, 10).eval()
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def head(kind: str) -> Head:
+    made = build("heads", {"kind": kind}, SOURCE, TARGET).eval()
     for buffer in made.buffers():
         buffer.normal_()
     return made
 
 
-def test_a_map_is_projected_position_by_position(head: Head) -> None:
-    x = torch.randn(2, 24, 3, 5)
+@pytest.fixture
+def x(kind: str) -> Tensor:
+    """What the kind can read: vectors, or maps of at least as many positions."""
+    return torch.randn(2, SOURCE, 2, 3) if kind in MAPS_ONLY else torch.randn(8, SOURCE)
+
+
+def test_a_map_is_projected_position_by_position_or_as_a_whole(kind: str, head: Head) -> None:
+    x = torch.randn(2, SOURCE, 3, 5)
     out = head(x)
-    assert out.shape == (2, 10, 3, 5)
-    torch.testing.assert_close(out[:, :, 1, 4], head(x[:, :, 1, 4]), rtol=1e-4, atol=1e-5)
-    assert (head.source, head.target) == (24, 10)
+    assert out.shape == (2, TARGET, 3, 5)
+    assert (head.source, head.target) == (SOURCE, TARGET)
+    if kind in MAPS_ONLY:
+        with pytest.raises(ConfigError, match="maps"):
+            head(x[:, :, 1, 4])
+        torch.testing.assert_close(out[1:], head(x[1:]), rtol=1e-4, atol=1e-5)  # images do not see one another
+    else:
+        torch.testing.assert_close(out[:, :, 1, 4], head(x[:, :, 1, 4]), rtol=1e-4, atol=1e-5)
 
 
-def test_fold_is_the_denormalizer_or_a_refusal(head: Head) -> None:
-    x, matrix, mean = torch.randn(4, 24), torch.randn(10, 10), torch.randn(10)
+def test_fold_is_the_denormalizer_or_a_refusal(head: Head, x: Tensor) -> None:
+    matrix, mean = torch.randn(TARGET, TARGET), torch.randn(TARGET)
     before = head(x)
     try:
         head.fold(matrix, mean)
     except ValueError:
         torch.testing.assert_close(head(x), before)  # refused, and nothing lost
     else:
-        torch.testing.assert_close(head(x), before @ matrix.T + mean, rtol=1e-4, atol=1e-4)
+        expected = (before.movedim(1, -1) @ matrix.T + mean).movedim(-1, 1)
+        torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_reach_every_parameter(head: Head) -> None:
-    head(torch.randn(8, 24)).square().sum().backward()
+def test_gradients_reach_every_parameter(head: Head, x: Tensor) -> None:
+    head(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())

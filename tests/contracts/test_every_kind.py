@@ -1,11 +1,15 @@
 """Text towers, balancers, sources and evals keep their contracts; every kind has keys a recipe can use."""
 
 import inspect
+import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from agglo.config import POINTS, build, find, kinds, schema
 
@@ -24,9 +28,43 @@ def test_a_kind_is_documented_and_its_constructor_is_a_schema(point: str, kind: 
     assert schema(cls) is schema(cls)
 
 
+def tiny_siglip2(folder: Path) -> dict[str, Any]:
+    """A folder as the hub keeps a SigLIP2, with a tokenizer of words; the options that name it."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = ["<pad>", "<eos>", "<unk>", "a", "photo", "of", "dog", "snow", "on", "mountain"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(words), "bos_token_id": None, "eos_token_id": 1}
+    model = transformers.SiglipTextModel(transformers.SiglipTextConfig(**text))
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "text_config": text}))
+    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    return {"repo": str(folder)}
+
+
+def tiny_open_clip(folder: Path) -> dict[str, Any]:
+    """An architecture OpenCLIP is told about and a file of its weights; the options that name them."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 8, "layers": 1, "width": 16, "head_width": 16, "patch_size": 4}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    file = folder / "agglo-contract.json"
+    file.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(file)
+    save_file(open_clip.create_model(file.stem).state_dict(), folder / "weights.safetensors")
+    return {"model": file.stem, "pretrained": str(folder / "weights.safetensors")}
+
+
+LOCAL = {"siglip2": tiny_siglip2, "open_clip": tiny_open_clip}
+"""What stands in for the weights of a kind that would have to fetch them."""
+
+
 @pytest.mark.parametrize("kind", kinds("text", installed=False))
-def test_text_towers_give_unit_vectors_in_order(kind: str) -> None:
-    tower = build("text", {"kind": kind})
+def test_text_towers_give_unit_vectors_in_order(kind: str, tmp_path: Path) -> None:
+    tower = build("text", {"kind": kind, **(LOCAL[kind](tmp_path) if kind in LOCAL else {})})
     both = tower.encode(["a photo of a dog", "snow on a mountain"])
     assert both.shape == (2, tower.width)
     torch.testing.assert_close(both.norm(dim=-1), torch.ones(2), rtol=1e-4, atol=1e-4)

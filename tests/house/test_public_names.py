@@ -21,11 +21,14 @@ PUBLIC = {
     "View",
     "__version__",
     "create",
+    "describe",
     "distill",
     "embed",
     "evaluate",
+    "export",
     "list_models",
     "load",
+    "push",
 }
 """A name that comes or goes is a decision: it is made here, and told in CHANGELOG.md."""
 

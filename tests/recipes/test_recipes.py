@@ -8,7 +8,7 @@ import torch
 
 from agglo import recipe
 from agglo.config import read_yaml
-from agglo.model import create
+from agglo.creation import create
 from agglo.train.loop import distill
 
 

@@ -200,7 +200,7 @@ def test_search_ranks_the_right_image_first(folder: Path, bad: Path, monkeypatch
 
     wanted = embedding.embed([folder / "4.png"], speaking).aligned
     speaking._towers["say"] = OneText(torch.from_numpy(wanted[0]))
-    monkeypatch.setattr("agglo.zoo.load", lambda name: speaking)
+    monkeypatch.setattr("agglo.zoo.load", lambda name, **_: speaking)
     for words in (["a cup of coffee"], ["a", "cup", "of", "coffee"]):  # quotes forgotten
         result = agglo("search", folder, *words, "-k", 2)
         assert result.exit_code == 0, result.output
@@ -360,3 +360,29 @@ def test_ctrl_c_saves_and_exits_130(yaml: Path, tmp_path: Path) -> None:
     assert "--resume" in err
     assert "Traceback" not in err
     assert list((run / "checkpoints").iterdir())
+
+
+def test_info_tells_what_one_needs_to_know(model: Path) -> None:
+    said = agglo("info", model, "--size", "64x96").output
+    for fact in ("kind vit", "width 32", "multiples of 16 pixels; best at 64", "cost at 64x96", "GFLOPs"):
+        assert fact in said
+    released = agglo("info", "c-radio_v4-h", "--window", 16, "--size", 512).output
+    for fact in ("NVIDIA Open Model License", "2560 (2 class tokens)", "7 registers", "head sam3", "651.6 M"):
+        assert fact in released
+    assert "did you mean 'c-radio_v4-h'" in refused("info", "c-radio_v4h")
+    assert "give a side in pixels" in refused("info", model, "--size", "wide")
+
+
+def test_export_writes_for_others_and_refuses_what_does_not_fit(model: Path, tmp_path: Path) -> None:
+    result = agglo("export", model, "--to", "transformers", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "wrote" in result.output
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    assert "kind vit" in agglo("info", tmp_path / "out").output  # and back
+    assert "did you mean 'timm'" in refused("export", model, "--to", "tim", "-o", tmp_path / "other")
+    assert "RadioModel" in refused("export", "agglo-lite", "--to", "transformers", "-o", tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_push_names_what_is_wrong(model: Path) -> None:
+    assert "owner/name" in refused("push", model, "justaname")

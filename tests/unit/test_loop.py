@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from agglo import model as model_module
-from agglo import recipe
+from agglo import artefact, recipe
 from agglo.config import override
 from agglo.model import Model
 from agglo.train import loop
@@ -312,18 +311,18 @@ def test_the_progress_line_begins_with_what_fits_a_narrow_terminal(
 def test_a_full_disk_is_an_error_with_a_next_move_and_costs_no_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = model_module.save_file
+    real = artefact.save_file
 
     def full(tensors, path, metadata=None):
         if "step_00000006" in str(path):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         return real(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(model_module, "save_file", full)
+    monkeypatch.setattr(artefact, "save_file", full)
     with pytest.raises(StorageError, match=r"No space left.*free some space"):
         loop.distill(tiny(data), tmp_path / "run", quiet=True)
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
-    monkeypatch.setattr(model_module, "save_file", real)
+    monkeypatch.setattr(artefact, "save_file", real)
     loop.distill(tiny(data), tmp_path / "run", resume=True, quiet=True)
     assert trace(tmp_path / "run")[-1]["step"] == 6
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from agglo import recipe as recipes
 from agglo import report
-from agglo.model import Model, create
+from agglo.creation import create
+from agglo.model import Model
 from agglo.report import charts, markup, records, visuals
 from agglo.report.markup import Markup, number, signed, tag
 from agglo.types import ConfigError

@@ -84,7 +84,8 @@ def test_a_missing_release_says_how_to_get_a_model(released: ReleasedModel, monk
 
 def test_the_list_holds_every_release_bundled_first(released: ReleasedModel) -> None:
     found = list_models()
-    assert {model.name for model in found} == set(zoo.RELEASED) >= {"agglo-lite", released.name}
+    assert {model.name for model in found} == {*zoo.RELEASED, *zoo.HUB} >= {"agglo-lite", "c-radio_v4-h", released.name}
+    assert all(model.licence and model.what_for and model.params for model in found)
     flags = [model.bundled for model in found]
     assert flags == sorted(flags, reverse=True)
     assert released.megabytes == pytest.approx((released.folder / "model.safetensors").stat().st_size / 1e6)
@@ -106,8 +107,12 @@ def test_unknown_names_get_the_nearest(saved: Path) -> None:
 
 
 def test_what_is_no_model_says_what_is_missing(saved: Path, tmp_path: Path) -> None:
+    assert torch.equal(weights(load(saved / "model.safetensors")), weights(load(saved)))  # its config lies beside it
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "model.safetensors").symlink_to(saved / "model.safetensors")
     with pytest.raises(ConfigError, match="is a file: name the folder"):
-        load(saved / "model.safetensors")
+        load(lone / "model.safetensors")
     with pytest.raises(ConfigError, match=r"needs config\.json and model\.safetensors"):
         load(tmp_path)
     (tmp_path / "recipe.yaml").touch()

@@ -29,6 +29,17 @@ def eval_window(table: Tensor, grid: tuple[int, int], align_corners: bool = Fals
     return resized[..., : grid[0], : grid[1]].to(table.dtype)
 
 
+def corner_window(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The table's top-left ``h x w`` at its own scale; stretched to the grid where the table is too small for it.
+
+    The rule of a model whose table is as large as its nominal image (RADIO.md section 2); ``(1, C, h, w)``.
+    """
+    corner = table[..., : grid[0], : grid[1]]
+    if tuple(corner.shape[-2:]) == grid:
+        return corner
+    return F.interpolate(corner.float(), size=grid, mode="bilinear", align_corners=False).to(table.dtype)
+
+
 def train_window(table: Tensor, grid: tuple[int, int], batch: int, drop: float = 0.1) -> Tensor:
     """A random viewport of the table for every sample (METHOD 2.8 steps 1 to 5).
 

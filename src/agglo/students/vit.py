@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Collection, Sequence
+
 from torch import Tensor, nn
 
-from agglo.nn.blocks import Block
-from agglo.nn.position import eval_window, train_window
+from agglo.nn.blocks import NORM_EPS, Block, MlpKind
+from agglo.nn.packing import Layout
+from agglo.nn.windows import check_window, windowed_blocks
 from agglo.preprocess import check_size
+from agglo.students._patches import PatchGenerator, Position
 from agglo.students.base import Student
 from agglo.types import ConfigError, Features, FeatureSpec
 
-
-class PatchGenerator(nn.Module):
-    """Pixels to the token sequence ``[cls_1 .. cls_K, reg_1 .. reg_R, patches row-major]``.
-
-    Patches are flattened (channel, y, x) and projected without bias; a crop of the position table is added to them;
-    class and register tokens get no position (METHOD 1.2).
-    """
-
-    def __init__(self, width: int, patch: int, max_grid: int, tokens: int, drop: float) -> None:
-        super().__init__()
-        self.patch, self.drop, self.tokens = patch, drop, tokens
-        self.embedder = nn.Linear(3 * patch * patch, width, bias=False)
-        self.pos_embed = nn.Parameter(torch.randn(1, max_grid * max_grid, width) * width**-0.5)
-        self.token = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
-        self.max_grid = max_grid
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, tokens + H W / patch^2, C)``."""
-        batch, channels, height, width = images.shape
-        p = self.patch
-        grid = (height // p, width // p)
-        patches = images.view(batch, channels, grid[0], p, grid[1], p).permute(0, 2, 4, 1, 3, 5)
-        x = self.embedder(patches.reshape(batch, grid[0] * grid[1], channels * p * p))
-        table = self.pos_embed.transpose(1, 2).unflatten(2, (self.max_grid, self.max_grid))
-        window = train_window(table, grid, batch, self.drop) if self.training else eval_window(table, grid)
-        x = x + window.flatten(2).transpose(1, 2).to(x.dtype)
-        return torch.cat([self.token.to(x.dtype).expand(batch, -1, -1), x], dim=1)
+PACK_TOKENS = 16_384
+"""Images of a list are packed into passes of about this many tokens: more gains no speed and costs memory."""
 
 
 class ViT(Student):
     """The RADIO ViT: linear patch embedding, cropped position embeddings over a large grid, a class token per teacher.
 
-    AM-RADIO (arXiv 2312.06709); METHOD 1.2, 2.8. No final norm, as in the released models.
+    AM-RADIO (arXiv 2312.06709); METHOD 1.2, 2.8; RADIO.md sections 2 to 4. The keys below the line are for the released
+    models' sake: their generations differ in them.
 
     Args:
         tokens: names of the teachers that get a class token; one token when empty.
@@ -56,7 +35,21 @@ class ViT(Student):
         registers: further prefix tokens that are not read by any head.
         cls_per_teacher: one class token a teacher (else one for all).
         pos_dropout: probability that a training sample gets no position embedding.
+        window: side, in patches, of the windows that most blocks look through (ViTDet); None: every block sees all.
+        num_global: how many blocks see the whole image all the same.
+        num_windowed: windowed blocks between two global ones; replaces ``num_global``.
+        class_tokens: K, where it is not the number of ``tokens``.
+        mlp_hidden: hidden width of the MLP in channels; replaces ``mlp_ratio``.
+        mlp: ``gelu`` or ``swiglu``.
+        mlp_norm: LayerNorm inside the MLP.
+        layer_scale: initial value of the layer scales, or None for none.
+        final_norm: LayerNorm after the last block.
+        patch_bias: a bias in the patch projection.
+        position: ``cropped`` or ``corner``, how the position table meets a grid.
+        align_corners: how the table is resized at inference (True in releases before July 2025).
     """
+
+    windows = True
 
     def __init__(
         self,
@@ -72,31 +65,135 @@ class ViT(Student):
         registers: int = 4,
         cls_per_teacher: bool = True,
         pos_dropout: float = 0.1,
+        window: int | None = None,
+        num_global: int = 4,
+        num_windowed: int | None = None,
+        class_tokens: int | None = None,
+        mlp_hidden: int | None = None,
+        mlp: MlpKind = "gelu",
+        mlp_norm: bool = False,
+        layer_scale: float | None = None,
+        final_norm: bool = False,
+        patch_bias: bool = False,
+        position: Position = "cropped",
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ConfigError(f"student.heads: {heads} does not divide width {width}")
-        slots = max(1, len(tokens)) if cls_per_teacher else 1
+        if mlp == "swiglu" and mlp_norm:
+            raise ConfigError("student.mlp_norm: only a gelu MLP has a norm inside")
+        slots = class_tokens or (max(1, len(tokens)) if cls_per_teacher else 1)
+        self.registers, self.window = registers, window
+        self.windowed = windowed_blocks(depth, num_windowed=num_windowed, num_global=num_global)
         self.spec = FeatureSpec(summary=slots * width, spatial=width, stride=patch, step=patch, slots=slots)
-        self.registers = registers
-        self.patch_generator = PatchGenerator(width, patch, max_grid, slots + registers, pos_dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio)) for _ in range(depth))
+        self.patch_generator = PatchGenerator(
+            width, patch, max_grid, slots + registers, pos_dropout,
+            bias=patch_bias, position=position, align_corners=align_corners,
+        )  # fmt: skip
+        hidden = mlp_hidden or int(width * mlp_ratio)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, hidden, layer_scale=layer_scale, mlp=mlp, mlp_norm=mlp_norm) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
         self.apply(_initialize)
 
-    def forward(self, images: Tensor) -> Features:
-        """See :meth:`Student.forward`."""
+    def forward(self, images: Tensor, *, window: int | None = None) -> Features:
+        """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the model's own."""
+        layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
+        x = self._run(self.patch_generator(images), layout, window)
+        return self._features(self.norm(x), layout.grids[0])
+
+    def forward_list(self, images: Sequence[Tensor], *, window: int | None = None) -> list[Features]:
+        """See :meth:`Student.forward_list`; images are packed into passes of some 16 thousand tokens."""
+        grids = [self._grid(image) for image in images]
+        order = sorted(range(len(images)), key=lambda index: grids[index][0] * grids[index][1])
+        result: dict[int, Features] = {}
+        for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids]):
+            layout = Layout(self.patch_generator.tokens, tuple(grids[m] for m in members), packed=True)
+            x = self.patch_generator.pack([images[m] for m in members])
+            parts = layout.images(self.norm(self._run(x, layout, window)))
+            result |= {m: self._features(part, grids[m]) for m, part in zip(members, parts, strict=True)}
+        return [result[index] for index in range(len(images))]
+
+    def visit(
+        self,
+        images: Tensor,
+        blocks: Collection[int],
+        see: Callable[[int, Features], None],
+        *,
+        norm: bool = False,
+        window: int | None = None,
+    ) -> None:
+        """See :meth:`Student.visit`."""
+        layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
+
+        def show(index: int, x: Tensor) -> None:
+            see(index, self._features(self.norm(x) if norm else x, layout.grids[0]))
+
+        self._run(self.patch_generator(images), layout, window, frozenset(blocks), show)
+
+    def _run(
+        self,
+        x: Tensor,
+        layout: Layout,
+        window: int | None,
+        shown: frozenset[int] = frozenset(),
+        show: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """All blocks, or those up to the last that is shown; inside windows the prefix neither sees nor is seen."""
+        window = self.window if window is None else window
+        for grid in layout.grids if window else ():
+            check_window(grid, window or 0, self.spec.stride)
+        last = max(shown) if shown else len(self.blocks) - 1
+        prefixes = None
+        for index, block in enumerate(self.blocks[: last + 1]):
+            if window and self.windowed[index]:
+                if prefixes is None:
+                    prefixes, x = layout.apart(x, window)
+                x = block(x)
+            else:
+                if prefixes is not None:
+                    prefixes, x = None, layout.together(prefixes, x, window or 0)
+                x = block(x, layout.packing)
+            if show is not None and index in shown:
+                show(index, x if prefixes is None else layout.together(prefixes, x, window or 0))
+        return x
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]
         check_size(height, width, self.spec.step)
-        x = self.patch_generator(images)
-        for block in self.blocks:
-            x = block(x)
-        grid = (height // self.spec.stride, width // self.spec.stride)
+        return height // self.spec.stride, width // self.spec.stride
+
+    def _features(self, x: Tensor, grid: tuple[int, int]) -> Features:
         spatial = x[:, self.spec.slots + self.registers :].transpose(1, 2).unflatten(2, grid)
         return Features(summary=x[:, : self.spec.slots].flatten(1), spatial=spatial)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def set_clip_length(self, frames: int) -> None:
+        """In training, this many successive images share one random viewport of the position table."""
+        self.patch_generator.clip_length = frames
 
     def no_weight_decay(self) -> set[str]:
         """The position table and the tokens."""
         return {"patch_generator.pos_embed", "patch_generator.token"}
+
+
+def _passes(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Images, in the given order, in passes of at most ``PACK_TOKENS`` tokens, one image at least."""
+    passes: list[list[int]] = []
+    room = 0
+    for index in order:
+        if not passes or lengths[index] > room:
+            passes.append([])
+            room = PACK_TOKENS
+        passes[-1].append(index)
+        room -= lengths[index]
+    return passes
 
 
 def _initialize(module: nn.Module) -> None:

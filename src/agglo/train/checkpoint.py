@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn, optim
 
-from agglo.model import write_tensors
+from agglo.artefact import write_tensors
 from agglo.types import AssetError, ConfigError
 
 KEEP = 2

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from agglo.config import build
+from agglo.creation import create
 from agglo.data.loader import Batch, Loader
 from agglo.data.views import ViewPolicy, mix
-from agglo.model import Model, create
+from agglo.model import Model
 from agglo.objectives.distill import Distill, build_teachers
 from agglo.preprocess import legal_sizes_near, resize
 from agglo.recipe import Recipe

@@ -1,0 +1,342 @@
+"""The official checkpoints of RADIO and C-RADIO: torch.hub pickles, Hugging Face folders, single safetensors files.
+
+A file is opened, not read: :class:`Checkpoint` knows every name, and a tensor's bytes are touched when its values are.
+:func:`assign` then fills a module that was built on the meta device, one tensor at a time, so that a model never needs
+much more memory than its own weights. No reader runs code from a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from agglo import bundled
+from agglo.checkpoints import _pickle
+from agglo.checkpoints._diagnosis import damaged
+from agglo.checkpoints._fetch import fetch
+from agglo.checkpoints._tensors import Joined, LazyTensors, Mapped, Renamed
+from agglo.types import AssetError
+
+__all__ = [
+    "Checkpoint",
+    "LazyTensors",
+    "Renamed",
+    "assign",
+    "fetch",
+    "read_folder",
+    "read_hub",
+    "read_safetensors",
+    "verify_sha256",
+]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_Slot = tuple[nn.Module, str, Tensor]
+"""A module, the name of one of its parameters or buffers, and what stands there now."""
+
+FIRST = 10
+"""How many names an error lists."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file or folder holds.
+
+    Args:
+        tensors: by the names of the file; lazy where the format allows it.
+        args: the official training arguments as JSON-able values, dtypes by short name (``"bfloat16"``); empty where
+            there are none.
+        config: ``config.json``; empty where there is none.
+        source: the path, for messages.
+        ema: the tensors are a moving average (``state_dict_ema``), whose reparametrisations are already gone.
+    """
+
+    tensors: Mapping[str, Tensor]
+    args: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    ema: bool = False
+
+
+def read_hub(path: str | Path) -> Checkpoint:
+    """Read an official torch.hub pickle (``.pth.tar``): ``{"state_dict" | "state_dict_ema", "args", ...}``.
+
+    ``state_dict_ema`` wins. Only tensors and plain arguments are unpickled; a bare dict of tensors is taken too.
+
+    Raises:
+        AssetError: the file holds foreign objects (named, with the way out), is damaged, or is of another layout.
+    """
+    path = Path(path).expanduser()
+    content = _pickle.load(path)
+    key = _state_key(path, content)
+    tensors: Mapping[str, Tensor] = _tensors_in(content, key)
+    args = content.get("args") if key else None
+    try:
+        args = _pickle.plain({} if args is None else args)
+    except RecursionError:
+        raise AssetError(f"{path} is damaged: its args contain themselves; fetch it again") from None
+    if not isinstance(args, dict):
+        raise AssetError(f"{path} is no official checkpoint: its args are {type(args).__name__}, not a namespace")
+    if isinstance(args.get("dtype"), str):
+        args["dtype"] = args["dtype"].removeprefix("torch.")
+
+    def reopen() -> Callable[[str], Tensor]:
+        return _tensors_in(_pickle.load(path), key).__getitem__
+
+    # An old file was read whole, so there is nothing to go back for.
+    if _pickle.is_archive(path):
+        tensors = Mapped(tensors, reopen, tensors.__getitem__)
+    return Checkpoint(tensors, args=args, source=str(path), ema=key == "state_dict_ema")
+
+
+def read_safetensors(path: str | Path) -> Checkpoint:
+    """Read one safetensors file; nothing but its header is touched.
+
+    Raises:
+        AssetError: it is missing, truncated, damaged, or something else; says what.
+    """
+    path = Path(path).expanduser()
+    return Checkpoint(_map_safetensors(path), source=str(path))
+
+
+def read_folder(path: str | Path) -> Checkpoint:
+    """Read a Hugging Face folder: ``config.json`` beside ``model.safetensors``, or beside shards with their index.
+
+    Raises:
+        AssetError: no such folder, no weights in it, a shard is missing, or a file is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise AssetError(f"{path} is no folder: name the one that holds {CONFIG} and {WEIGHTS}")
+    config = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if (path / WEIGHTS).is_file():
+        tensors: LazyTensors = _map_safetensors(path / WEIGHTS)
+    elif (path / INDEX).is_file():
+        tensors = _map_shards(path)
+    else:
+        raise AssetError(_no_weights(path))
+    args = config.get("args") or {}
+    return Checkpoint(tensors, args=dict(args) if isinstance(args, dict) else {}, config=config, source=str(path))
+
+
+def verify_sha256(path: str | Path, sha256: str) -> Path:
+    """See that a downloaded file is the released one, which reads all of it once a process.
+
+    Raises:
+        AssetError: it is missing, cannot be read, or differs.
+    """
+    return bundled.verify(Path(path).expanduser(), sha256, "fetch it again")
+
+
+def assign(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    source: str = "the checkpoint",
+) -> None:
+    """Give a module, best built under ``torch.device("meta")``, its parameters and persistent buffers.
+
+    One tensor at a time is read, cast and moved. On the CPU, where nothing has to be computed or cast, parameters stay
+    where they are in the (privately) mapped file: loading costs no copy, processes share the pages, and training
+    changes the process's own copy of them only. Such a file may be replaced or deleted, but not overwritten in place,
+    while the model lives. Tied parameters stay tied. Load hooks of the module are not called.
+
+    Args:
+        module: what to fill. A submodule with non-persistent buffers on the meta device must have a method
+            ``materialize_buffers(device)`` that computes them.
+        tensors: by the module's names; see :class:`Renamed`.
+        dtype: of floating-point tensors; None: as in the file. Others keep theirs.
+        device: where to.
+        source: what the tensors come from, for messages.
+
+    Raises:
+        AssetError: names are missing or left over, or shapes differ (the first ten of each). The module may then be
+            filled in part and is of no use.
+        NotImplementedError: a non-persistent buffer is left on the meta device.
+    """
+    device = torch.device(device)
+    slots = dict(_slots(module))
+    _check_names(slots, tensors, source)
+    lazy = tensors if isinstance(tensors, LazyTensors) else None
+    share = device.type == "cpu" and (lazy is None or lazy.shareable(dtype))
+    room = {} if share else _room(slots, dtype, device)
+    # Pages of at most 1/24 of the weights are held beside their copies, and the file is not reopened often.
+    window = max(sum(old.numel() * (dtype or old.dtype).itemsize for _, _, old in slots.values()) // 24, 1 << 23)
+    tied: dict[int, Tensor] = {}
+    wrong: list[str] = []
+    touched = 0
+    for key, (owner, name, old) in slots.items():
+        if id(old) not in tied:
+            tensor = tensors[key]
+            if tensor.shape != old.shape:
+                wrong.append(f"{key}: expected {tuple(old.shape)}, found {tuple(tensor.shape)}")
+            if wrong:
+                continue  # only shapes matter from here on
+            tied[id(old)] = _converted(tensor, old, dtype, device, share, room.pop(id(old), None))
+            touched += tensor.nbytes
+            del tensor
+            if lazy is not None and not share and touched > window:
+                lazy.release()
+                touched = 0
+        setattr(owner, name, tied[id(old)])
+    if lazy is not None:
+        lazy.release()
+    if wrong:
+        raise AssetError(f"{source} is of another size: {len(wrong)} shapes differ ({_first(wrong, '; ')})")
+    _fill_buffers(module, device)
+
+
+def _room(slots: Mapping[str, _Slot], dtype: torch.dtype | None, device: torch.device) -> dict[int, Tensor]:
+    """Where copies on the CPU will lie, by the identity of what they replace; memory is taken when it is written to.
+
+    All copies are allocated before anything is computed. Results that are only copied from would otherwise lie between
+    them, and the C library does not always use such gaps again: memory could double.
+    """
+    if device.type != "cpu":
+        return {}
+    return {
+        id(old): torch.empty(old.shape, dtype=dtype if dtype and old.is_floating_point() else old.dtype, device=device)
+        for _, _, old in slots.values()
+    }
+
+
+def _converted(
+    tensor: Tensor, old: Tensor, dtype: torch.dtype | None, device: torch.device, share: bool, room: Tensor | None
+) -> Tensor:
+    """A tensor as the module shall hold it, a parameter where ``old`` is one; a copy, in ``room``, unless ``share``."""
+    tensor = tensor.detach()
+    target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if room is not None and room.dtype == target:
+        new = room.copy_(tensor)
+    else:
+        # A file that was not padded can hold floats at odd addresses, which not every kernel takes.
+        usable = share and tensor.is_contiguous() and tensor.data_ptr() % tensor.element_size() == 0
+        new = tensor.to(device, target, memory_format=torch.contiguous_format, copy=not usable)
+    if not isinstance(old, nn.Parameter):
+        return new
+    return nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[str, _Slot]]:
+    """``key → (owner, attribute, tensor)`` of all that a state dict holds; tied parameters under each of their keys."""
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            yield dot + name, (owner, name, parameter)
+        for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield dot + name, (owner, name, buffer)
+
+
+def _check_names(slots: Mapping[str, _Slot], tensors: Mapping[str, Tensor], source: str) -> None:
+    missing = [key for key in slots if key not in tensors]
+    left_over = [key for key in tensors if key not in slots]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of {len(slots)} tensors are missing ({_first(missing)})")
+    if left_over:
+        parts.append(f"{len(left_over)} are left over ({_first(left_over)})")
+    if parts:
+        raise AssetError(f"{source} is of another architecture: {'; '.join(parts)}")
+
+
+def _first(items: Sequence[str], separator: str = ", ") -> str:
+    more = f"{separator}…" if len(items) > FIRST else ""
+    return separator.join(items[:FIRST]) + more
+
+
+def _fill_buffers(module: nn.Module, device: torch.device) -> None:
+    """Have submodules compute the buffers that no checkpoint holds."""
+    for name, owner in module.named_modules():
+        lost = [key for key, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
+        hook = getattr(owner, "materialize_buffers", None)
+        if lost and callable(hook):
+            hook(device)
+            lost = [key for key, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
+        if lost:
+            where = f"{name} ({type(owner).__name__})" if name else type(owner).__name__
+            raise NotImplementedError(
+                f"{where} keeps {', '.join(lost)} out of its checkpoints: give it materialize_buffers(device)"
+            )
+
+
+def _state_key(path: Path, content: object) -> str | None:
+    """Under which key the tensors stand; None where the file is itself a dict of tensors."""
+    if isinstance(content, Mapping):
+        for key in ("state_dict_ema", "state_dict"):
+            if isinstance(content.get(key), Mapping):
+                return key
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return None
+        found = f"it holds {_first([str(key) for key in content]) or 'nothing'}"
+    else:
+        found = f"it holds a {type(content).__name__}"
+    raise AssetError(f"{path} is no official checkpoint: state_dict or state_dict_ema is missing, {found}")
+
+
+def _tensors_in(content: Any, key: str | None) -> dict[str, Tensor]:
+    """The tensors of an unpickled checkpoint; counters and other extras beside them are no weights."""
+    state = content if key is None else content[key]
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _map_safetensors(path: Path) -> Mapped:
+    def reopen() -> Callable[[str], Tensor]:
+        return _open_safetensors(path).get_tensor
+
+    return Mapped(_open_safetensors(path).keys(), reopen)
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, "a safetensors file", error) from None
+
+
+def _map_shards(folder: Path) -> Joined:
+    """The shards that an index names, as one mapping."""
+    index = folder / INDEX
+    homes = _read_json(index).get("weight_map")
+    if not isinstance(homes, dict) or not homes or not all(isinstance(name, str) for name in homes.values()):
+        raise AssetError(f"{index} is damaged: it has no weight_map of names to files; fetch it again")
+    shards = sorted(set(homes.values()))
+    if strange := [name for name in shards if PurePath(name).name != name or "\\" in name]:
+        raise AssetError(f"{index} names files outside its folder ({_first(strange)}): fetch it again")
+    if absent := [name for name in shards if not (folder / name).is_file()]:
+        raise AssetError(
+            f"{folder}: {len(absent)} of {len(shards)} shards are missing ({_first(absent)}): fetch them into it"
+        )
+    files = {name: _map_safetensors(folder / name) for name in shards}
+    if lost := [key for key, name in homes.items() if key not in files[name]]:
+        raise AssetError(f"{index} and its shards do not belong together: {len(lost)} tensors ({_first(lost)})")
+    return Joined({key: files[name] for key, name in homes.items()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, "a JSON file", error) from None
+    if not isinstance(content, dict):
+        raise AssetError(f"{path} holds a {type(content).__name__}, not an object: fetch it again")
+    return content
+
+
+def _no_weights(folder: Path) -> str:
+    held = sorted(file.name for file in folder.iterdir())
+    if not held:
+        return f"{folder} is empty: fetch {CONFIG} and {WEIGHTS} into it"
+    if other := [name for name in held if name.endswith((".safetensors", ".pth.tar", ".pth", ".pt", ".bin"))]:
+        return f"{folder} holds no {WEIGHTS} and no {INDEX}, but {_first(other)}: name that file instead of the folder"
+    return f"{folder} holds no weights ({_first(held)}): fetch {WEIGHTS} into it"

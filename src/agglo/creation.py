@@ -1,0 +1,70 @@
+"""From a recipe to a new, untrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from agglo.config import build
+from agglo.heads._pair import HeadConfig
+from agglo.model import Model
+from agglo.recipe import Recipe
+from agglo.recipe import load as load_recipe
+from agglo.types import ConfigError, FeatureSpec
+
+if TYPE_CHECKING:
+    from agglo.teachers.base import Teacher
+
+
+def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, HeadConfig]:
+    """The heads that a recipe asks for, given what its teachers return; a weight of 0 means no head.
+
+    Raises:
+        ConfigError: a teacher is asked for a summary or a map that it does not have.
+    """
+    configs = {}
+    for slot, (name, entry) in enumerate(recipe.teachers.items()):
+        spec = specs[name]
+        summary = spec.summary is not None and entry.summary_weight > 0
+        spatial = spec.spatial is not None and entry.spatial_weight > 0
+        if not summary and not spatial:
+            raise ConfigError(
+                f"teachers.{name}: nothing to learn; it has "
+                f"{'no' if spec.summary is None else 'a'} summary and {'no' if spec.spatial is None else 'a'} map"
+            )
+        configs[name] = HeadConfig(
+            summary=(entry.summary_head or recipe.heads.summary) if summary else None,
+            spatial=(entry.spatial_head or recipe.heads.spatial) if spatial else None,
+            summary_width=spec.summary,
+            spatial_width=spec.spatial,
+            slot=slot,
+            text=entry.teacher.get("text") if summary else None,
+        )
+    return configs
+
+
+def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, *, initialize: bool = True) -> Model:
+    """A new, untrained model from a recipe.
+
+    Args:
+        recipe: the recipe, its name or its path.
+        teachers: the recipe's teachers by name; built here when None, since heads take their widths from them.
+        initialize: start from the weights that the recipe names and from what the teachers know (a vocabulary); False
+            where other weights will be loaded.
+
+    Raises:
+        ConfigError: the recipe does not fit.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if teachers is None:
+        teachers = {name: build("teachers", entry.teacher) for name, entry in recipe.teachers.items()}
+    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    sizes = [size for partition in recipe.partitions for size in partition.sizes]
+    model = Model(recipe.student, head_configs(recipe, specs), preferred_size=max(sizes))
+    if initialize:
+        model.student.initialize()
+        for name, heads in model.heads.items():
+            for head in (heads.summary, heads.spatial):
+                if head is not None:
+                    head.initialize(model.student, teachers[name])
+    return model

@@ -1,0 +1,58 @@
+"""ViTDet's windowed attention at inference: which blocks look through windows, and the way there and back.
+
+Li et al. 2022, "Exploring plain vision transformer backbones for object detection" (arXiv 2203.16527).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+USUAL = range(2, 65)
+"""Window sides, in patches, that errors offer."""
+
+
+def windowed_blocks(depth: int, *, num_windowed: int | None = None, num_global: int = 4) -> tuple[bool, ...]:
+    """For each block, whether it looks through windows.
+
+    ``period = num_windowed + 1``, or ``max(depth // num_global, 1)``; the last block of every period, and the last of
+    all, sees the whole image. So a depth that is no multiple of the period has one global block more than asked for.
+
+    Args:
+        depth: number of blocks.
+        num_windowed: windowed blocks between two global ones; None to spread ``num_global`` over the depth.
+        num_global: how many blocks shall be global.
+    """
+    period = num_windowed + 1 if num_windowed is not None else max(depth // num_global, 1)
+    return tuple(index % period != period - 1 and index != depth - 1 for index in range(depth))
+
+
+def check_window(grid: tuple[int, int], window: int, patch: int) -> None:
+    """Raise unless the window divides both sides of a grid of patches.
+
+    Raises:
+        ValueError: names the windows that do.
+    """
+    height, width = grid
+    if window >= 1 and height % window == 0 and width % window == 0:
+        return
+    legal = [side for side in USUAL if height % side == 0 and width % side == 0]
+    some = f"windows that do: {', '.join(map(str, legal))}" if legal else "no window of 2 patches or more does"
+    raise ValueError(
+        f"window {window} does not divide the {height}x{width} patches of {height * patch}x{width * patch} pixels; "
+        f"{some}; or bring the sides to multiples of {max(window, 1) * patch} pixels"
+    )
+
+
+def to_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """``(B, h w, C)`` in raster order to ``(B nW, window^2, C)``: windows row by row, row-major inside each."""
+    batch, _, channels = patches.shape
+    rows, columns = grid[0] // window, grid[1] // window
+    tiles = patches.view(batch, rows, window, columns, window, channels).transpose(2, 3)
+    return tiles.reshape(batch * rows * columns, window * window, channels)
+
+
+def from_windows(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """The inverse of :func:`to_windows`."""
+    rows, columns = grid[0] // window, grid[1] // window
+    tiles = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3)
+    return tiles.reshape(-1, grid[0] * grid[1], windows.shape[-1])

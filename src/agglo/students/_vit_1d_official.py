@@ -1,0 +1,116 @@
+"""RADIO1D checkpoints in NVIDIA's layout: constructor options from their arguments, our keys from theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from agglo.config import nearest
+from agglo.students._vit_1d_grids import merged
+from agglo.types import ConfigError
+
+FACTORIES: dict[str, dict[str, Any]] = {
+    "radio1d_large_patch16_224": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0},
+    "radio1d_so400m_patch16_224": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152},
+    "radio1d_huge_patch16_224": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "mlp_ratio": 4.0},
+}
+"""Official architecture names, with what each sets unless ``model_kwargs`` differs (RADIO.md sections 4.2 and 9)."""
+
+_NEEDED = ("downscale_levels", "decoder_depth", "decoder_upscale_levels")
+_FIXED: dict[str, Any] = {
+    "qkv_bias": True,
+    "qk_norm": False,
+    "pre_norm": False,
+    "init_values": None,
+    "act_layer": None,
+    "norm_layer": None,
+    "mlp_layer": None,
+}
+"""Arguments that would change the arithmetic, and the one value that this student has."""
+
+_TRAINING_ONLY = ("_iter_count", "dynamic_rate_vec", "dynamic_rate_projector")
+
+
+def options_from_official(
+    model: str,
+    model_kwargs: Mapping[str, Any],
+    teachers: Sequence[Mapping[str, Any]] = (),
+    *,
+    model_norm: bool = False,
+) -> dict[str, Any]:
+    """The keys of :class:`agglo.students.vit_1d.ViT1D` for an official checkpoint.
+
+    Arguments that this function does not know (schedules of the token rate, dropout) are left out: they concern
+    training, and one that changed a weight would show when the weights are loaded.
+
+    Args:
+        model: ``args.model``, one of :data:`FACTORIES`.
+        model_kwargs: ``args.model_kwargs``, the overrides of that factory.
+        teachers: ``args.teachers``; their unique names count the class tokens where ``model_kwargs`` does not.
+        model_norm: ``args.model_norm``: whether the encoder's final norm is applied.
+
+    Returns:
+        Keyword arguments of the constructor, without ``kind``.
+
+    Raises:
+        ConfigError: an unknown architecture, a missing argument, or one whose value this student does not have.
+    """
+    if model not in FACTORIES:
+        raise ConfigError(f"no RADIO1D architecture {model!r}{nearest(model, FACTORIES)}")
+    given = {"patch_size": 16, "img_size": 224, **FACTORIES[model], **model_kwargs}
+    missing = [key for key in _NEEDED if given.get(key) is None]
+    if missing:
+        raise ConfigError(f"{model}: model_kwargs lacks {', '.join(missing)}; RADIO1D needs {', '.join(_NEEDED)}")
+    for key, value in _FIXED.items():
+        if given.get(key, value) != value:
+            raise ConfigError(f"{model}: model_kwargs.{key} is {given[key]!r}, and only {value!r} is supported")
+    patch, image = int(given["patch_size"]), _side(given["img_size"])
+    nominal = image // patch
+    table = round((given.get("cpe_max_size") or image) / patch)
+    names = {teacher["name"] for teacher in teachers if "name" in teacher}
+    classes = int(given.get("num_cls_tokens") or max(1, len(names)))
+    levels = [int(level) for level in given["downscale_levels"]]
+    return {
+        "width": int(given["embed_dim"]),
+        "depth": int(given["depth"]),
+        "heads": int(given["num_heads"]),
+        "mlp_ratio": float(given["mlp_ratio"]),
+        "patch": patch,
+        "max_grid": table,
+        "registers": _registers(given, classes),
+        "class_tokens": classes,
+        "downscale_levels": levels,
+        "decoder_depth": int(given["decoder_depth"]),
+        "decoder_upscale_levels": [int(level) for level in given["decoder_upscale_levels"]],
+        "filler_grid": merged((nominal, nominal), len(levels))[0],
+        "final_norm": bool(model_norm),
+        "position": "corner" if table == nominal else "cropped",
+    }
+
+
+def weights_from_official(state: Mapping[str, Tensor], *, final_norm: bool) -> dict[str, Tensor]:
+    """Official keys, ``base_model.`` already removed, to ours; the tensors are passed on as they are.
+
+    What only training reads is left out, and so is the encoder's final norm where it is not applied.
+    """
+    unused = _TRAINING_ONLY if final_norm else (*_TRAINING_ONLY, "norm")
+    kept = {key: tensor for key, tensor in state.items() if key.split(".")[0] not in unused}
+    return {key.replace("patch_generator.cls_token.", "patch_generator."): tensor for key, tensor in kept.items()}
+
+
+def _side(size: Any) -> int:
+    """``img_size``, a number or a pair, as the side of a square."""
+    sides = {int(side) for side in (size if isinstance(size, Sequence) else (size,))}
+    if len(sides) != 1:
+        raise ConfigError(f"model_kwargs.img_size: {size} is not square, and the decoder's filler table must be")
+    return sides.pop()
+
+
+def _registers(given: Mapping[str, Any], classes: int) -> int:
+    """The number that is named, else what fills the next multiple: a full one when the classes fill theirs."""
+    if given.get("num_registers"):
+        return int(given["num_registers"])
+    multiple = given.get("register_multiple")
+    return int(multiple) - classes % int(multiple) if multiple else 0

@@ -1,0 +1,294 @@
+"""SigLIP2's text tower: the language of the ``siglip2-g`` heads of C-RADIO."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from agglo.config import nearest
+from agglo.extras import require
+from agglo.text.base import TextTower
+from agglo.types import AssetError, ConfigError
+
+MAX_TOKENS = 64
+"""The sequence length SigLIP2 was trained with: every sentence is cut or padded to it."""
+
+NAMES = {
+    "siglip2-g-384": "google/siglip2-giant-opt-patch16-384",
+    "siglip2-so400m": "google/siglip2-so400m-patch16-naflex",
+}
+"""What RADIO's checkpoints call their teacher → the repository that holds its text tower."""
+
+_PREFIX = "text_model."
+_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+
+
+class SigLIP2(TextTower):
+    """The text half of a SigLIP2 checkpoint (Tschannen et al. 2025, arXiv:2502.14786).
+
+    A sentence is canonicalised (:meth:`canonicalise`), tokenised with ``<eos>`` behind it, padded on the right to 64
+    tokens and encoded without any mask: padding takes part in attention, as it did in training. The embedding is the
+    pooled output (the last position, projected), divided by its norm. Only the text weights are read; the vision half
+    of the checkpoint costs neither memory nor time.
+
+    Args:
+        repo: a Hugging Face repository, one of RADIO's names for it (:data:`NAMES`), or a local folder that holds
+            ``config.json``, ``tokenizer.json`` and ``model.safetensors`` (or its index and shards);
+            ``tokenizer_config.json`` is obeyed where there is one.
+        batch: sentences encoded at a time.
+
+    Attributes:
+        length: tokens in a sentence, 64 for every released SigLIP2.
+
+    Raises:
+        ConfigError: ``batch`` is not positive; no such repository; a checkpoint of another architecture.
+        AssetError: a file is missing, cannot be fetched or does not fit; names the files and where they go.
+        MissingExtraError: transformers or tokenizers is not installed.
+    """
+
+    def __init__(self, *, repo: str = "google/siglip2-giant-opt-patch16-384", batch: int = 64) -> None:
+        super().__init__()
+        if batch < 1:
+            raise ConfigError(f"text.siglip2: batch must be at least 1, got {batch}")
+        require("tokenizers", "teachers")
+        require("transformers", "teachers")  # ask for what is missing before gigabytes are fetched
+        source = _Source(NAMES.get(repo, repo))
+        self.batch = batch
+        self.licence = "Apache-2.0" if source.repo.startswith("google/siglip2-") else f"unknown ({repo})"
+        self.tower: Any = _tower(source)
+        self.width = int(self.tower.head.weight.shape[0])
+        self.length = min(MAX_TOKENS, self.tower.embeddings.position_embedding.num_embeddings)
+        self.tokenizer = _tokenizer(source, self.length)
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def canonicalise(text: str) -> str:
+        """Underscores to blanks, no ASCII punctuation, lower case, single blanks: ``"A_cat,  x!"`` → ``"a cat x"``."""
+        return " ".join(text.translate(_PUNCTUATION).lower().split())
+
+    def train(self, mode: bool = True) -> SigLIP2:
+        """Stay in eval mode: a frozen tower has no dropout."""
+        del mode
+        return super().train(False)
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """Token ids ``(N, length)`` of N sentences, canonicalised, cut and padded.
+
+        Raises:
+            AssetError: the tokenizer knows tokens that the model does not.
+        """
+        encodings = self.tokenizer.encode_batch([self.canonicalise(text) for text in texts])
+        ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.long).view(-1, self.length)
+        known = self.tower.embeddings.token_embedding.num_embeddings
+        if ids.numel() and int(ids.max()) >= known:
+            raise AssetError(
+                f"the tokenizer gives token {int(ids.max())}, the model knows {known}: not of one checkpoint"
+            )
+        return ids
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        """Embed sentences.
+
+        Args:
+            texts: N sentences; each is cut after 64 tokens.
+
+        Returns:
+            ``(N, width)`` float32 unit-norm embeddings on the tower's device.
+
+        Raises:
+            TypeError: ``texts`` is one string.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of sentences, not one string: encode([text])")
+        device = next(self.tower.parameters()).device
+        result = torch.empty(len(texts), self.width, device=device)
+        for start in range(0, len(texts), self.batch):
+            ids = self.tokens(texts[start : start + self.batch]).to(device)
+            pooled = self.tower(input_ids=ids).pooler_output.float()
+            result[start : start + self.batch] = nn.functional.normalize(pooled, dim=-1)
+        return result
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """The files of one checkpoint, in a local folder or a repository of the hub."""
+
+    def __init__(self, repo: str) -> None:
+        self.repo = repo
+        self.folder = Path(repo).expanduser()
+        self.why = "no such file"
+        if self.folder.is_file():
+            raise ConfigError(f"text.siglip2: {repo} is a file: name the folder that holds it ({self.folder.parent})")
+        self.local = self.folder.is_dir()
+        if not self.local and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+            raise ConfigError(
+                f"text.siglip2: {repo!r} is neither a folder nor OWNER/NAME on the hub{nearest(repo, NAMES)}"
+            )
+
+    def find(self, name: str) -> Path | None:
+        """The path of one file, fetched where it has to be; None where there is none."""
+        if self.local:
+            path = self.folder / name
+            return path if path.is_file() else None
+        hub = require("huggingface_hub", "teachers")
+        errors = require("huggingface_hub.errors", "teachers")
+        try:
+            return Path(hub.hf_hub_download(self.repo, name))
+        except errors.GatedRepoError as error:
+            raise AssetError(
+                self._advice(name, "the repository is gated: accept its terms, then `hf auth login`")
+            ) from error
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+            raise ConfigError(
+                f"text.siglip2: no repository {self.repo!r} on the hub{nearest(self.repo, {*NAMES, *NAMES.values()})}"
+            ) from error
+        except errors.LocalEntryNotFoundError:
+            self.why = "not in the local cache, and the hub cannot be reached"
+            return None
+        except errors.EntryNotFoundError:
+            return None
+        except Exception as error:  # whatever a proxy, a firewall or a full disk makes of it
+            raise AssetError(self._advice(name, f"{type(error).__name__}: {error}")) from error
+
+    def need(self, name: str) -> Path:
+        """As :meth:`find`, for a file that must be there."""
+        path = self.find(name)
+        if path is None:
+            raise AssetError(self._advice(name, self.why))
+        return path
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file; empty where there is none."""
+        path = self.find(name)
+        if path is None:
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise AssetError(f"{path}: not JSON ({error}); fetch it again") from error
+        if not isinstance(content, dict):
+            raise AssetError(f"{path}: holds a {type(content).__name__}, not a mapping; fetch it again")
+        return content
+
+    def _advice(self, name: str, why: str) -> str:
+        if self.local:
+            move = f"put config.json, tokenizer.json and model.safetensors (or its index and shards) into {self.folder}"
+        else:
+            move = (
+                "where there is a network, fetch config.json, tokenizer.json and model.safetensors (or its index and "
+                f"shards): `hf download {self.repo} --include '*.json' 'model*.safetensors' --local-dir FOLDER`; "
+                "then name that folder: `repo: FOLDER`"
+            )
+        return f"text.siglip2: {self.repo} gives no {name} ({why}). To go on, {move}"
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _tower(source: _Source) -> nn.Module:
+    """The text model with its weights, float32; built without storage first, so that nothing is held twice."""
+    source.need("config.json")
+    content = source.json("config.json")
+    kind = str(content.get("model_type", "")).removesuffix("_text_model")
+    if kind not in ("siglip", "siglip2"):
+        raise ConfigError(
+            f"text.siglip2: {source.repo} holds a {kind or 'nameless'!r} model, not a siglip or siglip2 one"
+        )
+    transformers = require("transformers", "teachers")
+    name = {"siglip": "SiglipText", "siglip2": "Siglip2Text"}[kind]
+    try:
+        config = getattr(transformers, f"{name}Config").from_dict(dict(content.get("text_config") or content))
+        with torch.device("meta"):
+            model = getattr(transformers, f"{name}Model")(config)
+    except Exception as error:  # each version of transformers refuses a bad configuration in its own way
+        raise ConfigError(f"text.siglip2: the configuration of {source.repo} cannot be built: {error}") from error
+    tower = getattr(model, "text_model", model)  # transformers < 5 wraps the tower once more
+    _assign(tower, _weights(source), source.repo)
+    positions = tower.embeddings.position_embedding.num_embeddings
+    tower.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+    return tower
+
+
+def _assign(tower: nn.Module, state: dict[str, Tensor], repo: str) -> None:
+    try:
+        missing, unexpected = tower.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise AssetError(f"{repo}: the weights are not of the sizes that config.json states: {error}") from error
+    if missing or unexpected:
+        raise AssetError(
+            f"{repo}: not the text model of config.json (missing {missing[:10]}, left over {unexpected[:10]})"
+        )
+
+
+def _weights(source: _Source) -> dict[str, Tensor]:
+    """The text tensors by their name inside the text model, float32; shards without any are not even fetched."""
+    single = source.find("model.safetensors")
+    if single is not None:
+        return _read(single)
+    index = source.need("model.safetensors.index.json")
+    shards = source.json(index.name).get("weight_map")
+    if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
+        raise AssetError(f"{index}: its weight_map does not name files beside it; fetch it again")
+    state: dict[str, Tensor] = {}
+    for shard in sorted({shard for key, shard in shards.items() if key.startswith(_PREFIX)} or {*shards.values()}):
+        state |= _read(source.need(shard))
+    return state
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            keys = list(tensors.keys())
+            chosen = [key for key in keys if key.startswith(_PREFIX)] or keys  # a file may hold the text model alone
+            state = {key.removeprefix(_PREFIX): tensors.get_tensor(key).float() for key in chosen}
+    except (SafetensorError, OSError) as error:
+        raise AssetError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
+    state.pop("embeddings.position_ids", None)  # a constant that old versions of transformers wrote
+    return state
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(source: _Source, length: int) -> Any:
+    """The tokenizer of ``tokenizer.json``, cutting and padding on the right to ``length`` tokens.
+
+    The file is read as it is, and the flags of tokenizer_config.json decide about ``<bos>`` and ``<eos>``. The classes
+    of transformers that could read it differ with its version: from 5 on they ignore those flags, and where the files
+    are silent they follow Gemma (padding on the left, an attention mask), not SigLIP2. The model's ``pad_token_id`` is
+    no help either: where config.json is silent it means ``<eos>``.
+    """
+    tokenizers = require("tokenizers", "teachers")
+    file = source.need("tokenizer.json")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise AssetError(f"{file}: cannot be read as a tokenizer ({error}); fetch it again") from error
+    options = source.json("tokenizer_config.json")
+
+    def special(role: str) -> tuple[str, int]:
+        token = options.get(f"{role}_token") or f"<{role}>"
+        token = str(token["content"] if isinstance(token, dict) else token)
+        number = tokenizer.token_to_id(token)
+        if number is None:
+            raise AssetError(f"{file}: has no {token!r} token: not the tokenizer of a SigLIP2")
+        return token, number
+
+    before = [special("bos")] if options.get("add_bos_token", False) else []
+    after = [special("eos")] if options.get("add_eos_token", True) else []
+    template = [*(token for token, _ in before), "$A", *(token for token, _ in after)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=before + after)
+    pad, number = special("pad")
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(direction="right", length=length, pad_id=number, pad_token=pad)
+    return tokenizer

@@ -1,0 +1,107 @@
+"""The Hugging Face hub, as far as it can be had without a network: its cache, its errors, its upload."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+import torch
+
+import agglo
+from agglo import zoo
+from agglo.checkpoints import hub
+from agglo.model import HeadConfig, Model
+from agglo.types import AssetError, ConfigError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    head = HeadConfig({"kind": "mlp", "hidden": 8}, None, 5, None)
+    return Model({"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}, {"one": head}, preferred_size=64)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub's client, and no network."""
+    folder = tmp_path / "cache"
+    for name, value in {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    return folder
+
+
+def downloaded(cache: Path, repo: str) -> Path:
+    """A folder in the cache where a repository's one commit would lie."""
+    home = cache / f"models--{repo.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(COMMIT)
+    return home / "snapshots" / COMMIT
+
+
+def test_what_is_in_the_cache_needs_no_network(cache: Path, model: Model) -> None:
+    model.save(downloaded(cache, "someone/student"))
+    found = agglo.load("someone/student")
+    assert torch.equal(found.student.patch_generator.token, model.student.patch_generator.token)
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("c-radio_v4-h", "nvidia/C-RADIOv4-H.*config.json, model.safetensors.*agglo.load"),
+        ("C-RADIO_v4-H", "nvidia/C-RADIOv4-H"),
+        ("nvidia/C-RADIOv3-B", "nvidia/C-RADIOv3-B.*config.json"),
+        ("radio_v2.5-g", r"nvidia/RADIO .*radio_v2\.5-g\.pth\.tar"),
+        ("someone/else", "someone/else"),
+    ],
+)
+def test_without_a_network_the_files_to_fetch_are_named(cache: Path, name: str, files: str) -> None:
+    with pytest.raises(AssetError, match=files):
+        agglo.load(name)
+
+
+def test_an_index_that_points_outside_is_refused(cache: Path) -> None:
+    folder = downloaded(cache, "evil/shards")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for names in ({"a": "../../secret.safetensors"}, {}, "no map", {"a": 3}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(AssetError, match="fetch nothing from there"):
+            hub.fetch_model("evil/shards")
+
+
+def test_a_push_uploads_weights_configuration_and_card(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def upload(*, repo_id: str, folder_path: str, commit_message: str) -> str:
+        seen.update(
+            repo=repo_id, files=sorted(p.name for p in Path(folder_path).iterdir()), loads=Model.load(folder_path)
+        )
+        return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo, **options: seen.update(options))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    assert zoo.push(model, "me/student", private=True) == "https://hub/me/student"
+    assert seen["repo"] == "me/student"
+    assert seen["private"]
+    assert seen["files"] == ["README.md", "config.json", "model.safetensors"]
+    assert seen["loads"].spec == model.spec
+
+
+def test_a_push_that_cannot_be(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="owner/name"):
+        zoo.push(model, "student")
+    folder = model.save(tmp_path / "whole")
+    (folder / "README.md").unlink()
+    with pytest.raises(ConfigError, match=r"README\.md missing"):
+        zoo.push(folder, "me/student")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refused)
+    with pytest.raises(AssetError, match=r"no route to host.*hf auth login.*by hand"):
+        zoo.push(model, "me/student")

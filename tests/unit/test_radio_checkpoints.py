@@ -1,0 +1,276 @@
+"""Official checkpoints made here, from random weights: all layouts give one model, and wrong ones say what is wrong."""
+
+import argparse
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import agglo
+from agglo.checkpoints.radio import available_heads, from_checkpoint, read
+from agglo.checkpoints.reading import Checkpoint
+from agglo.types import AssetError, ConfigError
+
+WIDTH, DEPTH, HIDDEN = 32, 4, 48
+TEACHERS = [
+    {"name": "siglip2-g", "type": "siglip2", "model": "siglip2-g-384"},
+    {"name": "dino_v3", "type": "generic", "fd_upsample_factor": 2},
+    {"name": "sam3", "type": "generic", "use_summary": False},
+]
+ARGS = {
+    "model": "vit_huge_patch16_224",
+    "model_kwargs": {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2},
+    "cpe_max_size": 128,
+    "cls_token_per_teacher": True,
+    "register_multiple": 10,
+    "teachers": TEACHERS,
+    "mlp_version": "v2",
+    "dtype": "float32",
+}
+
+
+def official_state() -> dict[str, Tensor]:
+    """The state of a small C-RADIOv4, by the hub's names."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+
+    state = {
+        "input_conditioner.norm_mean": torch.full((3, 1, 1), 0.45),
+        "input_conditioner.norm_std": torch.full((3, 1, 1), 0.27),
+        "base_model.patch_generator.embedder.weight": draw(WIDTH, 768),
+        "base_model.patch_generator.pos_embed": draw(1, 64, WIDTH),
+        "base_model.patch_generator.cls_token.token": draw(10, WIDTH),
+        "base_model.reg_token": draw(1, 4, WIDTH),
+    }
+    sizes = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH)}
+    sizes |= {"mlp.fc1": (4 * WIDTH, WIDTH), "mlp.fc2": (WIDTH, 4 * WIDTH)}
+    for index in range(DEPTH):
+        for name in ("norm1", "norm2"):
+            state[f"base_model.blocks.{index}.{name}.weight"] = 1 + draw(WIDTH)
+            state[f"base_model.blocks.{index}.{name}.bias"] = draw(WIDTH)
+        for name, shape in sizes.items():
+            state[f"base_model.blocks.{index}.{name}.weight"] = draw(*shape)
+            state[f"base_model.blocks.{index}.{name}.bias"] = draw(shape[0])
+    for index in range(3):
+        for folder, cells in (("_heads", 1), ("_feature_projections", 4 if index == 1 else 1)):
+            last = cells * (8 + index)
+            for name, shape in {"fc1": (HIDDEN, WIDTH), "final.2": (last, HIDDEN)}.items():
+                state[f"{folder}.{index}.{name}.weight"] = draw(*shape)
+                state[f"{folder}.{index}.{name}.bias"] = draw(shape[0])
+            state[f"{folder}.{index}.final.0.weight"] = 1 + draw(HIDDEN)
+            state[f"{folder}.{index}.final.0.bias"] = draw(HIDDEN)
+    return state
+
+
+def hugging_face(state: Mapping[str, Tensor], heads: Mapping[str, int]) -> dict[str, Tensor]:
+    """The same under the names of the Hugging Face repositories."""
+    found = {}
+    for key, tensor in state.items():
+        if key.startswith("base_model."):
+            found[f"radio_model.model.{key.removeprefix('base_model.')}"] = tensor
+        elif key.startswith("input_conditioner."):
+            found[f"radio_model.{key}"] = tensor
+    for name, index in heads.items():
+        for theirs, ours in (("_heads", "head_mlp"), ("_feature_projections", "feat_mlp")):
+            prefix = f"{theirs}.{index}."
+            found |= {
+                f"radio_model.adaptors.{name}.{ours}.{k.removeprefix(prefix)}": v
+                for k, v in state.items()
+                if k.startswith(prefix)
+            }
+    return found | {"radio_model.summary_idxs": torch.tensor([0, 1])}
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return official_state()
+
+
+@pytest.fixture(scope="module")
+def pickle(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hub") / "tiny_v4.pth.tar"
+    torch.save({"state_dict": state, "args": argparse.Namespace(**ARGS), "epoch": 3}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hf") / "Tiny-v4"
+    path.mkdir()
+    tensors = hugging_face(state, {"dino_v3": 1, "siglip2-g": 0})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors")
+    adaptors = {
+        "dino_v3": {"head_idx": 1, "summary": {}, "feature": {"upsample_factor": 2}},
+        "siglip2-g": {"head_idx": 0, "summary": {}, "feature": {"upsample_factor": 1}},
+    }
+    config = {"args": ARGS, "version": "tiny", "patch_size": 16, "max_resolution": 1024,
+              "preferred_resolution": [96, 96], "adaptor_names": None, "adaptor_configs": adaptors}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@torch.inference_mode()
+def test_both_layouts_are_one_model(pickle: Path, folder: Path) -> None:
+    images = torch.rand(2, 3, 64, 96)
+    hub = agglo.load(pickle, heads=["dino_v3", "siglip2-g"])
+    hf = agglo.load(folder, heads=["dino_v3", "siglip2-g"])
+    one, other = hub(images), hf(images)
+    assert one.summary.shape == (2, 2 * WIDTH)
+    assert one.heads["dino_v3"].spatial.shape == (2, 9, 8, 12)
+    assert torch.equal(one.summary, other.summary)
+    for name in ("dino_v3", "siglip2-g"):
+        assert torch.equal(one.heads[name].summary, other.heads[name].summary)
+        assert torch.equal(one.heads[name].spatial, other.heads[name].spatial)
+    assert (hf.preferred_size, hf.provenance["max_size"]) == (96, 1024)
+    assert hub.student.registers == 7
+    assert not hub.training
+
+
+def test_heads_come_only_when_asked_for(pickle: Path) -> None:
+    assert list(agglo.load(pickle).heads) == []
+    assert list(agglo.load(pickle, heads="sam3").heads) == ["sam3"]
+    assert list(agglo.load(pickle, heads="all").heads) == ["siglip2-g", "dino_v3", "sam3"]
+    speaking = agglo.load(pickle, heads="text")
+    assert list(speaking.heads) == ["siglip2-g"]
+    assert speaking.head_configs["siglip2-g"].text == {"kind": "siglip2", "repo": "siglip2-g-384"}
+    assert available_heads(read(pickle)) == ["siglip2-g", "dino_v3", "sam3"]
+    with pytest.raises(ConfigError, match=r"no head 'dino_v2'.*did you mean 'dino_v3'.*siglip2-g, dino_v3, sam3"):
+        agglo.load(pickle, heads=["dino_v2"])
+
+
+@torch.inference_mode()
+def test_saved_as_ours_it_is_the_same_and_so_are_its_heads(pickle: Path, tmp_path: Path) -> None:
+    model = agglo.load(pickle, heads="all")
+    again = agglo.load(model.save(tmp_path / "ours"))
+    images = torch.rand(1, 3, 48, 80)
+    one, other = model(images), again(images)
+    assert torch.equal(one.summary, other.summary)
+    assert torch.equal(one.heads["dino_v3"].spatial, other.heads["dino_v3"].spatial)
+    assert again.student.windowed == model.student.windowed
+
+
+@torch.inference_mode()
+def test_options_at_load(pickle: Path) -> None:
+    images = torch.rand(1, 3, 64, 64)
+    plain, windowed = agglo.load(pickle), agglo.load(pickle, window=2)
+    assert windowed.step() == 32
+    assert torch.equal(windowed(images).spatial, plain(images, window=2).spatial)
+    assert not torch.allclose(plain(images).spatial, agglo.load(pickle, align_corners=True)(images).spatial, atol=1e-3)
+    half = agglo.load(pickle, heads="all", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.conditioner.mean.dtype == torch.float32
+    assert torch.cosine_similarity(half(images).summary.float(), plain(images).summary).min() > 0.999
+    with pytest.raises(ConfigError, match="neck"):
+        agglo.load(pickle, neck="decoder")
+
+
+@torch.inference_mode()
+def test_a_moving_average_wins(state: dict[str, Tensor], tmp_path: Path) -> None:
+    average = {key: tensor * 0.5 for key, tensor in state.items()}
+    content = {"state_dict": state, "state_dict_ema": average, "args": argparse.Namespace(**ARGS)}
+    torch.save(content, tmp_path / "ema.pth.tar")
+    found = agglo.load(tmp_path / "ema.pth.tar")
+    assert torch.equal(found.student.blocks[1].attn.qkv.weight, average["base_model.blocks.1.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_spectral_weights_are_materialised(state: dict[str, Tensor], version: int) -> None:
+    """By the formula, in float64, with one more power iteration."""
+    spectral = dict(state)
+    expected = {}
+    for module, parts in {"base_model.blocks.0.mlp.fc1": 1, "base_model.blocks.0.attn.qkv": 3}.items():
+        weight = spectral.pop(f"{module}.weight")
+        spectral[f"{module}.parametrizations.weight.original"] = weight
+        chunks = []
+        for index, rows in enumerate(weight.chunk(parts)):
+            prefix = f"{module}.parametrizations.weight.0." + (f"parts.{index}." if parts > 1 else "")
+            u, v, scale = torch.randn(len(rows)), torch.randn(rows.shape[1]), torch.tensor([[0.3 + index]])
+            spectral |= {f"{prefix}_u": u, f"{prefix}_v": v, f"{prefix}scale": scale}
+            if version == 2:
+                spectral[f"{prefix}_sn_version"] = torch.tensor(2)
+            exact = rows.double()
+            u = exact @ v.double()
+            u = u / u.norm()
+            v = exact.T @ u
+            v = v / v.norm()
+            gain = torch.log1p(scale.double().exp()) + 0.05 if version == 2 else scale.double()
+            chunks.append(exact * gain / (u @ exact @ v + 1e-6))
+        expected[module] = torch.cat(chunks)
+    model = from_checkpoint(Checkpoint(spectral, args={**ARGS, "spectral_reparam": True}, source="spectral"))
+    for module, weight in expected.items():
+        found = model.get_parameter(f"student.{module.removeprefix('base_model.')}.weight")
+        torch.testing.assert_close(found.detach(), weight.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_damp_wrappers_are_the_identity(state: dict[str, Tensor]) -> None:
+    wrapped = dict(state)
+    key = "base_model.blocks.2.mlp.fc2"
+    wrapped[f"{key}.parametrizations.weight.original"] = weight = wrapped.pop(f"{key}.weight")
+    model = from_checkpoint(Checkpoint(wrapped, args={**ARGS, "damp": 0.1}, source="damp"))
+    assert torch.equal(model.student.blocks[2].mlp.fc2.weight, weight)
+
+
+def changed(state: dict[str, Tensor], **args: Any) -> Checkpoint:
+    return Checkpoint(state, args={**ARGS, **args}, source="changed")
+
+
+def test_what_does_not_fit_is_named(state: dict[str, Tensor]) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'vit_huge_patch16_224'"):
+        from_checkpoint(changed(state, model="vit_hug_patch16_224", model_kwargs={}))
+    holes = {k: v for k, v in state.items() if not k.startswith("base_model.blocks.1.norm1")}
+    with pytest.raises(AssetError, match=r"missing \(student\.blocks\.1\.norm1"):
+        from_checkpoint(changed(holes))
+    more = {**state, "base_model.blocks.0.attn.q_norm.weight": torch.ones(8)}
+    with pytest.raises(AssetError, match=r"left over \(student\.blocks\.0\.attn\.q_norm\.weight"):
+        from_checkpoint(changed(more))
+    with pytest.warns(UserWarning, match="1 tensors have no use here: student.odd"):
+        from_checkpoint(changed({**state, "base_model.odd": torch.ones(1)}))
+    with pytest.raises(AssetError, match=r"base_model\.blocks\.0"):
+        from_checkpoint(changed({"something.else": torch.ones(1)}))
+    with pytest.raises(ConfigError, match="does not say how it was trained"):
+        from_checkpoint(Checkpoint(state, source="nameless"))
+    with pytest.raises(AssetError, match=r"another size.*patch_generator|blocks"):
+        from_checkpoint(changed({**state, "base_model.blocks.3.mlp.fc1.weight": torch.ones(2, 2)}))
+    with pytest.raises(ConfigError, match="no option of a released model"):
+        from_checkpoint(changed(state), windw=4)
+
+
+def test_a_teacher_listed_twice(state: dict[str, Tensor]) -> None:
+    twice = [TEACHERS[0], TEACHERS[0], *TEACHERS[1:]]
+    with pytest.raises(ConfigError, match="listed twice"):
+        from_checkpoint(changed(state, teachers=[*twice, {"name": "late", "type": "generic"}]))
+
+
+def test_pixels_that_are_wrong(pickle: Path) -> None:
+    model = agglo.load(pickle)
+    bad = torch.rand(1, 3, 32, 32)
+    bad[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model(bad)
+    with pytest.raises(ValueError, match="divide by 255"):
+        model(torch.rand(1, 3, 32, 32) * 255)
+    with torch.inference_mode():
+        bytes_ = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+        with pytest.warns(UserWarning, match="divided by 255"):
+            converted = model(bytes_).summary
+        assert torch.equal(converted, model(bytes_.float() / 255).summary)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(bytes_)  # said once
+        assert model(torch.rand(1, 3, 5, 9)).spatial.shape[-2:] == (1, 1)  # less than a patch: one patch
+    with pytest.raises(ValueError, match="nearest legal height: 16"):
+        model(torch.rand(1, 3, 5, 16), resize=False)
+
+
+def test_larger_than_it_was_made_for_runs_and_says_so(folder: Path) -> None:
+    model = agglo.load(folder)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="larger than the 1024 pixels"):
+        assert model(torch.rand(1, 3, 32, 1040)).spatial.shape[-1] == 65
