@@ -41,7 +41,7 @@ def randomize(module: nn.Module) -> None:
 def small(heads: dict[str, Any] | None = None, **options: Any) -> Model:
     """A v4-like model of ours: three class tokens, of which the first two are the summary, and seven registers."""
     student = {"width": WIDTH, "depth": DEPTH, "heads": 4, "patch": PATCH, "max_grid": GRID, "registers": 7, **options}
-    summary = [0] if options.get("class_tokens") == 1 else [0, 1]
+    summary = [0] if not options.get("cls_per_teacher", True) else [0, 1]
     model = Model({"kind": "vit", **student}, heads or {}, tokens=TOKENS, summary_slots=summary, preferred_size=36)
     randomize(model)
     model.conditioner.mean.copy_(torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))

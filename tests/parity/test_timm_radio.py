@@ -47,7 +47,8 @@ SMALL = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "v4_like": {},
     "v3_like": {"layer_scale": 1e-5, "align_corners": True},
-    "one_token": {"class_tokens": 1, "registers": 0},
+    "one_token": {"cls_per_teacher": False, "registers": 0},
+    "no_qkv_bias": {"qkv_bias": False},
     "final_norm": {"final_norm": True, "patch_bias": True},
     "odd_mlp": {"width": 36, "mlp_hidden": 134},
 }

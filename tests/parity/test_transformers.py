@@ -44,7 +44,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:images larger than")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layer_scale": {"layer_scale": 1e-5},
-    "one_class_token": {"class_tokens": 1, "registers": 0},
+    "one_class_token": {"cls_per_teacher": False, "registers": 0},
+    "no_qkv_bias": {"qkv_bias": False},
     "swiglu": {"mlp": "swiglu", "mlp_hidden": 104},
     "odd_mlp": {"width": 36, "mlp_hidden": 134, "layer_scale": 0.1},
     "patch_bias": {"patch_bias": True},

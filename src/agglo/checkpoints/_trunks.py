@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from agglo.checkpoints._spectral import MARK
 from agglo.config import nearest
 from agglo.students._eradio import VARIANTS
 from agglo.students._eradio import options_from_official as eradio_options
@@ -114,7 +115,12 @@ def _vit(
 ) -> Trunk:
     below = "base_model.inner." if any(key.startswith("base_model.inner.") for key in tensors) else "base_model."
     dino = below == "base_model.inner."
-    shapes = {k.removeprefix(below): tuple(tensors[k].shape) for k in tensors if k.startswith(below)}
+    # A reparametrised weight has the shape of its original.
+    shapes = {
+        k.removeprefix(below).replace(f"{MARK}original", ".weight"): tuple(tensors[k].shape)
+        for k in tensors
+        if k.startswith(below)
+    }
     heads = kwargs.get("num_heads") or (SIZES[model].heads if model in SIZES else None)
     if heads is None:
         raise ConfigError(f"args.model {model!r} is no architecture of RADIO known here{nearest(model, SIZES)}")
@@ -148,10 +154,7 @@ def _vit(
 
 def _block_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def rows(module: str) -> int | None:
-        for leaf in (".weight", ".parametrizations.weight.original"):
-            if f"blocks.0.{module}{leaf}" in shapes:
-                return shapes[f"blocks.0.{module}{leaf}"][0]
-        return None
+        return shapes.get(f"blocks.0.{module}.weight", (None,))[0]
 
     hidden, gated = rows("mlp.fc1"), rows("mlp.w12")
     if hidden is None and gated is None:
@@ -161,6 +164,7 @@ def _block_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "mlp": "gelu" if hidden else "swiglu",
         "mlp_hidden": hidden or (gated or 0) // 2,
         "mlp_norm": "blocks.0.mlp.norm.weight" in shapes,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "layer_scale": 1e-5 if scaled else None,
     }
 

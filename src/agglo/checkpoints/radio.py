@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from agglo.checkpoints._spectral import materialized
-from agglo.checkpoints._trunks import recognize
+from agglo.checkpoints._trunks import Trunk, recognize
 from agglo.checkpoints.reading import Checkpoint, Renamed, assign, read_folder, read_hub, read_safetensors
 from agglo.config import nearest
 from agglo.heads._official import read_head
@@ -104,6 +104,8 @@ def from_checkpoint(
     trunk = recognize(canonical, args)
     options = {**trunk.options, **_windows(trunk.options["kind"], release), **_student_options(trunk.options, student)}
     found = {n: _head(plain, checkpoint, args, n, len(trunk.tokens)) for n in _wanted(heads, plain, args)}
+    trunk = _with_slots(trunk, 1 + max((config.slot for config, _ in found.values()), default=0))
+    options |= {key: trunk.options[key] for key in ("registers",) if key in trunk.options}
     normalizers: dict[Any, Any] = {}
     if "_feature_normalizer.tx" in plain:
         normalizers["features"] = True
@@ -225,6 +227,18 @@ def _student_options(trunk: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     if given.get("window") and trunk["kind"] != "vit":
         raise ConfigError(f"window: a {trunk['kind']} model cannot look through windows")
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _with_slots(trunk: Trunk, slots: int) -> Trunk:
+    """Count registers as class tokens as far as a head reads them (a teacher that is listed late, or a given slot)."""
+    more = slots - len(trunk.tokens)
+    if more <= 0 or trunk.options["kind"] == "hybrid":
+        return trunk
+    if more > trunk.options["registers"]:
+        raise ConfigError(f"a head reads class token {slots - 1}: there are not so many, registers included")
+    names = tuple(f"register {index}" for index in range(more))
+    registers = {"registers": trunk.options["registers"] - more}
+    return replace(trunk, options={**trunk.options, **registers}, tokens=(*trunk.tokens, *names))
 
 
 def _summary_slots(tensors: Mapping[str, Tensor], args: Mapping[str, Any], slots: int) -> list[int]:

@@ -98,7 +98,7 @@ def from_timm(
         "align_corners": bool(arguments.get("pos_embed_align_corners", (size, generation) in ALIGNED)),
     }
     tokens, summary = _class_tokens(notes(config), generation, keys.prefix())
-    options |= {"class_tokens": len(tokens), "registers": keys.prefix() - len(tokens)}
+    options["registers"] = keys.prefix() - len(tokens)
     if keys.fixed:
         side = options["max_grid"] * options["patch"]
         warnings.warn(
@@ -212,6 +212,7 @@ class _Keys:
             "mlp_hidden": self._shape("blocks.0.mlp.fc1.weight", 2)[0],
             "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in self.tensors else None,
             "final_norm": "norm.weight" in self.tensors,
+            "qkv_bias": "blocks.0.attn.qkv.bias" in self.tensors,
             "patch_bias": self._biased(),
         }
 

@@ -132,9 +132,9 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": int(config["num_attention_heads"]),
         "patch": patch,
         "max_grid": int(config["max_img_size"]) // patch,
-        "class_tokens": int(config["num_cls_tokens"]),
         "registers": int(config["num_registers"]),
         "mlp": "swiglu" if gated else "gelu",
+        "qkv_bias": bool(config["qkv_bias"]),
         "mlp_hidden": gated_width(hidden) if gated else hidden,
     }
 
@@ -176,8 +176,6 @@ def _derived(
         if ours is not None and all(name in tensors for name in names):
             derived[ours] = partial(_stacked, names)
     width, depth = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    if not config["qkv_bias"]:
-        derived |= {f"student.blocks.{n}.attn.qkv.bias": partial(_full, 3 * width, 0.0) for n in range(depth)}
     if scale is not None and not _scales(tensors):
         names = [f"student.blocks.{n}.ls{which}.gamma" for n in range(depth) for which in (1, 2)]
         derived |= dict.fromkeys(names, partial(_full, width, scale))

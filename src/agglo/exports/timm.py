@@ -112,6 +112,7 @@ def _config(model: Model, student: ViT) -> dict[str, Any]:
         "depth": student.depth,
         "num_heads": model.student_config["heads"],
         "mlp_ratio": ratio(width, hidden_width(student)),
+        "qkv_bias": model.student_config["qkv_bias"],
         "class_token": True,
         "reg_tokens": generator.tokens - 1,
         "global_pool": "token",

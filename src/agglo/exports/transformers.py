@@ -102,7 +102,7 @@ class Transformers(Export):
             "use_swiglu_ffn": gated,
             "hidden_act": "gelu",
             "layer_norm_eps": NORM_EPS,
-            "qkv_bias": True,
+            "qkv_bias": options["qkv_bias"],
             "layerscale_value": options["layer_scale"] if scaled(student) else 1.0,
             "num_channels": 3,
             "patch_size": model.spec.stride,

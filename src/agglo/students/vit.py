@@ -38,10 +38,10 @@ class ViT(Student):
         window: side, in patches, of the windows that most blocks look through (ViTDet); None: every block sees all.
         num_global: how many blocks see the whole image all the same.
         num_windowed: windowed blocks between two global ones; replaces ``num_global``.
-        class_tokens: K, where it is not the number of ``tokens``.
         mlp_hidden: hidden width of the MLP in channels; replaces ``mlp_ratio``.
         mlp: ``gelu`` or ``swiglu``.
         mlp_norm: LayerNorm inside the MLP.
+        qkv_bias: a bias in the projections to queries, keys and values.
         layer_scale: initial value of the layer scales, or None for none.
         final_norm: LayerNorm after the last block.
         patch_bias: a bias in the patch projection.
@@ -68,10 +68,10 @@ class ViT(Student):
         window: int | None = None,
         num_global: int = 4,
         num_windowed: int | None = None,
-        class_tokens: int | None = None,
         mlp_hidden: int | None = None,
         mlp: MlpKind = "gelu",
         mlp_norm: bool = False,
+        qkv_bias: bool = True,
         layer_scale: float | None = None,
         final_norm: bool = False,
         patch_bias: bool = False,
@@ -83,7 +83,7 @@ class ViT(Student):
             raise ConfigError(f"student.heads: {heads} does not divide width {width}")
         if mlp == "swiglu" and mlp_norm:
             raise ConfigError("student.mlp_norm: only a gelu MLP has a norm inside")
-        slots = class_tokens or (max(1, len(tokens)) if cls_per_teacher else 1)
+        slots = max(1, len(tokens)) if cls_per_teacher else 1
         self.registers, self.window = registers, window
         self.windowed = windowed_blocks(depth, num_windowed=num_windowed, num_global=num_global)
         self.spec = FeatureSpec(summary=slots * width, spatial=width, stride=patch, step=patch, slots=slots)
@@ -93,7 +93,8 @@ class ViT(Student):
         )  # fmt: skip
         hidden = mlp_hidden or int(width * mlp_ratio)
         self.blocks = nn.ModuleList(
-            Block(width, heads, hidden, layer_scale=layer_scale, mlp=mlp, mlp_norm=mlp_norm) for _ in range(depth)
+            Block(width, heads, hidden, qkv_bias=qkv_bias, layer_scale=layer_scale, mlp=mlp, mlp_norm=mlp_norm)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
         self.apply(_initialize)
