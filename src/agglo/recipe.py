@@ -27,6 +27,17 @@ class Claim(Strict):
     source: str = ""
 
 
+def _lifted(cls: type[Strict], inner: str, data: Any) -> Any:
+    """The YAML writes a kind's own keys beside ours; here they part."""
+    if not isinstance(data, Mapping) or inner in data:
+        return data
+    own = set(cls.model_fields) - {inner}
+    return {
+        inner: {key: value for key, value in data.items() if key not in own},
+        **{key: value for key, value in data.items() if key in own},
+    }
+
+
 class TeacherEntry(Strict):
     """One teacher and how the student answers to it.
 
@@ -46,14 +57,7 @@ class TeacherEntry(Strict):
     @model_validator(mode="before")
     @classmethod
     def _lift(cls, data: Any) -> Any:
-        """The YAML writes the teacher's own keys beside ours; here they part."""
-        if not isinstance(data, Mapping) or "teacher" in data:
-            return data
-        own = set(cls.model_fields) - {"teacher"}
-        return {
-            "teacher": {key: value for key, value in data.items() if key not in own},
-            **{key: value for key, value in data.items() if key in own},
-        }
+        return _lifted(cls, "teacher", data)
 
 
 class Heads(Strict):
@@ -70,11 +74,39 @@ class Targets(Strict):
     estimate_images: int = Field(default=1024, gt=0)
 
 
+class Mesa(Strict):
+    """Agreement with the averaged student on another crop (SE-MESA, METHOD 2.5).
+
+    Args:
+        loss: the kind and its keys (written flat in YAML: ``{kind: se_mesa, weight: 1}``).
+        weight: of the term, once it has its full strength.
+        start: step at which it begins; an average that is young is no teacher yet.
+        ramp: steps over which its weight then grows from 0.
+    """
+
+    loss: Kind = {"kind": "se_mesa"}
+    weight: float = Field(default=1.0, gt=0)
+    start: int = Field(default=0, ge=0)
+    ramp: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, data: Any) -> Any:
+        return _lifted(cls, "loss", data)
+
+    def share(self, step: int) -> float:
+        """Which part of the weight a step has."""
+        if step < self.start:
+            return 0.0
+        return min(1.0, (step - self.start + 1) / self.ramp) if self.ramp else 1.0
+
+
 class Losses(Strict):
-    """The distance of each term."""
+    """The distance of each term; ``mesa`` is left out when null."""
 
     summary: Kind = {"kind": "angular"}
     spatial: Kind = {"kind": "mse"}
+    mesa: Mesa | None = None
 
 
 class SourceEntry(Strict):
@@ -86,12 +118,7 @@ class SourceEntry(Strict):
     @model_validator(mode="before")
     @classmethod
     def _lift(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or "source" in data:
-            return data
-        return {
-            "source": {key: value for key, value in data.items() if key != "weight"},
-            **({"weight": data["weight"]} if "weight" in data else {}),
-        }
+        return _lifted(cls, "source", data)
 
 
 class Views(Strict):
@@ -102,6 +129,8 @@ class Views(Strict):
         aspect: width / height of a crop, log-uniform in this range.
         flip: probability of a mirror image.
         mixup: probability that a batch is blended with itself in another order, before student *and* teachers see it.
+        shift: student, teachers and averaged student look at crops shifted by ``round(N(0, shift))`` of their own
+            patches (METHOD 2.4); 0.5 in C-RADIOv4, 0 for one crop for all.
         canvas: shorter side, in pixels, at which a crop is rendered at least, so that a teacher that looks at more
             pixels than the student sees real ones; null renders at the student's size.
     """
@@ -110,6 +139,7 @@ class Views(Strict):
     aspect: tuple[float, float] = (0.75, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)
     mixup: float = Field(default=0.0, ge=0, le=1)
+    shift: float = Field(default=0.0, ge=0)
     canvas: int | None = Field(default=None, gt=0)
 
     @field_validator("scale", "aspect")
@@ -159,6 +189,12 @@ class Train(Strict):
         clip: largest gradient norm, or null.
         precision: ``fp32``, or ``bf16`` autocast (only fast where the hardware has it).
         freeze_norm_statistics: keep the running statistics of BatchNorm as they start.
+        damp: sigma of the multiplicative noise on the student's linear weights (DAMP, METHOD 2.7); 0 for none.
+        spectral: spectral reparametrisation of the student's linear layers while it trains (METHOD 2.9).
+        windows: ViTDet's windows as an augmentation (METHOD 2.10): sides in patches, of which one that divides the
+            step's grid is drawn; empty for none.
+        window_share: share of steps that look through windows.
+        patience: how many steps in a row may have a loss that is not finite; they are skipped, counted and named.
     """
 
     steps: int = Field(gt=0)
@@ -173,6 +209,11 @@ class Train(Strict):
     clip: float | None = Field(default=None, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     freeze_norm_statistics: bool = False
+    damp: float = Field(default=0.0, ge=0, lt=1)
+    spectral: bool = False
+    windows: list[int] = []
+    window_share: float = Field(default=0.5, ge=0, le=1)
+    patience: int = Field(default=5, ge=0)
     seed: int = 0
     log_every: int = Field(default=10, gt=0)
     save_every: int = Field(default=500, gt=0)
@@ -211,6 +252,10 @@ class Recipe(Strict):
         _check(self.targets.normalizer, "normalizers", "targets.normalizer")
         _check(self.losses.summary, "losses", "losses.summary")
         _check(self.losses.spatial, "losses", "losses.spatial")
+        if self.losses.mesa is not None:
+            _check(self.losses.mesa.loss, "losses", "losses.mesa")
+            if self.train.ema == 0:
+                raise ConfigError("losses.mesa needs an averaged student: set train.ema, e.g. 0.9996")
         _check(self.balancer, "balancers", "balancer")
         for index, entry in enumerate(self.data.sources):
             _check(entry.source, "sources", f"data.sources.{index}")
@@ -223,6 +268,8 @@ class Recipe(Strict):
         data = self.model_dump(mode="json")
         for name, entry in data["teachers"].items():
             data["teachers"][name] = {**entry.pop("teacher"), **entry}
+        if data["losses"]["mesa"] is not None:
+            data["losses"]["mesa"] = {**data["losses"]["mesa"].pop("loss"), **data["losses"]["mesa"]}
         data["data"]["sources"] = [{**entry.pop("source"), **entry} for entry in data["data"]["sources"]]
         return data
 
@@ -231,7 +278,11 @@ class Recipe(Strict):
         return write_yaml(self.flat())
 
 
-_OWN = (set(TeacherEntry.model_fields) - {"teacher"}) | (set(SourceEntry.model_fields) - {"source"})
+_OWN = {
+    *(set(TeacherEntry.model_fields) - {"teacher"}),
+    *(set(SourceEntry.model_fields) - {"source"}),
+    *(set(Mesa.model_fields) - {"loss"}),
+}
 """Keys that stand beside a kind's own in the YAML, and stay when an override names another kind."""
 
 

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from agglo import artefact, recipe
 from agglo.config import override
+from agglo.data.shifts import MOST
 from agglo.model import Model
 from agglo.train import loop
 from agglo.train.checkpoint import checkpoints
 from agglo.train.ema import Ema
 from agglo.train.optim import build_optimizer, learning_rate, set_learning_rate, student_share
+from agglo.train.step import NotFiniteError, draw_window
 from agglo.types import AssetError, ConfigError, StorageError
 
 TINY = {
@@ -174,6 +176,53 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data: Path, 
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
+def test_a_step_that_is_not_finite_is_left_out_counted_and_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.one_step
+
+    def failing(run, batch, watch):
+        if batch.step in (1, 3):
+            raise NotFiniteError("toy/spatial is not finite", batch.names)
+        return real(run, batch, watch)
+
+    monkeypatch.setattr(loop, "one_step", failing)
+    loop.distill(tiny(data), tmp_path / "run", quiet=True)
+    lines = trace(tmp_path / "run")
+    skipped = [line for line in lines if "skipped_step" in line]
+    assert [line["step"] for line in skipped] == [2, 4]
+    assert all("toy/spatial" in line["skipped_step"] and len(line["images"]) > 1 for line in skipped)
+    assert lines[-1]["skipped_steps"] == 2
+    with pytest.raises(loop.DivergenceError, match=r"step 1: toy/spatial.*the 1\. step in a row"):
+        loop.distill(tiny(data, "train.patience=0"), tmp_path / "strict", quiet=True)
+    assert checkpoints(tmp_path / "strict" / "checkpoints")[-1].name == "step_00000001"
+
+
+def test_shifted_views_teach_the_same_and_windows_are_drawn(data: Path, tmp_path: Path) -> None:
+    """The averaged student joins in when it is due; every window divides its step's grid."""
+    made = tiny(
+        data, "data.views.shift=0.5", "losses.mesa={kind: se_mesa, weight: 2, start: 2}", "train.windows=[2, 3, 4]",
+        "train.window_share=1.0",
+    )  # fmt: skip
+    loop.distill(made, tmp_path / "run", quiet=True)
+    assert ["mesa" in line["terms"] for line in trace(tmp_path / "run")] == [False, False, True, True, True, True]
+    run = loop.prepare(made, tmp_path / "other", torch.device("cpu"), resume=False)
+    assert run.loader.margin == MOST * 16
+    drawn = set()
+    for batch in run.loader.iterate(0, 30):
+        window, side = draw_window(made.train, run.model, batch), batch.size[0] // 16
+        assert batch.images.shape[-1] == batch.size[1] + 2 * run.loader.margin
+        assert window is None or (side % window == 0 and window < side)
+        drawn.add((side, window))
+    assert drawn == {(2, None), (3, None), (4, 2)}  # 2 and 3 patches hold no smaller window of these
+    assert draw_window(tiny(data).train, run.model, batch) is None
+
+
+def test_the_averaged_student_must_exist_to_be_agreed_with(data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"losses\.mesa needs an averaged student"):
+        tiny(data, "losses.mesa={kind: se_mesa}", "train.ema=0")
+
+
 def test_an_illegal_resolution_names_the_legal_ones(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"partitions\.0\.sizes.*16 px; 40.*32 and 48"):
         loop.distill(tiny(data, "partitions.0.sizes=[40]"), tmp_path / "run", quiet=True)
@@ -211,6 +260,7 @@ def test_a_stop_in_the_prepass_resumes_from_the_beginning(
         ),
         ("targets.normalizer.kind=identity", "losses.summary.kind=cosine", "losses.spatial.kind=smooth_l1"),
         ("targets.normalizer.kind=standard", "losses.summary.kind=mse", "train.head_steps=2"),
+        ("data.views.shift=0.8", "losses.mesa={kind: se_mesa, start: 1, ramp: 2}", "train.windows=[2, 3]"),
     ],
 )  # fmt: skip
 def test_every_ingredient_trains_and_resumes(data: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:

@@ -46,7 +46,9 @@ class Batch:
         step: the step.
         partition: index of the partition the size came from.
         skipped: names of bad images whose place another took.
-        size: ``(H, W)`` that the student is to see this step; the images are larger where ``canvas`` asks for it.
+        size: ``(H, W)`` that the student is to see this step; the images are larger where ``canvas`` or ``margin`` ask
+            for it.
+        field: share of the images' sides ``(h, w)`` that a view shows, in the middle; (1, 1) without a margin.
     """
 
     images: Tensor
@@ -56,6 +58,7 @@ class Batch:
     partition: int
     skipped: list[str]
     size: tuple[int, int]
+    field: tuple[float, float] = (1.0, 1.0)
 
 
 class _StoppedError(Exception):
@@ -79,6 +82,7 @@ class Loader:
         cache_mb: budget of decoded images, in MiB.
         canvas: crops are rendered with at least this shorter side, in pixels, for teachers that want more pixels than
             the student; whoever wants fewer shrinks them.
+        margin: pixels of the student's view that are rendered beyond each of its sides, for views that are shifted.
         max_side: images with a longer side in pixels are shrunk to it when read, always, cached or not.
 
     Attributes:
@@ -99,6 +103,7 @@ class Loader:
         *,
         cache_mb: int = 1024,
         canvas: int | None = None,
+        margin: int = 0,
         max_side: int | None = None,
     ) -> None:
         if not sources:
@@ -116,6 +121,7 @@ class Loader:
         self.seed = seed
         self.workers = workers
         self.canvas = canvas
+        self.margin = margin
         self.max_side = max_side
         self.skipped: dict[str, str] = {}
         Quota(self.weights)
@@ -175,11 +181,12 @@ class Loader:
             views.append(view)
             names.append(self.sources[source].name(index))
             skipped.extend(bad)
-        return Batch(torch.from_numpy(images), views, names, step, draw.partition, skipped, draw.size)
+        field = draw.size[0] / (draw.size[0] + 2 * self.margin), draw.size[1] / (draw.size[1] + 2 * self.margin)
+        return Batch(torch.from_numpy(images), views, names, step, draw.partition, skipped, draw.size, field)
 
     def _rendered(self, size: tuple[int, int]) -> tuple[int, int]:
         scale = max(1.0, (self.canvas or 0) / min(size))
-        return round(size[0] * scale), round(size[1] * scale)
+        return round((size[0] + 2 * self.margin) * scale), round((size[1] + 2 * self.margin) * scale)
 
     def _readable(self, source: int, position: int) -> tuple[int, Image.Image, list[str]]:
         """The image at a position, or the next readable one of the same pass: ``(index, image, names passed over)``.

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from agglo.config import build
+from agglo.data.shifts import Canvas
 from agglo.losses.base import Loss
 from agglo.model import Model
-from agglo.nn.geometry import align
+from agglo.nn.placement import Placement, meet
 from agglo.normalizers.base import Normalizer
-from agglo.preprocess import resize
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
 
-Targets = Mapping[str, Features]
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a model said of its view, and where the view lies on the canvas that all views of a step share.
+
+    Args:
+        features: of the view.
+        placement: of the view's pixels.
+    """
+
+    features: Features
+    placement: Placement
+
+    def cells(self, spatial: Tensor) -> Placement:
+        """Where the cells of a map of this view lie."""
+        height, width = spatial.shape[-2:]
+        return self.placement.on((height, width))
+
+
+Targets = Mapping[str, Seen]
 
 
 def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
@@ -28,6 +47,10 @@ def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
         teacher = build("teachers", entry.teacher, where=f"teachers.{name}")
         teachers[name] = teacher.requires_grad_(False).eval()
     return teachers
+
+
+MESA = "mesa"
+"""The name of the term between student and averaged student."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +89,10 @@ class Distill(nn.Module):
                 self.normalizers[name] = build(
                     "normalizers", recipe.targets.normalizer, spec.spatial, where="targets.normalizer"
                 )
+        self.mesa: Loss | None = None
+        if recipe.losses.mesa is not None:
+            weights[MESA] = recipe.losses.mesa.weight
+            self.mesa = build("losses", recipe.losses.mesa.loss, where="losses.mesa")
         self.balancer = build("balancers", recipe.balancer, weights, where="balancer")
 
     @property
@@ -76,22 +103,31 @@ class Distill(nn.Module):
         return any(n.needs_statistics for n in fitted) or any(loss.needs_statistics for loss in losses)
 
     def teach(
-        self, teachers: Mapping[str, Teacher], images: Tensor, size: tuple[int, int], stride: int
-    ) -> dict[str, Features]:
+        self,
+        teachers: Mapping[str, Teacher],
+        canvas: Canvas,
+        size: tuple[int, int],
+        stride: int,
+        shifts: Sequence[Tensor] | None = None,
+    ) -> dict[str, Seen]:
         """What the teachers say of a batch: one forward pass each, under inference mode.
 
         Args:
             teachers: by name.
-            images: ``(B, 3, H, W)`` in [0, 1], at least as large as what the student sees.
+            canvas: the batch, in [0, 1], at least as large as what the student sees.
             size: ``(H, W)`` that the student sees; each teacher chooses its own from it.
             stride: the student's.
+            shifts: ``(B, 2)`` a teacher, in its own patches; None: all look at the middle.
         """
         out = {}
-        for name, teacher in teachers.items():
+        still = torch.zeros(len(canvas.images), 2, dtype=torch.long)
+        for number, (name, teacher) in enumerate(teachers.items()):
+            wanted = teacher.input_size(size, stride)
             with torch.inference_mode():
-                features = teacher(resize(images, teacher.input_size(size, stride)))
+                view, placement = canvas.crop(wanted, teacher.spec.stride, still if shifts is None else shifts[number])
+                features = teacher(view)
             # Inference tensors may not be saved for backward, so what leaves the teacher is an ordinary copy.
-            out[name] = features.map(lambda x: x.float().clone())
+            out[name] = Seen(features.map(lambda x: x.float().clone()), placement)
         return out
 
     def fit(self, batches: Iterable[Targets]) -> None:
@@ -103,41 +139,59 @@ class Distill(nn.Module):
         summaries: dict[str, list[Tensor]] = {n: [] for n, loss in self.summary_losses.items() if loss.needs_statistics}
         cells: dict[str, list[Tensor]] = {n: [] for n, loss in self.spatial_losses.items() if loss.needs_statistics}
         seen = False
-        for targets in batches:
+        for batch in batches:
             seen = True
+            targets = {name: each.features for name, each in batch.items()}
             for name, normalizer in self.normalizers.items():
                 if normalizer.needs_statistics:
-                    normalizer.update(_there(targets[name].spatial, name))
+                    _named(name, normalizer.update, _there(targets[name].spatial, name))
             for name, kept in summaries.items():
                 kept.append(_there(targets[name].summary, name).cpu())
             for name, kept in cells.items():
                 kept.append(_there(targets[name].spatial, name)[:, :, ::2, ::2].cpu())
         if not seen:
             raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
-        for normalizer in self.normalizers.values():
+        for name, normalizer in self.normalizers.items():
             if normalizer.needs_statistics:
-                normalizer.freeze()
+                _named(name, normalizer.freeze)
         for name, kept in summaries.items():
-            self.summary_losses[name].fit(torch.cat(kept))
+            _named(name, self.summary_losses[name].fit, torch.cat(kept))
         for name, kept in cells.items():
             normalizer = self.normalizers[name]
             normalized = [normalizer(part.to(normalizer.mean.device)).cpu().permute(0, 2, 3, 1) for part in kept]
             self.spatial_losses[name].fit(torch.cat([part.flatten(0, 2) for part in normalized]))
 
-    def forward(self, model: Model, images: Tensor, targets: Targets, *, heads_only: bool = False) -> Result:
+    def forward(
+        self,
+        model: Model,
+        images: Tensor,
+        targets: Targets,
+        *,
+        placement: Placement | None = None,
+        average: Seen | None = None,
+        mesa_share: float = 1.0,
+        heads_only: bool = False,
+        window: int | None = None,
+    ) -> Result:
         """The objective on one batch.
 
         Args:
             model: the student with its heads, predicting in normalised space (D-2).
-            images: ``(B, 3, H, W)`` in [0, 1], of a legal size.
-            targets: what :meth:`teach` returned for the same images.
+            images: ``(B, 3, H, W)`` in [0, 1], of a legal size: the student's view.
+            targets: what :meth:`teach` returned for the same canvas.
+            placement: of the student's view; the whole canvas when None.
+            average: the averaged student's features of a view of its own, without heads; None leaves the term out.
+            mesa_share: part of that term's weight which this step has.
             heads_only: let no gradient into the student.
+            window: side, in patches, of the windows that most blocks look through in this step.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only):
-            features = model.encode(images)
+            features = model.encode(images, window=window)
+        size = (images.shape[-2], images.shape[-1])
+        mine = Seen(features, placement or Placement.whole(len(images), (1, 1), size))
         terms: dict[str, Tensor] = {}
         for name, heads in model.heads.items():
-            predicted, target = heads(features), targets[name]
+            predicted, target = heads(features), targets[name].features
             if name in self.summary_losses:
                 terms[f"{name}/summary"] = self.summary_losses[name](
                     _there(predicted.summary, name), _there(target.summary, name)
@@ -145,8 +199,12 @@ class Distill(nn.Module):
             if name in self.spatial_losses:
                 # Project first, then bring to the common grid (D-1); targets are normalised on their native grid.
                 wanted = self.normalizers[name](_there(target.spatial, name))
-                pair = align(_there(predicted.spatial, name), wanted)
-                terms[f"{name}/spatial"] = self.spatial_losses[name](*pair)
+                found = _there(predicted.spatial, name)
+                common = meet(found, mine.cells(found), wanted, targets[name].cells(wanted))
+                terms[f"{name}/spatial"] = self.spatial_losses[name](*common)
+        if self.mesa is not None and average is not None and mesa_share > 0:
+            ours, theirs = _there(features.spatial, "student"), _there(average.features.spatial, "student")
+            terms[MESA] = mesa_share * self.mesa(*meet(ours, mine.cells(ours), theirs, average.cells(theirs)))
         return Result(self.balancer(terms), {name: term.detach() for name, term in terms.items()})
 
     @torch.no_grad()
@@ -157,6 +215,14 @@ class Distill(nn.Module):
             if head is not None:
                 head.fold(normalizer.unwhiten, normalizer.mean)
         return model
+
+
+def _named(teacher: str, work: Callable[..., None], *arguments: Tensor) -> None:
+    """Do it; what goes wrong with the targets is told with the teacher's name."""
+    try:
+        work(*arguments)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"teachers.{teacher}: {error}") from error
 
 
 def _there(tensor: Tensor | None, teacher: str) -> Tensor:

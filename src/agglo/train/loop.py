@@ -8,20 +8,21 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from agglo.config import build
 from agglo.creation import create
-from agglo.data.loader import Batch, Loader
-from agglo.data.views import ViewPolicy, mix
+from agglo.data.loader import Loader
+from agglo.data.shifts import MOST, Canvas
+from agglo.data.views import ViewPolicy
 from agglo.model import Model
 from agglo.objectives.distill import Distill, build_teachers
-from agglo.preprocess import legal_sizes_near, resize
+from agglo.preprocess import legal_sizes_near
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.train import checkpoint
@@ -29,6 +30,7 @@ from agglo.train.ema import Ema
 from agglo.train.folder import begin_folder, check_folder, resume_command, versions
 from agglo.train.optim import build_optimizer, set_learning_rate
 from agglo.train.progress import Progress
+from agglo.train.step import NotFiniteError, Stopwatch, one_step
 from agglo.types import AggloError, ConfigError
 
 PREPASS_OFFSET = 1 << 40
@@ -43,28 +45,6 @@ DIVERGED = (
 
 class DivergenceError(AggloError, RuntimeError):
     """The loss is not a number; the run folder still holds the last good checkpoint."""
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Seconds spent in each phase of the loop since the last :meth:`take`."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    seconds: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase: str) -> None:
-        """Book the time since the last call under ``phase``; a GPU is waited for, or its work would be booked later."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def take(self) -> dict[str, float]:
-        """The booked seconds, and start again."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
 
 @dataclass(slots=True)
@@ -137,14 +117,17 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
     model = create(recipe, teachers, initialize=not resume or not checkpoint.checkpoints(folder / "checkpoints"))
     check_sizes(recipe, model.student.spec.step)
+    if recipe.train.windows and not model.student.windows:
+        raise ConfigError(f"train.windows: a {recipe.student['kind']} student cannot look through windows; set it to []")
     objective = Distill(recipe, {name: teacher.spec for name, teacher in teachers.items()})
     loader = Loader(
         [build("sources", entry.source) for entry in recipe.data.sources],
         [entry.weight for entry in recipe.data.sources],
         recipe.partitions,
-        ViewPolicy(**recipe.data.views.model_dump(exclude={"canvas"})),
+        ViewPolicy(**recipe.data.views.model_dump(exclude={"canvas", "shift"})),
         recipe.train.seed,
         canvas=recipe.data.views.canvas,
+        margin=margin(recipe, model, teachers),
         workers=recipe.data.workers,
         cache_mb=recipe.data.cache_mb,
     )
@@ -178,7 +161,8 @@ def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[di
                 f"stopped in the pre-pass, before the first step; begin again with: {resume_command(run.folder)}"
             )
             raise KeyboardInterrupt
-        yield run.objective.teach(run.teachers, batch.images.to(run.device), batch.size, run.model.spec.stride)
+        canvas = Canvas(batch.images.to(run.device), batch.field)
+        yield run.objective.teach(run.teachers, canvas, batch.size, run.model.spec.stride)
         seen += len(batch.images)
         progress.note(f"pre-pass: {min(seen, wanted)} of {wanted} images")
         if seen >= wanted:
@@ -188,14 +172,21 @@ def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[di
 def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
     """All remaining steps."""
     config, watch, began = run.recipe.train, Stopwatch(run.device), time.monotonic()
-    images_seen, since = 0, time.perf_counter()
+    images_seen, since, failures, skipped = 0, time.perf_counter(), 0, 0
     for batch in run.loader.iterate(run.start, config.steps):
         watch.lap("data")
         step = batch.step
         # Every step has its own seed, so that a resumed run draws what the straight one drew.
         torch.manual_seed((config.seed * 1_000_003 + step) % (1 << 63))
         rate = set_learning_rate(run.optimizer, step, config)
-        terms, norm = one_step(run, batch, watch)
+        try:
+            terms, norm = one_step(run, batch, watch)
+            failures = 0
+        except NotFiniteError as error:
+            failures += 1
+            skipped += 1
+            leave_out(run, progress, error, step, failures)
+            continue
         run.ema.update(run.model, step)
         watch.lap("ema")
         images_seen += len(batch.images)
@@ -210,7 +201,7 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
             progress.record(done, {
                 "terms": values, "lr": rate, "grad_norm": float(norm), "images_per_second": speed,
                 "size": max(batch.size), "seconds": watch.take(), "elapsed": elapsed,
-                "skipped_images": len(run.loader.skipped),
+                "skipped_images": len(run.loader.skipped), "skipped_steps": skipped,
             })  # fmt: skip
             watch.lap("log")
         if interrupted or done % config.save_every == 0 or done == config.steps:
@@ -223,46 +214,18 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
             raise KeyboardInterrupt
 
 
-def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward, backward and update on one batch.
+def leave_out(run: Run, progress: Progress, error: NotFiniteError, step: int, failures: int) -> None:
+    """Tell of a step that was skipped; save and stop when it was one too many in a row.
 
-    Returns:
-        The loss terms by name, and the norm of the gradient before clipping.
+    Raises:
+        DivergenceError: more than ``train.patience`` in a row.
     """
-    config, model = run.recipe.train, run.model
-    images = mix(batch.images.to(run.device), config.seed, batch.step, run.recipe.data.views.mixup)
-    watch.lap("mix")
-    targets = run.objective.teach(run.teachers, images, batch.size, model.spec.stride)
-    watch.lap("teachers")
-    set_training(model, config.freeze_norm_statistics)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        result = run.objective(model, resize(images, batch.size), targets, heads_only=batch.step < config.head_steps)
-    watch.lap("forward")
-    if not torch.isfinite(result.loss):
-        bad = [name for name, value in result.terms.items() if not torch.isfinite(value)]
-        raise DivergenceError(f"step {batch.step}: {', '.join(bad) or 'the loss'} is not finite{DIVERGED}")
     run.optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()
-    watch.lap("backward")
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    if config.clip is not None:
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-    else:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
-    if not torch.isfinite(norm):
-        raise DivergenceError(f"step {batch.step}: the gradient is not finite{DIVERGED}")
-    run.optimizer.step()
-    watch.lap("optimizer")
-    return dict(result.terms), norm
-
-
-def set_training(model: nn.Module, freeze_norm_statistics: bool) -> None:
-    """Train mode; BatchNorm keeps its running statistics when they are frozen."""
-    model.train()
-    if freeze_norm_statistics:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+    progress.record(step + 1, {"skipped_step": str(error), "images": error.names})
+    progress.say(f"step {step}: {error}; the step is left out (its images are named in metrics.jsonl)")
+    if failures > run.recipe.train.patience:
+        checkpoint.save(run.folder / "checkpoints", step - failures + 1, run.parts, run.optimizer)
+        raise DivergenceError(f"step {step}: {error}, the {failures}. step in a row{DIVERGED}")
 
 
 def export(run: Run, progress: Progress) -> Model:
@@ -273,6 +236,17 @@ def export(run: Run, progress: Progress) -> Model:
         progress.say(f"skipped {name}: {why}")
     progress.say(f"saved {run.folder / 'model'}")
     return model
+
+
+def margin(recipe: Recipe, model: Model, teachers: dict[str, Teacher]) -> int:
+    """Pixels around the student's view that shifted views may reach: so many of the largest patch, on its scale."""
+    if recipe.data.views.shift == 0:
+        return 0
+    stride = model.spec.stride
+    cells = [float(stride)]
+    for size in {size for partition in recipe.partitions for size in partition.sizes}:
+        cells += [t.spec.stride * size / min(t.input_size((size, size), stride)) for t in teachers.values()]
+    return math.ceil(MOST * max(cells) / stride) * stride
 
 
 def check_sizes(recipe: Recipe, step: int) -> None:

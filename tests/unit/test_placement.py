@@ -1,0 +1,146 @@
+"""Maps of shifted views meet on the cells that both have seen."""
+
+import numpy as np
+import pytest
+import torch
+
+from agglo.data.shifts import MOST, Canvas, draw_shifts
+from agglo.nn.geometry import resample
+from agglo.nn.placement import Placement, bring, meet
+
+
+def place(start: list[list[float]], cell: float, grid: tuple[int, int]) -> Placement:
+    return Placement(torch.tensor(start, dtype=torch.float64), (cell, cell), grid)
+
+
+def test_whole_offsets_are_slices_bit_for_bit() -> None:
+    """Sample by sample: shift m of the student against m' of the teacher is an offset of m' - m cells."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 4, 6, 8), torch.randn(3, 5, 6, 8)
+    own, other = [[0, 0], [1, -2], [2, 0]], [[0, 0], [-1, 1], [0, 2]]
+    a, b, mask = meet(student, place(own, 1, (6, 8)), teacher, place(other, 1, (6, 8)))
+    assert b is teacher
+    for sample, (mine, theirs) in enumerate(zip(own, other, strict=True)):
+        dy, dx = theirs[0] - mine[0], theirs[1] - mine[1]
+        expected = torch.zeros(6, 8, dtype=torch.bool)
+        for i in range(6):
+            for j in range(8):
+                if 0 <= i + dy < 6 and 0 <= j + dx < 8:
+                    expected[i, j] = True
+                    assert torch.equal(a[sample, :, i, j], student[sample, :, i + dy, j + dx])
+        assert torch.equal(mask[sample, 0], expected)
+
+
+def test_nothing_is_done_where_views_coincide() -> None:
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    here = Placement.whole(2, (1, 1), (4, 4))
+    a, b, mask = meet(x, here, y, here)
+    assert a is x
+    assert b is y
+    assert mask is None
+
+
+@pytest.mark.parametrize(("fine", "coarse"), [((12, 9), (4, 3)), ((7, 10), (4, 6)), ((9, 9), (8, 5))])
+def test_views_that_coincide_on_other_grids_are_averaged_as_without_shifts(
+    fine: tuple[int, int], coarse: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *fine, dtype=torch.float64)
+    found, mask = bring(x, Placement.whole(2, (1, 1), fine), Placement.whole(2, (1, 1), coarse))
+    assert mask is None
+    torch.testing.assert_close(found, resample(x, coarse))
+
+
+def test_a_ramp_keeps_its_value_at_every_valid_cell() -> None:
+    """What a cell holds after the warp is the source's value at the cell's centre, whatever scale and offset."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        cells = rng.uniform(0.5, 2.0, 2)
+        source = place(rng.uniform(-3, 3, (2, 2)).tolist(), float(cells.min()), (9, 12))
+        target = place(rng.uniform(-3, 3, (2, 2)).tolist(), float(cells.max()), (5, 6))
+        ys = source.start[:, :1] + (torch.arange(9) + 0.5) * source.cell[0]
+        xs = source.start[:, 1:] + (torch.arange(12) + 0.5) * source.cell[1]
+        ramp = (2 * ys[:, :, None] - 3 * xs[:, None, :])[:, None]
+        found, mask = bring(ramp, source, target)
+        mask = torch.ones(2, 1, 5, 6, dtype=torch.bool) if mask is None else mask
+        ty = target.start[:, :1] + (torch.arange(5) + 0.5) * target.cell[0]
+        tx = target.start[:, 1:] + (torch.arange(6) + 0.5) * target.cell[1]
+        expected = (2 * ty[:, :, None] - 3 * tx[:, None, :])[:, None]
+        # At the border the linear interpolation has no second support: half a source cell further in it has.
+        edge = source.cell[0] / 2
+        inside_y = (ty - target.cell[0] / 2 >= source.start[:, :1] + edge) & (
+            ty + target.cell[0] / 2 <= source.start[:, :1] + 9 * source.cell[0] - edge
+        )
+        inside_x = (tx - target.cell[1] / 2 >= source.start[:, 1:] + edge) & (
+            tx + target.cell[1] / 2 <= source.start[:, 1:] + 12 * source.cell[1] - edge
+        )
+        inside = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
+        assert (mask | ~inside).all()  # what lies inside is valid
+        torch.testing.assert_close(found[inside], expected[inside], rtol=1e-5, atol=1e-5)
+
+
+def test_validity_by_brute_force() -> None:
+    source, target = place([[0.0, 0.5]], 1.0, (4, 4)), place([[-1.0, 0.5]], 1.5, (3, 3))
+    _, mask = bring(torch.randn(1, 1, 4, 4), source, target)
+    rows = [(-1.0 + 1.5 * k, 0.5 + 1.5 * k) for k in range(3)]
+    columns = [(0.5 + 1.5 * k, 2.0 + 1.5 * k) for k in range(3)]
+    for i, (y0, y1) in enumerate(rows):
+        for j, (x0, x1) in enumerate(columns):
+            assert bool(mask[0, 0, i, j]) == (y0 >= 0 and y1 <= 4 and x0 >= 0.5 and x1 <= 4.5)
+
+
+def test_gradients_flow_to_what_was_picked() -> None:
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    a, _, mask = meet(x, place([[0, 0]], 1, (4, 4)), torch.zeros(1, 2, 4, 4), place([[2, 0]], 1, (4, 4)))
+    (a * mask).sum().backward()
+    assert x.grad[:, :, :2].abs().sum() == 0
+    assert torch.equal(x.grad[:, :, 2:], torch.ones(1, 2, 2, 4))
+
+
+def test_a_map_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"first map is \(1, 2, 4, 5\)"):
+        meet(torch.zeros(1, 2, 4, 5), place([[0, 0]], 1, (4, 4)), torch.zeros(1, 2, 4, 4), place([[0, 0]], 1, (4, 4)))
+
+
+# --- shifts -----------------------------------------------------------------------------------------------------------
+
+
+def test_shifts_follow_the_rounded_normal_and_are_a_function_of_their_place() -> None:
+    drawn = torch.cat([draw_shifts(3, step, 1, 64, 0.5) for step in range(200)])
+    shares = {m: (drawn == m).double().mean().item() for m in range(-2, 3)}
+    assert shares[0] == pytest.approx(0.683, abs=0.01)  # METHOD 2.4
+    assert shares[1] == pytest.approx(0.157, abs=0.01)
+    assert shares[-1] == pytest.approx(0.157, abs=0.01)
+    assert drawn.abs().max() <= MOST
+    assert torch.equal(draw_shifts(3, 7, 1, 8, 0.5), draw_shifts(3, 7, 1, 8, 0.5))
+    assert not torch.equal(draw_shifts(3, 7, 1, 64, 0.5), draw_shifts(3, 7, 2, 64, 0.5))
+    assert not draw_shifts(3, 7, 1, 8, 0.0).any()
+
+
+@pytest.mark.parametrize("patches", [(16, 14), (16, 16), (8, 16)])
+def test_views_show_the_same_content_where_their_cells_meet(patches: tuple[int, int]) -> None:
+    """A canvas whose pixels tell where they are: after the meeting, equal cells hold equal places."""
+    torch.manual_seed(0)
+    mine, theirs = patches
+    n = 6
+    size, other = (n * 16, n * 16), (n * 16 * theirs // 16, n * 16 * theirs // 16)
+    margin = MOST * 16
+    side = size[0] + 2 * margin
+    ramp = (torch.arange(side) + 0.5) / side
+    images = torch.stack([ramp[:, None].expand(side, side), ramp[None].expand(side, side), torch.zeros(side, side)])
+    canvas = Canvas(images[None].repeat(4, 1, 1, 1), (size[0] / side, size[1] / side))
+    first, here = canvas.crop(size, mine, draw_shifts(0, 0, 0, 4, 0.9))
+    second, there = canvas.crop(other, theirs, draw_shifts(0, 0, 1, 4, 0.9))
+    assert first.shape[-2:] == size
+    assert second.shape[-2:] == other
+    a = torch.nn.functional.avg_pool2d(first, mine)
+    b = torch.nn.functional.avg_pool2d(second, theirs)
+    a, b, mask = meet(a, here.on(tuple(a.shape[-2:])), b, there.on(tuple(b.shape[-2:])))
+    mask = torch.ones_like(a[:, :1], dtype=torch.bool) if mask is None else mask
+    assert mask.float().mean() > 0.3
+    assert mask.float().mean() < 1
+    inner = mask.clone()
+    inner[:, :, 0] = inner[:, :, -1] = False
+    inner[..., 0] = inner[..., -1] = False
+    difference = (a - b).abs().amax(1, keepdim=True)
+    assert difference[inner].max() < 0.05 * 16 / side
