@@ -127,7 +127,7 @@ def timm_naflex(model: Model, geometry: Geometry) -> nn.Module:
 
 
 class _Tokens(nn.Module):
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: Any) -> None:
         super().__init__()
         self.trunk = trunk
 
@@ -226,7 +226,7 @@ def sizes(model: Model, geometry: Geometry, cells: list[tuple[int, int, int]]) -
         images = torch.rand(batch, 3, side, side)
         calls = {name: (lambda run=run, images=images: run(images)) for name, run in runners.items()}
         # Everything is warm after the first cells; a large one shows first-touch costs of its memory in one round only.
-        table[f"{side}px batch {batch}"] = found = compete(calls, rounds, warm=rounds > 2)
+        table[f"{side}px batch {batch}"] = found = compete(calls, rounds, warm=rounds > 3)
         print(f"{side} px, batch {batch}: {_line(found)}", flush=True)
     return table
 
@@ -273,7 +273,7 @@ def packing(
         "padded to the largest": lambda: [model(some) for some in padded.split(batch)],
         "packed by transformers": lambda: hf(patches, image_grid_hw=grids),
     }
-    found = compete(calls, rounds, base="packed")
+    found = compete(calls, rounds, base="packed", warm=False)
     for name in calls:
         found[name]["images_per_s"] = round(len(pictures) / found[name]["median_s"], 2)
     tokens = [p.shape[1] * p.shape[2] // patch**2 for p in pictures]
@@ -309,14 +309,14 @@ def run(tiny: bool = False) -> dict[str, Any]:
         if tiny:
             cells, side, sides, pictures, rounds = [(64, 1, 3), (64, 2, 2)], 128, (2, 4), photos(6, 16, 48, 96), 2
         else:
-            cells = [(224, 1, 25), (224, 8, 9), (512, 1, 15), (512, 8, 5), (1024, 1, 7), (1024, 8, 2)]
-            side, sides, pictures, rounds = 1024, (8, 16), photos(64, 16, 256, 384), 3
+            cells = [(224, 1, 21), (224, 8, 7), (512, 1, 9), (512, 8, 3), (1024, 1, 5), (1024, 8, 1)]
+            side, sides, pictures, rounds = 1024, (8, 16), photos(64, 16, 256, 384), 2
         result = {
             "threads": THREADS,
             "dtype": "float32",
             "geometry": {name: getattr(geometry, name) for name in Geometry.__slots__},
             "forward": sizes(model, geometry, cells),
-            "windows": windows(model, side, sides, max(rounds, 5)),
+            "windows": windows(model, side, sides, 5),
             "packing": packing(model, transformers_radio(model, geometry), geometry.patch, pictures, rounds),
         }
     finally:

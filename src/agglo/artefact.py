@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from agglo.preprocess import Conditioner
 from agglo.types import ConfigError, StorageError
+from agglo.weights.reading import assign, read_safetensors
 
 if TYPE_CHECKING:
     from agglo.model import Model
@@ -23,8 +25,8 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 def save(model: Model, folder: str | Path, *, dtype: torch.dtype = torch.float32, card: str | None = None) -> Path:
     """See :meth:`agglo.Model.save`."""
-    if getattr(model.student, "deployed", False):
-        raise ValueError("a deployed student cannot be loaded again: save the model before student.deploy()")
+    if not isinstance(model.conditioner, Conditioner):
+        raise ValueError("this model's conditioner was taken: give it back (model.conditioner = conditioner) and save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {}
@@ -40,6 +42,20 @@ def save(model: Model, folder: str | Path, *, dtype: torch.dtype = torch.float32
     for file in (WEIGHTS, *texts):
         (folder / f"{file}.partial").replace(folder / file)
     return folder
+
+
+def fill(model: Model, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a model, built on the meta device or not, the weights of its folder.
+
+    Raises:
+        AssetError: they are damaged or of another configuration.
+    """
+    source = folder / WEIGHTS
+    tensors = read_safetensors(source).tensors
+    assign(model, tensors, dtype, device, source=str(source))
+    for name in ("mean", "std"):  # three digits of a mean are not enough: these stay in float32
+        value = tensors[f"conditioner.{name}"].to(device, torch.float32, copy=True)
+        setattr(model.conditioner, name, value)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

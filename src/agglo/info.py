@@ -145,7 +145,7 @@ def _model(name_or_path: str | Path) -> Model:
 
 def _from_table(entry: HubModel) -> Model:
     """A release's trunk from what is published of its architecture."""
-    options = published(entry.architecture, entry.patch, entry.registers)
+    options = published(entry.architecture, entry.patch, entry.registers, entry.release.max_size)
     with torch.device("meta"):
         unsummed = ("sam", "sam3")
         tokens = entry.teachers if options["kind"] == "vit" and entry.architecture != "dino_v2_g_student" else ("all",)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+import operator
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from agglo.types import Features
+from agglo.types import ConfigError, Features
 
 if TYPE_CHECKING:
     from agglo.nn.feature_norm import IntermediateNormalizer
@@ -28,10 +29,11 @@ def choose(blocks: int | Sequence[int], depth: int) -> list[int]:
     Raises:
         ValueError: none, or one that does not exist.
     """
-    if isinstance(blocks, int):
-        found = list(range(depth - blocks, depth))
+    if isinstance(blocks, Iterable):
+        wanted = [operator.index(index) for index in blocks]
+        found = sorted({index + depth if index < 0 else index for index in wanted})
     else:
-        found = sorted({index + depth if index < 0 else index for index in blocks})
+        found = list(range(depth - operator.index(blocks), depth))
     if not found or found[0] < 0 or found[-1] >= depth:
         raise ValueError(f"blocks {blocks}: this model has {depth} blocks, 0 to {depth - 1} (or -{depth} to -1)")
     return found
@@ -67,6 +69,9 @@ def collect(
     Returns:
         One for each chosen block; summaries hold all class tokens.
     """
+    for key, value, legal in (("aggregation", aggregation, Aggregation), ("alpha", alpha, Alpha)):
+        if value not in get_args(legal):
+            raise ConfigError(f"{key}: {value!r} is none of {', '.join(get_args(legal))}")
     active = normalizer if alpha != "none" else None
     gathered: list[Features] = []
     group = _Group()

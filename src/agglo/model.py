@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +12,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from agglo import artefact
-from agglo.config import build, check_options, nearest
+from agglo.config import build, check_options, find, nearest
 from agglo.heads._pair import HeadConfig, Heads
 from agglo.intermediates import Aggregation, Alpha, choose, collect
 from agglo.nn.feature_norm import FeatureNormalizer, IntermediateNormalizer
+from agglo.nn.windows import check_side
 from agglo.preprocess import Conditioner, check_size, load_image, snap, to_batch
-from agglo.types import AssetError, ConfigError, Features, FeatureSpec, Output
+from agglo.types import ConfigError, Features, FeatureSpec, ImageError, Output
 
 ImageLike = Tensor | Image.Image | np.ndarray | str | Path
+
+
+_OPTIONAL = ("tokens", "summary_slots", "normalizers", "preferred_size", "provenance")
 
 
 class Model(nn.Module):
@@ -61,9 +64,8 @@ class Model(nn.Module):
         self.student_config = check_options("students", student, "student", installed=installed)
         self.head_configs = dict(heads)
         self.tokens = tuple(heads if tokens is None else tokens)
-        self.normalizers = dict(normalizers or {})
+        self.normalizers, self.provenance = dict(normalizers or {}), dict(provenance or {})
         self.preferred_size = preferred_size
-        self.provenance = dict(provenance or {})
         self.student = build("students", self.student_config, self.tokens, installed=installed)
         self.conditioner: nn.Module = Conditioner(self.student.mean, self.student.std)
         inner: FeatureSpec = self.student.spec
@@ -116,8 +118,8 @@ class Model(nn.Module):
         Args:
             images: ``(B, 3, H, W)`` or ``(3, H, W)`` in [0, 1]; one PIL image, ``(H, W, 3)`` array, or path; clips
                 ``(B, T, 3, H, W)``, whose frames share one viewport of the position table in training; or a list of
-                images of any sizes and aspects, which are packed into one pass without padding.
-            heads: names of the heads to run; None for all, ``()`` for none.
+                single images of any sizes and aspects, which a ViT packs into as few passes as fit, without padding.
+            heads: names of the heads to run; None or ``"all"`` for all, ``()`` for none.
             resize: bring sides that are no multiple of :meth:`step` to the nearest that are; False raises instead.
             window: side, in patches, of the windows most blocks look through (ViTDet); 0 for none, None for the
                 model's own setting.
@@ -134,11 +136,15 @@ class Model(nn.Module):
         names = self._chosen(heads)
         if isinstance(images, list | tuple):
             batches = [self.prepare(image, resize=resize, window=window) for image in images]
+            for index, batch in enumerate(batches):
+                if len(batch) != 1:
+                    raise ImageError(f"images[{index}]", f"is a batch of {len(batch)}: a list holds single images")
             found = self.student.forward_list([self._condition(b) for b in batches], **self._windowed(window))
             return [self.decode(features, names) for features in found]
         if isinstance(images, Tensor) and images.ndim == 5:
             return self._clips(images, names, resize, window)
-        return self.decode(self.encode(self.prepare(images, resize=resize, window=window), window=window), names)
+        batch = self.prepare(images, resize=resize, window=window)  # type: ignore[arg-type]
+        return self.decode(self.encode(batch, window=window), names)
 
     def _clips(self, clips: Tensor, heads: list[str], resize: bool, window: int | None) -> Output:
         count, frames = clips.shape[:2]
@@ -150,14 +156,15 @@ class Model(nn.Module):
         finally:
             self.student.set_clip_length(1)
 
-        def per_clip(features: Features) -> Features:
-            return Features(features.summary, features.spatial).map(lambda t: t.unflatten(0, (count, frames)))
-
-        backbone = per_clip(out)
-        return Output(backbone.summary, backbone.spatial, {name: per_clip(h) for name, h in out.heads.items()})
+        per_clip = {
+            name: f.map(lambda t: t.unflatten(0, (count, frames))) for name, f in [("", out), *out.heads.items()]
+        }
+        backbone = per_clip.pop("")
+        return Output(backbone.summary, backbone.spatial, per_clip)
 
     def step(self, window: int | None = None) -> int:
         """Sides must be a multiple of this many pixels: of a patch, or of a whole window of patches."""
+        check_side(window)
         window = getattr(self.student, "window", None) if window is None else window
         return self.spec.step * (window or 1)
 
@@ -173,6 +180,8 @@ class Model(nn.Module):
                 self._say_once("images are a uint8 tensor: divided by 255, as floats in [0, 1] are meant")
             batch = to_batch(images) if isinstance(images, Tensor) and images.ndim == 4 else load_image(images)[None]
             batch = batch.to(weight.device, torch.float32)
+        if min(batch.shape[-2:]) < self.spec.step and resize:
+            self._say_once(f"images with a side below one patch are stretched to its {self.spec.step} pixels")
         largest = self.provenance.get("max_size")
         if largest is not None and max(batch.shape[-2:]) > largest:
             self._say_once(
@@ -223,14 +232,12 @@ class Model(nn.Module):
             ValueError: no such block.
             TypeError: this model's student is no stack of blocks.
         """
-        batch = self._condition(self.prepare(images, resize=resize, window=window))
         if not self.student.depth:
             raise TypeError(f"a {self.student_config['kind']} student is no stack of blocks: it has no intermediates")
-        if window is not None:
-            self._windowed(window)
+        batch = self._condition(self.prepare(images, resize=resize, window=window))
         found = collect(
             self.student, batch, choose(blocks, self.student.depth), self.intermediate_normalizer,
-            aggregation=aggregation, alpha=alpha, norm=norm, window=window,
+            aggregation=aggregation, alpha=alpha, norm=norm, **self._windowed(window),
         )  # fmt: skip
         return [Features(self._summary(features), features.spatial) for features in found]
 
@@ -253,7 +260,9 @@ class Model(nn.Module):
         return {} if window is None else {"window": window}
 
     def _chosen(self, heads: Iterable[str] | None) -> list[str]:
-        chosen = list(self.heads) if heads is None else [heads] if isinstance(heads, str) else list(heads)
+        if heads is None or heads == "all":
+            return list(self.heads)
+        chosen = [heads] if isinstance(heads, str) else list(heads)
         for name in chosen:
             if name not in self.heads:
                 has = f"this model has: {', '.join(self.heads) or 'none; load it with heads=[...]'}"
@@ -279,7 +288,8 @@ class Model(nn.Module):
             return aligned[0]
         if head in aligned:
             return str(head)
-        known = f"those that do: {', '.join(aligned)}" if aligned else "train with a text-aligned teacher (kind conse)"
+        none = "load it with heads='text', or train with a text-aligned teacher (kind conse)"
+        known = f"those that do: {', '.join(aligned)}" if aligned else none
         raise TypeError(f"{head or 'this model'} has no text tower behind it; {known}")
 
     def encode_text(self, texts: list[str], head: str | None = None) -> Tensor:
@@ -289,19 +299,22 @@ class Model(nn.Module):
             self._towers[name] = build("text", self.head_configs[name].text or {}, installed=False)
         return self._towers[name].encode(texts).to(next(self.student.parameters()).device)
 
-    def encode_image(self, images: ImageLike, head: str | None = None) -> Tensor:
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], head: str | None = None) -> Tensor:
         """Unit-norm ``(B, D)`` embeddings of images in the text tower's space."""
         name = self.text_head(head)
-        summary = self(images, heads=[name]).heads[name].summary
-        if summary is None:
+        outputs = self(images, heads=[name])
+        found = [out.heads[name].summary for out in (outputs if isinstance(outputs, list) else [outputs])]
+        summaries = [summary for summary in found if summary is not None]
+        if len(summaries) < len(found):
             raise TypeError(f"head {name!r} has no summary")
-        return F.normalize(summary.float(), dim=-1)
+        return F.normalize(torch.cat(summaries).float(), dim=-1)
 
     # --- the folder ---
 
     def config(self) -> dict[str, Any]:
         """What :meth:`load` needs besides the weights, as JSON data."""
-        student = {key: value for key, value in self.student_config.items() if key != "init"}
+        current = {**self.student_config, **self.student.settings()}
+        student = {key: value for key, value in current.items() if key != "init"}
         return {
             "format": artefact.FORMAT,
             "student": student,
@@ -331,12 +344,23 @@ class Model(nn.Module):
         return artefact.save(self, folder, dtype=dtype, card=card)
 
     @classmethod
-    def load(cls, folder: str | Path, *, heads: Iterable[str] | None = None) -> Model:
-        """Read a folder written by :meth:`save`; the model comes back in eval mode, in float32.
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        heads: Iterable[str] | None = None,
+        student: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Model:
+        """Read a folder written by :meth:`save`; the model comes back in eval mode.
 
         Args:
             folder: what :meth:`save` wrote.
-            heads: the heads to load; None for all.
+            heads: the heads to keep; None or ``"all"`` for all, ``"text"`` for those with a text tower behind them.
+            student: keys of the student to change, such as ``window``.
+            dtype: of the weights.
+            device: where to.
 
         Raises:
             ConfigError: no such folder, or its configuration does not fit this version.
@@ -346,16 +370,14 @@ class Model(nn.Module):
         folder = Path(folder)
         config = artefact.read_config(folder)
         try:
-            model = cls.from_config(config)
+            kind = find("students", str(config["student"]["kind"]), installed=False)
+            with torch.device("meta") if kind.builds_on_meta else contextlib.nullcontext():
+                model = cls.from_config({**config, "student": {**config["student"], **(student or {})}})
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{folder / artefact.CONFIG}: not a model's configuration ({error})") from None
-        try:
-            model.load_state_dict(load_file(folder / artefact.WEIGHTS))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise AssetError(
-                f"{folder / artefact.WEIGHTS} is damaged or of another model ({first}): fetch or save it again"
-            ) from None
+        artefact.fill(model, folder, dtype, device)
+        if heads == "text":
+            heads = [name for name, head in model.head_configs.items() if head.text is not None]
         if heads is not None:
             model.keep_heads(heads)
         return model.eval()
@@ -373,13 +395,6 @@ class Model(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
         """A model as :meth:`config` describes it, with random weights."""
-        return cls(
-            config["student"],
-            {name: HeadConfig(**head) for name, head in config["heads"].items()},
-            tokens=config.get("tokens"),
-            summary_slots=config.get("summary_slots"),
-            normalizers=config.get("normalizers"),
-            preferred_size=int(config.get("preferred_size", 224)),
-            provenance=config.get("provenance"),
-            installed=False,
-        )
+        heads = {name: HeadConfig(**head) for name, head in config["heads"].items()}
+        given = {key: config[key] for key in _OPTIONAL if config.get(key) is not None}
+        return cls(config["student"], heads, **given, installed=False)

@@ -58,13 +58,15 @@ class HubModel:
         params: of the trunk and its position table, without heads, in millions.
         what_for: one line for the person who chooses.
         repo: ``owner/name`` on the Hugging Face hub.
-        file: the torch.hub pickle inside the repository; None: ``config.json`` and safetensors.
+        file: the torch.hub pickle, where the repository holds no safetensors; else None.
+        pickle: the file name of its torch.hub pickle, if there is one.
+        copy_aligns: whether the code copied into its Hugging Face repository still resizes positions with
+            ``align_corners``, which torch.hub's has not done since July 2025.
         architecture: the official name of the trunk.
         patch: side of a patch, or stride of the map, in pixels.
         teachers: those that have heads.
         release: what the checkpoint does not say of itself.
         registers: tokens beside the class tokens.
-        windows: whether NVIDIA announces windowed attention (ViTDet) for it; ours runs it for every ViT.
     """
 
     name: str
@@ -73,12 +75,13 @@ class HubModel:
     what_for: str
     repo: str
     file: str | None
+    pickle: str | None
+    copy_aligns: bool
     architecture: str
     patch: int
     teachers: tuple[str, ...]
     release: Release
     registers: int = 4
-    windows: bool = True
 
     @property
     def bundled(self) -> bool:
@@ -99,14 +102,26 @@ _V4 = ("siglip2-g", "dino_v3", "sam3")
 
 def _hub(
     name: str, params: float, what_for: str, repo: str, architecture: str, teachers: tuple[str, ...], *,
-    file: str | None = None, patch: int = 16, preferred: int = 768, largest: int = 2048, num_global: int = 4,
-    num_windowed: int | None = None, align_corners: bool = False, windows: bool = True,
+    file: str | None = None, pickle: str | None = None, patch: int = 16, preferred: int = 768, largest: int = 2048,
+    num_global: int = 4, num_windowed: int | None = None, copy_aligns: bool = False,
 ) -> HubModel:  # fmt: skip
     licence = OPEN_MODEL if name.startswith("c-radio") else NON_COMMERCIAL
-    release = Release(preferred, largest, num_global, num_windowed, align_corners, licence)
+    release = Release(preferred, largest, num_global, num_windowed, False, licence)
     registers = 7 if teachers is _V4 else 4
     return HubModel(
-        name, licence, params, what_for, repo, file, architecture, patch, teachers, release, registers, windows
+        name,
+        licence,
+        params,
+        what_for,
+        repo,
+        file,
+        pickle or file,
+        copy_aligns,
+        architecture,
+        patch,
+        teachers,
+        release,
+        registers,
     )
 
 
@@ -114,24 +129,32 @@ HUB: dict[str, HubModel] = {
     model.name: model
     for model in (
         _hub("c-radio_v4-h", 652, "NVIDIA's strongest: zero-shot, dense features, SAM3", "nvidia/C-RADIOv4-H",
-             "vit_huge_patch16_224", _V4, preferred=512),
+             "vit_huge_patch16_224", _V4, preferred=512,
+             pickle="c-radio_v4-h_half.pth.tar"),
         _hub("c-radio_v4-so400m", 431, "nearly as good as -h at two thirds of its cost", "nvidia/C-RADIOv4-SO400M",
-             "vit_so400m_patch16_224", _V4, preferred=512),
+             "vit_so400m_patch16_224", _V4, preferred=512,
+             pickle="c-radio_v4-so400m_half.pth.tar"),
         _hub("c-radio_v3-b", 98, "C-RADIO on a small GPU or a CPU", "nvidia/C-RADIOv3-B",
-             "vit_base_patch16_v2_224", _V3, preferred=512, windows=False),
+             "vit_base_patch16_v2_224", _V3, preferred=512,
+             pickle="c-radio_v3-b_half.pth.tar", copy_aligns=True),
         _hub("c-radio_v3-l", 320, "between -b and -h", "nvidia/C-RADIOv3-L",
-             "vit_large_patch16_v2_224", _V3, preferred=512, windows=False),
+             "vit_large_patch16_v2_224", _V3, preferred=512,
+             pickle="c-radio-v3_l_half.pth.tar"),
         _hub("c-radio_v3-h", 652, "CLIP and SAM heads of the C-RADIOv3 set", "nvidia/C-RADIOv3-H",
-             "vit_huge_patch16_224", _V3, preferred=512, windows=False),
+             "vit_huge_patch16_224", _V3, preferred=512,
+             pickle="c-radio_v3-h_half.pth.tar", copy_aligns=True),
         _hub("c-radio_v3-g", 1160, "the largest with a C-RADIO licence", "nvidia/C-RADIOv3-g",
-             "vit_giant_patch16_224", _V3, preferred=512, windows=False),
+             "vit_giant_patch16_224", _V3, preferred=512,
+             pickle="c-radio_v3-g_half.pth.tar"),
         _hub("c-radio_v2-b", 98, "superseded by c-radio_v3-b", "nvidia/C-RADIOv2-B", "vit_base_patch16_224", _V25),
         _hub("c-radio_v2-l", 320, "superseded by c-radio_v3-l", "nvidia/C-RADIOv2-L", "vit_large_patch16_224", _V25),
         _hub("c-radio_v2-h", 652, "superseded by c-radio_v3-h", "nvidia/C-RADIOv2-H", "vit_huge_patch16_224", _V25),
         _hub("c-radio_v2-g", 1160, "superseded by c-radio_v3-g", "nvidia/C-RADIOv2-g",
-             "vit_giant_patch16_224", _V25, num_global=8),
+             "vit_giant_patch16_224", _V25, num_global=8,
+             pickle="c-radio_v2-g_half.pth.tar"),
         _hub("c-radio_v2-vlm-h", 652, "the vision tower of NVIDIA's vision-language models", "nvidia/C-RADIOv2-VLM-H",
-             "vit_huge_patch16_224", _V25, num_global=8),
+             "vit_huge_patch16_224", _V25, num_global=8,
+             pickle="c-radio_v2-vlm-h.pth.tar"),
         _hub("radio_v2.5-b", 98, "research; superseded by c-radio_v3-b", "nvidia/RADIO",
              "vit_base_patch16_224", _V25, file="radio-v2.5-b_half.pth.tar"),
         _hub("radio_v2.5-l", 320, "research; superseded by c-radio_v3-l", "nvidia/RADIO",
@@ -146,7 +169,7 @@ HUB: dict[str, HubModel] = {
              "vit_huge_patch16_224", _V2, file="radio_v2.1_bf16.pth.tar", preferred=432, num_windowed=5),
         _hub("radio_v2", 652, "research; before v2.1", "nvidia/RADIO",
              "vit_huge_patch16_224", _V2, file="radio_v2.pth.tar", preferred=432, num_windowed=5),
-        _hub("radio_v1", 652, "research; the first one", "nvidia/RADIO", "vit_huge_patch14_224", _V2,
+        _hub("radio_v1", 638, "research; the first one", "nvidia/RADIO", "vit_huge_patch14_224", _V2,
              file="radio_v1.pth.tar", patch=14, preferred=378, largest=1050),
         _hub("e-radio_v2", 390, "research; convolutions and windows, for speed", "nvidia/RADIO", "eradio", _V2,
              file="eradio_v2.pth.tar", preferred=512),

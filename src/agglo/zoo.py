@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from agglo.artefact import CONFIG, WEIGHTS, read_json
 from agglo.bundled import verify
 from agglo.checkpoints import radio
 from agglo.checkpoints.hub import fetch_model, push_folder
-from agglo.checkpoints.reading import Checkpoint, verify_sha256
-from agglo.checkpoints.reading import fetch as fetch_files
 from agglo.config import nearest
 from agglo.model import Model
 from agglo.releases import HUB, RELEASED, HubModel, ReleasedModel
 from agglo.types import AssetError, ConfigError
+from agglo.weights.reading import Checkpoint, verify_sha256
+from agglo.weights.reading import fetch as fetch_files
 
 DEFAULT = "agglo-lite"
 """The model that ``embed``, ``search`` and ``view`` use unless told otherwise."""
@@ -35,7 +36,7 @@ def load(
     name_or_path: str | Path = DEFAULT,
     *,
     heads: Iterable[str] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     compile: bool = False,
     window: int | None = None,
@@ -53,28 +54,32 @@ def load(
             transformers' ``RadioModel``, timm); an official ``.pth.tar``; or ``"owner/name"`` on the Hugging Face hub.
         heads: the teachers whose heads are wanted, ``"all"`` for all, ``"text"`` for those that speak a text tower's
             language. None: all of a model of ours; none of an official checkpoint, where they are large.
-        dtype: of weights and arithmetic.
+        dtype: of weights and arithmetic: float32, bfloat16 or float16.
         device: where to.
         compile: compile the student with ``torch.compile``; the first call at a new size takes long.
         window: side, in patches, of the windows that most blocks look through (ViTDet); also per call.
-        align_corners: how the position table is resized, where the released code of a generation differs (models before
-            July 2025, and the Hugging Face copies of C-RADIOv3-B and -H, have True).
+        align_corners: how the position table is resized. torch.hub's code has had False since July 2025, and so has a
+            model loaded by its version name; the copies of the code in the repositories of C-RADIOv3-B and -H have
+            True, and so has a model loaded by repository or from a folder of one.
         neck: ``decoder`` or ``encoder`` of a RADIO1D model.
         num_tokens: how many one-dimensional tokens a RADIO1D model keeps.
         revision: branch, tag or commit on the hub.
-        sha256: what the weights file must have; checked before anything is read.
+        sha256: what the one weights file must have; checked before anything is read.
 
     Raises:
         ConfigError: no such model, head or option; the message offers the nearest names.
         AssetError: files are missing, damaged or of another architecture; says which to fetch and where to put them.
     """
+    dtype, device = _dtype(dtype), _device(device)
     options = {"window": window, "align_corners": align_corners, "neck": neck, "num_tokens": num_tokens}
     path, entry = _find(name_or_path, revision)
     if sha256 is not None:
-        verify_sha256(path / WEIGHTS if path.is_dir() else path, sha256)
+        verify_sha256(path / WEIGHTS if path.is_dir() else path, sha256.lower())
     model = _read(path, entry, heads, dtype, device, options)
     if compile:
-        model.student.compile()
+        # Block by block: one graph serves all, and lists and intermediates run through it too.
+        for part in getattr(model.student, "blocks", None) or [model.student]:
+            part.compile()
     return model
 
 
@@ -93,22 +98,18 @@ def _read(
     entry: HubModel | None,
     heads: Iterable[str] | None,
     dtype: torch.dtype,
-    device: str | torch.device,
+    device: torch.device,
     options: dict[str, Any],
 ) -> Model:
     config = read_json(path / CONFIG) if path.is_dir() else {}
+    by_name = entry is not None
+    entry = entry or HUB.get(str(config.get("version", "")).lower())
     given = {key: value for key, value in options.items() if value is not None}
     if "format" in config:
-        model = Model.load(path, heads=None if heads in ("all", "text") else heads)
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)}: only released models of NVIDIA take these when loaded; pass window= per call"
-            )
-        model.to(device, dtype)
-        return model
+        return Model.load(path, heads=heads, student=given, dtype=dtype, device=device)
     checkpoint = read_checkpoint(path)
     if path.is_file() or radio.is_official(config):
-        release = entry.release if entry else None
+        release = _release(entry, copied=path.is_dir() and not by_name)
         return radio.from_checkpoint(checkpoint, heads=heads, release=release, dtype=dtype, device=device, **given)
     from agglo.checkpoints import timm, transformers
 
@@ -119,6 +120,32 @@ def _read(
     raise ConfigError(
         f"{path / CONFIG} is of no layout known here: ours, NVIDIA's, transformers' RadioModel, or timm's"
     )
+
+
+def _release(entry: HubModel | None, *, copied: bool) -> radio.Release | None:
+    """What is known of a release; ``copied``: it is to behave as the code copied into its repository does."""
+    if entry is None:
+        return None
+    return replace(entry.release, align_corners=True) if copied and entry.copy_aligns else entry.release
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype: float32, bfloat16 or float16, got {dtype}")
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or not any(name.startswith(str(found)) for name in there):
+        raise ConfigError(f"device: no {device!r} here; there are: {', '.join(there)}")
+    return found
 
 
 def _without_heads(heads: Iterable[str] | None, path: Path) -> None:
@@ -136,8 +163,9 @@ def _find(name_or_path: str | Path, revision: str | None) -> tuple[Path, HubMode
         return _verified(RELEASED[text]), None
     path = Path(name_or_path).expanduser()
     if path.exists():
-        return _folder_or_file(path), _by_file(path)
-    entry = HUB.get(text.lower()) or next((m for m in HUB.values() if m.repo == text and m.file is None), None)
+        found = _folder_or_file(path)
+        return found, _by_file(found)
+    entry = HUB.get(text.lower())
     if entry is not None and entry.file is not None:
         return fetch_files(entry.repo, [entry.file], revision) / entry.file, entry
     if entry is not None:
@@ -149,7 +177,7 @@ def _find(name_or_path: str | Path, revision: str | None) -> tuple[Path, HubMode
 
 def _by_file(path: Path) -> HubModel | None:
     """The release that a local pickle is, by its file name."""
-    return next((model for model in HUB.values() if model.file == path.name), None)
+    return next((model for model in HUB.values() if model.pickle == path.name), None)
 
 
 def _folder_or_file(path: Path) -> Path:
@@ -165,6 +193,9 @@ def _folder_or_file(path: Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors*")):
             return folder
+    pickles = [entry for entry in path.iterdir() if entry.suffix in radio.PICKLES]
+    if len(pickles) == 1:
+        return pickles[0]
     if (path / "recipe.yaml").is_file():
         raise ConfigError(
             f"{path} is a run that is not finished: "

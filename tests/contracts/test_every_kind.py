@@ -72,13 +72,50 @@ def test_text_towers_give_unit_vectors_in_order(kind: str, tmp_path: Path) -> No
     assert tower.encode([]).shape == (0, tower.width)
 
 
+def balancer_options(kind: str) -> dict[str, Any]:
+    return {"kind": kind, **({"points": {"a": [[0, 1], [1, 0.5]]}} if kind == "schedule" else {})}
+
+
 @pytest.mark.parametrize("kind", kinds("balancers", installed=False))
 def test_balancers_weigh_what_was_announced(kind: str) -> None:
-    balancer = build("balancers", {"kind": kind}, {"a/summary": 2.0, "b/spatial": 1.0})
-    terms = {"a/summary": torch.tensor(3.0), "b/spatial": torch.tensor(4.0)}
-    assert balancer(terms).shape == ()
-    with pytest.raises(KeyError):
-        balancer({"c/summary": torch.tensor(1.0)})
+    weights = {"a/summary": 2.0, "b/spatial": 1.0, "c/summary": 0.0}
+    balancer = build("balancers", balancer_options(kind), weights)
+    terms = {"a/summary": torch.tensor(3.0), "b/spatial": torch.tensor(4.0), "c/summary": torch.tensor(float("nan"))}
+    terms = {name: term.requires_grad_() for name, term in terms.items()}
+    total = balancer(terms)
+    assert total.shape == () and bool(total.isfinite())
+    total.backward()
+    assert terms["c/summary"].grad is None
+    for step in range(4):
+        assert bool(balancer(terms, step=step, total=4).isfinite())
+    with pytest.raises(KeyError, match="did you mean 'a/summary'"):
+        balancer({"a/sumary": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("kind", kinds("balancers", installed=False))
+def test_balancers_state_round_trips(kind: str) -> None:
+    weights = {"a/summary": 2.0, "b/spatial": 1.0, "mesa": 0.5}
+    one, other = (build("balancers", balancer_options(kind), weights) for _ in range(2))
+
+    def terms(step: int) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor(1.0 + index / (step + 1)) for index, name in enumerate(weights)}
+
+    for step in range(3):
+        one(terms(step), step=step, total=6)
+    other.load_state_dict(one.state_dict())
+    for step in range(3, 6):
+        assert torch.equal(one(terms(step), step=step, total=6), other(terms(step), step=step, total=6))
+
+
+@pytest.mark.parametrize("kind", kinds("balancers", installed=False))
+def test_balancers_never_wait_for_the_device(kind: str) -> None:
+    """A meta tensor has no value, so whatever would fetch one to the host fails."""
+    balancer = build("balancers", balancer_options(kind), {"a/summary": 2.0, "b/spatial": 1.0}).to("meta")
+    terms = {"a/summary": torch.tensor(3.0, device="meta"), "b/spatial": torch.tensor(4.0, device="meta")}
+    per_image = {name: torch.ones(5, device="meta") for name in terms}
+    for step in range(3):
+        assert balancer(terms, step=step, total=3, per_image=per_image).device.type == "meta"
+        assert balancer({"b/spatial": terms["b/spatial"]}, step=step, total=3).shape == ()
 
 
 @pytest.mark.parametrize("kind", kinds("sources", installed=False))

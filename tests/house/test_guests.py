@@ -23,7 +23,7 @@ HOSTS: dict[str, set[str]] = {
     "pandas": set(),
     "matplotlib": set(),
     "mitsuba": set(),  # only benchmarks/scenes renders
-    "huggingface_hub": {"teachers/_backbone.py", "text/siglip2.py", "checkpoints/_fetch.py", "checkpoints/hub.py"},
+    "huggingface_hub": {"teachers/_backbone.py", "text/siglip2.py", "weights/_fetch.py", "checkpoints/hub.py"},
 }
 """Guest → the files that may import it, always inside a function."""
 

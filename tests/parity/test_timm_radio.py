@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 
 import agglo
 from agglo.checkpoints import radio
-from agglo.checkpoints.reading import Checkpoint, read_folder
 from agglo.checkpoints.timm import from_timm, is_timm
 from agglo.checkpoints.transformers import is_native
 from agglo.config import build
 from agglo.exports.timm import ARCHITECTURES, OTHERS
 from agglo.model import Model
 from agglo.types import AssetError, ConfigError
+from agglo.weights.reading import Checkpoint, read_folder
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 if not timm.is_model("naflexvit_huge_patch16_radio_v4"):

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 
 import agglo
 from agglo.checkpoints import radio
-from agglo.checkpoints.reading import Checkpoint, read_folder
 from agglo.checkpoints.transformers import from_native, is_native
 from agglo.config import build
 from agglo.heads._pair import HeadConfig
 from agglo.model import Model
 from agglo.types import AssetError, ConfigError, StorageError
+from agglo.weights.reading import Checkpoint, read_folder
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 if not hasattr(transformers, "RadioModel"):

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from agglo.checkpoints import _tensors
-from agglo.checkpoints.reading import (
+from agglo.types import AssetError
+from agglo.weights import _tensors
+from agglo.weights.reading import (
     Renamed,
     assign,
     fetch,
@@ -25,7 +26,6 @@ from agglo.checkpoints.reading import (
     read_safetensors,
     verify_sha256,
 )
-from agglo.types import AssetError
 
 STATE = {"base_model.a": torch.arange(12.0).reshape(3, 4), "base_model.b": torch.ones(5, dtype=torch.float16)}
 ZIP = pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
@@ -574,7 +574,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from agglo.checkpoints.reading import Renamed, assign, read_hub, read_safetensors
+from agglo.weights.reading import Renamed, assign, read_hub, read_safetensors
 
 def peak():  # of this program alone; getrusage would count what its parent had in memory before it started this one
     status = Path("/proc/self/status").read_text()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import agglo
 from agglo.model import HeadConfig, Model
 from agglo.preprocess import Conditioner
 
@@ -147,3 +148,54 @@ def test_heads_are_chosen_and_dropped(model: Model, tmp_path: Path) -> None:
     assert list(small(images).heads) == ["c"]
     torch.testing.assert_close(small(images).summary, whole.summary)
     assert Model.load(small.save(tmp_path / "small")).summary_slots == model.summary_slots == [0, 2]
+
+
+def test_a_list_holds_single_images() -> None:
+    """Whatever the student: a batch in a list would give other images' features."""
+    for student in (STUDENT, {"kind": "hybrid"}, {"kind": "vit_1d"}):
+        made = Model(student, {}).eval()
+        with pytest.raises(ValueError, match=r"images\[1\]: is a batch of 2"):
+            made([torch.rand(1, 3, 64, 64), torch.rand(2, 3, 64, 64)])
+
+
+@torch.no_grad()
+def test_settings_travel_with_a_saved_model(model: Model, tmp_path: Path) -> None:
+    images = torch.rand(1, 3, 64, 64)
+    model.student.window = 2
+    again = Model.load(model.save(tmp_path / "windowed"))
+    assert torch.equal(again(images).spatial, model(images).spatial)
+    one = Model({"kind": "vit_1d"}, {}).eval()
+    one.student.num_tokens = 3
+    assert torch.equal(Model.load(one.save(tmp_path / "short"))(images).spatial, one(images).spatial)
+    hybrid = Model({"kind": "hybrid"}, {}).eval()
+    hybrid.student.change_window(2)
+    with pytest.raises(ValueError, match=r"save before student\.change_window"):
+        hybrid.save(tmp_path / "hybrid")
+    model.take_conditioner()
+    with pytest.raises(ValueError, match="conditioner was taken"):
+        model.save(tmp_path / "bare")
+    assert not (tmp_path / "bare").exists()
+
+
+def test_misspelt_options_are_named(model: Model) -> None:
+    images = torch.rand(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="alpha: 'zzz' is none of post-alpha, pre-alpha, none"):
+        model.intermediates(images, 1, alpha="zzz")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="aggregation: 'dens'"):
+        model.intermediates(images, 1, aggregation="dens")  # type: ignore[arg-type]
+    assert len(model.intermediates(images, np.int64(2))) == 2  # type: ignore[arg-type]
+    for window in (-1, 1, 2.0, True):
+        with pytest.raises(ValueError, match="window: 0 for none"):
+            model(images, window=window)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_compiled_it_is_the_same_everywhere(model: Model, tmp_path: Path) -> None:
+    """Compilation is switched off inside, so that what is tested is the wiring: every path calls the blocks."""
+    folder = model.save(tmp_path / "model")
+    with torch.compiler.set_stance("force_eager"):
+        compiled = agglo.load(folder, compile=True)
+        images = torch.rand(1, 3, 32, 48)
+        assert all(block._compiled_call_impl is not None for block in compiled.student.blocks)
+        assert torch.equal(compiled(images).spatial, model(images).spatial)
+        assert torch.equal(compiled([images])[0].spatial, compiled(images).spatial)

@@ -261,6 +261,9 @@ def test_a_stop_in_the_prepass_resumes_from_the_beginning(
         ("targets.normalizer.kind=identity", "losses.summary.kind=cosine", "losses.spatial.kind=smooth_l1"),
         ("targets.normalizer.kind=standard", "losses.summary.kind=mse", "train.head_steps=2"),
         ("data.views.shift=0.8", "losses.mesa={kind: se_mesa, start: 1, ramp: 2}", "train.windows=[2, 3]"),
+        ("balancer.kind=uncertainty", "targets.normalizer.kind=global_standard"),
+        ("balancer={kind: dwa, every: 1}", "losses.spatial.kind=am_radio"),
+        ("balancer.kind=adaloss", "targets.normalizer.kind=whiten", "targets.estimate_images=32"),
     ],
 )  # fmt: skip
 def test_every_ingredient_trains_and_resumes(data: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """The artefact: any size in, a folder out, nothing lost on the way."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def test_each_summary_head_reads_its_own_class_token(model: Model) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("size", [(1, 1), (7, 200), (33, 31), (64, 64), (250, 130)])
 def test_any_size_goes_in(model: Model, size: tuple[int, int]) -> None:
-    out = model(torch.rand(1, 3, *size))
+    small = pytest.warns(UserWarning, match="below one patch") if min(size) < 16 else contextlib.nullcontext()
+    with small:
+        out = model(torch.rand(1, 3, *size))
     assert out.spatial.shape[-2:] == tuple(max(1, round(side / 16)) for side in size)
     assert torch.isfinite(out.summary).all()
 
@@ -98,7 +101,7 @@ def test_damaged_folders_are_refused(model: Model, tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(AssetError, match="damaged"):
+    with pytest.raises(AssetError, match=r"truncated|damaged"):
         Model.load(folder)
     weights.write_bytes(whole)
     config = json.loads((folder / "config.json").read_text())
@@ -111,7 +114,7 @@ def test_damaged_folders_are_refused(model: Model, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             Model.load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"student": config["student"] | {"depth": 3}}))
-    with pytest.raises(AssetError, match="another model"):
+    with pytest.raises(AssetError, match=r"another architecture|missing"):
         Model.load(folder)
 
 

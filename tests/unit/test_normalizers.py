@@ -1,4 +1,4 @@
-"""The three normalizers: closed forms, PHI-S's promises, the pre-pass protocol and the fold into a head."""
+"""The normalizers: closed forms, PHI-S's promises, the pre-pass protocol and the fold into a head."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from torch import Tensor, nn
 
 from agglo.nn.linalg import equalise_variance, hadamard, isotropic_rotation
 from agglo.normalizers._affine import AffineNormalizer
+from agglo.normalizers.global_standard import GlobalStandard
 from agglo.normalizers.identity import Identity
 from agglo.normalizers.phi_s import PhiS
 from agglo.normalizers.standard import Standard
+from agglo.normalizers.whiten import Whiten
 
-KINDS = [Identity, Standard, PhiS]
+FITTED = [GlobalStandard, Standard, PhiS, Whiten]
+KINDS = [Identity, *FITTED]
+ROTATIONS = ["pca", "zca", "hadamard"]
+
+# Many orders here have no Hadamard matrix, and some features fewer positions than channels; both are tested below.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:no Hadamard matrix:UserWarning"),
+    pytest.mark.filterwarnings("ignore:the covariance of:UserWarning"),
+]
 
 
 def _features(channels: int, rank: int | None = None, seed: int = 0, batch: int = 6, size: int = 7) -> Tensor:
@@ -117,6 +127,110 @@ def test_identity_is_frozen_from_the_start() -> None:
         normalizer.update(y)
 
 
+def test_global_standard_is_two_numbers() -> None:
+    y = _features(6)
+    rows = _rows(y)
+    mean = rows.mean()
+    sigma = np.sqrt(rows.var(0, ddof=1).mean() + rows.mean(0).var())
+    np.testing.assert_allclose(sigma, rows.std(), rtol=2e-3)  # up to n - 1 for n
+    normalizer = _fitted(GlobalStandard, y)
+    np.testing.assert_allclose(_rows(normalizer(y)), (rows - mean) / sigma, atol=2e-5)
+    assert len(normalizer.mean.unique()) == 1
+    np.testing.assert_allclose(normalizer.unwhiten, sigma * np.eye(6), rtol=1e-5)
+
+
+def _whitener(y: Tensor, rotation: str, floor: float = 1e-4) -> Whiten:
+    normalizer = Whiten(y.shape[1], rotation=rotation, floor=floor)  # type: ignore[arg-type]
+    normalizer.update(y)
+    normalizer.freeze()
+    return normalizer
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("channels", [1, 5, 12])
+def test_whitening_gives_the_identity_covariance(rotation: str, channels: int) -> None:
+    y = _features(channels)
+    normalizer = _whitener(y, rotation, floor=1e-9)
+    covariance = np.cov(_rows(normalizer(y)).T).reshape(channels, channels)
+    np.testing.assert_allclose(covariance, np.eye(channels), atol=2e-3)
+    np.testing.assert_allclose(_rows(normalizer.inverse(normalizer(y))), _rows(y), atol=2e-3)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_whitening_equals_the_formula(rotation: str) -> None:
+    y = _features(12)
+    values, vectors = np.linalg.eigh(np.cov(_rows(y).T))
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(12)])
+    values = np.maximum(values, 1e-4 * values.mean())
+    turn = {"pca": np.eye(12), "zca": vectors, "hadamard": hadamard(12).numpy()}[rotation]
+    normalizer = _whitener(y, rotation)
+    np.testing.assert_allclose(normalizer.whiten, turn @ np.diag(values**-0.5) @ vectors.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(normalizer.unwhiten, vectors @ np.diag(values**0.5) @ turn.T, rtol=1e-4, atol=1e-5)
+
+
+def test_whitenings_differ_by_a_rotation_and_zca_is_symmetric() -> None:
+    y = _features(12)
+    pca, zca, hca = (_whitener(y, rotation).whiten.double().numpy() for rotation in ROTATIONS)
+    np.testing.assert_allclose(zca, zca.T, atol=1e-6)
+    np.testing.assert_allclose(hca, hadamard(12).numpy() @ pca, atol=1e-5)
+    np.testing.assert_allclose(zca.T @ zca, pca.T @ pca, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("channels", [9, 12])
+def test_the_floor_bounds_the_gain_where_rank_is_missing(rotation: str, channels: int) -> None:
+    y = _features(channels, rank=3)
+    mean = np.trace(np.cov(_rows(y).T)) / channels
+    normalizer = _whitener(y, rotation, floor=1e-2)
+    whiten = normalizer.whiten.double().numpy()
+    np.testing.assert_allclose(np.linalg.norm(whiten, 2), 10 / np.sqrt(mean), rtol=1e-4)
+    np.testing.assert_allclose(whiten @ normalizer.unwhiten.double().numpy(), np.eye(channels), atol=1e-5)
+    np.testing.assert_allclose(np.trace(np.cov(_rows(normalizer(y)).T)), 3, atol=0.7)  # three directions, no noise
+
+
+@pytest.mark.parametrize("channels", [9, 12])
+def test_hadamard_whitening_shares_errors_evenly(channels: int) -> None:
+    columns = np.square(_whitener(_features(channels), "hadamard").unwhiten.double().numpy()).sum(0)
+    np.testing.assert_allclose(columns, columns.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("floor", [0.0, -1.0, 1.5, float("nan")])
+def test_floors_out_of_range_are_refused(floor: float) -> None:
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        Whiten(4, floor=floor)
+
+
+def test_whitening_says_how_many_positions_it_needs() -> None:
+    short, enough = Whiten(12), Whiten(12)
+    short.update(_features(12)[:1, :, :3, :4])
+    with pytest.raises(ValueError, match=r"12 positions.* 13 are needed.*estimate_images"):
+        short.freeze()
+    assert not bool(short.frozen)
+    short.update(_features(12)[1:])  # the statistics are still there
+    short.freeze()
+    enough.update(_features(13)[:1, :12, :1, :7])
+    enough.update(_features(13)[1:, :12, :1, :1])
+    enough.update(_features(13)[1:2, :12, 1:2, :1])
+    enough.freeze()
+
+
+def test_phi_s_only_warns_of_few_positions() -> None:
+    y, normalizer = _features(12)[:1, :, :3, :4], PhiS(12)
+    normalizer.update(y)
+    with pytest.warns(UserWarning, match=r"13 are needed.*estimate_images"):
+        normalizer.freeze()
+    np.testing.assert_allclose(_rows(normalizer(y)).var(0, ddof=1), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PhiS, lambda channels: Whiten(channels, rotation="hadamard")])
+def test_the_fallback_without_a_hadamard_matrix_is_said_once(kind: type[AffineNormalizer]) -> None:
+    y = _features(9)
+    with pytest.warns(UserWarning, match="no Hadamard matrix of order 9: .* used instead") as said:
+        normalizer = _fitted(kind, y)
+    assert len(said) == 1 and said[0].filename == __file__
+    normalizer.inverse(normalizer(y))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [5, 12])
 def test_inverse_undoes_forward_and_buffers_tell_the_same_story(kind: type[AffineNormalizer], channels: int) -> None:
@@ -129,7 +243,7 @@ def test_inverse_undoes_forward_and_buffers_tell_the_same_story(kind: type[Affin
     np.testing.assert_allclose(normalizer.whiten @ normalizer.unwhiten, np.eye(channels), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Standard, PhiS])
+@pytest.mark.parametrize("kind", FITTED)
 def test_streaming_and_masks(kind: type[AffineNormalizer]) -> None:
     y = _features(12, batch=8)
     mask = torch.rand(8, 1, 7, 7, generator=torch.Generator().manual_seed(0)) > 0.3
@@ -142,7 +256,7 @@ def test_streaming_and_masks(kind: type[AffineNormalizer]) -> None:
         parts.update(poisoned[start:stop], mask[start:stop])
     whole.freeze()
     parts.freeze()
-    np.testing.assert_allclose(parts.mean, rows.double().mean(0), rtol=1e-5)
+    np.testing.assert_allclose(parts.mean, parts.centre(rows.double().mean(0)), rtol=1e-5)
     np.testing.assert_allclose(parts.whiten, whole.whiten, atol=1e-6)
 
 
@@ -177,7 +291,7 @@ def test_state_round_trip(kind: type[AffineNormalizer]) -> None:
         fitted(y)
 
 
-@pytest.mark.parametrize("kind", [Standard, PhiS])
+@pytest.mark.parametrize("kind", FITTED)
 def test_protocol(kind: type[AffineNormalizer]) -> None:
     y = _features(4)
     normalizer = kind(4)
@@ -199,7 +313,7 @@ def test_protocol(kind: type[AffineNormalizer]) -> None:
         normalizer.update(y)
 
 
-@pytest.mark.parametrize("kind", [Standard, PhiS])
+@pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("value", [0.0, 0.1, -1234.5])
 def test_features_without_variance_are_an_error(kind: type[AffineNormalizer], value: float) -> None:
     normalizer = kind(3)
@@ -217,6 +331,19 @@ def test_shapes_are_checked(kind: type[AffineNormalizer]) -> None:
         normalizer(torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match="positive"):
         kind(0)
+
+
+@pytest.mark.parametrize("kind", FITTED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_is_caught_and_leaves_no_trace(kind: type[AffineNormalizer], bad: float) -> None:
+    y = _features(4)
+    broken, normalizer = y.clone(), kind(4)
+    broken[3, 1, 2, 5] = bad
+    normalizer.update(y)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        normalizer.update(broken)
+    normalizer.freeze()
+    assert torch.equal(normalizer.whiten, _fitted(kind, y).whiten)
 
 
 def test_mask_shape_and_finiteness_are_checked() -> None:

@@ -180,8 +180,8 @@ def test_conditioner():
     expected = (x.double().numpy() - np.reshape([0.5, 0.4, 0.3], (3, 1, 1))) / np.reshape([0.1, 0.2, 0.25], (3, 1, 1))
     np.testing.assert_allclose(conditioner(x).numpy(), expected, atol=1e-5)
     assert {k: tuple(v.shape) for k, v in conditioner.state_dict().items()} == {
-        "mean": (1, 3, 1, 1),
-        "std": (1, 3, 1, 1),
+        "mean": (3, 1, 1),
+        "std": (3, 1, 1),
     }
     with pytest.raises(ValueError, match="three"):
         Conditioner((0.5,), (0.5,))

@@ -1,6 +1,7 @@
 """Official checkpoints made here, from random weights: all layouts give one model, and wrong ones say what is wrong."""
 
 import argparse
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ from torch import Tensor
 
 import agglo
 from agglo.checkpoints.radio import available_heads, from_checkpoint, read
-from agglo.checkpoints.reading import Checkpoint
 from agglo.types import AssetError, ConfigError
+from agglo.weights.reading import Checkpoint
 
 WIDTH, DEPTH, HIDDEN = 32, 4, 48
 TEACHERS = [
@@ -265,7 +266,8 @@ def test_pixels_that_are_wrong(pickle: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(bytes_)  # said once
-        assert model(torch.rand(1, 3, 5, 9)).spatial.shape[-2:] == (1, 1)  # less than a patch: one patch
+        with pytest.warns(UserWarning, match="below one patch are stretched to its 16"):
+            assert model(torch.rand(1, 3, 5, 9)).spatial.shape[-2:] == (1, 1)
     with pytest.raises(ValueError, match="nearest legal height: 16"):
         model(torch.rand(1, 3, 5, 16), resize=False)
 
@@ -274,3 +276,69 @@ def test_larger_than_it_was_made_for_runs_and_says_so(folder: Path) -> None:
     model = agglo.load(folder)
     with torch.inference_mode(), pytest.warns(UserWarning, match="larger than the 1024 pixels"):
         assert model(torch.rand(1, 3, 32, 1040)).spatial.shape[-1] == 65
+
+
+def test_a_local_copy_of_a_release_keeps_its_facts(state: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    """By the pickle's name, or the version in config.json."""
+    giant = tmp_path / "c-radio_v2-g_half.pth.tar"
+    torch.save({"state_dict": state, "args": argparse.Namespace(**ARGS)}, giant)
+    assert agglo.load(giant).student_config["num_global"] == 8
+    assert agglo.load(giant).provenance["license"] == "NVIDIA Open Model License"
+    assert agglo.load(tmp_path).student_config["num_global"] == 8  # the only pickle of a folder
+    copies = {
+        "c-radio_v2-g": (8, False),
+        "c-radio_v3-b": (4, True),
+        "c-radio_v3-l": (4, False),
+        "unheard-of": (4, False),
+    }
+    for version, expected in copies.items():
+        copy = tmp_path / version
+        copy.mkdir()
+        (copy / "model.safetensors").symlink_to(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"version": version}))
+        found = agglo.load(copy).student_config
+        assert (found["num_global"], found["align_corners"]) == expected
+        assert agglo.load(copy, align_corners=False).student_config["align_corners"] is False
+
+
+def test_damaged_args_are_an_error_with_the_source(state: dict[str, Tensor]) -> None:
+    tableless = {k: v for k, v in state.items() if not k.endswith("pos_embed")}
+    with pytest.raises(AssetError, match=r"changed: .*patch_generator\.pos_embed"):
+        from_checkpoint(changed(tableless))
+    for teachers in ([{"type": "generic"}], ["siglip2-g"]):
+        with pytest.raises(AssetError, match="changed: its args or tensors"):
+            from_checkpoint(changed(state, teachers=teachers))
+    with pytest.raises(AssetError, match="changed: its args or tensors"):
+        from_checkpoint(changed({**state, "base_model.blocks.x.y": torch.ones(1)}))
+
+
+def test_other_pickle_protocols_are_told_apart(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"state_dict": state, "args": argparse.Namespace(**ARGS)}, tmp_path / "new.pth.tar", pickle_protocol=4)
+    with pytest.raises(AssetError, match="a pickle protocol that torch's safe reader does not know"):
+        agglo.load(tmp_path / "new.pth.tar")
+
+
+def test_precision_and_device_are_checked_first(pickle: Path, folder: Path) -> None:
+    assert next(agglo.load(pickle, dtype="bfloat16").parameters()).dtype == torch.bfloat16
+    for dtype in (torch.int8, "double", "bf17"):
+        with pytest.raises(ConfigError, match="dtype: float32, bfloat16 or float16"):
+            agglo.load(pickle, dtype=dtype)
+    for device in ("gpu", "cuda:99", "xpu"):
+        with pytest.raises(ConfigError, match="there are: cpu"):
+            agglo.load(pickle, device=device)
+    for window in (-3, 1):
+        with pytest.raises(ConfigError, match="window: 0 for none"):
+            agglo.load(pickle, window=window)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert agglo.load(folder, sha256=digest.upper())
+    with pytest.raises(AssetError, match=r"sha256|corrupt"):
+        agglo.load(folder, sha256="0" * 64)
+
+
+def test_our_own_models_take_options_too(pickle: Path, tmp_path: Path) -> None:
+    ours = agglo.load(pickle, heads="all").save(tmp_path / "ours")
+    assert agglo.load(ours, window=2).step() == 32
+    assert list(agglo.load(ours, heads="text").heads) == ["siglip2-g"]
+    with pytest.raises(ConfigError, match="neck"):
+        agglo.load(ours, neck="decoder")

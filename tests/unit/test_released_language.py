@@ -44,7 +44,9 @@ def test_images_and_sentences_meet(speaking: Path) -> None:
     assert image.shape == (2, TEXT_WIDTH)
     assert text.shape == (2, TEXT_WIDTH)
     torch.testing.assert_close(text, F.normalize(text, dim=-1))
-    assert torch.equal(text, model.encode_text(["a photo of a cat", "snow"]))  # SigLIP2 reads lower case, no punctuation
+    assert torch.equal(
+        text, model.encode_text(["a photo of a cat", "snow"])
+    )  # SigLIP2 reads lower case, no punctuation
     with pytest.raises(TypeError, match="no text tower"):
         agglo.load(speaking).encode_text(["a cat"])
 

@@ -11,12 +11,27 @@ from torch import Tensor, nn
 class Balancer(nn.Module, ABC):
     """Combines named loss terms. A kind's constructor takes ``weights`` positionally: term name to recipe weight.
 
-    Terms are named ``<teacher>/summary`` and ``<teacher>/spatial``.
+    Terms are named ``<teacher>/summary`` and ``<teacher>/spatial``; those of no teacher have a name without a slash
+    (``mesa``). What a kind learns or remembers lies in parameters and buffers, so a run's state holds it; parameters
+    must reach the optimizer. In eval mode nothing is remembered and nothing is random. No kind waits for the device.
     """
 
     @abstractmethod
-    def forward(self, terms: Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self,
+        terms: Mapping[str, Tensor],
+        *,
+        step: int = 0,
+        total: int = 1,
+        per_image: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """The scalar to minimise.
+
+        Args:
+            terms: term name to a scalar; announced terms may be absent.
+            step: of the schedule, from 0.
+            total: steps of the schedule.
+            per_image: the same terms before their mean over the batch, ``(B,)`` each; kinds that weigh images use it.
 
         Raises:
             KeyError: a term that was not announced in ``weights``.

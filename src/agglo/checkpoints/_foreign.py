@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.checkpoints.reading import Checkpoint, assign
 from agglo.config import nearest
 from agglo.model import Model
 from agglo.types import ConfigError
+from agglo.weights.reading import Checkpoint, assign
 
 NOTES = "agglo"
 """The key of a foreign ``config.json`` under which our exports keep what the foreign layout cannot say."""
@@ -65,7 +65,7 @@ def build(
         preferred_size: in pixels, used where the notes hold none.
         licence: of the weights, used where the notes hold none.
         given: options of the student that the caller chose; see :func:`chosen`.
-        dtype, device: as for :func:`agglo.checkpoints.reading.assign`.
+        dtype, device: as for :func:`agglo.weights.reading.assign`.
     """
     left = notes(checkpoint.config)
     kept = {key: left[key] for key in KEPT if key in left}

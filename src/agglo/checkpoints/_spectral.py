@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.checkpoints._tensors import LazyTensors, Renamed
+from agglo.weights._tensors import LazyTensors, Renamed
 
 MARK = ".parametrizations.weight."
 FLOOR = 0.05

@@ -75,7 +75,7 @@ class Trunk:
     derived: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = field(default_factory=dict)
 
 
-def published(model: str, patch: int, registers: int) -> dict[str, Any]:
+def published(model: str, patch: int, registers: int, largest: int) -> dict[str, Any]:
     """The student that a release is published to be, for those who have not downloaded it: ``{kind, **keys}``."""
     if model in VARIANTS:
         return {"kind": "hybrid", **VARIANTS[model]}
@@ -83,7 +83,7 @@ def published(model: str, patch: int, registers: int) -> dict[str, Any]:
     return {
         "kind": "vit", "width": size.width, "depth": size.depth, "heads": size.heads, "mlp_hidden": size.hidden,
         "layer_scale": size.layer_scale, "mlp_norm": size.mlp_norm, "mlp": "swiglu" if "_g_" in model else "gelu",
-        "patch": patch, "max_grid": 146 if dino else 2048 // patch, "registers": registers,
+        "patch": patch, "max_grid": 146 if dino else largest // patch, "registers": registers,
         "patch_bias": dino, "final_norm": dino,
     }  # fmt: skip
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 
 from agglo.artefact import CARD, CONFIG, WEIGHTS, read_json
-from agglo.checkpoints.reading import fetch
 from agglo.types import AssetError, ConfigError
+from agglo.weights.reading import fetch
 
 INDEX = f"{WEIGHTS}.index.json"
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from agglo.checkpoints._spectral import materialized
 from agglo.checkpoints._trunks import Trunk, recognize
-from agglo.checkpoints.reading import Checkpoint, Renamed, assign, read_folder, read_hub, read_safetensors
 from agglo.config import nearest
 from agglo.heads._official import read_head
 from agglo.heads._pair import HeadConfig
 from agglo.model import Model
-from agglo.types import AssetError, ConfigError
+from agglo.types import AggloError, AssetError, ConfigError
+from agglo.weights.reading import Checkpoint, Renamed, assign, read_folder, read_hub, read_safetensors
 
 PICKLES = (".tar", ".pth", ".pt", ".bin", ".ckpt")
 OPTIONS = ("window", "align_corners", "num_global", "num_windowed", "neck", "num_tokens")
@@ -97,6 +97,27 @@ def from_checkpoint(
         AssetError: the tensors are those of another architecture; the first ten missing or left over are named.
     """
     args = _args(checkpoint)
+    try:
+        return _from_checkpoint(checkpoint, args, heads, release, dtype, device, fill, student)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, AggloError):
+            raise
+        raise AssetError(
+            f"{checkpoint.source}: its args or tensors are not those of a RADIO release "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _from_checkpoint(
+    checkpoint: Checkpoint,
+    args: Mapping[str, Any],
+    heads: Iterable[str] | None,
+    release: Release | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    fill: bool,
+    student: Mapping[str, Any],
+) -> Model:
     release = release or _release(checkpoint.config)
     canonical = Renamed(checkpoint.tensors, _canonical)
     # An average is saved with its reparametrisations undone; materialising is then a matter of nothing.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from agglo.checkpoints._foreign import build, notes
-from agglo.checkpoints.reading import Checkpoint, Renamed
 from agglo.model import Model
 from agglo.types import AssetError, ConfigError
+from agglo.weights.reading import Checkpoint, Renamed
 
 _NAME = re.compile(r"(naflexvit|vit)_(\w+?)_patch(\d+)_radio_(v\d+)(\..+)?")
 
@@ -69,7 +69,7 @@ def from_timm(
     is all those that the generation uses.
 
     Args:
-        checkpoint: what :func:`agglo.checkpoints.reading.read_folder` returned.
+        checkpoint: what :func:`agglo.weights.reading.read_folder` returned.
         dtype: of the weights; None: as in the file.
         device: where to.
         student: options of the student to change: ``window``, ``align_corners``, ``num_global``, ``num_windowed``.

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from agglo.checkpoints._foreign import build
 from agglo.checkpoints.radio import is_official
-from agglo.checkpoints.reading import Checkpoint, Renamed
 from agglo.model import Model
 from agglo.nn.blocks import NORM_EPS
 from agglo.types import ConfigError
+from agglo.weights.reading import Checkpoint, Renamed
 
 DEFAULTS: dict[str, Any] = {
     "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_ratio": 4.0, "hidden_act": "gelu",
@@ -69,7 +69,7 @@ def from_native(
     """A folder that ``RadioModel.save_pretrained`` wrote, as a model of ours; it holds no heads.
 
     Args:
-        checkpoint: what :func:`agglo.checkpoints.reading.read_folder` returned.
+        checkpoint: what :func:`agglo.weights.reading.read_folder` returned.
         dtype: of the weights; None: as in the file.
         device: where to.
         student: options of the student to change: ``window``, ``align_corners``, ``num_global``, ``num_windowed``.

@@ -59,13 +59,13 @@ class Packing:
         """One variable-length flash-attention call."""
         offsets = torch.tensor([0, *self.lengths], device=q.device).cumsum(0)
         lo, hi = min(self.lengths), max(self.lengths)
-        several = [
+        q, k, v = (
             torch.nested.nested_tensor_from_jagged(
                 t[0].transpose(0, 1).contiguous(), offsets, min_seqlen=lo, max_seqlen=hi
             ).transpose(1, 2)
             for t in (q, k, v)
-        ]
-        found = F.scaled_dot_product_attention(*several)
+        )
+        found = F.scaled_dot_product_attention(q, k, v)
         return found.transpose(1, 2).values().transpose(0, 1)[None]
 
 

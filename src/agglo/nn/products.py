@@ -1,9 +1,9 @@
-"""Linear layers and attention, with the faster of PyTorch's two float32 matrix libraries on x86 processors.
+"""What a transformer spends its time on, made fast for inference on a CPU: linear layers, attention, GELU.
 
-There PyTorch gives float32 products to MKL, which uses AVX2 on processors that are not Intel's, whatever they have. With
-oneDNN, which PyTorch carries too, the same products take half the time on AMD's AVX-512 processors, in the same
-precision (IEEE float32; sums in another order). It is used for inference only (no gradients, no autocast, no tracing);
-``torch.backends.mkldnn.flags(enabled=False)`` switches it off.
+On x86, PyTorch gives float32 products to MKL, which uses AVX2 on processors that are not Intel's, whatever they have.
+With oneDNN, which PyTorch carries too, the same products take half the time on AMD's AVX-512 processors, in the same
+precision (IEEE float32; sums in another order). ``torch.backends.mkldnn.set_flags(False)`` switches that off.
+Everything here is PyTorch's own operator wherever gradients, autocast, tracing or compilation are about.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-ROWS = 32
-"""Fewer rows than this are not worth oneDNN's set-up."""
+MULTIPLICATIONS = 1 << 22
+"""A smaller product is not worth oneDNN's set-up."""
 
 SCORES = 1 << 17
 """Attention scores a thread must have to compute in one product for a product per head to be worth its set-up."""
@@ -34,18 +34,21 @@ THREADS = 16
 class Linear(nn.Linear):
     """``nn.Linear``, on either library."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C')``."""
-        if x.numel() >= ROWS * self.in_features and _applies(x, self.weight):
-            return _product(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        if _applies(input, self.weight) and input.numel() * self.out_features >= MULTIPLICATIONS:
+            return _product(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` for every head: ``(B, heads, N, d)`` each, to ``(B, heads, N, d)``."""
+    # A trace must not depend on sizes: this comes first.
+    if not _applies(q, k):
+        return F.scaled_dot_product_attention(q, k, v)
     batch, heads, length, width = q.shape
     threads = torch.get_num_threads()
-    if length * length < SCORES * threads or threads > THREADS or not _applies(q, k):
+    if length * length < SCORES * threads or threads > THREADS:
         return F.scaled_dot_product_attention(q, k, v)
     # oneDNN is slow on strided operands.
     q, k, v = (q * width**-0.5).contiguous(), k.contiguous(), v.contiguous()
@@ -61,6 +64,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return found.transpose(1, 2)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU; in the memory of ``x`` where no gradient is wanted, so ``x`` is no longer to be used.
+
+    A tensor of this size is fresh memory from the operating system every time, which costs more than the function.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _traced():
+        return F.gelu(x)
+    return torch.ops.aten.gelu_(x)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias`` by oneDNN, without gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -69,17 +82,21 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _applies(x: Tensor, weight: Tensor) -> bool:
     """Whether a product may go to oneDNN: float32 on the CPU, with nobody watching, and faster there."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and not _traced()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and _held_back()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         # Counters, fake tensors and the like know PyTorch's own operators.
         and _get_current_dispatch_mode() is None
     )
+
+
+def _traced() -> bool:
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (it is in the documentation)
 
 
 @cache

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from agglo.types import ConfigError
+
 USUAL = range(2, 65)
 """Window sides, in patches, that errors offer."""
 
@@ -24,6 +26,18 @@ def windowed_blocks(depth: int, *, num_windowed: int | None = None, num_global: 
     """
     period = num_windowed + 1 if num_windowed is not None else max(depth // num_global, 1)
     return tuple(index % period != period - 1 and index != depth - 1 for index in range(depth))
+
+
+def check_side(window: int | None) -> None:
+    """Raise unless a window is None (the model's own), 0 (none), or a whole number of at least 2 patches.
+
+    Raises:
+        ConfigError: names what is legal.
+    """
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0 or window == 1):
+        raise ConfigError(
+            f"window: 0 for none, or a whole number of patches from 2 on (6 to 32 is usual); got {window!r}"
+        )
 
 
 def check_window(grid: tuple[int, int], window: int, patch: int) -> None:

@@ -37,7 +37,14 @@ class AffineNormalizer(Normalizer):
 
     @abstractmethod
     def solve(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """``(whiten, unwhiten)``, float64 ``(C, C)`` on the CPU, from a covariance that is not all zero."""
+        """``(whiten, unwhiten)``, float64 ``(C, C)`` on the CPU, from the scatter around ``centre``, never all 0."""
+
+    def centre(self, mean: Tensor) -> Tensor:
+        """What is subtracted before ``whiten``, ``(C,)``; the mean of each channel unless a kind says otherwise."""
+        return mean
+
+    def check_count(self, count: int) -> None:
+        """Raise ValueError or warn where ``count >= 2`` positions are too few for this kind, naming the next move."""
 
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
         """See the base class.
@@ -65,7 +72,7 @@ class AffineNormalizer(Normalizer):
 
         Raises:
             RuntimeError: frozen already, or fewer than two positions were seen.
-            ValueError: the features do not vary at all.
+            ValueError: the features do not vary at all, or too few positions were seen for this kind.
         """
         if self._is_frozen():
             raise RuntimeError("this normalizer is frozen already")
@@ -78,8 +85,11 @@ class AffineNormalizer(Normalizer):
                 f"the teacher's features are the same at all {moments.count} positions, so they have no scale: check "
                 "that its weights are loaded and that the images differ, or set `normalizer: {kind: identity}`"
             )
-        whiten, unwhiten = self.solve(covariance)
-        self.mean.copy_(mean)
+        self.check_count(moments.count)
+        centre = self.centre(mean)
+        apart = mean - centre
+        whiten, unwhiten = self.solve(covariance + torch.outer(apart, apart))
+        self.mean.copy_(centre)
         self.whiten.copy_(whiten)
         self.unwhiten.copy_(unwhiten)
         self.frozen.fill_(True)

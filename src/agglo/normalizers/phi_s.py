@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import warnings
+
 from torch import Tensor
 
-from agglo.nn.linalg import equalise_variance, isotropic_rotation
 from agglo.normalizers._affine import AffineNormalizer
+from agglo.normalizers._eigen import even_rotation, principal, too_few
 
 
 class PhiS(AffineNormalizer):
@@ -17,10 +18,11 @@ class PhiS(AffineNormalizer):
         y_hat = H Uᵀ (y - mu) / phi,    phi = sqrt(mean(Λ)),    inverse: y = phi U Hᵀ y_hat + mu
 
     Every channel of ``y_hat`` has unit variance, and the map is a rotation times a scalar: distances and angles keep
-    their ratios, no noise direction is amplified, and a rank-deficient covariance is fine.
+    their ratios, no noise direction is amplified, and a rank-deficient covariance is fine. Fewer positions than
+    channels are therefore only warned about.
 
     Where no Hadamard matrix of order ``channels`` is at hand, ``H`` is a random rotation that is turned further until
-    the variances are equal all the same (:func:`agglo.nn.linalg.equalise_variance`).
+    the variances are equal all the same (:func:`agglo.nn.linalg.equalise_variance`); a warning says so.
 
     Args:
         channels: ``C`` of the teacher's features.
@@ -29,15 +31,13 @@ class PhiS(AffineNormalizer):
     def __init__(self, channels: int, /) -> None:
         super().__init__(channels)
 
+    def check_count(self, count: int) -> None:
+        problem = too_few(count, self.channels)
+        if problem:
+            warnings.warn(problem, stacklevel=3)  # this, freeze: whoever froze the normalizer
+
     def solve(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(covariance)
-        values = values.clamp(min=0)
-        # An eigenvector's sign is arbitrary and differs between solvers: make its largest entry positive.
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        vectors = vectors * torch.where(largest < 0, -1.0, 1.0).double()
-        rotation, exact = isotropic_rotation(self.channels)
-        if not exact:
-            rotation = equalise_variance(rotation, values.diag())
-        rotation = rotation @ vectors.T
+        values, vectors = principal(covariance)
+        rotation = even_rotation(values) @ vectors.T
         phi = values.mean().sqrt()
         return rotation / phi, rotation.T * phi

@@ -172,6 +172,8 @@ class Distill(nn.Module):
         mesa_share: float = 1.0,
         heads_only: bool = False,
         window: int | None = None,
+        step: int = 0,
+        total: int = 1,
     ) -> Result:
         """The objective on one batch.
 
@@ -184,6 +186,7 @@ class Distill(nn.Module):
             mesa_share: part of that term's weight which this step has.
             heads_only: let no gradient into the student.
             window: side, in patches, of the windows that most blocks look through in this step.
+            step, total: where the run is, for balancers whose weights change.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only):
             features = model.encode(images, window=window)
@@ -205,7 +208,9 @@ class Distill(nn.Module):
         if self.mesa is not None and average is not None and mesa_share > 0:
             ours, theirs = _there(features.spatial, "student"), _there(average.features.spatial, "student")
             terms[MESA] = mesa_share * self.mesa(*meet(ours, mine.cells(ours), theirs, average.cells(theirs)))
-        return Result(self.balancer(terms), {name: term.detach() for name, term in terms.items()})
+        return Result(
+            self.balancer(terms, step=step, total=total), {name: term.detach() for name, term in terms.items()}
+        )
 
     @torch.no_grad()
     def fold(self, model: Model) -> Model:

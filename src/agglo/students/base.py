@@ -25,6 +25,8 @@ class Student(nn.Module, ABC):
     """
 
     windows: bool = False
+    builds_on_meta: bool = True
+    """Whether the constructor needs no values, so that weights can be loaded without being drawn first."""
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -90,6 +92,17 @@ class Student(nn.Module, ABC):
 
     def set_clip_length(self, frames: int) -> None:
         """Announce that this many successive images of a training batch are frames of one clip."""
+
+    def deploy(self) -> None:
+        """Fold what can be folded for inference; a student with nothing to fold stays as it is."""
+
+    def settings(self) -> dict[str, object]:
+        """Keys of the constructor that were set to something else since: a saved model keeps them.
+
+        Raises:
+            ValueError: it was changed in a way that no constructor's keys can express.
+        """
+        return {}
 
     def initialize(self) -> None:
         """Load the weights training starts from, if the recipe names some. Never called when a model is loaded."""

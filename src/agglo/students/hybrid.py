@@ -95,7 +95,7 @@ class Hybrid(Student):
         self.levels = nn.ModuleList(map(Level, stages, [*downsamples, None]))
         self.high_res_neck = Neck(widths, neck_start, neck_width)
         self.spec = FeatureSpec(neck_width, neck_width, stride=4 * 2**neck_start, step=STEP)
-        self.deployed = False
+        self.deployed = self.window_changed = False
         self.apply(_initialize)
         self.to(memory_format=torch.channels_last)  # convolutions run faster so on CPUs and on tensor cores
 
@@ -109,6 +109,18 @@ class Hybrid(Student):
             maps.append(stage)
         spatial = self.high_res_neck(maps)
         return Features(summary=spatial.mean((2, 3)), spatial=spatial)
+
+    def settings(self) -> dict[str, object]:
+        """Nothing: a changed window and folded norms are states of inference.
+
+        Raises:
+            ValueError: the student is in one of them.
+        """
+        if self.deployed:
+            raise ValueError("a deployed student cannot be loaded again: save the model before student.deploy()")
+        if self.window_changed:
+            raise ValueError("a changed window is no part of a saved model: save before student.change_window()")
+        return {}
 
     def change_window(self, window: int) -> None:
         """Attend in windows of another size from now on; offsets keep the scale of the trained window.
@@ -126,6 +138,7 @@ class Hybrid(Student):
             raise RuntimeError("a deployed network cannot change its window: load it again and do so before deploy()")
         for module in self.modules():
             if isinstance(module, RelativeBias):
+                self.window_changed |= module.window != window
                 module.window = window
 
     def set_optimal_window(self, side: int) -> int:

@@ -33,6 +33,8 @@ class Timm(Student):
         drop_path: stochastic depth.
     """
 
+    builds_on_meta = False  # the constructor tries a forward pass
+
     def __init__(
         self,
         tokens: tuple[str, ...] = (),

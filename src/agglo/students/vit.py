@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from agglo.nn.blocks import NORM_EPS, Block, MlpKind
 from agglo.nn.packing import Layout
-from agglo.nn.windows import check_window, windowed_blocks
+from agglo.nn.windows import check_side, check_window, windowed_blocks
 from agglo.preprocess import check_size
 from agglo.students._patches import PatchGenerator, Position
 from agglo.students.base import Student
@@ -81,6 +81,7 @@ class ViT(Student):
         super().__init__()
         if width % heads:
             raise ConfigError(f"student.heads: {heads} does not divide width {width}")
+        check_side(window)
         if mlp == "swiglu" and mlp_norm:
             raise ConfigError("student.mlp_norm: only a gelu MLP has a norm inside")
         slots = max(1, len(tokens)) if cls_per_teacher else 1
@@ -143,6 +144,7 @@ class ViT(Student):
         show: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """All blocks, or those up to the last that is shown; inside windows the prefix neither sees nor is seen."""
+        check_side(window)
         window = self.window if window is None else window
         for grid in layout.grids if window else ():
             check_window(grid, window or 0, self.spec.stride)
@@ -174,6 +176,10 @@ class ViT(Student):
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def settings(self) -> dict[str, object]:
+        """The window."""
+        return {"window": self.window}
 
     def set_clip_length(self, frames: int) -> None:
         """In training, this many successive images share one random viewport of the position table."""

@@ -135,6 +135,10 @@ class ViT1D(Student):
         prefix, kept, grid = self._encode(images, num_tokens)
         return {"encoder": self._encoder_neck(prefix, kept), "decoder": self._decoder_neck(kept, grid)}
 
+    def settings(self) -> dict[str, object]:
+        """How many tokens are kept, and how that is drawn in training."""
+        return {"num_tokens": self.num_tokens, "rate": self.rate}
+
     def no_weight_decay(self) -> set[str]:
         """The position table and the tokens."""
         return {

@@ -118,7 +118,9 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     model = create(recipe, teachers, initialize=not resume or not checkpoint.checkpoints(folder / "checkpoints"))
     check_sizes(recipe, model.student.spec.step)
     if recipe.train.windows and not model.student.windows:
-        raise ConfigError(f"train.windows: a {recipe.student['kind']} student cannot look through windows; set it to []")
+        raise ConfigError(
+            f"train.windows: a {recipe.student['kind']} student cannot look through windows; set it to []"
+        )
     objective = Distill(recipe, {name: teacher.spec for name, teacher in teachers.items()})
     loader = Loader(
         [build("sources", entry.source) for entry in recipe.data.sources],
@@ -134,7 +136,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     model.provenance = provenance(recipe, teachers)
     model.to(device)
     objective.to(device)
-    ema, optimizer = Ema(model, recipe.train.ema), build_optimizer(model, recipe.train)
+    ema, optimizer = Ema(model, recipe.train.ema), build_optimizer(model, recipe.train, objective.parameters())
     return Run(recipe, folder, device, teachers, model, ema, objective, optimizer, loader)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from torch import nn, optim
 
@@ -28,11 +29,11 @@ def student_share(step: int, config: Train) -> float:
     return config.backbone_lr * min(1.0, (step - config.head_steps + 1) / max(1, config.warmup_steps))
 
 
-def build_optimizer(model: Model, config: Train) -> optim.AdamW:
+def build_optimizer(model: Model, config: Train, others: Iterable[nn.Parameter] = ()) -> optim.AdamW:
     """AdamW over up to four groups: student (and heads that follow it) or heads, decayed or not.
 
     Weight decay is left off biases, norms and whatever the student excludes (METHOD 1.2). ``backbone_lr: 0`` freezes
-    the student.
+    the student. ``others`` (a balancer's parameters) learn at the heads' rate, without decay.
     """
     excluded = {f"student.{name}" for name in model.student.no_weight_decay()}
     norms = {
@@ -51,6 +52,8 @@ def build_optimizer(model: Model, config: Train) -> optim.AdamW:
             continue
         plain = parameter.ndim < 2 or name in excluded or name in norms
         groups.setdefault((student, 0.0 if plain else config.weight_decay), []).append(parameter)
+    if extra := list(others):
+        groups.setdefault((False, 0.0), []).extend(extra)
     return optim.AdamW(
         [{"params": params, "student": student, "weight_decay": decay} for (student, decay), params in groups.items()],
         lr=config.lr,

@@ -80,6 +80,7 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor
         result = run.objective(
             model, view, targets, placement=placement, average=average, mesa_share=mesa,
             heads_only=step < config.head_steps, window=draw_window(config, model, batch),
+            step=step, total=config.steps,
         )  # fmt: skip
     watch.lap("forward")
     if not torch.isfinite(result.loss):

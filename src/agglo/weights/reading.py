@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from agglo import bundled
-from agglo.checkpoints import _pickle
-from agglo.checkpoints._diagnosis import damaged
-from agglo.checkpoints._fetch import fetch
-from agglo.checkpoints._tensors import Joined, LazyTensors, Mapped, Renamed
 from agglo.types import AssetError
+from agglo.weights import _pickle
+from agglo.weights._diagnosis import damaged
+from agglo.weights._fetch import fetch
+from agglo.weights._tensors import Joined, LazyTensors, Mapped, Renamed
 
 __all__ = [
     "Checkpoint",

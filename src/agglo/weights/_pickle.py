@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agglo.checkpoints._diagnosis import ZIP, damaged
 from agglo.types import AssetError
+from agglo.weights._diagnosis import ZIP, damaged
 
 # What a malformed pickle can raise inside torch's restricted unpickler; every one means that the file is not ours.
 DAMAGE = (
@@ -115,9 +115,20 @@ def _foreign(path: Path, error: BaseException) -> list[str]:
     """Names of what the allow-list does not know; called while the list is in force."""
     names = set(re.findall(r"GLOBAL ([\w.]+)", str(error)))
     names.update(word for word in ("TorchScript archives", "legacy .tar format") if word in str(error))
+    if "Unsupported operand" in str(error) and _is_pickle(
+        path
+    ):  # protocols 3 and later have instructions that the safe reader has not
+        names.add("a pickle protocol that torch's safe reader does not know")
     with contextlib.suppress(*DAMAGE):
         names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     return sorted(names)
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a zip archive of torch's, or begins as a pickle of protocol 2 or later does."""
+    with path.open("rb") as stream:
+        start = stream.read(len(ZIP))
+    return start == ZIP or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def _refusal(path: Path, foreign: list[str]) -> AssetError:

@@ -68,8 +68,10 @@ def _reason(file: str, error: BaseException) -> str:
 def _advice(repo: str, files: Sequence[str], revision: str | None, reason: str) -> str:
     names = ", ".join(files)
     at = f" at {revision}" if revision else ""
+    folder = repo.rpartition("/")[2]
+    place = folder if len(files) > 1 else f"{folder}/{files[0]}"
     return (
         f"{repo} on the Hugging Face hub{at}: {reason}. Or fetch {names} from there on another machine "
-        f"(`hf download {repo} {' '.join(files)} --local-dir {repo.rpartition('/')[2]}`), put the folder anywhere on "
-        f'this one, and name it: agglo.load("path/to/{repo.rpartition("/")[2]}")'
+        f"(`hf download {repo} {' '.join(files)} --local-dir {folder}`), put the folder anywhere on this one, and name "
+        f'it: agglo.load("path/to/{place}")'
     )

@@ -1,0 +1,98 @@
+"""What every balancer shares: the recipe's weights, which terms count, and the weighed sum."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from agglo.balancers.base import Balancer
+
+
+class Weighted(Balancer):
+    """Checks terms against the recipe's weights and hands those that count to a kind's :meth:`combine`.
+
+    A term of weight 0 is left out altogether: it has no gradient, and a NaN in it does no harm.
+
+    Args:
+        weights: term name to a weight that is finite and not negative.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or none is positive.
+    """
+
+    def __init__(self, weights: Mapping[str, float], /) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"the weight of {name!r} must be finite and at least 0, got {weight}")
+        if not any(weights.values()):
+            raise ValueError("no term has a positive weight: there is nothing to learn")
+        self.weights = {name: float(weight) for name, weight in weights.items()}
+        # The order of whatever a kind keeps a term.
+        self.names = tuple(name for name, weight in self.weights.items() if weight > 0)
+
+    def forward(
+        self,
+        terms: Mapping[str, Tensor],
+        *,
+        step: int = 0,
+        total: int = 1,
+        per_image: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """See the base class. A step without any weighed term gives 0.
+
+        Raises:
+            KeyError: a term that was not announced in ``weights``.
+            ValueError: no terms at all.
+        """
+        if not terms:
+            raise ValueError(f"no loss terms to balance; announced are {', '.join(self.weights)}")
+        for name in terms:
+            if name not in self.weights:
+                raise KeyError(f"loss term {name!r} has no weight; {nearest(name, self.weights)}")
+        active = {name: terms[name] for name in self.names if name in terms}
+        if not active:
+            return self.nothing(terms)
+        return self.combine(active, step=step, total=total, per_image=per_image)
+
+    @abstractmethod
+    def combine(
+        self, terms: dict[str, Tensor], *, step: int, total: int, per_image: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """The scalar to minimise from at least one term, all of positive weight, in the order of ``names``."""
+
+    def nothing(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """0, and still something that backward() accepts."""
+        return next(iter(terms.values())).new_zeros((), requires_grad=torch.is_grad_enabled())
+
+    def weigh(self, terms: Mapping[str, Tensor], factors: Mapping[str, Tensor | float] | None = None) -> Tensor:
+        """``Σ_k w_k f_k L_k``; every factor is 1 when left out."""
+        if factors is None:
+            return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return torch.stack([self.weights[name] * factors[name] * term for name, term in terms.items()]).sum()
+
+    def values(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Terms as one detached float32 vector in the order of ``names``, NaN where one is absent."""
+        absent = next(iter(terms.values())).new_full((), float("nan"), dtype=torch.float32)
+        return torch.stack([terms[name].detach().float() if name in terms else absent for name in self.names])
+
+    def by_name(self, factors: Tensor) -> dict[str, Tensor]:
+        """A vector in the order of ``names`` as scalars by name."""
+        return dict(zip(self.names, factors.unbind(), strict=True))
+
+
+def teacher_of(term: str) -> str | None:
+    """The teacher a term belongs to, None for a term of no teacher."""
+    teacher, slash, _ = term.partition("/")
+    return teacher if slash else None
+
+
+def nearest(name: str, known: Mapping[str, object]) -> str:
+    """The announced name that ``name`` may have meant, or all of them."""
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"announced are {', '.join(known)}"

@@ -1,0 +1,42 @@
+"""The dense loss of AM-RADIO: mostly cosine, a little smooth L1."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from agglo.losses._reduce import masked_mean
+from agglo.losses.base import Loss
+from agglo.nn.linalg import unit
+
+
+class AMRadio(Loss):
+    """``alpha (1 - cos(x, y)) + beta mean_c smoothL1(x_c - y_c)`` a position, then the mean over valid positions.
+
+    AM-RADIO (arXiv 2312.06709, section 3.4; METHOD 2.1), on features that are not normalised: the cosine does the work,
+    smooth L1 keeps the magnitudes, so that a head can stand in for its teacher.
+
+    Args:
+        alpha: weight of the cosine distance.
+        beta: weight of smooth L1; 0 leaves the loss blind to lengths.
+        huber: where smooth L1's square turns into a line, in units of the target; 0 gives L1.
+
+    Raises:
+        ValueError: a negative number, or both weights 0.
+    """
+
+    def __init__(self, *, alpha: float = 0.9, beta: float = 0.1, huber: float = 1.0) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta), ("huber", huber)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if alpha == beta == 0:
+            raise ValueError("alpha and beta are both 0: nothing is left of the loss")
+        self.alpha, self.beta, self.huber = alpha, beta, huber
+
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        return masked_mean(self._distance, prediction, target, mask)
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        cosine = (unit(x) - unit(y)).square().sum(1) / 2
+        return self.alpha * cosine + self.beta * F.smooth_l1_loss(x, y, reduction="none", beta=self.huber).mean(1)

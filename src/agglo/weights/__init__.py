@@ -1,0 +1,1 @@
+"""Weights on disk: read lazily, whatever wrote them, without running code."""
