@@ -113,7 +113,8 @@ def enable_spectral(
     One power iteration belongs to every training forward. It runs before ``module`` itself is called, not where a
     weight is read: activation checkpointing, which runs the layers twice, sees the same weights both times, and in
     ``eval()`` nothing moves. Call it before the optimiser is built and before a state is loaded, on what is called in
-    training (the student: a model's `encode` calls that, and not the model). DAMP multiplies what comes out of it, whichever was enabled first.
+    training: the student, which a model's ``encode`` calls, not the model. DAMP multiplies what comes out of it,
+    whichever was enabled first.
 
     An average of the weights (EMA) averages the parameters ``original`` and ``scale`` and must copy the buffers, whose
     names end in ``_u`` and ``_v``: the mean of two directions is not one.
