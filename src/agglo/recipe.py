@@ -194,6 +194,8 @@ class Train(Strict):
         windows: ViTDet's windows as an augmentation (METHOD 2.10): sides in patches, of which one that divides the
             step's grid is drawn; empty for none.
         window_share: share of steps that look through windows.
+        start_from: a run or saved model whose student, and heads of teachers of the same name, training starts from;
+            heads of other teachers start anew, statistics and schedule too (METHOD 5.1).
         patience: how many steps in a row may have a loss that is not finite; they are skipped, counted and named.
     """
 
@@ -213,10 +215,25 @@ class Train(Strict):
     spectral: bool = False
     windows: list[int] = []
     window_share: float = Field(default=0.5, ge=0, le=1)
+    start_from: str | None = None
     patience: int = Field(default=5, ge=0)
     seed: int = 0
     log_every: int = Field(default=10, gt=0)
     save_every: int = Field(default=500, gt=0)
+
+
+class Stage(Strict):
+    """One stage of a run that has several: the recipe with some of its teachers and some changes.
+
+    Args:
+        name: of its folder, below ``stages/``.
+        teachers: names of those that teach in it; all when null.
+        set: assignments ``key.path=value``, as on the command line.
+    """
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    teachers: list[str] | None = None
+    set: list[str] = []
 
 
 class Recipe(Strict):
@@ -233,6 +250,7 @@ class Recipe(Strict):
     data: Data
     partitions: list[Partition] = Field(min_length=1)
     train: Train
+    stages: list[Stage] = []
     evals: list[Kind] = []
     smoke: list[str] = []
 
@@ -257,11 +275,36 @@ class Recipe(Strict):
             if self.train.ema == 0:
                 raise ConfigError("losses.mesa needs an averaged student: set train.ema, e.g. 0.9996")
         _check(self.balancer, "balancers", "balancer")
+        self._check_stages()
         for index, entry in enumerate(self.data.sources):
             _check(entry.source, "sources", f"data.sources.{index}")
         for index, entry in enumerate(self.evals):
             _check(entry, "evals", f"evals.{index}")
         return self
+
+    def _check_stages(self) -> None:
+        taken: set[str] = set()
+        for index, stage in enumerate(self.stages):
+            if stage.name in taken:
+                raise ConfigError(f"stages.{index}.name: {stage.name!r} is taken; each stage needs a folder of its own")
+            taken.add(stage.name)
+            for name in stage.teachers or ():
+                if name not in self.teachers:
+                    raise ConfigError(f"stages.{index}.teachers: no teacher {name!r}{nearest(name, self.teachers)}")
+            self.stage(index)  # its changes must fit, and that is found out before the first stage runs
+
+    def stage(self, index: int) -> Recipe:
+        """The recipe of one stage, as a run of its own.
+
+        Raises:
+            ConfigError: its changes do not fit.
+        """
+        chosen, tree = self.stages[index], self.flat()
+        tree["stages"] = []
+        tree["name"] = f"{self.name}-{chosen.name}"
+        if chosen.teachers is not None:
+            tree["teachers"] = {name: tree["teachers"][name] for name in self.teachers if name in chosen.teachers}
+        return decode(override(tree, chosen.set, _OWN), f"{self.name}, stage {chosen.name}")
 
     def flat(self) -> dict[str, Any]:
         """The resolved recipe as the YAML tree that reads back to it."""

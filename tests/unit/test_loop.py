@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from agglo import artefact, recipe
+from agglo.artefact import WEIGHTS
 from agglo.config import override
 from agglo.data.shifts import MOST
 from agglo.model import Model
@@ -218,6 +219,18 @@ def test_shifted_views_teach_the_same_and_windows_are_drawn(data: Path, tmp_path
     assert draw_window(tiny(data).train, run.model, batch) is None
 
 
+def test_noise_and_reparametrisation_are_no_part_of_the_artefact(data: Path, tmp_path: Path) -> None:
+    loop.distill(tiny(data), tmp_path / "plain", quiet=True)
+    loop.distill(tiny(data, "train.damp=0.2", "train.spectral=true"), tmp_path / "run", quiet=True)
+    for name in ("initial", "model"):
+        one, other = load_file(tmp_path / "plain" / name / WEIGHTS), load_file(tmp_path / "run" / name / WEIGHTS)
+        assert one.keys() == other.keys()
+    before = [load_file(tmp_path / run / "initial" / WEIGHTS) for run in ("plain", "run")]
+    for key, value in before[0].items():
+        torch.testing.assert_close(before[1][key], value, rtol=2e-2, atol=2e-3)  # one power iteration apart
+    assert trace(tmp_path / "plain")[0]["terms"] != trace(tmp_path / "run")[0]["terms"]  # noise from the first step on
+
+
 def test_the_averaged_student_must_exist_to_be_agreed_with(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"losses\.mesa needs an averaged student"):
         tiny(data, "losses.mesa={kind: se_mesa}", "train.ema=0")
@@ -261,6 +274,7 @@ def test_a_stop_in_the_prepass_resumes_from_the_beginning(
         ("targets.normalizer.kind=identity", "losses.summary.kind=cosine", "losses.spatial.kind=smooth_l1"),
         ("targets.normalizer.kind=standard", "losses.summary.kind=mse", "train.head_steps=2"),
         ("data.views.shift=0.8", "losses.mesa={kind: se_mesa, start: 1, ramp: 2}", "train.windows=[2, 3]"),
+        ("train.damp=0.1", "train.spectral=true"),
         ("balancer.kind=uncertainty", "targets.normalizer.kind=global_standard"),
         ("balancer={kind: dwa, every: 1}", "losses.spatial.kind=am_radio"),
         ("balancer.kind=adaloss", "targets.normalizer.kind=whiten", "targets.estimate_images=32"),

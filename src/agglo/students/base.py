@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,19 @@ class Student(nn.Module, ABC):
         """
         return {}
 
+    def adopt(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
+        """Take over the weights of a student of the same kind and size, which may know other teachers.
+
+        Args:
+            other: whose weights are copied.
+            mine, theirs: the teachers' names behind the class tokens of each.
+
+        Raises:
+            ValueError: it is of another size; names the first tensors that do not fit.
+        """
+        del mine, theirs
+        copy_state(self, other.state_dict())
+
     def initialize(self) -> None:
         """Load the weights training starts from, if the recipe names some. Never called when a model is loaded."""
 
@@ -114,3 +127,16 @@ class Student(nn.Module, ABC):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone, besides biases and norms."""
         return set()
+
+
+def copy_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state that must fit.
+
+    Raises:
+        ValueError: it does not; names the first tensors that differ.
+    """
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"its weights are of another architecture: {', '.join(wrong[:5])}")
+    module.load_state_dict(dict(state))

@@ -11,7 +11,7 @@ from agglo.nn.packing import Layout
 from agglo.nn.windows import check_side, check_window, windowed_blocks
 from agglo.preprocess import check_size
 from agglo.students._patches import PatchGenerator, Position
-from agglo.students.base import Student
+from agglo.students.base import Student, copy_state
 from agglo.types import ConfigError, Features, FeatureSpec
 
 PACK_TOKENS = 16_384
@@ -184,6 +184,22 @@ class ViT(Student):
     def set_clip_length(self, frames: int) -> None:
         """In training, this many successive images share one random viewport of the position table."""
         self.patch_generator.clip_length = frames
+
+    def adopt(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
+        """See :meth:`Student.adopt`; class tokens go by their teachers' names, registers by their place."""
+        state = other.state_dict()
+        key = "patch_generator.token"
+        token, given, slots = self.patch_generator.token.detach().clone(), state[key], other.spec.slots
+        if token.shape[1] != given.shape[1]:
+            raise ValueError(f"its width is {given.shape[1]}, this one's {token.shape[1]}: another architecture")
+        if self.spec.slots == slots == 1:
+            token[0] = given[0]
+        for place, name in enumerate(mine[: self.spec.slots] if self.spec.slots > 1 else ()):
+            if name in theirs[:slots]:
+                token[place] = given[list(theirs).index(name)]
+        both = min(len(token) - self.spec.slots, len(given) - slots)
+        token[self.spec.slots : self.spec.slots + both] = given[slots : slots + both]
+        copy_state(self, {**state, key: token})
 
     def no_weight_decay(self) -> set[str]:
         """The position table and the tokens."""

@@ -20,6 +20,12 @@ class Ema:
         self.model = copy.deepcopy(model).requires_grad_(False).eval() if decay > 0 else model
 
     @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Forget the past: become a copy of ``model``."""
+        if self.decay:
+            self.model.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards ``model`` after optimiser step ``step`` (from 0)."""
         if self.decay == 0:

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from agglo.artefact import CONFIG
 from agglo.config import build
 from agglo.creation import create
 from agglo.data.loader import Loader
 from agglo.data.shifts import MOST, Canvas
 from agglo.data.views import ViewPolicy
 from agglo.model import Model
+from agglo.nn.damp import Damp, enable_damp
+from agglo.nn.spectral import enable_spectral, materialize
 from agglo.objectives.distill import Distill, build_teachers
 from agglo.preprocess import legal_sizes_near
 from agglo.recipe import Recipe
@@ -30,6 +33,7 @@ from agglo.train.ema import Ema
 from agglo.train.folder import begin_folder, check_folder, resume_command, versions
 from agglo.train.optim import build_optimizer, set_learning_rate
 from agglo.train.progress import Progress
+from agglo.train.stages import adopt, stage_folder, translate
 from agglo.train.step import NotFiniteError, Stopwatch, one_step
 from agglo.types import AggloError, ConfigError
 
@@ -60,6 +64,8 @@ class Run:
     objective: Distill
     optimizer: torch.optim.Optimizer
     loader: Loader
+    damp: Damp | None = None
+    adopted: tuple[str, ...] = ()
     start: int = 0
 
     @property
@@ -99,6 +105,8 @@ def distill(
         DivergenceError: the loss became NaN or infinite.
     """
     folder = Path(folder)
+    if recipe.stages:
+        return distill_stages(recipe, folder, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
     check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     run = prepare(recipe, folder, torch.device(device or _best_device()), resume=resume)
     begin_folder(folder, recipe, overwrite=overwrite)  # only now: a recipe that does not fit must not cost a run
@@ -111,11 +119,41 @@ def distill(
         return model
 
 
+def distill_stages(
+    recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, device: str | None, quiet: bool
+) -> Model:
+    """Stage after stage, each a run of its own below ``stages/`` that starts from the one before.
+
+    The folder gets the whole recipe, and the last stage's model as ``model/``. A resumed run skips the stages that are
+    finished and goes on in the one that is not.
+    """
+    check_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    stages = [recipe.stage(index) for index in range(len(recipe.stages))]  # all of them must fit before one is run
+    begin_folder(folder, recipe, overwrite=overwrite)
+    model, before = None, recipe.train.start_from
+    for index, stage in enumerate(stages):
+        place = stage_folder(folder, index, recipe.stages[index].name)
+        if resume and (place / "model" / CONFIG).is_file():
+            model = Model.load(place / "model")
+        else:
+            begun = resume and place.is_dir()
+            train = stage.train.model_copy(update={"start_from": before})
+            stage = stage.model_copy(update={"train": train})
+            model = distill(stage, place, resume=begun, device=device, quiet=quiet)
+        before = str(place / "model")
+    if model is None:
+        raise ConfigError("stages: there are none")
+    model.save(folder / "model")
+    return model
+
+
 def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool) -> Run:
     """Build everything, and find out whatever can be wrong before anything is written."""
     torch.manual_seed(recipe.train.seed)
     teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
     model = create(recipe, teachers, initialize=not resume or not checkpoint.checkpoints(folder / "checkpoints"))
+    fresh = not checkpoint.checkpoints(folder / "checkpoints") if resume else True
+    adopted = adopt(model, recipe.train.start_from) if recipe.train.start_from and fresh else ()
     check_sizes(recipe, model.student.spec.step)
     if recipe.train.windows and not model.student.windows:
         raise ConfigError(
@@ -134,10 +172,13 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
         cache_mb=recipe.data.cache_mb,
     )
     model.provenance = provenance(recipe, teachers)
+    if recipe.train.spectral:
+        enable_spectral(model.student)
     model.to(device)
     objective.to(device)
+    damp = enable_damp(model.student, recipe.train.damp, seed=recipe.train.seed) if recipe.train.damp else None
     ema, optimizer = Ema(model, recipe.train.ema), build_optimizer(model, recipe.train, objective.parameters())
-    return Run(recipe, folder, device, teachers, model, ema, objective, optimizer, loader)
+    return Run(recipe, folder, device, teachers, model, ema, objective, optimizer, loader, damp, adopted)
 
 
 def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
@@ -149,7 +190,9 @@ def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
         return
     if run.objective.needs_statistics:
         run.objective.fit(prepass(run, progress, interrupted))
-    run.objective.fold(copy.deepcopy(run.model)).save(run.folder / "initial")
+    translate(run.model, run.objective, run.adopted)
+    run.ema.reset(run.model)
+    plain(run, run.model).save(run.folder / "initial")
 
 
 def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[dict[str, Any]]:
@@ -181,6 +224,8 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
         # Every step has its own seed, so that a resumed run draws what the straight one drew.
         torch.manual_seed((config.seed * 1_000_003 + step) % (1 << 63))
         rate = set_learning_rate(run.optimizer, step, config)
+        if run.damp is not None:
+            run.damp.set_step(step)
         try:
             terms, norm = one_step(run, batch, watch)
             failures = 0
@@ -232,7 +277,7 @@ def leave_out(run: Run, progress: Progress, error: NotFiniteError, step: int, fa
 
 def export(run: Run, progress: Progress) -> Model:
     """The averaged weights with the normalizers folded in, saved as ``model/``."""
-    model = run.objective.fold(run.ema.model).eval()  # type: ignore[arg-type]
+    model = plain(run, run.ema.model)  # type: ignore[arg-type]
     model.save(run.folder / "model")
     for name, why in run.loader.skipped.items():
         progress.say(f"skipped {name}: {why}")
@@ -249,6 +294,14 @@ def margin(recipe: Recipe, model: Model, teachers: dict[str, Teacher]) -> int:
     for size in {size for partition in recipe.partitions for size in partition.sizes}:
         cells += [t.spec.stride * size / min(t.input_size((size, size), stride)) for t in teachers.values()]
     return math.ceil(MOST * max(cells) / stride) * stride
+
+
+def plain(run: Run, model: Model) -> Model:
+    """A copy for use: no noise, no reparametrisation, heads that answer in the teachers' own spaces, in eval mode."""
+    model = copy.deepcopy(model).eval()
+    if run.recipe.train.spectral:
+        materialize(model.student)
+    return run.objective.fold(model)
 
 
 def check_sizes(recipe: Recipe, step: int) -> None:
