@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-NAMES = ("startup", "inference", "loading", "loop", "imagenet", "dense", "demo")
+NAMES = ("startup", "inference", "loading", "loop", "imagenet", "dense", "ablations", "demo")
 
 
 def main() -> None:

@@ -59,3 +59,13 @@ def test_passes_keep_to_their_budget_and_lose_nobody(monkeypatch: pytest.MonkeyP
     passes = vit_module._passes([2, 0, 1, 3], [6, 5, 4, 30])
     assert passes == [[2, 0], [1], [3]]
     assert vit_module._passes([], []) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="variable-length attention in one call is for CUDA")
+@pytest.mark.parametrize("width", [64, 72, 80])
+def test_one_jagged_call_equals_one_by_one_on_a_gpu(width: int) -> None:
+    torch.manual_seed(0)
+    lengths = (5, 40, 40, 17)
+    q, k, v = torch.randn(3, 1, 4, sum(lengths), width, device="cuda", dtype=torch.bfloat16)
+    packing = Packing(lengths)
+    torch.testing.assert_close(packing.attend(q, k, v), packing._attend_runs(q, k, v), rtol=2e-2, atol=2e-2)
