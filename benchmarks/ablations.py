@@ -1,8 +1,8 @@
 """The claims of the C-RADIOv4 recipe, each with and without its ingredient, over several seeds, on two cores.
 
 ``python benchmarks/run.py ablations`` trains small ViTs on `scenes` and photographs with offline teachers and writes
-``results/ablations.json``, ``docs/ablations.md`` and a picture for each claim below ``docs/ablations/``. A claim that does
-not hold at this size is in the table all the same. `CLAIMS=fixed_pattern,scales` runs some of them.
+``results/ablations.json`` and ``docs/ablations.md``. A claim that does not hold at this size is in the table all the
+same. ``CLAIMS=fixed_pattern,scales`` runs some of them, ``SEEDS=1 STEPS=3`` a trial.
 """
 
 from __future__ import annotations

@@ -309,14 +309,14 @@ def run(tiny: bool = False) -> dict[str, Any]:
         if tiny:
             cells, side, sides, pictures, rounds = [(64, 1, 3), (64, 2, 2)], 128, (2, 4), photos(6, 16, 48, 96), 2
         else:
-            cells = [(224, 1, 21), (224, 8, 7), (512, 1, 9), (512, 8, 3), (1024, 1, 5), (1024, 8, 1)]
+            cells = [(224, 1, 21), (224, 8, 5), (512, 1, 7), (512, 8, 3), (1024, 1, 3), (1024, 8, 1)]
             side, sides, pictures, rounds = 1024, (8, 16), photos(64, 16, 256, 384), 2
         result = {
             "threads": THREADS,
             "dtype": "float32",
             "geometry": {name: getattr(geometry, name) for name in Geometry.__slots__},
             "forward": sizes(model, geometry, cells),
-            "windows": windows(model, side, sides, 5),
+            "windows": windows(model, side, sides, 4),
             "packing": packing(model, transformers_radio(model, geometry), geometry.patch, pictures, rounds),
         }
     finally:

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from agglo.nn import products
 from agglo.nn.blocks import Block, Mlp
 from agglo.nn.packing import Packing
+from agglo.students.vit import ViT
+from agglo.types import Features
 
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 
@@ -133,6 +135,26 @@ def test_gelu_in_place_leaves_what_others_hold() -> None:
         torch.testing.assert_close(kept[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
     mlp(x).sum().backward()
     assert mlp.fc1.weight.grad is not None
+
+
+def test_passes_that_reuse_memory_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = ViT(("a", "b"), width=32, depth=2, heads=2, max_grid=8, registers=1).eval()
+    images, passes = torch.rand(5, 3, 32, 48), []
+    student.blocks[0].register_forward_pre_hook(lambda block, args: passes.append(tuple(args[0].shape[:2])))
+    with torch.inference_mode():
+        whole = student(images)
+        # Nine tokens of 128 channels an image: two images a pass.
+        monkeypatch.setattr(products, "REUSED", 20 * 128 * 4)
+        cut, alone = student(images), student(images[:1])
+        listed = student.forward_list([image[None] for image in images])
+    assert passes == [(5, 9), (2, 9), (2, 9), (1, 9), (1, 9), (1, 18), (1, 18), (1, 9)]
+    for found in (cut, Features(*(torch.cat(t) for t in zip(*((f.summary, f.spatial) for f in listed), strict=True)))):
+        torch.testing.assert_close(found.summary, whole.summary, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.spatial, whole.spatial, rtol=1e-5, atol=1e-5)
+    assert cut.spatial.stride() == whole.spatial.stride()
+    assert alone.summary.shape == (1, 64)
+    student(images)
+    assert passes[-1] == (5, 9)  # gradients want it whole
 
 
 def test_the_choice_of_library_is_read_off_the_machine() -> None:

@@ -27,6 +27,9 @@ SCORES = 1 << 17
 TILE = 1 << 20
 """Attention scores of one product for each thread: 4 MB."""
 
+REUSED = 1 << 25
+"""Bytes up to which memory is used again. The C library takes larger tensors from the operating system each time."""
+
 THREADS = 16
 """With more threads, PyTorch's own attention, which gives every thread heads of its own, is left alone."""
 
@@ -72,6 +75,20 @@ def gelu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _traced():
         return F.gelu(x)
     return torch.ops.aten.gelu_(x)
+
+
+def tokens_at_once(x: Tensor, widest: int) -> int | None:
+    """Into passes of how many tokens inference is best cut on a CPU; None where it is best left whole.
+
+    Memory that is fresh for every layer costs more than larger products gain.
+
+    Args:
+        x: what goes in; for its device and dtype.
+        widest: channels of the widest layer.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _traced() or x.device.type != "cpu":
+        return None
+    return max(1, REUSED // (widest * x.element_size()))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from agglo.nn.blocks import NORM_EPS, Block, MlpKind
 from agglo.nn.packing import Layout
+from agglo.nn.products import tokens_at_once
 from agglo.nn.windows import check_side, check_window, windowed_blocks
 from agglo.preprocess import check_size
 from agglo.students._patches import PatchGenerator, Position
@@ -93,6 +95,7 @@ class ViT(Student):
             bias=patch_bias, position=position, align_corners=align_corners,
         )  # fmt: skip
         hidden = mlp_hidden or int(width * mlp_ratio)
+        self.widest = max(3 * width, 2 * hidden if mlp == "swiglu" else hidden)
         self.blocks = nn.ModuleList(
             Block(width, heads, hidden, qkv_bias=qkv_bias, layer_scale=layer_scale, mlp=mlp, mlp_norm=mlp_norm)
             for _ in range(depth)
@@ -103,15 +106,18 @@ class ViT(Student):
     def forward(self, images: Tensor, *, window: int | None = None) -> Features:
         """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the model's own."""
         layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
-        x = self._run(self.patch_generator(images), layout, window)
-        return self._features(self.norm(x), layout.grids[0])
+        most = None if self.training else tokens_at_once(images, self.widest)
+        some = max(1, most // layout.lengths[0]) if most else len(images)
+        parts = [self.norm(self._run(self.patch_generator(part), layout, window)) for part in images.split(some)]
+        return self._features(parts[0] if len(parts) == 1 else torch.cat(parts), layout.grids[0])
 
     def forward_list(self, images: Sequence[Tensor], *, window: int | None = None) -> list[Features]:
-        """See :meth:`Student.forward_list`; images are packed into passes of some 16 thousand tokens."""
+        """See :meth:`Student.forward_list`; images are packed into passes, of some 16 thousand tokens on a GPU."""
         grids = [self._grid(image) for image in images]
         order = sorted(range(len(images)), key=lambda index: grids[index][0] * grids[index][1])
         result: dict[int, Features] = {}
-        for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids]):
+        most = tokens_at_once(images[0], self.widest) if images else None
+        for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids], most):
             layout = Layout(self.patch_generator.tokens, tuple(grids[m] for m in members), packed=True)
             x = self.patch_generator.pack([images[m] for m in members])
             parts = layout.images(self.norm(self._run(x, layout, window)))
@@ -206,14 +212,14 @@ class ViT(Student):
         return {"patch_generator.pos_embed", "patch_generator.token"}
 
 
-def _passes(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Images, in the given order, in passes of at most ``PACK_TOKENS`` tokens, one image at least."""
+def _passes(order: Sequence[int], lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
+    """Images, in the given order, in passes of at most ``PACK_TOKENS`` or ``most`` tokens, one image at least."""
     passes: list[list[int]] = []
     room = 0
     for index in order:
         if not passes or lengths[index] > room:
             passes.append([])
-            room = PACK_TOKENS
+            room = min(PACK_TOKENS, most or PACK_TOKENS)
         passes[-1].append(index)
         room -= lengths[index]
     return passes
