@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from agglo.checkpoints.radio import from_checkpoint
 from agglo.nn.position import eval_window, train_window
 from agglo.students.vit import ViT
+from agglo.types import ConfigError
+from agglo.weights.reading import Checkpoint
 
 timm = pytest.importorskip("timm", reason="the timm extra is not installed")
 
@@ -69,3 +72,29 @@ def test_class_token_per_teacher() -> None:
     assert (many.spec.slots, many.spec.summary) == (3, 96)
     assert (one.spec.slots, one.spec.summary) == (1, 32)
     assert many.patch_generator.token.shape == (4, 32)
+
+
+@pytest.mark.parametrize("model_norm", [False, True])
+def test_pooled_patches_of_a_plain_vit_equal_timm(model_norm: bool) -> None:
+    torch.manual_seed(0)
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=0, global_pool="avg",
+    ).eval()  # fmt: skip
+    args = {
+        "model": "vit_base_patch16_224", "model_kwargs": {"embed_dim": 48, "depth": 2, "num_heads": 4}, "gp": "avg",
+        "cls_token_per_teacher": False, "teachers": [{"name": "clip"}], "model_norm": model_norm,
+    }  # fmt: skip
+    state = {f"base_model.{name}": value for name, value in theirs.state_dict().items()}
+    state["input_conditioner.norm_mean"] = torch.zeros(3, 1, 1)
+    state["input_conditioner.norm_std"] = torch.ones(3, 1, 1)
+    ours = from_checkpoint(Checkpoint(state, args=args, source="pooled"))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        tokens, out = theirs.forward_features(images), ours(images, resize=False)
+    torch.testing.assert_close(out.summary, tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.tokens(), tokens[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_one_mean_cannot_serve_several_class_tokens() -> None:
+    with pytest.raises(ConfigError, match="cls_per_teacher: false"):
+        ViT(("a", "b"), width=32, depth=1, heads=2, max_grid=4, pool="avg")

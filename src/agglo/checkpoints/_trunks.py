@@ -138,9 +138,11 @@ def _vit(
         classes = len(tokens)
         names, derived = _plain_names(final_norm, below), {}
     elif "patch_embed.proj.weight" in shapes:
-        if args.get("gp") == "avg":
-            raise ConfigError("args.gp: 'avg' is not supported, no release pools its patches")
         options |= _absolute_options(shapes)
+        if args.get("gp") == "avg":
+            # Such a trunk's norm is part of its classifier, which is not used.
+            final_norm = final_norm and "norm.weight" in shapes
+            options |= {"pool": "avg", "final_norm": final_norm}
         classes = 1
         names, derived = _absolute_names(final_norm, below), _absolute_derived(below)
     else:

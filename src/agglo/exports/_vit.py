@@ -48,6 +48,8 @@ def fitting(model: Model, where: str) -> ViT:
         )
     if model.student_config["mlp_norm"]:
         raise ConfigError(f"{where} has no norm (of epsilon 1e-5) inside its MLPs, this student has: mlp_norm: true")
+    if student.pool != "token":
+        raise ConfigError(f"{where} has a class token for its summary, this student has pool: {student.pool}")
     if model.feature_normalizer is not None:
         raise ConfigError(f"{where} has no feature normalizer, and this model's map goes through one")
     if not isinstance(model.conditioner, Conditioner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class ViT(Student):
         patch_bias: a bias in the patch projection.
         position: ``cropped`` or ``corner``, how the position table meets a grid.
         align_corners: how the table is resized at inference (True in releases before July 2025).
+        pool: where the summary comes from: ``token``, or ``avg``, the mean of the patches (class tokens stay).
     """
 
     windows = True
@@ -79,6 +81,7 @@ class ViT(Student):
         patch_bias: bool = False,
         position: Position = "cropped",
         align_corners: bool = False,
+        pool: Literal["token", "avg"] = "token",
     ) -> None:
         super().__init__()
         if width % heads:
@@ -86,8 +89,10 @@ class ViT(Student):
         check_side(window)
         if mlp == "swiglu" and mlp_norm:
             raise ConfigError("student.mlp_norm: only a gelu MLP has a norm inside")
+        if pool == "avg" and cls_per_teacher and len(tokens) > 1:
+            raise ConfigError("student.pool: avg has one summary for all teachers: set cls_per_teacher: false")
         slots = max(1, len(tokens)) if cls_per_teacher else 1
-        self.registers, self.window = registers, window
+        self.registers, self.window, self.pool = registers, window, pool
         self.windowed = windowed_blocks(depth, num_windowed=num_windowed, num_global=num_global)
         self.spec = FeatureSpec(summary=slots * width, spatial=width, stride=patch, step=patch, slots=slots)
         self.patch_generator = PatchGenerator(
@@ -176,7 +181,8 @@ class ViT(Student):
 
     def _features(self, x: Tensor, grid: tuple[int, int]) -> Features:
         spatial = x[:, self.spec.slots + self.registers :].transpose(1, 2).unflatten(2, grid)
-        return Features(summary=x[:, : self.spec.slots].flatten(1), spatial=spatial)
+        summary = spatial.mean((2, 3)) if self.pool == "avg" else x[:, : self.spec.slots].flatten(1)
+        return Features(summary=summary, spatial=spatial)
 
     @property
     def depth(self) -> int:
