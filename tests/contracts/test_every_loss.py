@@ -53,3 +53,31 @@ def test_degenerate_vectors_give_finite_gradients(loss: Loss) -> None:
     prediction = torch.zeros(2, 6, requires_grad=True)
     loss(prediction, torch.zeros(2, 6)).backward()
     assert torch.isfinite(prediction.grad).all()
+
+
+def test_an_images_own_value_is_the_loss_of_its_own_positions(loss: Loss) -> None:
+    generator = torch.Generator().manual_seed(5)
+    prediction, target = (torch.randn(4, 6, 3, 4, generator=generator) for _ in range(2))
+    mask = torch.rand(4, 1, 3, 4, generator=generator) > 0.3
+    mask[3] = False
+    for given in (None, mask):
+        values = loss.by_image(prediction, target, given)
+        assert values.shape == (4,)
+        assert values.dtype == torch.float32
+        for row in range(4):
+            alone = slice(row, row + 1)
+            expected = loss(prediction[alone], target[alone], None if given is None else given[alone])
+            torch.testing.assert_close(values[row], expected)
+    assert values[3] == 0  # nothing of it counts
+
+
+def test_without_a_mask_the_images_values_average_to_the_loss(loss: Loss) -> None:
+    for shape in [(5, 6), (5, 6, 3, 4)]:
+        prediction, target = torch.randn(shape), torch.randn(shape)
+        torch.testing.assert_close(loss.by_image(prediction, target).mean(), loss(prediction, target))
+
+
+def test_the_default_by_image_agrees_with_each_kinds_own(loss: Loss) -> None:
+    prediction, target = torch.randn(3, 6, 4, 4), torch.randn(3, 6, 4, 4)
+    mask = torch.rand(3, 1, 4, 4) > 0.3
+    torch.testing.assert_close(loss.by_image(prediction, target, mask), Loss.by_image(loss, prediction, target, mask))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agglo.losses._reduce import masked_mean
+from agglo.losses._reduce import Pointwise
 from agglo.losses.angular import Angular
 from agglo.losses.base import Loss
 from agglo.losses.cosine import Cosine
@@ -95,12 +95,17 @@ def test_masked_positions_have_no_effect_even_as_nan(name: str) -> None:
     assert torch.equal(grads[0][0, :, 1], torch.zeros(3, 4)) and grads[0].abs().sum() > 0
 
 
-def test_masked_mean_serves_distances_that_are_not_zero_at_zero() -> None:
+class _Affine(Pointwise):
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return 7 + torch.einsum("bchw,bchw->bhw", prediction, target)
+
+
+def test_the_masked_mean_serves_distances_that_are_not_zero_at_zero() -> None:
     x, y = _pair((2, 3, 4, 4))
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     mask[1, 0, 2, 3] = True
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = masked_mean(lambda a, b: 7 + torch.einsum("bchw,bchw->bhw", a, b), x, y, mask)
+        value = _Affine()(x, y, mask)
     assert value.item() == pytest.approx(7 + (x[1, :, 2, 3] @ y[1, :, 2, 3]).item(), rel=1e-6)
 
 
@@ -212,8 +217,8 @@ def test_dispersion_takes_the_mean_of_raw_targets() -> None:
     assert loss(x, t).item() == pytest.approx(Angular(dispersion=False)(x, t).item() / (theta**2).mean(), rel=1e-5)
 
 
-def test_dispersion_is_saved_required_and_clamped() -> None:
-    x, y = _pair((4, 3))
+def test_dispersion_is_saved_and_required() -> None:
+    x, y = _pair((8, 3))
     loss = Angular()
     with pytest.raises(RuntimeError, match="fit"):
         loss(x, y)
@@ -224,15 +229,29 @@ def test_dispersion_is_saved_required_and_clamped() -> None:
     loss.load_state_dict(Angular().state_dict())
     with pytest.raises(RuntimeError, match="fit"):
         loss(x, y)
-    loss.fit(torch.ones(10, 3))
-    assert loss.dispersion.item() == pytest.approx(1e-8)
     plain = Angular(dispersion=False)
     assert not plain.needs_statistics
     plain.load_state_dict(loaded.state_dict())
     assert plain(x, y).item() == pytest.approx(loaded(x, y).item() * loaded.dispersion.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(0, 3), torch.zeros(3), torch.tensor([[1.0, float("nan")]])])
-def test_fit_refuses_bad_targets(bad: Tensor) -> None:
-    with pytest.raises(ValueError, match="targets"):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(0, 3), "N and D positive"),
+        (torch.zeros(3), "N and D positive"),
+        (torch.tensor([[1.0, float("nan")]] * 9), "NaN or infinity"),
+        (torch.ones(1, 3), r"at least 2 targets, 8 to mean something.*estimate_images"),
+        (torch.ones(10, 3), r"all 10 targets point the same way.*weights are loaded.*dispersion: false"),
+        (torch.rand(9, 1) * torch.ones(9, 3), "point the same way"),
+    ],
+)
+def test_fit_refuses_bad_targets(bad: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Angular().fit(bad)
+
+
+def test_a_dispersion_from_few_targets_says_how_many_are_needed() -> None:
+    with pytest.warns(UserWarning, match=r"from 4 targets.*1/4 too small.*at least 8"):
+        Angular().fit(_pair((4, 3))[1])
+    Angular().fit(_pair((8, 3))[1])  # a warning would be an error here

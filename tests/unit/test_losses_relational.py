@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agglo.losses._reduce import masked_relation
+from agglo.losses._reduce import Relation
 from agglo.losses.am_radio import AMRadio
 from agglo.losses.base import Loss
 from agglo.losses.contrastive import Contrastive
@@ -232,10 +232,19 @@ def test_shapes_are_checked(name: str) -> None:
         loss(x, x, torch.ones(2, 4, 4, dtype=torch.bool))
 
 
+class _Sum(Relation):
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def relate(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sum(2), valid
+
+
 def _taken(target: Tensor, positions: int, mask: Tensor | None = None) -> Tensor:
     """Which positions a call compares, told by the gradient of the sum over what it was given."""
     x = torch.zeros_like(target, requires_grad=True)
-    masked_relation(lambda x, y, valid: (x.sum(2), valid), x, target, mask, positions).backward()
+    _Sum(positions)(x, target, mask).backward()
     assert x.grad is not None
     return x.grad[:, 0].flatten(1) != 0
 

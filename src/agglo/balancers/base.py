@@ -14,7 +14,12 @@ class Balancer(nn.Module, ABC):
     Terms are named ``<teacher>/summary`` and ``<teacher>/spatial``; those of no teacher have a name without a slash
     (``mesa``). What a kind learns or remembers lies in parameters and buffers, so a run's state holds it; parameters
     must reach the optimizer. In eval mode nothing is remembered and nothing is random. No kind waits for the device.
+
+    Attributes:
+        weighs_images: wants ``per_image``, which costs those who make the terms another reduction.
     """
+
+    weighs_images: bool = False
 
     @abstractmethod
     def forward(
@@ -31,7 +36,8 @@ class Balancer(nn.Module, ABC):
             terms: term name to a scalar; announced terms may be absent.
             step: of the schedule, from 0.
             total: steps of the schedule.
-            per_image: the same terms before their mean over the batch, ``(B,)`` each; kinds that weigh images use it.
+            per_image: the terms of the single images, ``(B,)`` each (:meth:`agglo.losses.base.Loss.by_image`), of which
+                ``terms`` then holds the means; given to kinds that weigh images. A term of no teacher has none.
 
         Raises:
             KeyError: a term that was not announced in ``weights``.

@@ -43,6 +43,8 @@ class TeacherDrop(Weighted):
         ValueError: ``p`` is not in [0, 1], or ``seed`` is negative.
     """
 
+    weighs_images = True
+
     def __init__(self, weights: Mapping[str, float], /, *, p: float = 0.5, seed: int = 0) -> None:
         super().__init__(weights)
         if not 0 <= p <= 1:

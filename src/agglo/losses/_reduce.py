@@ -1,83 +1,88 @@
-"""What every loss shares: checks, float32, masks, and the mean over what counts."""
+"""What the losses share: checks, float32, masks, and the mean over what counts, of a batch or of each image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
+
+from agglo.losses.base import Loss
 
 # Odd multipliers of two rounds of integer mixing (a bijection of 32 bits).
 _MIX = (0x9E3779B1, 0x85EBCA6B)
 
 
-def masked_mean(
-    distance: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Mean of ``distance`` over the positions that count: masked sum over their number (METHOD 2.4, reduction a).
+class Pointwise(Loss):
+    """The mean of a :meth:`distance` over the positions that count: masked sum over number (METHOD 2.4, reduction a).
 
-    Args:
-        distance: float32 ``(B, D, ...)`` twice to a distance a position ``(B, ...)``; must be finite at zero vectors,
-            with finite gradient.
-        prediction: ``(B, D)`` or ``(B, D, H, W)``.
-        target: the same shape; detached here.
-        mask: ``(B, 1)`` or ``(B, 1, H, W)``, True where the position counts; None: all do.
-
-    Returns:
-        Float32 scalar, 0 where no position counts. Whatever a masked position holds, NaN included, has no effect.
-
-    Raises:
-        ValueError: the shapes do not fit together.
+    0 where no position counts. Whatever a masked position holds, NaN included, has no effect.
     """
-    _check(prediction, target, mask)
-    with torch.autocast(prediction.device.type, enabled=False):
-        prediction, target = _prepared(prediction, target, mask)
-        values = distance(prediction, target)
-        if mask is None:
-            return values.sum() / max(values.numel(), 1)
-        return _mean(values, mask.bool()[:, 0])
+
+    @abstractmethod
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Float32 ``(B, D, ...)`` twice to a distance a position ``(B, ...)``.
+
+        Must be finite at zero vectors, with finite gradient: masked positions hold them.
+        """
+
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        values = self._values(prediction, target, mask)
+        return values.sum() / max(values.numel(), 1) if mask is None else _mean(values, mask.bool()[:, 0])
+
+    def by_image(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _means(self._values(prediction, target, mask), None if mask is None else mask.bool()[:, 0])
+
+    def _values(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        _check(prediction, target, mask)
+        with torch.autocast(prediction.device.type, enabled=False):
+            return self.distance(*_prepared(prediction, target, mask))
 
 
-def masked_relation(
-    relation: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    prediction: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    positions: int,
-) -> Tensor:
-    """Mean of what ``relation`` says of vectors that belong together, over the entries that count.
+class Relation(Loss):
+    """The mean of what :meth:`relate` says of vectors that belong together, over the entries that count.
 
-    Of summaries ``(B, D)`` the whole batch is one group of B members; of maps ``(B, D, H, W)`` every image is a group,
-    of at most ``positions`` of its positions. Which positions is a pseudo-random function of their number and of the
-    target: the same call always takes the same, the next batch others, the same ones in all of its images.
+    Of summaries ``(B, D)`` the whole batch is one group of B members, and an image's own value is the mean over the
+    entries of its row; of maps ``(B, D, H, W)`` every image is a group, of at most :attr:`tokens` of its positions.
+    Which positions is a pseudo-random function of their number and of the target: the same call always takes the same,
+    the next batch others, the same ones in all of its images.
 
-    Args:
-        relation: float32 ``x (G, N, D)``, ``y (G, N, D)`` and ``valid (G, N)`` to values and which of them count, both
-            ``(G, N)`` or ``(G, N, N)``; members that are not valid are zero vectors. Must be finite at zero vectors,
-            with finite gradient.
-        prediction: ``(B, D)`` or ``(B, D, H, W)``.
-        target: the same shape; detached here.
-        mask: as in :func:`masked_mean`.
-        positions: at least 1; does not limit summaries.
+    0 where nothing counts. Whatever a masked position holds, NaN included, has no effect.
 
-    Returns:
-        Float32 scalar, 0 where nothing counts. Whatever a masked position holds, NaN included, has no effect.
-
-    Raises:
-        ValueError: the shapes do not fit together.
+    Attributes:
+        tokens: at least 1; does not limit summaries.
     """
-    _check(prediction, target, mask)
-    with torch.autocast(prediction.device.type, enabled=False):
-        x, y = _prepared(prediction, target, mask)
-        valid = torch.ones_like(y[:, 0], dtype=torch.bool) if mask is None else mask.bool()[:, 0]
-        if x.ndim == 2:
-            x, y, valid = x[None], y[None], valid[None]
-        else:
-            x, y, valid = x.flatten(2).mT, y.flatten(2).mT, valid.flatten(1)
-            if x.shape[1] > positions:
-                taken = _sampled(y, positions)
-                x, y, valid = x[:, taken], y[:, taken], valid[:, taken]
-        return _mean(*relation(x, y, valid))
+
+    tokens: int
+
+    @abstractmethod
+    def relate(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Float32 ``x (G, N, D)``, ``y (G, N, D)`` and ``valid (G, N)`` to values and which of them count.
+
+        Both results are ``(G, N)`` or ``(G, N, N)``. Members that are not valid are zero vectors: values must be finite
+        there, with finite gradient.
+        """
+
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _mean(*self._related(prediction, target, mask))
+
+    def by_image(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        values, counted = self._related(prediction, target, mask)
+        return _means(values[0], counted[0]) if prediction.ndim == 2 else _means(values, counted)
+
+    def _related(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        _check(prediction, target, mask)
+        with torch.autocast(prediction.device.type, enabled=False):
+            x, y = _prepared(prediction, target, mask)
+            valid = torch.ones_like(y[:, 0], dtype=torch.bool) if mask is None else mask.bool()[:, 0]
+            if x.ndim == 2:
+                x, y, valid = x[None], y[None], valid[None]
+            else:
+                x, y, valid = x.flatten(2).mT, y.flatten(2).mT, valid.flatten(1)
+                if x.shape[1] > self.tokens:
+                    taken = _sampled(y, self.tokens)
+                    x, y, valid = x[:, taken], y[:, taken], valid[:, taken]
+            return self.relate(x, y, valid)
 
 
 def pairs(valid: Tensor) -> Tensor:
@@ -118,6 +123,15 @@ def _prepared(prediction: Tensor, target: Tensor, mask: Tensor | None) -> tuple[
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def _means(values: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean along each first index, ``(B, ...)`` to ``(B,)``; 0 where nothing counts."""
+    values = values.reshape(len(values), -1)
+    if counted is None:
+        return values.sum(1) / max(values.shape[1], 1)
+    counted = counted.reshape(len(counted), -1)
+    return torch.where(counted, values, 0.0).sum(1) / counted.sum(1).clamp(min=1)
 
 
 def _sampled(target: Tensor, count: int) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglo.losses._reduce import masked_mean
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Pointwise
 from agglo.nn.linalg import unit
 
 
-class AMRadio(Loss):
+class AMRadio(Pointwise):
     """``alpha (1 - cos(x, y)) + beta mean_c smoothL1(x_c - y_c)`` a position, then the mean over valid positions.
 
     AM-RADIO (arXiv 2312.06709, section 3.4; METHOD 2.1), on features that are not normalised: the cosine does the work,
@@ -34,9 +33,7 @@ class AMRadio(Loss):
             raise ValueError("alpha and beta are both 0: nothing is left of the loss")
         self.alpha, self.beta, self.huber = alpha, beta, huber
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        return masked_mean(self._distance, prediction, target, mask)
-
-    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
-        cosine = (unit(x) - unit(y)).square().sum(1) / 2
-        return self.alpha * cosine + self.beta * F.smooth_l1_loss(x, y, reduction="none", beta=self.huber).mean(1)
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        cosine = (unit(prediction) - unit(target)).square().sum(1) / 2
+        apart = F.smooth_l1_loss(prediction, target, reduction="none", beta=self.huber).mean(1)
+        return self.alpha * cosine + self.beta * apart

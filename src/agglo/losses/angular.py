@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agglo.losses._reduce import masked_mean
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Pointwise
 from agglo.nn.linalg import unit
+
+ENOUGH = 8
+"""Targets from which on a dispersion is believed: their mean direction is fitted to them, which takes 1/N of it."""
 
 # Targets that are taken to float64 at once by `fit`.
 _CHUNK = 8192
 
+# Mean squared angle, in square radians, that float32 rounding alone may make of one direction.
+_CONSTANT = 1e-12
 
-class Angular(Loss):
+
+class Angular(Pointwise):
     """Squared angle over the teacher's dispersion, the summary loss of C-RADIOv4 (arXiv 2601.17237, eq. 3-7).
 
     In the paper's letters::
@@ -39,7 +45,7 @@ class Angular(Loss):
         self.register_buffer("dispersion", torch.tensor(0.0))  # 0: not fitted
         self._ready = False
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """See the base class.
 
         Raises:
@@ -53,24 +59,40 @@ class Angular(Loss):
                     "the angular loss does not know the dispersion of its targets: call fit(targets) first, or set "
                     "`dispersion: false`"
                 )
-        loss = masked_mean(lambda x, y: _angle(x, y).square(), prediction, target, mask)
-        return loss / self.dispersion if self.needs_statistics else loss
+        squared = _angle(prediction, target).square()
+        return squared / self.dispersion if self.needs_statistics else squared
 
     @torch.no_grad()
     def fit(self, targets: Tensor) -> None:
         """Set the dispersion from raw teacher summaries ``(N, D)``, in float64, mean direction first.
 
         Raises:
-            ValueError: not ``(N, D)``, empty, or not finite.
+            ValueError: not ``(N, D)``, fewer than 2, not finite, or all of one direction.
         """
         if targets.ndim != 2 or 0 in targets.shape:
             raise ValueError(f"expected targets (N, D) with N and D positive, got {tuple(targets.shape)}")
+        if len(targets) < 2:
+            raise ValueError(
+                f"a dispersion needs at least 2 targets, {ENOUGH} to mean something and hundreds to be exact, got "
+                f"{len(targets)}: raise `targets.estimate_images`"
+            )
         if not bool(torch.isfinite(targets).all()):
             raise ValueError("the targets hold NaN or infinity: run the teacher in float32 or look at its input")
         chunks = targets.detach().cpu().split(_CHUNK)
         mean = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0)[None] / len(targets)
         squared = sum(float(_angle(chunk.double(), mean).square().sum()) for chunk in chunks)
-        self.dispersion.fill_(max(squared / len(targets), 1e-8))
+        if squared <= _CONSTANT * len(targets):
+            raise ValueError(
+                f"all {len(targets)} targets point the same way, so their dispersion is 0: check that the teacher's "
+                "weights are loaded and that the images differ, or set `dispersion: false`"
+            )
+        if len(targets) < ENOUGH:
+            warnings.warn(
+                f"the dispersion was estimated from {len(targets)} targets and is about 1/{len(targets)} too small: at "
+                f"least {ENOUGH} are needed, hundreds are better; raise `targets.estimate_images`",
+                stacklevel=2,
+            )
+        self.dispersion.fill_(squared / len(targets))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,5 +30,21 @@ class Loss(nn.Module, ABC):
             ValueError: the shapes differ.
         """
 
+    def by_image(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Float32 ``(B,)``: the loss of each image, its own positions averaged; 0 for one of which nothing counts.
+
+        Their mean is :meth:`forward` where every image has as many positions that count. The default asks
+        :meth:`forward` for one image at a time, which is right for kinds that compare no image with another.
+
+        Args:
+            prediction, target, mask: as in :meth:`forward`.
+        """
+        rows = [slice(index, index + 1) for index in range(len(prediction))]
+        return torch.stack([self(prediction[r], target[r], None if mask is None else mask[r]) for r in rows])
+
     def fit(self, targets: Tensor) -> None:
-        """Estimate what the loss must know of the targets' distribution from ``(N, D)`` of them."""
+        """Estimate what the loss must know of the targets' distribution from ``(N, D)`` of them.
+
+        Raises:
+            ValueError: they are too few, constant, or not finite; says what to do.
+        """

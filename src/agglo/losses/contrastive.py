@@ -7,14 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from agglo.losses._reduce import check_positions, masked_relation
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Relation, check_positions
 from agglo.nn.linalg import unit
 
 Targets = Literal["soft", "hard"]
 
 
-class Contrastive(Loss):
+class Contrastive(Relation):
     """Cross-entropy of the student's similarities to the teacher's vectors of the batch (METHOD 10b).
 
     With x, y the L2-normalised vectors of student and teacher and ``q_i = softmax_j(x_i·y_j / temperature)``::
@@ -54,12 +53,8 @@ class Contrastive(Loss):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         self.tokens = check_positions(tokens)
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See the base class; 0 for a single vector, which has nothing to be told from."""
-        return masked_relation(self._divergence, prediction, target, mask, self.tokens)
-
-    def _divergence(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """A divergence a member ``(G, N)``, and which members count."""
+    def relate(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """A divergence a member ``(G, N)``; 0 for a single vector, which has nothing to be told from."""
         x, y = unit(x, dim=2), unit(y, dim=2)
         student = _log_softmax(x @ y.mT / self.temperature, valid)
         if self.targets == "hard":

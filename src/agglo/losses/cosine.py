@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from agglo.losses._reduce import masked_mean
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Pointwise
 from agglo.nn.linalg import unit
 
 
-class Cosine(Loss):
+class Cosine(Pointwise):
     """``1 - cos(x, y)``, the summary loss of AM-RADIO (arXiv 2312.06709); range [0, 2], blind to lengths.
 
     Computed as ``||x/|x| - y/|y|||² / 2``, which is the same for unit vectors and exactly 0 at equality. A zero vector
@@ -19,5 +18,5 @@ class Cosine(Loss):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        return masked_mean(lambda x, y: (unit(x) - unit(y)).square().sum(1) / 2, prediction, target, mask)
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (unit(prediction) - unit(target)).square().sum(1) / 2

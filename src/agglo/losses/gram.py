@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from agglo.losses._reduce import check_positions, masked_relation
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Relation, check_positions
 from agglo.nn.linalg import unit
 
 
-class Gram(Loss):
+class Gram(Relation):
     """``1/N² ||X X^T - Y Y^T||_F²``, the Gram anchoring of DINOv3 (arXiv 2508.10104, section 4.2).
 
     The rows of X and Y are the L2-normalised tokens of an image (of summaries: of the batch). Only cosines between
@@ -27,12 +26,7 @@ class Gram(Loss):
         super().__init__()
         self.tokens = check_positions(tokens)
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See the base class; 0 wherever all cosines agree, and so for a single token."""
-        return masked_relation(_difference, prediction, target, mask, self.tokens)
-
-
-def _difference(x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared differences of the Gram matrices ``(G, N, N)``, and which entries count."""
-    x, y = unit(x, dim=2), unit(y, dim=2)
-    return (x @ x.mT - y @ y.mT).square(), valid[:, :, None] & valid[:, None, :]
+    def relate(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared differences of the Gram matrices ``(G, N, N)``; 0 wherever all cosines agree, so for one token."""
+        x, y = unit(x, dim=2), unit(y, dim=2)
+        return (x @ x.mT - y @ y.mT).square(), valid[:, :, None] & valid[:, None, :]

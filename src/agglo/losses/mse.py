@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from agglo.losses._reduce import masked_mean
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Pointwise
 
 
-class MSE(Loss):
+class MSE(Pointwise):
     """``mean_c (x_c - y_c)²`` a position, then the mean over valid positions.
 
     The dense loss of PHI-S (arXiv 2410.01680) on normalised targets, and of C-RADIOv4 (arXiv 2601.17237, eq. 1), whose
@@ -18,5 +17,5 @@ class MSE(Loss):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        return masked_mean(lambda x, y: (x - y).square().mean(1), prediction, target, mask)
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).square().mean(1)

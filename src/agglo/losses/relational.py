@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglo.losses._reduce import check_positions, masked_relation, pairs
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Relation, check_positions, pairs
 from agglo.nn.linalg import unit
 
 Metric = Literal["euclidean", "angle"]
 
 
-class Relational(Loss):
+class Relational(Relation):
     """Distances between samples, compared with the teacher's in the direction that does harm (ARKD).
 
     Asymmetric relational knowledge distillation of SigLino (arXiv 2512.20157; METHOD 8.2).
@@ -52,12 +51,8 @@ class Relational(Loss):
         self.asymmetric, self.metric, self.beta = asymmetric, metric, beta
         self.tokens = check_positions(tokens)
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See the base class; 0 where no distance is worse than the teacher's, and so for fewer than three vectors."""
-        return masked_relation(self._penalty, prediction, target, mask, self.tokens)
-
-    def _penalty(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """A penalty a pair ``(G, N, N)``, and which pairs count."""
+    def relate(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """A penalty a pair ``(G, N, N)``; 0 where no distance is worse than the teacher's, so for two vectors."""
         counted = pairs(valid)
         student, teacher = (_relative(self._distances(t, valid), counted) for t in (x, y))
         excess = student - teacher

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.losses._reduce import masked_mean
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Pointwise
 
 
-class SeMesa(Loss):
+class SeMesa(Pointwise):
     """``mean_c (LN(F)_c - LN(F~)_c)^2`` a position, ``LN`` a layer norm over channels without affine part.
 
     ``F`` is the student's map, ``F~`` the averaged student's of another crop, brought onto common cells before
@@ -20,9 +19,9 @@ class SeMesa(Loss):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """See the base class. Blind to each position's mean and scale."""
-        return masked_mean(lambda x, y: (_norm(x) - _norm(y)).square().mean(1), prediction, target, mask)
+        return (_norm(prediction) - _norm(target)).square().mean(1)
 
 
 def _norm(x: Tensor) -> Tensor:

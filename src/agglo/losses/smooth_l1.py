@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglo.losses._reduce import masked_mean
-from agglo.losses.base import Loss
+from agglo.losses._reduce import Pointwise
 
 
-class SmoothL1(Loss):
+class SmoothL1(Pointwise):
     """``d² / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``; mean over channels, then valid positions.
 
     AM-RADIO (arXiv 2312.06709) adds it to the cosine to keep the magnitudes of features.
@@ -27,7 +26,5 @@ class SmoothL1(Loss):
             raise ValueError(f"beta must be at least 0, got {beta}")
         self.beta = beta
 
-    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        return masked_mean(
-            lambda x, y: F.smooth_l1_loss(x, y, reduction="none", beta=self.beta).mean(1), prediction, target, mask
-        )
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(prediction, target, reduction="none", beta=self.beta).mean(1)
