@@ -10,6 +10,7 @@ from agglo.heads._pair import HeadConfig
 from agglo.model import Model
 from agglo.recipe import Recipe
 from agglo.recipe import load as load_recipe
+from agglo.teachers.base import spec_of
 from agglo.types import ConfigError, FeatureSpec
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, 
 
     Args:
         recipe: the recipe, its name or its path.
-        teachers: the recipe's teachers by name; built here when None, since heads take their widths from them.
+        teachers: the recipe's teachers by name. When None they are built here, since heads start from them; where
+            nothing is initialized, their widths are enough, and no weights are read.
         initialize: start from the weights that the recipe names and from what the teachers know (a vocabulary); False
             where other weights will be loaded.
 
@@ -56,12 +58,15 @@ def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, 
         ConfigError: the recipe does not fit.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    if teachers is None:
+    if teachers is None and initialize:
         teachers = {name: build("teachers", entry.teacher) for name, entry in recipe.teachers.items()}
-    specs = {name: teacher.spec for name, teacher in teachers.items()}
+    specs = {
+        name: spec_of(entry.teacher, f"teachers.{name}") if teachers is None else teachers[name].spec
+        for name, entry in recipe.teachers.items()
+    }
     sizes = [size for partition in recipe.partitions for size in partition.sizes]
     model = Model(recipe.student, head_configs(recipe, specs), preferred_size=max(sizes))
-    if initialize:
+    if initialize and teachers is not None:
         model.student.initialize()
         for name, heads in model.heads.items():
             for head in (heads.summary, heads.spatial):

@@ -1,5 +1,9 @@
 """Every kind of teacher keeps the contract, on its real weights where it has some."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,19 +11,43 @@ from torch import nn
 from agglo.config import build, kinds
 from agglo.teachers.base import Teacher
 
+
+def tiny_transformers(folder: Path) -> dict[str, Any]:
+    """A folder with the two files that say what a model is; its weights are drawn."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "dinov3_vit", **sizes, "patch_size": 16, "image_size": 64, "num_register_tokens": 4}
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 64, "width": 64}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return {"model": str(folder), "weights": "random"}
+
+
+def tiny_open_clip(folder: Path) -> dict[str, Any]:
+    """A folder with an architecture; its weights are drawn."""
+    vision = {"image_size": 64, "layers": 1, "width": 16, "head_width": 16, "patch_size": 16}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    return {"model": str(folder), "weights": "random"}
+
+
 OFFLINE = {"timm": {"model": "tf_efficientnet_lite0"}}
+LOCAL = {"transformers": tiny_transformers, "open_clip": tiny_open_clip}
 
 
 @pytest.fixture(scope="module", params=kinds("teachers", installed=False))
-def teacher(request: pytest.FixtureRequest) -> Teacher:
-    return build("teachers", {"kind": request.param, **OFFLINE.get(request.param, {})})
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    kind = request.param
+    if kind in LOCAL:
+        pytest.importorskip(kind)
+        return build("teachers", {"kind": kind, **LOCAL[kind](tmp_path_factory.mktemp(kind))})
+    return build("teachers", {"kind": kind, **OFFLINE.get(kind, {})})
 
 
 @torch.inference_mode()
 def test_returns_what_its_spec_says(teacher: Teacher) -> None:
     spec = teacher.spec
     assert spec.summary is not None or spec.spatial is not None
-    size = max(64, 2 * spec.step)
+    size = teacher.canvas or max(64, 2 * spec.step)
     out = teacher(torch.rand(2, 3, size, size))
     assert (None if out.summary is None else tuple(out.summary.shape)) == (spec.summary and (2, spec.summary))
     if spec.spatial is None:
@@ -47,6 +75,9 @@ def test_says_under_which_licence_its_weights_are(teacher: Teacher) -> None:
 def test_input_size_is_legal(teacher: Teacher) -> None:
     for size in [(96, 96), (100, 130)]:
         assert all(side % teacher.spec.step == 0 and side > 0 for side in teacher.input_size(size, 16))
+        assert teacher.canvas is None or teacher.input_size(size, 16) == (teacher.canvas, teacher.canvas)
+        assert all(side % (teacher.patch or 1) == 0 for side in teacher.matched_size(size, 16))
+        assert all(0 <= channel <= 1 for channel in teacher.fill)
 
 
 def test_text_and_vocabulary_agree(teacher: Teacher) -> None:

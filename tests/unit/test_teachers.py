@@ -296,7 +296,7 @@ def test_timm_local_weights(tmp_path: Path) -> None:
     [
         ({"model": "tf_efficientnet_lit0"}, "tf_efficientnet_lite0"),
         ({"model": "tf_efficientnet_lite0.nope", "weights": "random"}, "nope"),
-        ({"model": "hf_hub:someone/something"}, "weights:"),
+        ({"model": "someone/something"}, "weights:"),
         ({"model": "test_vit"}, "no bundled weights"),
         ({"model": "test_vit", "weights": "randon"}, "random"),
         ({"model": "test_vit", "weights": "a/model.pth"}, "not a safetensors file"),

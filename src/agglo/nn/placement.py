@@ -90,18 +90,28 @@ def bring(x: Tensor, source: Placement, target: Placement) -> tuple[Tensor, Tens
     else:
         # Autocast would lower the precision of targets, which are resampled here too.
         with torch.autocast(x.device.type, enabled=False):
-            weights = [axis.matrix().to(x.device, x.dtype) for axis in axes]
+            weights = [_sent(axis.matrix().to(x.dtype), x.device) for axis in axes]
             x = weights[0][:, None] @ x @ weights[1][:, None].transpose(-1, -2)
-    valid = axes[0].valid[:, :, None] & axes[1].valid[:, None, :]
-    return x, None if bool(valid.all()) else valid[:, None].to(x.device)
+    if all(bool(axis.valid.all()) for axis in axes):
+        return x, None
+    rows, columns = (_sent(axis.valid, x.device) for axis in axes)
+    return x, (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def _pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """``out[b, :, i, j] = x[b, :, rows[b, i], columns[b, j]]``."""
     width = x.shape[-1]
-    flat = (rows[:, :, None] * width + columns[:, None, :]).flatten(1).to(x.device, non_blocking=True)
+    rows, columns = _sent(rows, x.device), _sent(columns, x.device)
+    flat = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     picked = x.flatten(2).gather(2, flat[:, None].expand(-1, x.shape[1], -1))
     return picked.unflatten(2, (rows.shape[1], columns.shape[1]))
+
+
+def _sent(small: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is doing: from page-locked memory where it has its own."""
+    if device.type != "cuda":
+        return small.to(device)
+    return small.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

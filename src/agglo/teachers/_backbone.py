@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from agglo import bundled
 from agglo.config import nearest
 from agglo.extras import require
+from agglo.teachers._hub import Source
 from agglo.types import AssetError, ConfigError
 
 _LITE = {f"tf_efficientnet_lite{size}": size for size in bundled.LITE_SIZES}
@@ -20,8 +21,10 @@ class Backbone(nn.Module):
     """A timm model, its weights and its mean and standard deviation.
 
     Args:
-        model: timm's name.
-        weights: ``"bundled"``, ``"random"`` (or None), ``"hub"`` or the path of a safetensors file.
+        model: timm's name; or a folder with ``config.json`` and the weights, as timm saves them; or
+            ``hf_hub:OWNER/NAME``, a repository of that form. Mean, standard deviation and size are then its own.
+        weights: ``"bundled"``, ``"random"`` (or None), ``"hub"`` or the path of a safetensors file. A folder or a
+            repository brings its own: ``"bundled"`` and ``"hub"`` mean those.
         size: side of the images it will see; a model that is built for one size is built for this one.
 
     Attributes:
@@ -29,10 +32,11 @@ class Backbone(nn.Module):
         side: the only legal side length in pixels, or None where any size runs.
         default_side: the side length of the images the weights were trained on, or ``side``.
         licence: licence of the weights.
+        patch: side of a token in pixels where all stages have tokens of one side (a plain vision transformer), or None.
 
     Raises:
-        ConfigError: unknown model, or weights that do not exist for it.
-        AssetError: weights that do not fit the model.
+        ConfigError: unknown model, folder or repository, or weights that do not exist for it.
+        AssetError: weights that do not fit the model; no network; a gated repository.
     """
 
     mean: Tensor
@@ -40,16 +44,25 @@ class Backbone(nn.Module):
 
     def __init__(self, model: str, weights: str | None, size: int | None = None) -> None:
         super().__init__()
-        check_name(model)
         self.net: Any
-        self.net, options = _create(model, weights == "hub", size)
+        stored = _stored(model)
+        if stored is None:
+            check_name(model)
+            self.net, options = _create(model, weights == "hub", size)
+        else:
+            own = weights in ("bundled", "hub")
+            self.net, options = _open(stored, model, size, weights=own)
         config: dict[str, Any] = self.net.pretrained_cfg
-        self.licence = _load(self.net, model, weights, config)
+        if stored is not None and weights in ("bundled", "hub"):
+            self.licence = _licence(stored, config)
+        else:
+            self.licence = _load(self.net, model, weights, config)
         self.default_side = int(options.get("img_size", config["input_size"][-1]))
         fixed = bool(config.get("fixed_input_size")) and "dynamic_img_size" not in options
         self.side = self.default_side if fixed else None
         if size is not None and self.side not in (None, size):
             raise ConfigError(f"timm's {model} runs at {self.side} pixels only, not at {size}")
+        self.patch = _patch(self.net)
         self.layout = _layout(self.net)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
@@ -73,10 +86,49 @@ def check_name(model: str) -> None:
     """
     timm = require("timm", "timm")
     if ":" in model or "/" in model:
-        raise ConfigError(f"model {model!r}: give timm's own name; a checkpoint goes into `weights:`")
+        raise ConfigError(
+            f"model {model!r}: give timm's own name, a folder that exists, or hf_hub:OWNER/NAME; a file of weights "
+            "goes into `weights:`"
+        )
     if not timm.is_model(model):
         known = timm.list_models()
         raise ConfigError(f"timm has no model {model!r}{nearest(model.split('.')[0], known)}")
+
+
+def _stored(model: str) -> Source | None:
+    """Where a model is that brings its own configuration; None for timm's own names."""
+    scheme = model.partition(":")[0].replace("_", "-").lower()
+    if scheme not in ("hf-hub", "local-dir") and not Path(model).expanduser().is_dir():
+        return None
+    return Source(model, "teachers.timm")
+
+
+def _open(source: Source, model: str, size: int | None, *, weights: bool) -> tuple[Any, dict[str, Any]]:
+    """A model of a folder or a repository, by its own configuration."""
+    source.need("config.json")
+    if "architecture" not in source.json("config.json"):
+        raise ConfigError(
+            f"teachers.timm: config.json of {source.label} names no timm `architecture`; a model of transformers is "
+            "named with `kind: transformers`"
+        )
+    if weights:
+        source.weights()
+    try:
+        return _create(f"local-dir:{source.folder}", weights, size)
+    except ConfigError:
+        raise
+    except Exception as error:  # weights of other sizes, a truncated file, an unknown architecture
+        raise AssetError(f"teachers.timm: {model} cannot be loaded: {error}") from error
+
+
+def _licence(source: Source, config: dict[str, Any]) -> str:
+    where = source.folder.name if source.local else f"see the card of {source.name}"
+    return str(config.get("license") or f"unknown ({where})")
+
+
+def _patch(net: Any) -> int | None:
+    strides = {int(stage["reduction"]) for stage in getattr(net, "feature_info", None) or ()}
+    return strides.pop() if len(strides) == 1 and hasattr(net, "patch_embed") else None
 
 
 def _create(model: str, pretrained: bool, size: int | None) -> tuple[Any, dict[str, Any]]:

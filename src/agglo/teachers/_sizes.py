@@ -24,6 +24,19 @@ def check_images(images: Tensor, step: int) -> None:
         )
 
 
+def check_canvas(images: Tensor, canvas: int) -> None:
+    """Refuse a batch that is not ``(B, 3, canvas, canvas)``: for models that run at one size only.
+
+    Raises:
+        ConfigError: names the legal size.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ConfigError(f"expected RGB images (B, 3, H, W), got a tensor of shape {tuple(images.shape)}")
+    height, width = images.shape[-2:]
+    if (height, width) != (canvas, canvas):
+        raise ConfigError(f"images are {height}x{width}, but this teacher runs at {canvas}x{canvas} only")
+
+
 def snap(size: tuple[float, float], step: int) -> tuple[int, int]:
     """``(H, W)`` rounded to the nearest positive multiples of ``step``."""
     return max(step, round(size[0] / step) * step), max(step, round(size[1] / step) * step)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from agglo.teachers._backbone import Backbone
+from agglo.teachers._precision import Precision, halve, products
 from agglo.teachers._sizes import check_images, scaled_size
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
@@ -19,12 +22,19 @@ class TimmTeacher(Teacher):
     stride 16.
 
     Args:
-        model: timm's name of the model.
+        model: timm's name of the model; or a folder with ``config.json`` and the weights, as timm saves them; or
+            ``hf_hub:OWNER/NAME``. A folder or a repository brings its own weights, mean, standard deviation and size.
         weights: ``bundled`` (EfficientNet-Lite 0 to 2), ``hub`` (timm downloads its own), ``random`` (fixed seed), or
             the path of a safetensors file with timm's parameter names.
-        stage: whose output is spatial: the index of a stage (a block, for transformers), negative from the end.
+        stage: whose output is spatial: the index of a stage (a block, for transformers), negative from the end; null
+            for the last one of stride 16 or less (the last block of a vision transformer).
+        norm: apply the model's final norm to the map, as its own classifier sees it; prefix tokens are dropped.
         summary: False for a dense-only teacher; the stages after ``stage`` are then not computed.
-        size: shorter side in pixels at which the teacher sees every view; None shows it the student's size.
+        size: shorter side in pixels at which the teacher sees every view; None shows a vision transformer as many
+            tokens as the student has, and any other model the student's own pixels.
+        dtype: ``float32``, or ``bfloat16`` / ``float16``: products in half precision under autocast, norms, positions
+            and the residual stream in float32.
+        compile: let torch.compile fuse the network, at its first batch of each size.
 
     Raises:
         ConfigError: unknown model or weights, no such stage, no map at that stage, a size that is not legal.
@@ -37,24 +47,45 @@ class TimmTeacher(Teacher):
         *,
         model: str = "tf_efficientnet_lite0",
         weights: str | None = "bundled",
-        stage: int = 3,
+        stage: int | None = None,
+        norm: bool = False,
         summary: bool = True,
         size: int | None = None,
+        dtype: Precision = "float32",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = Backbone(model, weights, size)
         self.licence = self.backbone.licence
         self.stage = self._stage(model, stage)
+        self.norm = norm
         self.size = size
+        self.patch = self.backbone.patch
+        self.native = self.backbone.default_side
+        self.canvas = self.backbone.side
+        self.fill = tuple(self.backbone.net.pretrained_cfg["mean"])
         self.spec = self._probe(model, summary)
+        self.dtype: Precision = dtype
+        halve(self.backbone.net, dtype)
+        self._encoder = torch.compile(self._encode) if compile else self._encode
         if size is not None and (size < 1 or size % self.spec.step):
             raise ConfigError(f"teachers.timm: size {size} is no multiple of {model}'s step of {self.spec.step} pixels")
 
-    def _stage(self, model: str, stage: int) -> int:
+    @classmethod
+    def spec_of(cls, **keys: Any) -> FeatureSpec:
+        """What such a teacher returns, without storage and without weights."""
+        with torch.device("meta"):
+            return cls(**{**keys, "weights": "random", "dtype": "float32", "compile": False}).spec
+
+    def _stage(self, model: str, stage: int | None) -> int:
         net = self.backbone.net
         if not hasattr(net, "forward_intermediates") or not hasattr(net, "forward_head"):
             raise ConfigError(f"timm's {model} does not return intermediate features: take another model")
         count = len(net.feature_info)
+        if stage is None:
+            strides = [int(each["reduction"]) for each in net.feature_info]
+            fine = [index for index, stride in enumerate(strides) if stride <= max(16, min(strides))]
+            return fine[-1]
         if not -count <= stage < count:
             raise ConfigError(f"{model} has stages 0 to {count - 1}, there is no stage {stage}")
         return stage % count
@@ -73,7 +104,7 @@ class TimmTeacher(Teacher):
     def _encode(self, images: Tensor, summary: bool) -> tuple[Tensor | None, Tensor]:
         net = self.backbone.net
         images = self.backbone.condition(images)
-        options = {"indices": [self.stage], "output_fmt": "NCHW"}
+        options = {"indices": [self.stage], "output_fmt": "NCHW", "norm": self.norm}
         if not summary:
             (spatial,) = net.forward_intermediates(images, intermediates_only=True, stop_early=True, **options)
             return None, spatial
@@ -83,18 +114,18 @@ class TimmTeacher(Teacher):
     def forward(self, images: Tensor) -> Features:
         """Encode RGB images ``(B, 3, H, W)`` in [0, 1]; H and W are multiples of ``spec.step``."""
         check_images(images, self.spec.step)
-        summary, spatial = self._encode(images, self.spec.summary is not None)
-        return Features(summary, spatial.contiguous())
+        with products(self.dtype, images.device):
+            summary, spatial = self._encoder(images, self.spec.summary is not None)
+        return Features(None if summary is None else summary.float(), spatial.float().contiguous())
 
     def classify(self, images: Tensor) -> Tensor:
         """The classifier's logits ``(B, classes)`` for RGB images ``(B, 3, H, W)`` in [0, 1]."""
         check_images(images, self.spec.step)
-        return self.backbone(images)
+        with products(self.dtype, images.device):
+            return self.backbone(images).float()
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
         """``(H, W)`` to show this teacher: its fixed size, or the view scaled so that its shorter side is ``size``."""
-        if self.backbone.side is not None:
-            return self.backbone.side, self.backbone.side
-        if self.size is None:
+        if self.canvas is not None or self.size is None:
             return super().input_size(size, stride)
         return scaled_size(size, self.size, self.spec.step)

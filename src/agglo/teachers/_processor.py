@@ -1,0 +1,117 @@
+"""What a checkpoint's own image processor says: mean, standard deviation and size. Nothing is assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agglo.teachers._family import guest, side
+from agglo.teachers._hub import Source
+from agglo.types import AssetError
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """How pixels in [0, 1] become a network's input: ``(x - mean) / std``.
+
+    Args:
+        mean, std: per channel, for pixels in [0, 1].
+        side: side in pixels of the square the processor makes, or None where it keeps another shape.
+    """
+
+    mean: RGB
+    std: RGB
+    side: int | None = None
+
+
+class Conditioner(nn.Module):
+    """The normalisation as a module, so that its numbers are where the network is.
+
+    Args:
+        pixels: what the processor says.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pixels: Pixels) -> None:
+        super().__init__()
+        self.identity = pixels.mean == (0, 0, 0) and pixels.std == (1, 1, 1)
+        self.register_buffer("mean", torch.tensor(pixels.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(pixels.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise RGB ``(B, 3, H, W)`` in [0, 1], once."""
+        return images if self.identity else (images - self.mean) / self.std
+
+
+AS_THEY_ARE = Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""For networks that normalise by themselves."""
+
+
+def read_pixels(source: Source) -> Pixels:
+    """What preprocessor_config.json, or the image part of processor_config.json, of a checkpoint says.
+
+    A key that the file leaves out is its processor class's own default.
+
+    Raises:
+        AssetError: there is no such file, or it does not say how pixels are normalised.
+    """
+    content = source.json("preprocessor_config.json")
+    if not content:
+        content = source.json("processor_config.json").get("image_processor") or {}
+    if not content:
+        raise AssetError(
+            f"{source.where}: {source.label} has no preprocessor_config.json, and mean, std and size are never "
+            "guessed. Put the checkpoint's own beside its config.json"
+        )
+    return pixels_of(content, f"{source.where}: preprocessor_config.json of {source.label}")
+
+
+def pixels_of(content: Mapping[str, Any], where: str) -> Pixels:
+    """The meaning of a processor's settings.
+
+    Raises:
+        AssetError: they do not say how pixels are normalised.
+    """
+    defaults = getattr(guest(), str(content.get("image_processor_type")), None)
+
+    def value(key: str) -> Any:
+        return content[key] if key in content else getattr(defaults, key, None)
+
+    # The processor scales bytes; ours are scaled to [0, 1] already. What is left is 1 for every released checkpoint.
+    scale = 255 * float(value("rescale_factor") or 1 / 255) if value("do_rescale") in (None, True) else 255.0
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if value("do_normalize") in (None, True):
+        mean, std = _rgb(value("image_mean"), where, "image_mean"), _rgb(value("image_std"), where, "image_std")
+    crop = value("crop_size") if value("do_center_crop") else None
+    return Pixels(_times(mean, 1 / scale), _times(std, 1 / scale), _side(crop or value("size")))
+
+
+def _side(size: Any) -> int | None:
+    what = "size of this model's processor"
+    if not isinstance(size, Mapping):
+        return None if size is None else side(size, what)
+    for keys in (("height", "width"), ("shortest_edge",), ("longest_edge",)):
+        if all(size.get(key) is not None for key in keys):
+            return side([size[key] for key in keys], what)
+    return None
+
+
+def _rgb(value: Any, where: str, key: str) -> RGB:
+    if isinstance(value, int | float):
+        value = [value] * 3
+    if not isinstance(value, Sequence) or len(value) != 3:
+        raise AssetError(f"{where} says {key}: {value!r}, not three numbers; fetch it again")
+    return float(value[0]), float(value[1]), float(value[2])
+
+
+def _times(values: RGB, factor: float) -> RGB:
+    return values if factor == 1 else (values[0] * factor, values[1] * factor, values[2] * factor)

@@ -1,0 +1,192 @@
+"""The teachers that the papers name, as data: what each returns is known without a network and without weights.
+
+Facts of the released checkpoints (METHOD 1.5): architecture, processor, licence. Used where no weights are read: for
+widths of heads, sizes of inputs, plans and runs with random weights. With weights, the checkpoint's own files count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+RGB = tuple[float, float, float]
+
+_HALF: RGB = (0.5, 0.5, 0.5)
+_CLIP: tuple[RGB, RGB] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One checkpoint of transformers.
+
+    Args:
+        config: the part of its config.json that is about the vision encoder.
+        side: side in pixels of the square its processor makes, or None where it keeps the aspect.
+        mean, std: of its processor, for pixels in [0, 1].
+        licence: of its weights.
+        gated: whether the licence must be accepted before the weights can be fetched.
+    """
+
+    config: dict[str, Any]
+    side: int | None
+    mean: RGB = _HALF
+    std: RGB = _HALF
+    licence: str = "Apache-2.0"
+    gated: bool = False
+
+
+def _siglip(width: int, mlp: int, depth: int, size: int, patch: int) -> Published:
+    config = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 16,
+        "image_size": size,
+        "patch_size": patch,
+    }
+    return Published(config, size)
+
+
+def _naflex(width: int, mlp: int, depth: int, heads: int) -> Published:
+    config = {
+        "model_type": "siglip2_vision_model",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "patch_size": 16,
+        "num_patches": 256,
+    }
+    return Published(config, None)
+
+
+def _clip(width: int, depth: int, heads: int, size: int, projection: int) -> Published:
+    config = {
+        "model_type": "clip_vision_model",
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "image_size": size,
+        "patch_size": 14,
+        "projection_dim": projection,
+    }
+    return Published(config, size, *_CLIP, licence="MIT")
+
+
+def _dinov2(width: int, depth: int, heads: int, *, registers: bool, swiglu: bool = False) -> Published:
+    config: dict[str, Any] = {
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "mlp_ratio": 4,
+        "use_swiglu_ffn": swiglu,
+        "image_size": 518,
+        "patch_size": 14,
+    }
+    if registers:
+        config["num_register_tokens"] = 4
+    return Published(config, 224, *_IMAGENET)
+
+
+def _dinov3(width: int, mlp: int, depth: int, heads: int, *, gated_mlp: bool = True, biased: bool = True) -> Published:
+    config = {
+        "model_type": "dinov3_vit",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_register_tokens": 4,
+        "patch_size": 16,
+        "image_size": 224,
+        "use_gated_mlp": gated_mlp,
+        "hidden_act": "silu" if gated_mlp else "gelu",
+        "query_bias": biased,
+        "value_bias": biased,
+    }
+    return Published(config, 224, *_IMAGENET, licence="DINOv3 License", gated=True)
+
+
+def _sam(width: int, depth: int, heads: int, *everywhere: int) -> Published:
+    config = {
+        "model_type": "sam_vision_model",
+        "hidden_size": width,
+        "mlp_dim": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "global_attn_indexes": list(everywhere),
+        "image_size": 1024,
+        "patch_size": 16,
+    }
+    return Published(config, 1024, *_IMAGENET)
+
+
+_SAM3 = {
+    "model_type": "sam3_vit_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4736,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 1008,
+    "patch_size": 14,
+    "window_size": 24,
+    "global_attn_indexes": [7, 15, 23, 31],
+    "pretrain_image_size": 336,
+}
+
+_RADIO_V4_H = {
+    "model_type": "radio",
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 16,
+    "max_img_size": 2048,
+}
+
+PUBLISHED: dict[str, Published] = {
+    "google/siglip2-giant-opt-patch16-384": _siglip(1536, 6144, 40, 384, 16),
+    "google/siglip2-giant-opt-patch16-256": _siglip(1536, 6144, 40, 256, 16),
+    "google/siglip2-so400m-patch14-224": _siglip(1152, 4304, 27, 224, 14),
+    "google/siglip2-so400m-patch14-384": _siglip(1152, 4304, 27, 384, 14),
+    "google/siglip2-so400m-patch16-256": _siglip(1152, 4304, 27, 256, 16),
+    "google/siglip2-so400m-patch16-384": _siglip(1152, 4304, 27, 384, 16),
+    "google/siglip2-so400m-patch16-512": _siglip(1152, 4304, 27, 512, 16),
+    "google/siglip2-so400m-patch16-naflex": _naflex(1152, 4304, 27, 16),
+    "google/siglip2-base-patch16-naflex": _naflex(768, 3072, 12, 12),
+    "google/siglip-so400m-patch14-384": _siglip(1152, 4304, 27, 384, 14),
+    "openai/clip-vit-large-patch14": _clip(1024, 24, 16, 224, 768),
+    "openai/clip-vit-large-patch14-336": _clip(1024, 24, 16, 336, 768),
+    "facebook/dinov2-large": _dinov2(1024, 24, 16, registers=False),
+    "facebook/dinov2-giant": _dinov2(1536, 40, 24, registers=False, swiglu=True),
+    "facebook/dinov2-with-registers-large": _dinov2(1024, 24, 16, registers=True),
+    "facebook/dinov2-with-registers-giant": _dinov2(1536, 40, 24, registers=True, swiglu=True),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": _dinov3(1024, 4096, 24, 16, gated_mlp=False),
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": _dinov3(1280, 5120, 32, 20),
+    "facebook/dinov3-vit7b16-pretrain-lvd1689m": _dinov3(4096, 8192, 40, 32, biased=False),
+    "facebook/sam-vit-huge": _sam(1280, 32, 16, 7, 15, 23, 31),
+    "facebook/sam-vit-large": _sam(1024, 24, 16, 5, 11, 17, 23),
+    "facebook/sam3": Published(_SAM3, 1008, licence="SAM License", gated=True),
+    "nvidia/C-RADIOv4-H": Published(_RADIO_V4_H, None, *_CLIP, licence="NVIDIA Open Model License"),
+}
+"""Name on the hub → what is known of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedOpenCLIP:
+    """One checkpoint of OpenCLIP: its architecture is open_clip's own, known without a network."""
+
+    architecture: str
+    licence: str
+    mean: RGB = _CLIP[0]
+    std: RGB = _CLIP[1]
+
+
+OPEN_CLIP: dict[str, PublishedOpenCLIP] = {
+    "apple/DFN5B-CLIP-ViT-H-14-378": PublishedOpenCLIP("ViT-H-14-378-quickgelu", "Apple Machine Learning Research"),
+    "apple/DFN5B-CLIP-ViT-H-14": PublishedOpenCLIP("ViT-H-14-quickgelu", "Apple Machine Learning Research"),
+}
+"""Name on the hub → what is known of it."""

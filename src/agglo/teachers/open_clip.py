@@ -1,0 +1,287 @@
+"""The vision half of an OpenCLIP model as a teacher."""
+
+from __future__ import annotations
+
+import difflib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agglo.config import build, nearest
+from agglo.extras import require
+from agglo.teachers._hub import Source
+from agglo.teachers._precision import Precision, halve, products
+from agglo.teachers._processor import Conditioner, Pixels
+from agglo.teachers._published import OPEN_CLIP
+from agglo.teachers._sizes import check_canvas
+from agglo.teachers.base import Teacher
+from agglo.types import AssetError, ConfigError, Features, FeatureSpec
+
+_WHERE = "teachers.open_clip"
+_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+_CONFIG = "open_clip_config.json"
+_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}
+"""A text tower of next to nothing, for a constructor that wants one; it is thrown away at once."""
+
+
+class OpenCLIPTeacher(Teacher):
+    """The vision tower of an OpenCLIP model: the embedding that text is compared with, and the map of its last block.
+
+    ``summary`` is the image embedding before it is divided by its norm; ``spatial`` the patch tokens after the tower's
+    final norm (a convolutional tower: its last stage). Mean and standard deviation are those of the checkpoint. The
+    text tower is not built.
+
+    Args:
+        model: OpenCLIP's name of an architecture; or ``hf-hub:OWNER/NAME``; or a folder with ``open_clip_config.json``
+            and the weights.
+        pretrained: a tag OpenCLIP knows for the architecture, or the path of a checkpoint (safetensors, or a pickle
+            that holds nothing but tensors). A folder or a repository brings its own weights, and this is not used.
+        weights: ``pretrained``, or ``random`` (fixed seed): for sizes and speed.
+        dtype: as of the ``transformers`` kind.
+        compile: let torch.compile fuse the tower, at its first batch.
+        summary: False for a dense-only teacher; null or True for both.
+        text: the text tower that belongs to the summary (``{kind: open_clip, model: ...}``), for zero-shot and search.
+
+    Attributes:
+        net: OpenCLIP's vision tower.
+
+    Raises:
+        ConfigError: unknown architecture or tag, a tag trained with the other GELU, no repository or folder.
+        AssetError: gated, no network, no weights, or weights that do not fit.
+        MissingExtraError: open_clip is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "ViT-H-14-378-quickgelu",
+        pretrained: str = "dfn5b",
+        weights: Literal["pretrained", "random"] = "pretrained",
+        dtype: Precision = "float32",
+        compile: bool = False,
+        summary: bool | None = None,
+        text: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        found = _find(model, pretrained, random=weights == "random")
+        self.dtype: Precision = dtype
+        self.text = text
+        self.net: Any = _tower(found.config, model)
+        if weights == "pretrained":
+            _assign(self.net, _read(found.file()))
+        self.licence = found.licence if weights == "pretrained" else "none (random weights)"
+        self.condition = Conditioner(found.pixels)
+        self.fill = found.pixels.mean
+        self.normalises = getattr(self.net, "attn_pool", None) is None
+        self.unseen = 0
+        self.spec, self.patch, self.unseen = _measure(self, summary is not False, model)
+        self.canvas = self.native = self.spec.step
+        halve(self.net, dtype)
+        self._text: list[Any] = []  # in a list: a text tower is no part of this module, and is made when asked for
+        self.requires_grad_(False).eval()
+        self._reader = torch.compile(self.read) if compile else self.read
+
+    @classmethod
+    def spec_of(cls, **keys: Any) -> FeatureSpec:
+        """What such a teacher returns, without storage and without weights."""
+        with torch.device("meta"):
+            return cls(**{**keys, "weights": "random", "compile": False, "dtype": "float32"}).spec
+
+    def read(self, pixels: Tensor, summary: bool) -> tuple[Tensor | None, Tensor]:
+        """Summary and map of normalised pixels, in one pass."""
+        if self.unseen:  # some towers insist on their nominal side, though no patch reaches its last pixels
+            pixels = F.pad(pixels, (0, self.unseen, 0, self.unseen))
+        out = self.net.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=self.normalises, intermediates_only=not summary
+        )
+        return out.get("image_features"), out["image_intermediates"][-1]
+
+    def forward(self, images: Tensor) -> Features:
+        """Encode RGB images ``(B, 3, side, side)`` in [0, 1] at the tower's own side. Features are float32."""
+        check_canvas(images, self.spec.step)
+        with products(self.dtype, images.device):
+            summary, spatial = self._reader(self.condition(images), self.spec.summary is not None)
+        return Features(None if summary is None else summary.float(), spatial.float().contiguous())
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Unit-norm ``(N, D)`` embeddings of N sentences, by the text tower of the key ``text``.
+
+        Raises:
+            TypeError: this teacher was given no text tower.
+            ConfigError: the tower's vectors are not as long as the summary.
+            AssetError: the tower's weights or tokenizer are missing.
+        """
+        if self.text is None:
+            return super().encode_text(texts)
+        if not self._text:
+            tower = build("text", self.text, where=f"{_WHERE}.text")
+            if tower.width != self.spec.summary:
+                raise ConfigError(
+                    f"{_WHERE}.text: its vectors have {tower.width} channels, the summary has {self.spec.summary}; "
+                    "name the text tower of the same model"
+                )
+            self._text.append(tower)
+        return self._text[0].to(self.condition.mean.device).encode(texts)
+
+
+# --- where the model is -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A model that was found: its architecture, its pixels, and where its weights are."""
+
+    config: Mapping[str, Any]
+    pixels: Pixels
+    licence: str
+    source: Source | None = None
+    tag: Mapping[str, Any] | None = None
+    path: Path | None = None
+
+    def file(self) -> Path:
+        """The checkpoint's path, fetched where it has to be."""
+        if self.path is not None:
+            return self.path
+        if self.source is not None:
+            return self.source.weights(_FILES)
+        tag = dict(self.tag or {})
+        try:
+            return Path(require("open_clip", "teachers").download_pretrained(tag))
+        except Exception as error:  # each address fails in its own way
+            raise AssetError(
+                f"{_WHERE}: the weights at {tag.get('url')} cannot be fetched ({error}). Where there is a network, "
+                "fetch that file, and name it: `pretrained: PATH`"
+            ) from error
+
+
+def _find(model: str, pretrained: str, *, random: bool) -> _Found:
+    open_clip = require("open_clip", "teachers")
+    folder = Path(model).expanduser()
+    if model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or folder.exists():
+        return _stored(Source(model, _WHERE, known=OPEN_CLIP), random=random)
+    config = open_clip.get_model_config(model) if "/" not in model else None
+    if config is None:
+        if model in OPEN_CLIP:
+            raise ConfigError(f"{_WHERE}: a repository is named with its place: `model: hf-hub:{model}`")
+        close = difflib.get_close_matches(model, open_clip.list_models(), n=6, cutoff=0.3)
+        raise ConfigError(f"{_WHERE}: open_clip has no model {model!r}{nearest(model, close)}")
+    file = Path(pretrained).expanduser()
+    if file.is_file():
+        return _Found(config, _pixels({}), f"unknown ({file.name})", path=file)
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    if random:  # whose weights they are not does not matter
+        return _Found(config, _pixels(tag or {}), "")
+    if not tag:
+        known = open_clip.list_pretrained_tags_by_model(model)
+        raise ConfigError(
+            f"{_WHERE}: {pretrained!r} is neither a file nor a tag that open_clip knows for {model}"
+            f"{nearest(pretrained, known)}"
+        )
+    if bool(tag.get("quick_gelu", False)) != bool(config.get("quick_gelu", False)):
+        other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
+        raise ConfigError(
+            f"{_WHERE}: {pretrained!r} was trained with the other GELU than {model} has, which gives wrong features; "
+            f"use `model: {other}`"
+        )
+    where = str(tag.get("hf_hub") or tag.get("url")).rstrip("/")
+    repo = OPEN_CLIP.get(where)
+    source = Source(where, _WHERE, known=OPEN_CLIP) if tag.get("hf_hub") else None
+    return _Found(config, _pixels(tag), repo.licence if repo else f"unknown ({where})", source=source, tag=tag)
+
+
+def _stored(source: Source, *, random: bool) -> _Found:
+    """A model of a folder or of the hub, which states its own architecture and pixels."""
+    known = None if source.local else OPEN_CLIP.get(source.name)
+    if known is not None and random:
+        config = require("open_clip", "teachers").get_model_config(known.architecture)
+        return _Found(config, Pixels(known.mean, known.std), known.licence)
+    source.need(_CONFIG)
+    content = source.json(_CONFIG)
+    config = content.get("model_cfg", content)
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
+        raise AssetError(f"{_WHERE}: {_CONFIG} of {source.label} describes no model with embed_dim and vision_cfg")
+    licence = f"unknown ({source.folder.name})" if source.local else f"unknown (see the card of {source.name})"
+    return _Found(config, _pixels(content.get("preprocess_cfg") or {}), known.licence if known else licence, source)
+
+
+def _pixels(stated: Mapping[str, Any]) -> Pixels:
+    """Mean and standard deviation of a checkpoint; where it is silent, OpenCLIP's own (every old checkpoint's)."""
+    constants = require("open_clip.constants", "teachers")
+    mean = stated.get("mean") or constants.OPENAI_DATASET_MEAN
+    std = stated.get("std") or constants.OPENAI_DATASET_STD
+    return Pixels((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+# --- the tower --------------------------------------------------------------------------------------------------------
+
+
+def _tower(config: Mapping[str, Any], model: str) -> nn.Module:
+    """The vision tower with random weights, the same in every process."""
+    open_clip = require("open_clip", "teachers")
+    options = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
+    vision = {**options["vision_cfg"], "timm_model_pretrained": False}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return open_clip.CustomTextCLIP(**{**options, "vision_cfg": vision, "text_cfg": _NO_TEXT}).visual
+    except Exception as error:  # each architecture refuses bad values in its own way
+        raise ConfigError(f"{_WHERE}: {model} cannot be built: {error}") from error
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that belong to its vision tower, float32, by their names inside it."""
+    try:
+        if file.suffix == ".safetensors":
+            with require("safetensors", "teachers").safe_open(file, framework="pt") as tensors:
+                return {_inner(key): tensors.get_tensor(key).float() for key in tensors.keys() if _inner(key)}  # noqa: SIM118
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        state = state.get("state_dict", state)
+        return {_inner(key): value.float() for key, value in state.items() if _inner(key)}
+    except Exception as error:  # truncated, a pickle with foreign objects, TorchScript, another kind of file
+        raise AssetError(
+            f"{file}: cannot be read as weights ({error}). Fetch it again; a pickle that holds more than tensors is "
+            "never read: save its state_dict() as safetensors in a place where you trust it"
+        ) from error
+
+
+def _inner(key: str) -> str:
+    key = key.removeprefix("module.")
+    return key.removeprefix("visual.") if key.startswith("visual.") else ""
+
+
+def _assign(net: nn.Module, state: dict[str, Tensor]) -> None:
+    try:
+        missing, unexpected = net.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise AssetError(f"{_WHERE}: the weights are of a model of other sizes: {error}") from error
+    if missing or unexpected:
+        raise AssetError(
+            f"{_WHERE}: not the weights of this vision tower (missing {missing[:5]}, left over {unexpected[:5]})"
+        )
+
+
+@torch.no_grad()
+def _measure(teacher: OpenCLIPTeacher, summary: bool, model: str) -> tuple[FeatureSpec, int | None, int]:
+    """What the tower returns, the side of its tokens and the pixels it never sees, found out on one black image."""
+    net = teacher.net.eval()
+    size = net.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ConfigError(f"{_WHERE}: {model} sees images of {height}x{width}, not squares: it cannot be a teacher")
+    pooled, spatial = teacher.read(torch.zeros(1, 3, height, height), summary)
+    cells = spatial.shape[-1]
+    embed = getattr(getattr(net, "trunk", None), "patch_embed", None)
+    stated = getattr(net, "patch_size", None) or getattr(embed, "patch_size", None)
+    patch = None if stated is None else stated if isinstance(stated, int) else max(stated)
+    if patch is not None and height // patch != cells:
+        patch = None  # a pyramid whose first patches are merged later on
+    stride = patch or height // cells
+    canvas = stride * cells  # 378 of 384 pixels at patch 14: so every cell is where it says it is
+    spec = FeatureSpec(None if pooled is None else pooled.shape[1], spatial.shape[1], stride=stride, step=canvas)
+    return spec, patch, height - canvas

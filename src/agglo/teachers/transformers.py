@@ -1,0 +1,210 @@
+"""Any vision encoder of transformers as a teacher: SigLIP2, DINOv3, SAM 3 and friends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from agglo.config import build
+from agglo.teachers._families import family_of
+from agglo.teachers._family import Family
+from agglo.teachers._hub import Source
+from agglo.teachers._precision import Precision, halve, products
+from agglo.teachers._processor import AS_THEY_ARE, Conditioner, Pixels, read_pixels
+from agglo.teachers._published import PUBLISHED, Published
+from agglo.teachers._sizes import check_canvas, check_images, scaled_size, snap
+from agglo.teachers.base import Teacher
+from agglo.types import ConfigError, Features, FeatureSpec
+
+_WHERE = "teachers.transformers"
+
+
+class TransformersTeacher(Teacher):
+    """A frozen vision encoder of transformers, by its name on the hub or from a local folder.
+
+    SigLIP and SigLIP2 (fixed and NaFlex), CLIP, DINOv2 (with registers or without), DINOv3 (transformer and ConvNeXt),
+    SAM, the trunk of SAM 3 and RADIO are read as their authors mean them (one small class each); every other encoder
+    that AutoModel builds by the rule of ``_generic.py``. Prefix tokens are never part of the map; mean, standard
+    deviation and size are those of the checkpoint's own processor. From checkpoints that hold more, only the vision
+    encoder is kept.
+
+    Args:
+        model: ``OWNER/NAME`` on the hub, or a folder with ``config.json``, ``preprocessor_config.json`` and weights.
+        revision: branch, tag or commit on the hub; null for the default branch.
+        weights: ``pretrained``, or ``random`` (fixed seed; needs the configuration only): for sizes and speed.
+        size: side in pixels at which the teacher sees every view. null: a model that was trained at one size sees it
+            at the size of its processor, every other one at the size that gives it as many tokens as the student has.
+        dtype: ``float32``, or ``bfloat16`` / ``float16``: linear layers in half precision under autocast, norms,
+            positions and the residual stream in float32.
+        compile: let torch.compile fuse the network, at its first batch of each size.
+        summary: False for a dense-only teacher; True insists on a summary; null takes one where there is one.
+        text: the text tower that belongs to the summary (``{kind: siglip2, repo: ...}``), for zero-shot and search.
+
+    Attributes:
+        net: transformers' network.
+        family: what agglo knows of it.
+        condition: pixels in [0, 1] to what the network expects.
+
+    Raises:
+        ConfigError: no such repository, folder or revision; no vision encoder; a size that is not legal; a summary
+            asked of a model without one.
+        AssetError: a gated repository, no network, no weights, files that are corrupt or do not fit.
+        MissingExtraError: transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        revision: str | None = None,
+        weights: Literal["pretrained", "random"] = "pretrained",
+        size: int | None = None,
+        dtype: Precision = "float32",
+        compile: bool = False,
+        summary: bool | None = None,
+        text: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        source, published = _located(model, revision)
+        content = _config(source, published, random=weights == "random")
+        self.family = family_of(content, f"{_WHERE}: {model}")
+        pixels = _pixels(self.family, source, published, random=weights == "random")
+        self.condition = Conditioner(pixels)
+        self.native = _native(self.family, pixels, model)
+        self.canvas = _canvas(self.family, self.native, size, model)
+        self.size, self.text = size, text
+        self.dtype: Precision = dtype
+        self.patch = self.family.patch if self.family.tokens else None
+        self.fill = tuple(self.family.config.norm_mean) if self.family.conditions else pixels.mean
+        self.licence = _licence(source, published, random=weights == "random")
+        self.spec = _spec(self.family, self.canvas, summary, model)
+        self.net: Any
+        if weights == "random":
+            self.net = self.family.random()
+        else:
+            self.net = self.family.load(source.weights().parent)
+        if self.spec.summary is None:
+            self.family.without_summary(self.net)
+        halve(self.net, dtype)
+        self._tower: list[Any] = []  # in a list: a text tower is no part of this module, and is made when asked for
+        self.requires_grad_(False).eval()
+        if compile:
+            self.net.compile()
+
+    @classmethod
+    def spec_of(cls, **keys: Any) -> FeatureSpec:
+        """What such a teacher returns, from the configuration alone; published models need no network for it."""
+        model = keys["model"]
+        source, published = _located(model, keys.get("revision"))
+        family = family_of(_config(source, published, random=True), f"{_WHERE}: {model}")
+        native = family.native if published is None or published.side is None else published.side
+        canvas = _canvas(family, native and native - native % family.step, keys.get("size"), model)
+        return _spec(family, canvas, keys.get("summary"), model)
+
+    def forward(self, images: Tensor) -> Features:
+        """Encode RGB images ``(B, 3, H, W)`` in [0, 1], H and W multiples of ``spec.step``; features are float32."""
+        if self.family.rigid and self.canvas is not None:
+            check_canvas(images, self.canvas)
+        check_images(images, self.spec.step)
+        with products(self.dtype, images.device):
+            summary, spatial = self.family.read(self.net, self.condition(images))
+        kept = summary if self.spec.summary is not None else None
+        return Features(None if kept is None else kept.float(), spatial.float().contiguous())
+
+    def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
+        """``(H, W)`` to show this teacher a view of ``size``: its canvas, its ``size``, or equally many tokens."""
+        if self.canvas is None and self.size is not None:
+            return scaled_size(size, self.size, self.spec.step)
+        return super().input_size(size, stride)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Unit-norm ``(N, D)`` embeddings of N sentences, by the text tower of the key ``text``.
+
+        Raises:
+            TypeError: this teacher was given no text tower.
+            ConfigError: the tower's vectors are not as long as the summary.
+            AssetError: the tower's weights or tokenizer are missing.
+        """
+        if self.text is None:
+            return super().encode_text(texts)
+        if not self._tower:
+            tower = build("text", self.text, where=f"{_WHERE}.text")
+            if tower.width != self.spec.summary:
+                raise ConfigError(
+                    f"{_WHERE}.text: its vectors have {tower.width} channels, the summary has {self.spec.summary}; "
+                    "name the text tower of the same checkpoint"
+                )
+            self._tower.append(tower)
+        device = next(self.net.parameters()).device
+        return self._tower[0].to(device).encode(texts)
+
+
+def _located(model: str, revision: str | None) -> tuple[Source, Published | None]:
+    source = Source(model, _WHERE, revision, known=PUBLISHED)
+    return source, None if source.local else PUBLISHED.get(source.name)
+
+
+def _config(source: Source, published: Published | None, *, random: bool) -> Mapping[str, Any]:
+    """The content of config.json; of a published model whose weights are not read, from our table."""
+    if published is not None and random:
+        return published.config
+    source.need("config.json")
+    return source.json("config.json")
+
+
+def _pixels(family: Family, source: Source, published: Published | None, *, random: bool) -> Pixels:
+    if family.conditions:
+        return AS_THEY_ARE
+    if published is not None and random:
+        return Pixels(published.mean, published.std, published.side)
+    return read_pixels(source)
+
+
+def _native(family: Family, pixels: Pixels, model: str) -> int | None:
+    """The side the weights were made for: the processor's, in whole patches, unless the network allows one only."""
+    native = family.native
+    if pixels.side is not None:
+        native = max(family.step, pixels.side - pixels.side % family.step)
+    if family.rigid and native != family.native:
+        raise ConfigError(
+            f"{_WHERE}: the processor of {model} makes images of {pixels.side} pixels, but the network runs at "
+            f"{family.native} only: they are not of one checkpoint"
+        )
+    return native
+
+
+def _canvas(family: Family, native: int | None, size: int | None, model: str) -> int | None:
+    """The side of a fixed canvas, or None for a model that follows the student."""
+    if size is not None and family.rigid and size != native:
+        raise ConfigError(f"{_WHERE}.size: {model} runs at {native} pixels only, not at {size}")
+    if size is not None and (size < 1 or size % family.step):
+        near = snap((size, size), family.step)[0]
+        raise ConfigError(
+            f"{_WHERE}.size: {size} is no multiple of the {family.step} pixels of {model}'s patches; the nearest is "
+            f"{near}"
+        )
+    if not family.fixed:
+        return None
+    return size or native
+
+
+def _spec(family: Family, canvas: int | None, summary: bool | None, model: str) -> FeatureSpec:
+    if summary and family.summary is None:
+        raise ConfigError(
+            f"{_WHERE}.summary: {model} has no summary, only a map; set `summary: false` or leave the key out, and "
+            "give the teacher `summary_weight: 0`"
+        )
+    kept = family.summary if summary in (None, True) else None
+    step = canvas if family.rigid and canvas is not None else family.step
+    slots = family.slots if kept is not None else 1
+    return FeatureSpec(summary=kept, spatial=family.spatial, stride=family.patch, step=step, slots=slots)
+
+
+def _licence(source: Source, published: Published | None, *, random: bool) -> str:
+    if random:
+        return "none (random weights)"
+    if published is not None:
+        return published.licence
+    return f"unknown ({source.folder.name})" if source.local else f"unknown (see the card of {source.name})"
