@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from agglo import catalogue
+from agglo import caching, catalogue, evaluating
 from agglo.types import AggloError, ConfigError
 
 if TYPE_CHECKING:
@@ -116,16 +116,21 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     folder = out or Path("runs") / (resolved.name + ("-smoke" if smoke else ""))
-    device = _checked_device(device)
+    device = evaluating.checked_device(device)
 
     from agglo.train.loop import distill
 
     distill(resolved, folder, resume=resume, overwrite=overwrite, device=device)
+    if resolved.objective.kind == "upsample":
+        typer.echo(
+            f"\nNext, beside the teacher's keys in a recipe:\n  upsampler: {{kind: featsharp, weights: {folder}}}"
+        )
+        return
     with _saved(folder):
         if evals and resolved.evals:
-            _measure(folder, device)
+            evaluating.measure_run(folder, device)
         if report:
-            _report(folder)
+            evaluating.write_report(folder)
     run = shlex.quote(str(folder))
     typer.echo(
         f'\nNext:\n  agglo search --photos "a cup of coffee" --model {run}\n'
@@ -144,88 +149,6 @@ def _saved(folder: Path) -> Iterator[None]:
         typer.echo(f"the model is saved in {folder / 'model'}; `agglo report {run}` does the rest", err=True)
         typer.echo(f"(`agglo eval {run}` only measures it)", err=True)
         raise
-
-
-def _checked_device(device: str | None) -> str | None:
-    """The device, found out to work before anything is loaded onto it."""
-    if device is None:
-        return None
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--device {device} cannot be used here ({first}): try --device cpu") from None
-    return device
-
-
-def _measure(folder: Path, device: str | None = None) -> None:
-    """The run's evals, with a status line, then their table."""
-    from agglo.terminal import status
-    from agglo.train.measure import measure
-
-    with status("evals") as say:
-        record = measure(folder, device=device, progress=say)
-    _print_numbers(record["models"], frozenset(record["lower_is_better"]))
-
-
-@app.command("report")
-def report_command(run: Path = typer.Argument(metavar="RUN", help="A run folder.")) -> None:
-    """Make a run's report.html again; evals that were not run yet are run first."""
-    recipe = run / "recipe.yaml"
-    if recipe.is_file() and (run / "model").is_dir() and not (run / "evals.json").is_file():
-        from agglo.recipe import load
-
-        if load(str(recipe)).evals:
-            _measure(run)
-    _report(run)
-
-
-def _report(folder: Path) -> None:
-    from agglo.report import write
-    from agglo.terminal import status
-
-    with status("report"):
-        page = write(folder)
-    typer.echo(f"report: {page}")
-
-
-# --- evals ------------------------------------------------------------------------------------------------------------
-
-
-@app.command("eval")
-def eval_command(
-    model: str = typer.Argument(metavar="MODEL", help="A released name, a saved model, or a run folder."),
-    evals: str = typer.Option("quick", "--evals", help="A suite (quick, demo) or kinds: knn,zero_shot."),
-    out: Path | None = typer.Option(None, "--out", "-o", help="Also write the numbers to this .json file."),
-    device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
-    overwrite: bool = OVERWRITE,
-) -> None:
-    """Measure a model and print its numbers."""
-    from agglo.embedding import check_output
-    from agglo.evals._run import evaluate
-    from agglo.terminal import status
-    from agglo.train.measure import choose, lower_is_better, write_json
-
-    target = check_output(out, overwrite=overwrite, endings=(".json",)) if out else None
-    chosen = choose(evals)
-    lower = lower_is_better(chosen)
-    loaded = _load(model, device, text=True)
-    recipe, teachers = Path(model) / "recipe.yaml", None
-    if recipe.is_file() and any(entry["kind"] == "agreement" for entry in chosen):
-        from agglo.objectives.distill import build_teachers
-        from agglo.recipe import load
-
-        teachers = {name: teacher.to(device or "cpu") for name, teacher in build_teachers(load(str(recipe))).items()}
-    with status("eval") as say:
-        results = evaluate(loaded, chosen, teachers, say)
-    _print_numbers({model: results}, lower)
-    for name, why in results.get("skipped", {}).items():
-        typer.echo(f"{name} left out: {why}", err=True)
-    if target is not None:
-        write_json(target, {"models": {model: results}, "lower_is_better": sorted(lower)})
-        typer.echo(f"wrote {target}", err=True)
 
 
 # --- using a model ----------------------------------------------------------------------------------------------------
@@ -359,7 +282,7 @@ def export(
 def _load(model: str, device: str | None = None, *, text: bool = False) -> Model:
     from agglo.zoo import load
 
-    return load(model, heads="text" if text else None, device=_checked_device(device) or "cpu")
+    return load(model, heads="text" if text else None, device=evaluating.checked_device(device) or "cpu")
 
 
 def _name_skipped(skipped: dict[str, str], most: int = 10) -> None:
@@ -373,16 +296,15 @@ def _name_skipped(skipped: dict[str, str], most: int = 10) -> None:
         typer.echo(f"  and {len(skipped) - most} more", err=True)
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
-
-for command in (catalogue.models, catalogue.info, catalogue.push, catalogue.kinds, catalogue.recipes):
+app.command("eval")(evaluating.eval_command)
+for command in (evaluating.report, evaluating.compare):
     app.command()(command)
 
 
-def _print_numbers(models: dict[str, Any], lower: frozenset[str]) -> None:
-    from agglo.terminal import console, numbers_table
+# --- what there is ----------------------------------------------------------------------------------------------------
 
-    console().print(numbers_table(models, lower))
+for command in (caching.cache, catalogue.models, catalogue.info, catalogue.push, catalogue.kinds, catalogue.recipes):
+    app.command()(command)
 
 
 if __name__ == "__main__":

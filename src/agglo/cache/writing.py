@@ -1,0 +1,405 @@
+"""Writing a cache: every teacher looks at every fixed crop of every image once, however often that is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import agglo
+from agglo.artefact import write_tensors
+from agglo.cache import identity
+from agglo.cache.coding import DTYPES, Coding
+from agglo.cache.crops import CropLoader
+from agglo.cache.folder import LOCK, alone, size_text
+from agglo.cache.lessons import ask
+from agglo.cache.reading import check_geometry, check_names, read_coding
+from agglo.cache.records import SHARD_BYTES, Pen, Record, key_of, shard_numbers
+from agglo.config import build
+from agglo.creation import create
+from agglo.data.loader import Batch
+from agglo.data.views import Partition, ViewPolicy
+from agglo.objectives.distill import build_teachers
+from agglo.objectives.inspection import named
+from agglo.objectives.wrapping import begin_step
+from agglo.recipe import Recipe, Views
+from agglo.teachers.base import Teacher
+from agglo.types import ConfigError, Features, StorageError
+
+STATISTICS = 256
+"""Images from which the PHI-S map of the coding is estimated, and on some of which its error is measured."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass
+class Speaker:
+    """One teacher at work.
+
+    Args:
+        teacher: on its device.
+        coding: fitted.
+        pen: what it says goes there.
+    """
+
+    teacher: Teacher
+    coding: Coding
+    pen: Pen
+
+
+@dataclass(slots=True)
+class Written:
+    """What a run of :func:`write` did.
+
+    Args:
+        total: canvases that the cache is to hold: images x crops x sizes.
+        done: canvases that it holds now, in full.
+        records, bytes, seconds: written by this run.
+        bytes_an_image: of all teachers, of one canvas, as a mean over the sizes.
+        errors: of the coding by teacher (:class:`agglo.cache.coding.Error` as a dictionary).
+        unreadable: names of the images that could not be read.
+        left_out: images that a filter of their source left out.
+        recovered: bytes of half-written records of an earlier run that were cut off.
+    """
+
+    total: int
+    done: int = 0
+    records: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    bytes_an_image: float = 0.0
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    left_out: int = 0
+    recovered: int = 0
+
+
+def write(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    dtype: str = "fp16",
+    batch: int = 32,
+    device: str | torch.device = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Written:
+    """Write what a recipe's teachers say of its images, or go on with it.
+
+    What is there is kept, what is missing is computed. Images, crops, sizes and teachers may be added later.
+
+    Args:
+        recipe: with ``data.views.crops``.
+        folder: of the cache.
+        dtype: one of :data:`agglo.cache.coding.DTYPES`.
+        batch: canvases a teacher sees at a time.
+        device: where the teachers run.
+        shard_bytes: size at which a file is closed.
+        progress: told ``(done, total)`` canvases.
+        say: told what a person may want to know.
+
+    Raises:
+        ConfigError: the recipe has no fixed crops, or the folder holds something else.
+        StorageError: the disk is full; what was written is whole, and running it again goes on.
+    """
+    if recipe.objective.kind != "distill":
+        raise ConfigError(
+            f"a cache holds targets of students, and objective: {recipe.objective.kind} has none: train the upsampler "
+            "first, then cache the recipe that names its run in `weights:`"
+        )
+    if not recipe.data.views.crops:
+        raise ConfigError(
+            "only what teachers say of fixed crops can be kept: set how many each image has, e.g. data.views.crops=2"
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    place, tell = Path(folder).expanduser(), say or (lambda _: None)
+    job = _Job(recipe, place, dtype, batch, torch.device(device), shard_bytes, tell)
+    with alone(job.folder):
+        return job.run(progress or (lambda done, total: None))
+
+
+def stride_of(recipe: Recipe, teachers: dict[str, Teacher]) -> int:
+    """The student's stride; the student itself is not made."""
+    with torch.device("meta"):
+        return create(recipe, teachers, initialize=False).spec.stride
+
+
+class _Job:
+    """One run of :func:`write`."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, dtype: str, batch: int, device: torch.device, shard_bytes: int,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.recipe, self.folder, self.dtype, self.device, self.say = recipe, folder, dtype, device, say
+        self.shard_bytes = shard_bytes
+        self.views: Views = recipe.data.views
+        self.sources = [build("sources", entry.source) for entry in recipe.data.sources]
+        names = [[source.name(index) for index in range(len(source))] for source in self.sources]
+        check_names([name for each in names for name in each])
+        self.names = names
+        self.sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
+        self.batch = max(1, min(batch, sum(map(len, names)) * self.views.crops))
+        self.written = Written(sum(map(len, names)) * self.views.crops * len(self.sizes))
+        self.teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
+        self.stride = stride_of(recipe, self.teachers)
+
+    def run(self, progress: Callable[[int, int], None]) -> Written:
+        written = self.written
+        manifest = self._manifest()
+        began = time.perf_counter()
+        self.speakers = self._speakers()
+        written.done = self._count()
+        written.bytes_an_image = self._bytes_an_image()
+        self._warn_of_space()
+        progress(written.done, written.total)
+        try:
+            for loader, size in self._loaders():
+                for first, stop in self._missing(loader, size):
+                    for batch in loader.iterate(first, stop):
+                        self._write(loader, batch)
+                        progress(written.done, written.total)
+                written.unreadable += [name for name in loader.skipped if name not in written.unreadable]
+            self._finish()
+        finally:
+            for speaker in self.speakers.values():
+                with contextlib.suppress(OSError):
+                    speaker.pen.close()
+        written.seconds = time.perf_counter() - began
+        self._note_absent(manifest)
+        return written
+
+    def _finish(self) -> None:
+        try:
+            for speaker in self.speakers.values():
+                speaker.pen.finish()
+        except OSError as error:
+            raise self._stopped(error) from error
+
+    def _note_absent(self, manifest: dict[str, Any]) -> None:
+        """After all was gone through: keep which images are not there because they cannot be read or are not wanted."""
+        names = [name for each in self.names for name in each]
+        keys = [(crop, (size, size)) for crop in range(self.views.crops) for size in self.sizes]
+        absent = {name for name in names if not all(self._whole(key_of(name, *key)) for key in keys)}
+        self.written.left_out = len(absent - set(self.written.unreadable))
+        manifest["absent"] = sorted(absent | set(manifest["absent"]) - set(names))
+        identity.write_json(self.folder / identity.MANIFEST, manifest)
+
+    # ------------------------------------------------------------------------------------------------ beginning
+
+    def _manifest(self) -> dict[str, Any]:
+        """The cache's manifest; written where the folder is new."""
+        if (self.folder / identity.MANIFEST).is_file():
+            manifest = identity.read_manifest(self.folder)
+            check_geometry(self.folder, manifest, self.recipe, self.stride)
+            return manifest
+        if any(path.name != LOCK for path in self.folder.iterdir()):
+            raise ConfigError(f"{self.folder} is in use and is no feature cache: name another folder with --out")
+        manifest = {
+            "format": identity.FORMAT,
+            "agglo": agglo.__version__,
+            "geometry": identity.geometry(self.recipe, self.stride),
+            "absent": [],
+        }
+        identity.write_json(self.folder / identity.MANIFEST, manifest)
+        return manifest
+
+    def _speakers(self) -> dict[str, Speaker]:
+        """The teachers with their codings and pens; codings of new ones are fitted first."""
+        known = {name: identity.read_teacher(self.folder, name) for name in self.teachers}
+        for name, each in known.items():
+            if each:
+                self._check(name, each)
+            elif shard_numbers(self.folder / name):
+                raise ConfigError(f"{self.folder / name} holds records but no {identity.TEACHER}: delete that folder")
+        new = {name: self.teachers[name] for name, each in known.items() if not each}
+        if new:
+            known |= self._begin(new)
+        made = {}
+        for name, teacher in self.teachers.items():
+            coding = read_coding(self.folder / name, known[name]).to(self.device)
+            made[name] = Speaker(teacher, coding, Pen(self.folder / name, self.shard_bytes))
+            self.written.recovered += made[name].pen.lost
+            self.written.errors[name] = known[name]["error"]
+        return made
+
+    def _check(self, name: str, known: dict[str, Any]) -> None:
+        """Refuse to add to the words of another teacher."""
+        size = tuple(known["fingerprint"]["probe"]["size"])
+        now = identity.fingerprint(self.recipe.teachers[name], self.teachers[name], size, self.device)
+        told = identity.changes(known["fingerprint"], now)
+        if known["dtype"] != self.dtype:
+            told.append(f"written as {known['dtype']}, {self.dtype} is asked for")
+        if told:
+            raise ConfigError(
+                f"{self.folder / name} was begun with another teachers.{name} ({'; '.join(told)}): name another folder "
+                "with --out, or delete that one"
+            )
+
+    def _begin(self, new: dict[str, Teacher]) -> dict[str, dict[str, Any]]:
+        """Fit the codings of new teachers, and write who they are: from then on their records mean something."""
+        codings = {name: Coding(teacher.spec, self.dtype).to(self.device) for name, teacher in new.items()}
+        last: dict[str, Features] = {}
+        for size, images in self._samples():
+            for name, teacher in new.items():
+                last[name] = self._ask(name, teacher, images, size)
+                named(name, partial(codings[name].update, last[name]))
+        known = {}
+        for name, teacher in new.items():
+            named(name, codings[name].freeze)
+            place = self.folder / name
+            place.mkdir(exist_ok=True)
+            digest = None
+            if codings[name].needs_statistics:
+                path = place / identity.STATISTICS
+                write_tensors({k: v.cpu().contiguous() for k, v in codings[name].state_dict().items()}, path)
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            size = teacher.input_size(self._outer(min(self.sizes)), self.stride)
+            known[name] = {
+                "fingerprint": identity.fingerprint(self.recipe.teachers[name], teacher, size, self.device),
+                "spec": identity.spec_to(teacher.spec),
+                "licence": teacher.licence,
+                "dtype": self.dtype,
+                "statistics": digest,
+                "error": asdict(codings[name].measure(last[name])),
+            }
+            identity.write_json(place / identity.TEACHER, known[name])
+        return known
+
+    def _samples(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Canvases for statistics: some of every source, at the smallest and the largest size."""
+        for size in sorted({min(self.sizes), max(self.sizes)}):
+            loaders = [loader for loader, at in self._loaders() if at == size]
+            for loader in loaders:
+                share = math.ceil(STATISTICS / len(loaders) / self.batch)
+                steps = math.ceil(len(loader.sources[0]) / self.batch)
+                for batch in loader.iterate(0, min(share, steps)):
+                    yield size, batch.images.to(self.device)
+
+    # ------------------------------------------------------------------------------------------------ what to do
+
+    def _loaders(self) -> Iterator[tuple[CropLoader, int]]:
+        """For each size and source a loader whose first steps hold every image in every crop once.
+
+        They are the training loader's own, so that the canvases are to the last bit those of training.
+        """
+        policy = ViewPolicy(**self.views.model_dump(include={"scale", "aspect", "flip"}))
+        for size in self.sizes:
+            for source in self.sources:
+                batch = min(self.batch, len(source) * self.views.crops)
+                yield CropLoader(
+                    [source], None, [Partition([size], batch)], policy, 0, self.recipe.data.workers,
+                    crops=self.views.crops, cache_mb=0, canvas=self.views.canvas,
+                    margin=identity.margin(self.views, self.stride),
+                ), size  # fmt: skip
+
+    def _missing(self, loader: CropLoader, size: int) -> list[tuple[int, int]]:
+        """Runs ``[first, stop)`` of the loader's steps in which something is missing."""
+        names = self.names[next(i for i, source in enumerate(self.sources) if source is loader.sources[0])]
+        steps = math.ceil(len(names) * self.views.crops / loader.partitions[0].batch)
+        runs: list[tuple[int, int]] = []
+        for step in range(steps):
+            keys = [key_of(names[index], crop, (size, size)) for _, index, crop in loader.planned(step)]
+            if all(self._whole(key) for key in keys):
+                continue
+            if runs and runs[-1][1] == step:
+                runs[-1] = (runs[-1][0], step + 1)
+            else:
+                runs.append((step, step + 1))
+        return runs
+
+    def _whole(self, key: int) -> bool:
+        return all(key in speaker.pen for speaker in self.speakers.values())
+
+    def _count(self) -> int:
+        """Canvases of this recipe that are there already."""
+        crops = range(self.views.crops)
+        names = [name for each in self.names for name in each]
+        return sum(self._whole(key_of(n, crop, (size, size))) for size in self.sizes for crop in crops for n in names)
+
+    def _bytes_an_image(self) -> float:
+        return sum(self._bytes(size) for size in self.sizes) / len(self.sizes)
+
+    def _bytes(self, size: int) -> int:
+        """Of one canvas's records."""
+        total = 0
+        for each in self.speakers.values():
+            height, width = each.teacher.input_size(self._outer(size), self.stride)
+            total += 32 + each.coding.bytes((height // each.teacher.spec.stride, width // each.teacher.spec.stride))
+        return total
+
+    def _left(self) -> int:
+        """Bytes that are still to be written."""
+        return round((self.written.total - self.written.done) * self.written.bytes_an_image)
+
+    def _warn_of_space(self) -> None:
+        free = shutil.disk_usage(self.folder).free
+        self.say(
+            f"{self.written.total} canvases, about {self.written.bytes_an_image / 1e3:.1f} kB each as {self.dtype}: "
+            f"{size_text(self._left())} to write, {size_text(free)} free in {self.folder}"
+        )
+        if self._left() > free:
+            self.say(f"{size_text(self._left() - free)} more are needed than are free: it will stop when that is full")
+
+    # ------------------------------------------------------------------------------------------------ doing it
+
+    def _outer(self, size: int) -> tuple[int, int]:
+        return identity.outer_size((size, size), self.views, self.stride)
+
+    def _ask(self, name: str, teacher: Teacher, images: torch.Tensor, size: int) -> Features:
+        features = ask(teacher, images, self._outer(size), self.stride)
+        for what, part in (("summary", features.summary), ("map", features.spatial)):
+            if part is not None and not bool(torch.isfinite(part).all()):
+                raise ConfigError(f"teachers.{name}: its {what} is not finite: check its weights and its dtype")
+        return features
+
+    def _write(self, loader: CropLoader, batch: Batch) -> None:
+        """Everything that is missing of a batch."""
+        crops = [crop for _, _, crop in loader.planned(batch.step)]
+        keys = [key_of(name, crop, batch.size) for name, crop in zip(batch.names, crops, strict=True)]
+        # An image in place of an unreadable one, or at the end of the last pass, may be there twice.
+        fresh = [i for i, key in enumerate(keys) if not self._whole(key) and keys.index(key) == i]
+        if not fresh:
+            return
+        canvases = [identity.pixels_crc(batch.images[i]) for i in fresh]
+        images = batch.images.to(self.device)
+        begin_step(self.teachers.values(), 0, batch.step)
+        for name, speaker in self.speakers.items():
+            wanted = [(i, crc) for i, crc in zip(fresh, canvases, strict=True) if keys[i] not in speaker.pen]
+            if not wanted:
+                continue
+            features = self._ask(name, speaker.teacher, images[[i for i, _ in wanted]], batch.size[0])
+            grid = (0, 0) if features.spatial is None else (features.spatial.shape[-2], features.spatial.shape[-1])
+            rows = speaker.coding.encode(features)
+            for (i, crc), row in zip(wanted, rows, strict=True):
+                self._append(speaker.pen, Record(keys[i], crc, grid), row)
+        self.written.done += len(fresh)
+
+    def _append(self, pen: Pen, record: Record, row: Any) -> None:
+        try:
+            pen.append(record, [row])
+        except OSError as error:
+            raise self._stopped(error) from error
+        self.written.records += 1
+        self.written.bytes += row.nbytes
+
+    def _stopped(self, error: OSError) -> StorageError:
+        """What to tell of a disk that takes no more."""
+        why = "the disk is full" if error.errno in _FULL else f"it cannot be written to ({error.strerror})"
+        return StorageError(
+            f"{self.folder}: {why}. {self.written.done} of {self.written.total} canvases are written and whole; about "
+            f"{size_text(self._left())} more are needed. Make room and run the same command again: it goes on where it "
+            "stopped"
+        )

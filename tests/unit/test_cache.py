@@ -1,0 +1,640 @@
+"""The teacher-feature cache: what is read is what the teachers say, and anything else is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agglo import recipe
+from agglo.cache import identity, lessons, writing
+from agglo.cache.coding import DTYPES, Coding
+from agglo.cache.crops import CropLoader, crop_chance, draw_roam
+from agglo.cache.lessons import Lessons, find_teachers, loader_for, under
+from agglo.cache.reading import FeatureCache
+from agglo.cache.records import Shelf, key_of, shard_file
+from agglo.cache.writing import write
+from agglo.config import build, override
+from agglo.data.shifts import Canvas
+from agglo.nn.placement import Placement, meet
+from agglo.objectives.distill import build_teachers
+from agglo.teachers.toy import Toy
+from agglo.train import loop
+from agglo.types import AssetError, ConfigError, Features, FeatureSpec, StorageError
+
+TINY = {
+    "name": "tiny",
+    "claim": {"summary": "a test"},
+    "student": {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8, "registers": 1},
+    "teachers": {
+        "toy": {"kind": "toy"},
+        "other": {"kind": "toy", "seed": 1, "channels": 8, "stride": 8, "summary": 5},
+        "dense": {"kind": "hog", "orientations": 8, "group": 1, "summary_weight": 0},
+    },
+    "heads": {"summary": {"kind": "mlp", "hidden": 16}, "spatial": {"kind": "mlp", "hidden": 16}},
+    "targets": {"normalizer": {"kind": "phi_s"}, "estimate_images": 16},
+    "partitions": [{"sizes": [32, 48], "batch": 4}],
+    "train": {"steps": 4, "lr": 3e-3, "ema": 0.9, "log_every": 1, "save_every": 3, "clip": 1.0},
+}
+ONE = ("teachers={toy: {kind: toy}}", "partitions=[{sizes: [32], batch: 4}]")
+"""Only what most tests need: one teacher, one size."""
+
+
+def picture(path: Path, seed: int) -> None:
+    coarse = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.nn.functional.interpolate(coarse, size=(80, 72), mode="bicubic").clamp(0, 1)[0]
+    Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(6):
+        picture(folder / f"{index}.png", index)
+    return folder
+
+
+def tiny(data: Path, *overrides: str) -> recipe.Recipe:
+    views = {"crops": 2, "shift": 0.5, "roam": 1}
+    tree = {**TINY, "data": {"sources": [{"kind": "folder", "path": str(data)}], "workers": 0, "views": views}}
+    return recipe.decode(override(tree, overrides))
+
+
+def trace(folder: Path) -> list[dict]:
+    return [json.loads(line)["terms"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(data: Path, run: Path, *overrides: str) -> list[dict]:
+    loop.distill(tiny(data, *overrides), run, quiet=True)
+    return trace(run)
+
+
+def opened(made: recipe.Recipe) -> Lessons:
+    """What a run does with a cache before its first step."""
+    lesson = Lessons(made, find_teachers(made), 16, torch.device("cpu"))
+    loader_for(made, 0, lesson)
+    return lesson
+
+
+def entries(folder: Path, name: str = "toy") -> dict[int, tuple[int, bytes]]:
+    """Every record by key: the canvas's CRC and the payload."""
+    shelf, found = Shelf(folder / name), {}
+    for key, place in shelf.places.items():
+        into = bytearray(place.bytes)
+        found[key] = shelf.read(key, memoryview(into)).canvas, bytes(into)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def worst(one: list[dict], two: list[dict]) -> float:
+    return max(abs(a[k] - b[k]) / abs(a[k]) for a, b in zip(one, two, strict=True) for k in a)
+
+
+def test_training_from_the_cache_gives_the_losses_of_live_teachers(data: Path, tmp_path: Path) -> None:
+    """The whole run, so that the statistics, the updates and every step's views are the same too."""
+    live = trained(data, tmp_path / "live")
+    assert set(live[0]) == {"toy/summary", "toy/spatial", "other/summary", "other/spatial", "dense/spatial"}
+    bound = {"fp32": 1e-6, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-2}
+    found = {}
+    for dtype in DTYPES:
+        write(tiny(data), tmp_path / dtype, dtype=dtype, batch=5)
+        cached = trained(data, tmp_path / f"run-{dtype}", f"data.feature_cache={tmp_path / dtype}", "data.workers=1")
+        found[dtype] = worst(live, cached)
+        assert found[dtype] <= bound[dtype]
+    assert found["fp32"] < found["fp16"] < found["bf16"] < found["int8"]  # coarser is worse: each was really used
+
+
+def test_teachers_are_let_go_of_and_the_seed_of_a_run_does_not_matter(data: Path, tmp_path: Path) -> None:
+    write(tiny(data), tmp_path / "cache", dtype="fp32")
+    made = tiny(data, f"data.feature_cache={tmp_path / 'cache'}", "train.seed=5", "data.workers=2")
+    run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
+    assert not any([*teacher.parameters(), *teacher.buffers()] for teacher in run.teachers.values())
+    with pytest.raises(RuntimeError, match="read from a feature cache"):
+        run.teachers["toy"](torch.rand(1, 3, 32, 32))
+    batches = [next(run.loader.iterate(step, step + 1)) for step in (0, 7)]
+    real = build_teachers(made)
+    for batch in batches:
+        said = run.teach(batch, Canvas(batch.images, batch.field))
+        for name, teacher in real.items():
+            expected = lessons.ask(teacher, batch.images, identity.outer_size(batch.size, made.data.views, 16), 16)
+            for a, b in (
+                (expected.summary, said[name].features.summary),
+                (expected.spatial, said[name].features.spatial),
+            ):
+                assert (a is None) == (b is None)
+                assert a is None or torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_from_a_cache_resumes_as_the_straight_one(data: Path, tmp_path: Path, monkeypatch) -> None:
+    write(tiny(data), tmp_path / "cache")
+    cached = (f"data.feature_cache={tmp_path / 'cache'}",)
+    straight = trained(data, tmp_path / "straight", *cached)
+    real = loop.one_step
+
+    def interrupting(run, batch, watch):
+        if batch.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(run, batch, watch)
+
+    monkeypatch.setattr(loop, "one_step", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        loop.distill(tiny(data, *cached), tmp_path / "broken", quiet=True)
+    monkeypatch.setattr(loop, "one_step", real)
+    loop.distill(tiny(data, *cached), tmp_path / "broken", resume=True, quiet=True)
+    assert worst(straight, trace(tmp_path / "broken")) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------- slices
+
+
+def test_a_shifted_view_is_a_slice_of_the_map_bit_for_bit() -> None:
+    spatial = torch.randn(3, 4, 6, 6)
+    corner = torch.tensor([[0, 0], [1, 2], [2, 1]])
+    view = Placement(corner.double() / 6, (1 / 6 / 16, 1 / 6 / 16), (64, 64))  # 4 cells of 16 pixels in 6
+    seen = under(view, Features(None, spatial))
+    assert seen.features.spatial.shape == (3, 4, 4, 4)
+    for sample, (y, x) in enumerate(corner.tolist()):
+        assert torch.equal(seen.features.spatial[sample], spatial[sample, :, y : y + 4, x : x + 4])
+    mine, theirs, mask = meet(torch.randn(3, 4, 4, 4), view.on((4, 4)), seen.features.spatial, seen.placement)
+    assert mask is None and torch.equal(theirs, seen.features.spatial) and mine.shape == theirs.shape
+
+
+def test_a_view_off_the_cells_gets_every_cell_it_touches() -> None:
+    spatial = torch.arange(25.0).view(1, 1, 5, 5).expand(2, 1, 5, 5)
+    view = Placement(torch.tensor([[0.0, 0.1], [0.5, 0.5]], dtype=torch.float64), (0.5 / 8, 0.5 / 8), (8, 8))
+    seen = under(view, Features(None, spatial))
+    assert seen.placement.grid == (3, 3)  # half of the canvas is two and a half cells
+    assert torch.equal(seen.placement.start * 5, torch.tensor([[0.0, 0.0], [2.0, 2.0]], dtype=torch.float64))
+    assert torch.equal(seen.features.spatial[1, 0], spatial[1, 0, 2:, 2:])
+
+
+@pytest.mark.parametrize("roam", [0, 2])
+def test_a_slice_is_what_a_teacher_without_memory_says_of_the_view_itself(data: Path, roam: int) -> None:
+    """The toy looks at each patch alone, so the geometry from pixels to cells is checked from end to end."""
+    made = tiny(data, *ONE, f"data.views.roam={roam}")
+    lesson = Lessons(made, build_teachers(made), 16, torch.device("cpu"))
+    batch = loader_for(made, 0, lesson).batch(3)
+    assert batch.images.shape[-1] == 32 + 2 * 16 * (2 + roam)
+    canvas = Canvas(batch.images, batch.field)
+    places = draw_roam(0, 3, 4, 2 + roam)
+    assert len(places.unique(dim=0)) > 1
+    pixels, view = canvas.crop(batch.size, 16, places)
+    seen = lesson.teach(batch, batch.images, view)["toy"]
+    alone = build("teachers", {"kind": "toy"})(pixels)
+    torch.testing.assert_close(seen.features.spatial, alone.spatial, rtol=1e-5, atol=1e-6)
+
+
+def test_teachers_of_other_partitions_are_not_asked(data: Path) -> None:
+    made = tiny(data, "partitions=[{sizes: [32], batch: 4, teachers: [toy, dense]}, {sizes: [48], batch: 2}]")
+    lesson = Lessons(made, build_teachers(made), 16, torch.device("cpu"))
+    loader = loader_for(made, 0, lesson)
+    asked = {batch.size[0]: set(lesson.teach(batch, batch.images)) for batch in loader.iterate(0, 4)}
+    assert asked == {32: {"toy", "dense"}, 48: {"toy", "other", "dense"}}
+
+
+def test_roaming_stays_in_its_range_and_moves_both_students_alike() -> None:
+    drawn = draw_roam(1, 2, 500, 3)
+    assert sorted(drawn.unique().tolist()) == [-3, -2, -1, 0, 1, 2, 3]
+    assert torch.equal(drawn, draw_roam(1, 2, 500, 3)) and not torch.equal(drawn, draw_roam(1, 3, 500, 3))
+
+
+# ---------------------------------------------------------------------------------------------------- crops
+
+
+def test_every_image_has_its_fixed_crops_whatever_the_run(data: Path) -> None:
+    views: dict[str, set] = {}
+    for seed, workers in ((0, 0), (9, 2)):
+        loader = loader_for(tiny(data, *ONE, f"train.seed={seed}", f"data.workers={workers}"), 0, None)
+        crops = CropLoader(loader.sources, None, loader.partitions, loader.policy, seed, workers, crops=3)
+        for batch in crops.iterate(0, 9):  # 36 samples: six images, twice each of three crops
+            planned = crops.planned(batch.step)
+            for (source, index, crop), name, view in zip(planned, batch.names, batch.views, strict=True):
+                assert crops.sources[source].name(index) == name
+                views.setdefault(name, set()).add((crop, view))
+    assert len(views) == 6 and all(len(found) == 3 for found in views.values())
+    assert crop_chance("a", 0).random() != crop_chance("a", 1).random() != crop_chance("b", 1).random()
+
+
+def test_the_first_steps_of_the_writers_loader_hold_every_crop_once(data: Path, tmp_path: Path) -> None:
+    written = write(tiny(data), tmp_path / "cache", batch=5)
+    assert written.total == written.done == 6 * 2 * 2 and written.records == 3 * written.total
+    keys = {key_of(f"images/{i}.png", crop, (s, s)) for i in range(6) for crop in (0, 1) for s in (32, 48)}
+    for name in TINY["teachers"]:
+        assert set(entries(tmp_path / "cache", name)) == keys
+
+
+# ---------------------------------------------------------------------------------------------------- coding
+
+
+def skewed(batch: int = 8) -> Features:
+    """Features as teachers have them: unequal channels, a few large ones, a mean."""
+    scales = torch.logspace(-2, 1, 20).view(1, -1, 1, 1)
+    spatial = torch.randn(batch, 20, 5, 7) * scales + 3
+    return Features(torch.randn(batch, 6) * 100, spatial)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 0), ("fp16", 3e-4), ("bf16", 3e-3), ("int8", 8e-3)])
+def test_coding_loses_what_it_says(dtype: str, bound: float) -> None:
+    coding = Coding(FeatureSpec(6, 20), dtype)
+    features = skewed()
+    coding.update(features)
+    coding.freeze()
+    rows = coding.encode(features)
+    assert rows.shape == (8, coding.bytes((5, 7))) and rows.dtype == np.uint8
+    back = coding.decode(torch.from_numpy(rows), (5, 7))
+    assert torch.equal(back.summary, features.summary)
+    assert dtype != "fp32" or torch.equal(back.spatial, features.spatial)
+    wrong = (back.spatial - features.spatial).square().sum(1)
+    spread = (features.spatial - features.spatial.mean((0, 2, 3), keepdim=True)).square().sum(1).mean()
+    said = coding.measure(features)
+    assert said.relative == pytest.approx(float((wrong.mean() / spread).sqrt()), rel=1e-2, abs=1e-9)
+    assert said.worst == pytest.approx(float((wrong.max() / spread).sqrt()), rel=1e-2, abs=1e-9)
+    assert (said.relative > 0) == (dtype != "fp32") and said.relative <= bound and said.images == 8
+
+
+def test_small_channels_are_not_drowned_by_large_ones() -> None:
+    """What PHI-S is for: a step width for all channels would otherwise erase the channels of scale 0.01."""
+    features = skewed(64)
+    coding = Coding(FeatureSpec(6, 20), "int8")
+    coding.update(features)
+    coding.freeze()
+    z = coding.normalizer(features.spatial)
+    back = coding.normalizer(coding.decode(torch.from_numpy(coding.encode(features)), (5, 7)).spatial)
+    errors = (back - z).square().mean((0, 2, 3)).sqrt()
+    assert float(errors.max() / errors.min()) < 1.5 and float(errors.max()) < 0.02
+
+
+def test_a_cell_of_zeros_stays_zero_in_int8() -> None:
+    coding = Coding(FeatureSpec(None, 20), "int8")
+    coding.update(skewed())
+    coding.freeze()
+    mean = coding.normalizer.mean.view(1, -1, 1, 1).expand(1, -1, 2, 2).clone()
+    back = coding.decode(torch.from_numpy(coding.encode(Features(None, mean))), (2, 2))
+    assert torch.equal(back.spatial, mean)
+
+
+def test_a_teacher_without_a_map_is_only_a_vector() -> None:
+    coding = Coding(FeatureSpec(6, None), "int8")
+    assert not coding.needs_statistics and coding.bytes((0, 0)) == 24
+    summary = torch.randn(3, 6)
+    back = coding.decode(torch.from_numpy(coding.encode(Features(summary, None))), (0, 0))
+    assert torch.equal(back.summary, summary) and back.spatial is None
+
+
+def test_an_unknown_dtype_names_those_there_are(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fp32, fp16, bf16, int8, not 'int4'"):
+        write(tiny(data), tmp_path / "cache", dtype="int4")
+    assert not (tmp_path / "cache").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_weights_are_told_apart_and_what_a_module_remembers_is_not_weights() -> None:
+    one, two = Toy(), Toy()
+    two.register_buffer("_names_text", torch.zeros(3), persistent=False)
+    assert identity.weights_hash(one) == identity.weights_hash(two)
+    compiled = torch.nn.Module()
+    compiled._orig_mod = two  # what torch.compile makes of it
+    assert identity.weights_hash(compiled) == identity.weights_hash(one)
+    two.patches[0, 0, 0, 0] += 1e-6
+    assert identity.weights_hash(one) != identity.weights_hash(two)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teachers.toy.seed=3", r"teachers\.toy \(seed: 0 then, 3 now\).*OTHER_FOLDER"),
+        ("teachers.toy.stride=8", r"stride: 16 then, 8 now"),
+        ("data.views.flip=0.1", r"data\.views\.flip: 0\.5 then, 0\.1 now.*set these back"),
+        ("data.views.scale=[0.5, 1.0]", r"data\.views\.scale"),
+        ("data.views.roam=3", r"data\.views\.roam: 48 then, 80 now"),
+        ("data.views.shift=0", r"margin"),
+        ("data.views.canvas=200", r"data\.views\.canvas: None then, 200 now"),
+        ("data.views.crops=3", r"lacks 6 of the 18 entries.*crop 2 at 32 px.*`agglo cache RECIPE --out"),
+        ("partitions.0.sizes=[32, 48]", r"lacks 12 of the 24 entries.*48 px"),
+        ("teachers.new={kind: toy, seed: 4}", r"holds nothing from teachers\.new \(it holds: toy\)"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(data: Path, tmp_path: Path, change: str, message: str) -> None:
+    write(tiny(data, *ONE), tmp_path / "cache")
+    opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
+    with pytest.raises(ConfigError, match=message):
+        opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", change))
+
+
+def test_what_the_student_makes_of_a_teacher_is_no_other_teacher(data: Path, tmp_path: Path) -> None:
+    write(tiny(data, *ONE), tmp_path / "cache")
+    opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", "teachers.toy.summary_weight=0.3"))
+
+
+def test_other_weights_and_other_preprocessing_of_the_same_name_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tiny(data, *ONE), tmp_path / "cache")
+    cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
+    begin, forward = Toy.__init__, Toy.forward
+
+    def heavier(self, **keys) -> None:
+        begin(self, **keys)
+        self.patches *= 1.001
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Toy, "__init__", heavier)
+        patch.setattr(lessons, "build_teachers", lambda made: {"toy": Toy()})
+        with pytest.raises(ConfigError, match=r"another teachers\.toy \(other weights\)"):
+            opened(cached)
+
+    monkeypatch.setattr(Toy, "forward", lambda self, images: forward(self, images * 0.9))
+    with pytest.raises(ConfigError, match="its preprocessing changed"):
+        opened(cached)
+    with pytest.raises(ConfigError, match="its preprocessing changed"):
+        write(tiny(data, *ONE), tmp_path / "cache")
+
+
+def test_changed_and_new_images_are_refused_and_fewer_are_fine(data: Path, tmp_path: Path) -> None:
+    write(tiny(data, *ONE), tmp_path / "cache")
+    cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
+    (data / "5.png").unlink()
+    opened(cached)
+    picture(data / "new.png", 99)
+    with pytest.raises(ConfigError, match=r"lacks 2 of the 12 entries.*images/new\.png, crop 0.*teacher toy"):
+        opened(cached)
+    (data / "new.png").unlink()
+    with Image.open(data / "2.png") as image:
+        pixels = np.array(image)
+    pixels[:, :, 0] //= 2
+    Image.fromarray(pixels).save(data / "2.png")
+    loader = loader_for(cached, 0, opened(cached))
+    with pytest.raises(ConfigError, match=r"images/2\.png is not what teachers\.toy saw.*OTHER_FOLDER"):
+        list(loader.iterate(0, 5))
+
+
+def test_a_teacher_that_is_not_here_is_taken_at_its_word(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tiny(data, *ONE), tmp_path / "cache")
+
+    def gone(made) -> dict:
+        raise AssetError("toy.safetensors is missing")
+
+    monkeypatch.setattr(lessons, "build_teachers", gone)
+    with pytest.warns(UserWarning, match=r"teachers\.toy is not here \(toy\.safetensors is missing\)"):
+        opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
+    with pytest.warns(UserWarning, match="not here"), pytest.raises(ConfigError, match="seed: 0 then, 3 now"):
+        opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", "teachers.toy.seed=3"))
+
+
+def test_recipes_that_cannot_be_cached_say_what_to_set(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.views\.crops=2"):
+        write(tiny(data, "data.views.crops=0", "data.views.roam=0"), tmp_path / "cache")
+    with pytest.raises(ConfigError, match="train the upsampler first"):
+        write(recipe.load("featsharp_quick", ["data.views.crops=2"], smoke=True), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    for change, message in (
+        ("data.views.mixup=0.1", r"set data\.views\.mixup=0"),
+        ("data.views={crops: 0}", r"set data\.views\.crops"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny(data, "data.feature_cache=somewhere", change)
+    with pytest.raises(ConfigError, match=r"data\.views\.roam needs fixed crops"):
+        tiny(data, "data.views={roam: 2}")
+    with pytest.raises(ConfigError, match=r"there is no feature cache .*nowhere.*agglo cache RECIPE --out"):
+        opened(tiny(data, f"data.feature_cache={tmp_path / 'nowhere'}"))
+    with pytest.raises(ConfigError, match=r"is no feature cache: it holds no manifest\.json"):
+        opened(tiny(data, f"data.feature_cache={data}"))
+    with pytest.raises(ConfigError, match="in use and is no feature cache"):
+        write(tiny(data), data)
+
+
+def test_two_images_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "images"
+    other.mkdir(parents=True)
+    picture(other / "3.png", 50)
+    sources = f"data.sources=[{{kind: folder, path: {data}}}, {{kind: folder, path: {other}}}]"
+    with pytest.raises(ConfigError, match=r"two images are called 'images/3\.png'"):
+        write(tiny(data, *ONE, sources), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("fault", "message"), [(float("nan"), "its map is not finite"), (0.0, "the same at all")])
+def test_a_broken_teacher_is_named(data: Path, tmp_path: Path, monkeypatch, fault: float, message: str) -> None:
+    real = Toy.forward
+    monkeypatch.setattr(Toy, "forward", lambda self, x: real(self, x).map(lambda part: part * 0 + fault))
+    if fault != fault:
+        monkeypatch.setattr(
+            Toy, "forward", lambda self, x: Features(real(self, x).summary, real(self, x).spatial * fault)
+        )
+    with pytest.raises(ConfigError, match=rf"teachers\.toy: .*{message}"):
+        write(tiny(data, *ONE), tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------- interruptions
+
+
+def test_images_that_cannot_be_read_are_counted_and_named(data: Path, tmp_path: Path) -> None:
+    (data / "3.png").write_bytes(b"not an image")
+    written = write(tiny(data, *ONE), tmp_path / "cache")
+    assert written.unreadable == ["images/3.png"] and (written.done, written.total) == (10, 12)
+    cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
+    loader = loader_for(cached, 0, opened(cached))
+    assert all("images/3.png" not in loader.batch(step).names for step in range(5))
+    picture(data / "3.png", 3)  # it is whole again
+    fresh = loader_for(cached, 0, opened(cached))
+    with pytest.raises(ConfigError, match=r"nothing from teachers\.toy of images/3\.png"):
+        list(fresh.iterate(0, 5))
+    assert write(tiny(data, *ONE), tmp_path / "cache").records == 2
+    assert len(list(loader_for(cached, 0, opened(cached)).iterate(0, 5))) == 5
+
+
+def test_what_is_added_later_is_all_that_is_computed(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert write(tiny(data, *ONE), cache, batch=4).records == 12
+    assert write(tiny(data, *ONE), cache, batch=4).records == 0
+    picture(data / "6.png", 6)
+    assert write(tiny(data, *ONE), cache, batch=4).records == 2  # another image
+    assert write(tiny(data, *ONE, "data.views.crops=3"), cache, batch=4).records == 7  # another crop
+    before = entries(cache)
+    more = (*ONE, "partitions.0.sizes=[32, 48]", "teachers.other={kind: toy, seed: 1}")
+    assert write(tiny(data, *more), cache, batch=4).records == 14 + 28  # another size, and another teacher
+    after = entries(cache)
+    assert all(after[key] == value for key, value in before.items())
+    opened(tiny(data, *more, f"data.feature_cache={cache}"))
+    with pytest.raises(ConfigError, match="written as fp16, int8 is asked for"):
+        write(tiny(data, *ONE), cache, dtype="int8")
+
+
+def test_a_full_disk_stops_cleanly_and_says_how_much_is_missing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = tmp_path / "straight"
+    write(tiny(data, *ONE), straight, batch=4)
+    real, left = os.pwrite, [5000]
+
+    def small(file: int, chunk, offset: int) -> int:
+        if left[0] <= 0:
+            raise OSError(28, "No space left on device")
+        count = real(file, chunk[: left[0]], offset)
+        left[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "pwrite", small)
+    with pytest.raises(StorageError, match="the disk is full") as caught:
+        write(tiny(data, *ONE), tmp_path / "cache", batch=4)
+    one = entries(straight)
+    length = len(next(iter(one.values()))[1]) + 32
+    whole = 5000 // length
+    found = entries(tmp_path / "cache")
+    assert len(found) == whole and all(found[key] == one[key] for key in found)
+    missing = (12 - whole // 4 * 4) * length
+    assert f"of 12 canvases are written and whole; about {missing / 1e3:.1f} kB more are needed" in str(caught.value)
+    monkeypatch.setattr(os, "pwrite", real)
+    assert write(tiny(data, *ONE), tmp_path / "cache", batch=4).records == 12 - whole
+    again = entries(tmp_path / "cache")
+    assert {key: canvas for key, (canvas, _) in again.items()} == {key: canvas for key, (canvas, _) in one.items()}
+
+
+def test_what_will_not_fit_is_said_before_it_begins(data: Path, tmp_path: Path, monkeypatch) -> None:
+    said: list[str] = []
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage)
+    write(tiny(data, *ONE), tmp_path / "cache", say=said.append)
+    size = sum(len(payload) + 32 for _, payload in entries(tmp_path / "cache").values())
+    assert f"{size / 1e3:.1f} kB to write, 1.0 kB free" in said[0]
+    assert f"{(size - 1000) / 1e3:.1f} kB more are needed" in said[1]
+
+
+def test_only_one_process_writes(data: Path, tmp_path: Path) -> None:
+    from agglo.cache.folder import alone
+
+    cache = tmp_path / "cache"
+    with alone(cache), pytest.raises(ConfigError, match="another process is writing"):
+        write(tiny(data, *ONE), cache)
+    write(tiny(data, *ONE), cache)
+
+
+def test_records_without_their_teachers_file_are_not_taken_for_another_teachers(data: Path, tmp_path: Path) -> None:
+    write(tiny(data, *ONE), tmp_path / "cache")
+    (tmp_path / "cache" / "toy" / "teacher.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds records but no teacher\.json"):
+        write(tiny(data, *ONE), tmp_path / "cache")
+
+
+def test_statistics_that_changed_are_refused(data: Path, tmp_path: Path) -> None:
+    write(tiny(data, *ONE), tmp_path / "cache")
+    file = tmp_path / "cache" / "toy" / "statistics.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(AssetError, match="no record can be read without it"):
+        opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
+
+
+def test_a_damaged_entry_stops_training_and_the_next_move_repairs_it(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    write(tiny(data, *ONE), cache)
+    before = entries(cache)
+    file = shard_file(cache / "toy", 0)
+    content = bytearray(file.read_bytes())
+    content[100] ^= 8
+    file.write_bytes(content)
+    cached = tiny(data, *ONE, f"data.feature_cache={cache}")
+    loader = loader_for(cached, 0, opened(cached))
+    with pytest.raises(AssetError, match=r"000000\.shard.*delete that file"):
+        list(loader.iterate(0, 5))
+    file.unlink()
+    with pytest.raises(ConfigError, match="lacks 12 of the 12"):
+        opened(cached)
+    assert write(tiny(data, *ONE), cache).records == 12
+    assert entries(cache) == before  # the same batches: to the last bit
+
+
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from agglo import recipe
+from agglo.cache.writing import write
+made = recipe.decode(json.loads(sys.argv[1]))
+folder, wanted, chance, kills = Path(sys.argv[2]), int(sys.argv[3]), random.Random(1), 0
+def size():
+    return sum(path.stat().st_size for path in folder.glob("*/*.shard"))
+while True:
+    child = os.fork()
+    if not child:
+        write(made, folder, dtype="fp32", batch=7, shard_bytes=30_000, progress=lambda *_: time.sleep(0.003))
+        os._exit(0)
+    start = size()
+    while kills < wanted:
+        done, _ = os.waitpid(child, os.WNOHANG)
+        if done:
+            sys.exit("it was faster than the kill")
+        if size() > start + 5000:
+            time.sleep(chance.random() * 0.02)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            break
+        time.sleep(0.001)
+    else:
+        break
+print(kills, os.waitpid(child, 0)[1])
+"""
+
+
+def test_kills_at_any_moment_leave_no_wrong_and_no_missing_entry(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for index in range(300):
+        Image.fromarray(noise.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    changes = (*ONE, "partitions=[{sizes: [16], batch: 4}]", "data.views={crops: 1}", "teachers.toy.stride=8")
+    made = tiny(folder, *changes)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(made.flat()), tmp_path / "cache", "4"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split() == ["4", "0"], done.stderr
+    cached = tiny(folder, *changes, f"data.feature_cache={tmp_path / 'cache'}")
+    lesson = opened(cached)
+    assert len(Shelf(tmp_path / "cache" / "toy")) == 300
+    loader, toy, names = loader_for(cached, 0, lesson), build_teachers(made)["toy"], set()
+    for step in range(75):
+        batch = loader.batch(step)
+        said, expected = lesson.teach(batch, batch.images)["toy"].features, toy(batch.images)
+        assert torch.allclose(said.summary, expected.summary, atol=1e-6)
+        assert torch.allclose(said.spatial, expected.spatial, atol=1e-6)
+        names.update(batch.names)
+    assert len(names) == 300
+
+
+def test_a_reader_may_look_while_it_grows(data: Path, tmp_path: Path) -> None:
+    """A cache that holds what a run needs is used while other things are added to it."""
+    cache = tmp_path / "cache"
+    write(tiny(data, *ONE), cache, dtype="fp32")
+    cached = tiny(data, *ONE, f"data.feature_cache={cache}")
+    lesson = opened(cached)
+    reader, checked = FeatureCache(cache), []
+
+    def look(done: int, total: int) -> None:
+        loader = loader_for(cached, 0, lesson)
+        batch = loader.batch(done)
+        toy = build_teachers(cached)["toy"]
+        expected = lessons.ask(toy, batch.images, identity.outer_size(batch.size, cached.data.views, 16), 16)
+        said: Tensor = lesson.teach(batch, batch.images)["toy"].features.spatial
+        assert torch.allclose(said, expected.spatial, atol=1e-6)
+        reader.shelf("toy").refresh()
+        checked.append(len(reader.shelf("toy")))
+
+    write(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache, dtype="fp32", batch=3, progress=look)
+    assert checked == sorted(checked) and checked[0] == 12 and checked[-1] == 24 and len(set(checked)) > 3

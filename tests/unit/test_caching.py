@@ -1,0 +1,135 @@
+"""`agglo cache` as a person meets it: progress, stopping, going on, verifying."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from agglo import caching
+from agglo.cache import writing
+from agglo.cache.records import index_file, shard_file
+from agglo.caching import Pace
+from agglo.cli import app
+
+RECIPE = """
+name: tiny
+claim: {{summary: nothing}}
+student: {{kind: vit, width: 32, depth: 1, heads: 2, max_grid: 8, registers: 0}}
+teachers: {{toy: {{kind: toy}}}}
+heads: {{summary: {{kind: mlp, hidden: 16}}, spatial: {{kind: mlp, hidden: 16}}}}
+targets: {{normalizer: {{kind: identity}}, estimate_images: 8}}
+losses: {{summary: {{kind: cosine}}}}
+data: {{sources: [{{kind: folder, path: {folder}}}], workers: 0}}
+partitions: [{{sizes: [32], batch: 4}}]
+train: {{steps: 2, ema: 0.5}}
+"""
+CROPS = "data.views.crops=2"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder=folder))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "tiny.yaml"
+
+
+def agglo(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    result = agglo(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("agglo: ") or "\nagglo: " in result.stderr, result.stderr
+    return result.stderr
+
+
+def test_it_writes_tells_and_says_how_to_train(tiny: Path) -> None:
+    result = agglo("cache", tiny, CROPS, "--dtype", "int8")
+    assert result.exit_code == 0, result.output
+    assert "12 canvases, about" in result.stderr and "to write" in result.stderr
+    assert "12/12 canvases" in result.stderr
+    assert "features/tiny: 12 of 12 canvases" in result.stdout and "12 records written" in result.stdout
+    assert "toy: error 0." in result.stdout
+    train = next(line for line in result.stdout.splitlines() if "agglo train" in line).split()
+    assert train[-2:] == [CROPS, "data.feature_cache=features/tiny"]
+    trained = agglo(*train[1:], "--no-report")
+    assert trained.exit_code == 0, trained.output
+    again = agglo("cache", tiny, CROPS, "--dtype", "int8")
+    assert "0 records written" in again.stdout
+
+
+def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, batches = writing._Job._write, []
+
+    def interrupting(self, loader, batch) -> None:
+        real(self, loader, batch)
+        batches.append(batch.step)
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(writing._Job, "_write", interrupting)
+    result = agglo("cache", tiny, CROPS, "--batch", 3)
+    assert result.exit_code == 130
+    command = result.stderr.split("Go on with: ")[1].splitlines()[0]
+    assert command == f"agglo cache {tiny} {CROPS} --out features/tiny --dtype fp16"
+    monkeypatch.setattr(writing._Job, "_write", real)
+    assert "6 records written" in agglo(*command.split()[1:]).stdout
+    assert "features/tiny is sound" in agglo("cache", "--check", "features/tiny").stdout
+
+
+def test_check_names_the_damaged_file_and_the_next_move_repairs_it(tiny: Path) -> None:
+    agglo("cache", tiny, CROPS)
+    file = shard_file(Path("features/tiny/toy"), 0)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    result = agglo("cache", "--check", "features/tiny")
+    assert result.exit_code == 2
+    assert "toy: " in result.stdout and f"{file} is damaged at byte" in result.stdout
+    assert "1 damaged file in features/tiny: delete them and run the same `agglo cache`" in result.stderr
+    file.unlink()
+    index_file(file.parent, 0).unlink(missing_ok=True)
+    assert "12 records written" in agglo("cache", tiny, CROPS).stdout
+    assert agglo("cache", "--check", "features/tiny").exit_code == 0
+
+
+def test_a_full_disk_ends_with_the_command_that_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    said = refused("cache", tiny, CROPS)
+    assert "the disk is full. 0 of 12 canvases" in said and "more are needed" in said
+    assert f"agglo cache {tiny} {CROPS} --out features/tiny" in said
+
+
+def test_wrong_calls_say_what_to_do(tiny: Path) -> None:
+    assert "data.views.crops=2" in refused("cache", tiny)
+    assert "name a recipe" in refused("cache")
+    assert "--check takes a cache's folder and nothing else" in refused("cache", tiny, "--check", "x")
+    assert "there is no feature cache" in refused("cache", "--check", "nowhere")
+    assert "fp32, fp16, bf16, int8, not 'fp8'" in refused("cache", tiny, CROPS, "--dtype", "fp8")
+    assert "--batch must be at least 1" in refused("cache", tiny, CROPS, "--batch", 0)
+    assert "try --device cpu" in refused("cache", tiny, CROPS, "--device", "nonsense")
+
+
+def test_pace_counts_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(caching.time, "monotonic", lambda: now[0])
+    pace = Pace()
+    assert pace.text(5000, 10000) == ""  # from an earlier run: no rate of this one
+    now[0] += 10
+    assert pace.text(5100, 10000) == "10.0 images/s, 0:08:10 left"
+    assert pace.due(False)
+    assert not pace.due(False)
+    assert pace.due(True)
