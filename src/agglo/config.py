@@ -26,6 +26,7 @@ POINTS: dict[str, str] = {
     "students": "Student",
     "heads": "Head",
     "teachers": "Teacher",
+    "upsamplers": "Upsampler",
     "text": "TextTower",
     "normalizers": "Normalizer",
     "losses": "Loss",

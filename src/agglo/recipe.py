@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from agglo.config import Strict, check_options, explain, nearest, override, read_yaml, write_yaml
+from agglo.optimisation import Auxiliary, Objective, Stage, Train
 from agglo.types import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -46,6 +47,8 @@ class TeacherEntry(Strict):
         summary_weight: weight of the summary term; 0 switches it off (METHOD 2.11).
         spatial_weight: weight of the spatial term; 0 switches it off.
         summary_head, spatial_head: override the recipe's ``heads:`` for this teacher.
+        mosaic: for a teacher of one size: many small views on one canvas, maps cut back (METHOD 3.4).
+        upsampler: for a teacher of one size: a larger image, a finer map (``{kind: featsharp, weights: runs/...}``).
     """
 
     teacher: Kind
@@ -53,6 +56,8 @@ class TeacherEntry(Strict):
     spatial_weight: float = Field(default=1.0, ge=0)
     summary_head: Kind | None = None
     spatial_head: Kind | None = None
+    mosaic: bool = False
+    upsampler: Kind | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +138,11 @@ class Views(Strict):
             patches (METHOD 2.4); 0.5 in C-RADIOv4, 0 for one crop for all.
         canvas: shorter side, in pixels, at which a crop is rendered at least, so that a teacher that looks at more
             pixels than the student sees real ones; null renders at the student's size.
+        crops: so many fixed crops of each image, one a pass over the images, instead of a new one every time. Teachers
+            then look at each crop's whole canvas, and shifted views are slices of what they say, so that it can be
+            written once (``agglo cache``); 0 draws anew.
+        roam: with fixed crops, the student's view lies up to this many of its patches from the canvas's middle, each
+            axis and sample by itself; the canvas is that much larger on every side.
     """
 
     scale: tuple[float, float] = (0.35, 1.0)
@@ -141,6 +151,14 @@ class Views(Strict):
     mixup: float = Field(default=0.0, ge=0, le=1)
     shift: float = Field(default=0.0, ge=0)
     canvas: int | None = Field(default=None, gt=0)
+    crops: int = Field(default=0, ge=0)
+    roam: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _roams(self) -> Views:
+        if self.roam and not self.crops:
+            raise ConfigError("data.views.roam needs fixed crops to roam in: set data.views.crops, e.g. 2")
+        return self
 
     @field_validator("scale", "aspect")
     @classmethod
@@ -158,82 +176,45 @@ class Views(Strict):
 
 
 class Data(Strict):
-    """Where images come from and how they are cropped."""
+    """Where images come from and how they are cropped.
+
+    Args:
+        feature_cache: the folder that ``agglo cache`` wrote; what the teachers say is then read and not computed.
+    """
 
     sources: list[SourceEntry] = Field(min_length=1)
     views: Views = Views()
     workers: int = Field(default=1, ge=0)
     cache_mb: int = Field(default=1024, ge=0)
+    feature_cache: str | None = None
+
+    @model_validator(mode="after")
+    def _cached(self) -> Data:
+        if self.feature_cache is not None and not self.views.crops:
+            raise ConfigError(
+                "data.feature_cache holds what teachers say of fixed crops: set data.views.crops to what "
+                "`agglo cache` was given"
+            )
+        if self.feature_cache is not None and self.views.mixup:
+            raise ConfigError("data.feature_cache holds no blends of images: set data.views.mixup=0")
+        return self
 
 
 class Partition(Strict):
-    """A set of resolutions with the batch that fits them; each step draws one partition, then one size (METHOD 3.1)."""
+    """A set of resolutions with the batch that fits them; each step draws one partition, then one size (METHOD 3.1).
+
+    Args:
+        sizes: sides of the student's square views, in pixels.
+        batch: images a step.
+        weight: share of steps.
+        teachers: names of those that teach at these sizes; all when null. One that teaches in some partitions only is
+            why a student switches modes (RADIOv2.5): for recipes that had it so.
+    """
 
     sizes: list[int] = Field(min_length=1)
     batch: int = Field(gt=0)
     weight: float = Field(default=1.0, gt=0)
-
-
-class Train(Strict):
-    """The optimisation.
-
-    Args:
-        steps: optimiser steps.
-        lr: peak learning rate; linear over ``warmup_steps``, then cosine to ``lr * final_lr``.
-        backbone_lr: factor on ``lr`` for the student below its heads, which may start from trained weights.
-        head_steps: steps at the start in which only the heads learn, so that their first, random gradients do not
-            wreck a student that starts from trained weights (METHOD 5.2); it then warms up over ``warmup_steps`` too.
-        weight_decay: AdamW's, left off biases, norms, position tables and class tokens.
-        ema: decay of the averaged weights, which are what is evaluated and exported; 0 switches averaging off. Its
-            early steps use ``min(ema, (1 + step) / (10 + step))``.
-        clip: largest gradient norm, or null.
-        precision: ``fp32``, or ``bf16`` autocast (only fast where the hardware has it).
-        freeze_norm_statistics: keep the running statistics of BatchNorm as they start.
-        damp: sigma of the multiplicative noise on the student's linear weights (DAMP, METHOD 2.7); 0 for none.
-        spectral: spectral reparametrisation of the student's linear layers while it trains (METHOD 2.9).
-        windows: ViTDet's windows as an augmentation (METHOD 2.10): sides in patches, of which one that divides the
-            step's grid is drawn; empty for none.
-        window_share: share of steps that look through windows.
-        start_from: a run or saved model whose student, and heads of teachers of the same name, training starts from;
-            heads of other teachers start anew, statistics and schedule too (METHOD 5.1).
-        patience: how many steps in a row may have a loss that is not finite; they are skipped, counted and named.
-    """
-
-    steps: int = Field(gt=0)
-    lr: float = Field(default=1e-3, gt=0)
-    backbone_lr: float = Field(default=1.0, ge=0)
-    final_lr: float = Field(default=0.01, ge=0, le=1)
-    warmup_steps: int = Field(default=0, ge=0)
-    head_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.02, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    ema: float = Field(default=0.9996, ge=0, lt=1)
-    clip: float | None = Field(default=None, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    freeze_norm_statistics: bool = False
-    damp: float = Field(default=0.0, ge=0, lt=1)
-    spectral: bool = False
-    windows: list[int] = []
-    window_share: float = Field(default=0.5, ge=0, le=1)
-    start_from: str | None = None
-    patience: int = Field(default=5, ge=0)
-    seed: int = 0
-    log_every: int = Field(default=10, gt=0)
-    save_every: int = Field(default=500, gt=0)
-
-
-class Stage(Strict):
-    """One stage of a run that has several: the recipe with some of its teachers and some changes.
-
-    Args:
-        name: of its folder, below ``stages/``.
-        teachers: names of those that teach in it; all when null.
-        set: assignments ``key.path=value``, as on the command line.
-    """
-
-    name: str = Field(pattern=r"^[\w-]+$")
-    teachers: list[str] | None = None
-    set: list[str] = []
+    teachers: list[str] | None = Field(default=None, min_length=1)
 
 
 class Recipe(Strict):
@@ -241,12 +222,14 @@ class Recipe(Strict):
 
     name: str
     claim: Claim
-    student: Kind
+    objective: Objective = Objective()
+    student: Kind = {}
     teachers: dict[str, TeacherEntry] = Field(min_length=1)
     heads: Heads = Heads()
     targets: Targets = Targets()
     losses: Losses = Losses()
     balancer: Kind = {"kind": "fixed"}
+    auxiliary: dict[str, Auxiliary] = {}
     data: Data
     partitions: list[Partition] = Field(min_length=1)
     train: Train
@@ -257,7 +240,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _kinds(self) -> Recipe:
         """Fill in and check every ``{kind: ...}`` of the tree against its constructor."""
-        _check(self.student, "students", "student")
+        if self.objective.trains_student(self.student, self.stages):
+            _check(self.student, "students", "student")
         for name, entry in self.teachers.items():
             if not name or "/" in name or "." in name:
                 raise ConfigError(f"teachers.{name}: a teacher's name must not be empty nor hold '/' or '.'")
@@ -265,6 +249,8 @@ class Recipe(Strict):
             for key in ("summary_head", "spatial_head"):
                 if getattr(entry, key) is not None:
                     _check(getattr(entry, key), "heads", f"teachers.{name}.{key}")
+            if entry.upsampler is not None:
+                _check(entry.upsampler, "upsamplers", f"teachers.{name}.upsampler")
         _check(self.heads.summary, "heads", "heads.summary")
         _check(self.heads.spatial, "heads", "heads.spatial")
         _check(self.targets.normalizer, "normalizers", "targets.normalizer")
@@ -275,12 +261,35 @@ class Recipe(Strict):
             if self.train.ema == 0:
                 raise ConfigError("losses.mesa needs an averaged student: set train.ema, e.g. 0.9996")
         _check(self.balancer, "balancers", "balancer")
+        self._check_auxiliary()
+        self._check_partitions()
         self._check_stages()
         for index, entry in enumerate(self.data.sources):
             _check(entry.source, "sources", f"data.sources.{index}")
         for index, entry in enumerate(self.evals):
             _check(entry, "evals", f"evals.{index}")
         return self
+
+    def _check_auxiliary(self) -> None:
+        for name in self.auxiliary:
+            if name not in self.teachers:
+                raise ConfigError(f"auxiliary.{name}: no teacher of that name{nearest(name, self.teachers)}")
+            if self.teachers[name].spatial_weight == 0:
+                raise ConfigError(
+                    f"auxiliary.{name}: it learns a map whose weight is 0: set teachers.{name}.spatial_weight"
+                )
+
+    def _check_partitions(self) -> None:
+        for index, partition in enumerate(self.partitions):
+            for name in partition.teachers or ():
+                if name not in self.teachers:
+                    raise ConfigError(f"partitions.{index}.teachers: no teacher {name!r}{nearest(name, self.teachers)}")
+        if self.data.feature_cache is not None and any(partition.teachers for partition in self.partitions):
+            raise ConfigError("partitions: a feature cache holds all teachers at all sizes: leave `teachers:` out")
+        if all(partition.teachers is not None for partition in self.partitions):
+            idle = set(self.teachers).difference(*(partition.teachers or () for partition in self.partitions))
+            if idle and not self.stages:
+                raise ConfigError(f"partitions: teacher {min(idle)!r} teaches in none of them; add it to one")
 
     def _check_stages(self) -> None:
         taken: set[str] = set()
@@ -304,11 +313,16 @@ class Recipe(Strict):
         tree["name"] = f"{self.name}-{chosen.name}"
         if chosen.teachers is not None:
             tree["teachers"] = {name: tree["teachers"][name] for name in self.teachers if name in chosen.teachers}
+            tree["auxiliary"] = {name: entry for name, entry in tree["auxiliary"].items() if name in chosen.teachers}
+            tree["partitions"] = [part for p in tree["partitions"] if (part := _with(p, chosen.teachers)) is not None]
         return decode(override(tree, chosen.set, _OWN), f"{self.name}, stage {chosen.name}")
 
     def flat(self) -> dict[str, Any]:
         """The resolved recipe as the YAML tree that reads back to it."""
         data = self.model_dump(mode="json")
+        data["objective"] = self.objective.flat()
+        if not data["student"]:
+            del data["student"]
         for name, entry in data["teachers"].items():
             data["teachers"][name] = {**entry.pop("teacher"), **entry}
         if data["losses"]["mesa"] is not None:
@@ -327,6 +341,14 @@ _OWN = {
     *(set(Mesa.model_fields) - {"loss"}),
 }
 """Keys that stand beside a kind's own in the YAML, and stay when an override names another kind."""
+
+
+def _with(partition: dict[str, Any], teachers: Collection[str]) -> dict[str, Any] | None:
+    """A partition with some of the teachers, or None where none of them teaches in it."""
+    if partition["teachers"] is None:
+        return partition
+    kept = [name for name in partition["teachers"] if name in teachers]
+    return {**partition, "teachers": kept} if kept else None
 
 
 def _check(options: Kind, point: str, where: str) -> None:

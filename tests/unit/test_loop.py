@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from agglo.config import override
 from agglo.data.shifts import MOST
 from agglo.model import Model
 from agglo.train import loop
+from agglo.train import step as step_module
 from agglo.train.checkpoint import checkpoints
 from agglo.train.ema import Ema
 from agglo.train.optim import build_optimizer, learning_rate, set_learning_rate, student_share
-from agglo.train.step import NotFiniteError, draw_window
+from agglo.train.step import draw_window
 from agglo.types import AssetError, ConfigError, StorageError
 
 TINY = {
@@ -180,14 +182,16 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data: Path, 
 def test_a_step_that_is_not_finite_is_left_out_counted_and_named(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.one_step
+    real = step_module.forward
 
     def failing(run, batch, watch):
+        result, told = real(run, batch, watch)
         if batch.step in (1, 3):
-            raise NotFiniteError("toy/spatial is not finite", batch.names)
-        return real(run, batch, watch)
+            spoiled = result.loss * float("nan")
+            result = replace(result, loss=spoiled, terms={**result.terms, "toy/spatial": spoiled.detach()})
+        return result, told
 
-    monkeypatch.setattr(loop, "one_step", failing)
+    monkeypatch.setattr(step_module, "forward", failing)
     loop.distill(tiny(data), tmp_path / "run", quiet=True)
     lines = trace(tmp_path / "run")
     skipped = [line for line in lines if "skipped_step" in line]
@@ -275,6 +279,14 @@ def test_a_stop_in_the_prepass_resumes_from_the_beginning(
         ("targets.normalizer.kind=standard", "losses.summary.kind=mse", "train.head_steps=2"),
         ("data.views.shift=0.8", "losses.mesa={kind: se_mesa, start: 1, ramp: 2}", "train.windows=[2, 3]"),
         ("train.damp=0.1", "train.spectral=true"),
+        (
+            "auxiliary={toy: {depth: 0.5, until: 0.8}, dense: {depth: 1, weight: 0.1, until: 1.0}}",
+            "train.damp=0.1",
+            "train.spectral=true",
+            "train.windows=[2]",
+            "data.views.shift=0.5",
+        ),
+        ("balancer.kind=teacher_drop", "data.views.shift=0.5", "losses.mesa={kind: se_mesa}"),
         ("balancer.kind=uncertainty", "targets.normalizer.kind=global_standard"),
         ("balancer={kind: dwa, every: 1}", "losses.spatial.kind=am_radio"),
         ("balancer.kind=adaloss", "targets.normalizer.kind=whiten", "targets.estimate_images=32"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from agglo.config import build
 from agglo.data.shifts import Canvas
@@ -14,7 +15,11 @@ from agglo.losses.base import Loss
 from agglo.model import Model
 from agglo.nn.placement import Placement, meet
 from agglo.normalizers.base import Normalizer
+from agglo.objectives.auxiliary import Ladder, shown
+from agglo.objectives.inspection import check_finite, named
+from agglo.objectives.wrapping import wrap
 from agglo.recipe import Recipe
+from agglo.students.base import Student
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
 
@@ -45,6 +50,7 @@ def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
     teachers = {}
     for name, entry in recipe.teachers.items():
         teacher = build("teachers", entry.teacher, where=f"teachers.{name}")
+        teacher = wrap(teacher, entry, name, untrained=recipe.objective.kind == "upsample")
         teachers[name] = teacher.requires_grad_(False).eval()
     return teachers
 
@@ -55,7 +61,11 @@ MESA = "mesa"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One evaluation of the objective: the scalar to minimise, and its terms by name, detached."""
+    """One evaluation of the objective: the scalar to minimise, and its terms by name, detached.
+
+    Terms are ``<teacher>/summary`` and ``<teacher>/spatial``, ``mesa``, and ``<teacher>/auxiliary`` as they are before
+    their weight.
+    """
 
     loss: Tensor
     terms: Mapping[str, Tensor]
@@ -69,9 +79,13 @@ class Distill(nn.Module):
     Args:
         recipe: the run.
         specs: what each teacher returns.
+        student: whose blocks the recipe's auxiliary heads read; not kept, and not needed where there are none.
+
+    Raises:
+        ConfigError: an auxiliary head does not fit the student.
     """
 
-    def __init__(self, recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> None:
+    def __init__(self, recipe: Recipe, specs: Mapping[str, FeatureSpec], student: Student | None = None) -> None:
         super().__init__()
         weights: dict[str, float] = {}
         # Module dictionaries that are read as plain ones: pyright cannot know what a ModuleDict holds.
@@ -94,6 +108,7 @@ class Distill(nn.Module):
             weights[MESA] = recipe.losses.mesa.weight
             self.mesa = build("losses", recipe.losses.mesa.loss, where="losses.mesa")
         self.balancer = build("balancers", recipe.balancer, weights, where="balancer")
+        self.auxiliary = Ladder(recipe, specs, student)
 
     @property
     def needs_statistics(self) -> bool:
@@ -134,32 +149,33 @@ class Distill(nn.Module):
         """The pre-pass (D-3, D-6): estimate every statistic from teacher features, then freeze.
 
         Raises:
-            ConfigError: there was not one batch.
+            ConfigError: there was not one batch; a teacher's features are not finite, constant or too few.
         """
         summaries: dict[str, list[Tensor]] = {n: [] for n, loss in self.summary_losses.items() if loss.needs_statistics}
         cells: dict[str, list[Tensor]] = {n: [] for n, loss in self.spatial_losses.items() if loss.needs_statistics}
-        seen = False
+        seen = 0
         for batch in batches:
-            seen = True
             targets = {name: each.features for name, each in batch.items()}
+            check_finite(targets, f"pre-pass, batch {seen}")
+            seen += 1
             for name, normalizer in self.normalizers.items():
-                if normalizer.needs_statistics:
-                    _named(name, normalizer.update, _there(targets[name].spatial, name))
-            for name, kept in summaries.items():
-                kept.append(_there(targets[name].summary, name).cpu())
-            for name, kept in cells.items():
-                kept.append(_there(targets[name].spatial, name)[:, :, ::2, ::2].cpu())
+                if normalizer.needs_statistics and name in targets:
+                    named(name, normalizer.update, _there(targets[name].spatial, name))
+            for name in summaries.keys() & targets:
+                summaries[name].append(_there(targets[name].summary, name).cpu())
+            for name in cells.keys() & targets:
+                cells[name].append(_there(targets[name].spatial, name)[:, :, ::2, ::2].cpu())
         if not seen:
             raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
         for name, normalizer in self.normalizers.items():
             if normalizer.needs_statistics:
-                _named(name, normalizer.freeze)
+                named(name, normalizer.freeze)
         for name, kept in summaries.items():
-            _named(name, self.summary_losses[name].fit, torch.cat(kept))
+            named(name, self.summary_losses[name].fit, torch.cat(kept))
         for name, kept in cells.items():
             normalizer = self.normalizers[name]
             normalized = [normalizer(part.to(normalizer.mean.device)).cpu().permute(0, 2, 3, 1) for part in kept]
-            self.spatial_losses[name].fit(torch.cat([part.flatten(0, 2) for part in normalized]))
+            named(name, self.spatial_losses[name].fit, torch.cat([part.flatten(0, 2) for part in normalized]))
 
     def forward(
         self,
@@ -180,7 +196,7 @@ class Distill(nn.Module):
         Args:
             model: the student with its heads, predicting in normalised space (D-2).
             images: ``(B, 3, H, W)`` in [0, 1], of a legal size: the student's view.
-            targets: what :meth:`teach` returned for the same canvas.
+            targets: what :meth:`teach` returned for the same canvas; teachers that are not among them have no term.
             placement: of the student's view; the whole canvas when None.
             average: the averaged student's features of a view of its own, without heads; None leaves the term out.
             mesa_share: part of that term's weight which this step has.
@@ -188,29 +204,45 @@ class Distill(nn.Module):
             window: side, in patches, of the windows that most blocks look through in this step.
             step, total: where the run is, for balancers whose weights change.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only):
+        shares = self.auxiliary.shares(step, total)
+        blocks = {self.auxiliary.blocks[name] for name in shares}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only), shown(model.student, blocks) as seen:
             features = model.encode(images, window=window)
-        size = (images.shape[-2], images.shape[-1])
-        mine = Seen(features, placement or Placement.whole(len(images), (1, 1), size))
-        terms: dict[str, Tensor] = {}
+        mine = Seen(features, placement or Placement.whole(len(images), (1, 1), (images.shape[-2], images.shape[-1])))
+        rows: dict[str, Tensor] = {}
+        extra: dict[str, Tensor] = {}
         for name, heads in model.heads.items():
+            if name not in targets:
+                continue
             predicted, target = heads(features), targets[name].features
             if name in self.summary_losses:
-                terms[f"{name}/summary"] = self.summary_losses[name](
-                    _there(predicted.summary, name), _there(target.summary, name)
-                )
+                loss = self._measure(self.summary_losses[name])
+                rows[f"{name}/summary"] = loss(_there(predicted.summary, name), _there(target.summary, name))
             if name in self.spatial_losses:
                 # Project first, then bring to the common grid (D-1); targets are normalised on their native grid.
                 wanted = self.normalizers[name](_there(target.spatial, name))
+                theirs, loss = targets[name].cells(wanted), self.spatial_losses[name]
                 found = _there(predicted.spatial, name)
-                common = meet(found, mine.cells(found), wanted, targets[name].cells(wanted))
-                terms[f"{name}/spatial"] = self.spatial_losses[name](*common)
+                rows[f"{name}/spatial"] = compare(self._measure(loss), found, mine.cells(found), wanted, theirs)
+                if name in shares:
+                    early = _there(seen[self.auxiliary.blocks[name]].spatial, name)
+                    found = self.auxiliary.predict(name, early)
+                    extra[name] = compare(loss, found, mine.cells(found), wanted, theirs)
+        terms = {name: row.mean() for name, row in rows.items()} if self.balancer.weighs_images else dict(rows)
         if self.mesa is not None and average is not None and mesa_share > 0:
             ours, theirs = _there(features.spatial, "student"), _there(average.features.spatial, "student")
-            terms[MESA] = mesa_share * self.mesa(*meet(ours, mine.cells(ours), theirs, average.cells(theirs)))
-        return Result(
-            self.balancer(terms, step=step, total=total), {name: term.detach() for name, term in terms.items()}
+            terms[MESA] = mesa_share * compare(self.mesa, ours, mine.cells(ours), theirs, average.cells(theirs))
+        total_loss = self.balancer(
+            terms, step=step, total=total, per_image=rows if self.balancer.weighs_images else None
         )
+        for name, term in extra.items():
+            total_loss = total_loss + shares[name] * term
+            terms[f"{name}/auxiliary"] = term
+        return Result(total_loss, {name: term.detach() for name, term in terms.items()})
+
+    def _measure(self, loss: Loss) -> Callable[..., Tensor]:
+        """The loss as the balancer wants it: a scalar, or one number an image."""
+        return loss.by_image if self.balancer.weighs_images else loss
 
     @torch.no_grad()
     def fold(self, model: Model) -> Model:
@@ -222,12 +254,25 @@ class Distill(nn.Module):
         return model
 
 
-def _named(teacher: str, work: Callable[..., None], *arguments: Tensor) -> None:
-    """Do it; what goes wrong with the targets is told with the teacher's name."""
-    try:
-        work(*arguments)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"teachers.{teacher}: {error}") from error
+def compare(measure: Callable[..., Tensor], a: Tensor, at: Placement, b: Tensor, bt: Placement) -> Tensor:
+    """``measure`` of two maps on the cells that both have seen.
+
+    Neither the maps that were brought there nor anything that is made of them waits for the backward pass: it makes
+    them again, one comparison after the other. So at no time more than one teacher's warped map is held, whatever the
+    balancer does with the terms.
+
+    Args:
+        measure: of two maps and a mask (:class:`agglo.losses.base.Loss`).
+        a, at: a prediction ``(B, C, h, w)`` and where its cells lie; gradients flow through it.
+        b, bt: a target ``(B, C, h', w')``.
+    """
+
+    def on_common_cells(a: Tensor, b: Tensor) -> Tensor:
+        return measure(*meet(a, at, b, bt))
+
+    if not (torch.is_grad_enabled() and a.requires_grad):
+        return on_common_cells(a, b)
+    return checkpoint(on_common_cells, a, b, use_reentrant=False, preserve_rng_state=False)
 
 
 def _there(tensor: Tensor | None, teacher: str) -> Tensor:

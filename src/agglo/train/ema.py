@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -26,12 +26,20 @@ class Ema:
             self.model.load_state_dict(model.state_dict())
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards ``model`` after optimiser step ``step`` (from 0)."""
+    def update(self, model: nn.Module, step: int, good: Tensor | None = None) -> None:
+        """Move towards ``model`` after optimiser step ``step`` (from 0).
+
+        Args:
+            model: what is averaged.
+            step: which.
+            good: bool scalar on the model's device; where it is False nothing moves, and nobody waits to find out.
+        """
         if self.decay == 0:
             return
-        decay = min(self.decay, (1 + step) / (10 + step))
+        pace: float | Tensor = 1 - min(self.decay, (1 + step) / (10 + step))
+        if good is not None:
+            pace = pace * good
         for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - decay)
+            mine.lerp_(theirs, pace)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+            mine.copy_(theirs if good is None else torch.where(good, theirs, mine))

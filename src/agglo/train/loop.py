@@ -7,34 +7,37 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from agglo.artefact import CONFIG
-from agglo.config import build
+from agglo.cache.lessons import Lessons, find_teachers, loader_for
 from agglo.creation import create
-from agglo.data.loader import Loader
+from agglo.data.loader import Batch, Loader
 from agglo.data.shifts import MOST, Canvas
-from agglo.data.views import ViewPolicy
 from agglo.model import Model
 from agglo.nn.damp import Damp, enable_damp
+from agglo.nn.placement import Placement
 from agglo.nn.spectral import enable_spectral, materialize
-from agglo.objectives.distill import Distill, build_teachers
-from agglo.preprocess import legal_sizes_near
+from agglo.objectives.distill import Distill, Seen
+from agglo.objectives.wrapping import begin_step
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.train import checkpoint
+from agglo.train.checks import check_sizes, check_windows
 from agglo.train.ema import Ema
 from agglo.train.folder import begin_folder, check_folder, resume_command, versions
-from agglo.train.optim import build_optimizer, set_learning_rate
+from agglo.train.ledger import Known, Ledger
+from agglo.train.optim import build_optimizer, deferred, set_learning_rate
 from agglo.train.progress import Progress
 from agglo.train.stages import adopt, stage_folder, translate
-from agglo.train.step import NotFiniteError, Stopwatch, one_step
+from agglo.train.step import Stopwatch, one_step
+from agglo.train.upsampling import assemble
 from agglo.types import AggloError, ConfigError
 
 PREPASS_OFFSET = 1 << 40
@@ -67,6 +70,31 @@ class Run:
     damp: Damp | None = None
     adopted: tuple[str, ...] = ()
     start: int = 0
+    told: set[str] = field(default_factory=set)
+    lessons: Lessons | None = None
+
+    def teach(
+        self, batch: Batch, canvas: Canvas, shifts: Sequence[Tensor] | None = None, view: Placement | None = None
+    ) -> dict[str, Seen]:
+        """What the teachers say of a batch: each of a view of its own, or all of the whole canvas of a fixed crop.
+
+        Args:
+            batch: the step's.
+            canvas: its images, on the device.
+            shifts: of the teachers' views; None: all look at the middle.
+            view: where the student looks; None: at all of the canvas.
+        """
+        if self.lessons is not None:
+            return self.lessons.teach(batch, canvas.images, view)
+        chosen = self.teaching(batch.partition)
+        begin_step(chosen.values(), self.recipe.train.seed, batch.step)
+        mine = None if shifts is None else [s for name, s in zip(self.teachers, shifts, strict=True) if name in chosen]
+        return self.objective.teach(chosen, canvas, batch.size, self.model.spec.stride, mine)
+
+    def teaching(self, partition: int) -> dict[str, Teacher]:
+        """The teachers of a partition."""
+        names = self.recipe.partitions[partition].teachers or self.teachers
+        return {name: teacher for name, teacher in self.teachers.items() if name in names}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -150,27 +178,18 @@ def distill_stages(
 def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool) -> Run:
     """Build everything, and find out whatever can be wrong before anything is written."""
     torch.manual_seed(recipe.train.seed)
-    teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
+    if recipe.objective.kind == "upsample":
+        return Run(recipe, folder, device, **assemble(recipe, device))
+    teachers = {name: teacher.to(device) for name, teacher in find_teachers(recipe).items()}
     model = create(recipe, teachers, initialize=not resume or not checkpoint.checkpoints(folder / "checkpoints"))
     fresh = not checkpoint.checkpoints(folder / "checkpoints") if resume else True
     adopted = adopt(model, recipe.train.start_from) if recipe.train.start_from and fresh else ()
-    check_sizes(recipe, model.student.spec.step)
-    if recipe.train.windows and not model.student.windows:
-        raise ConfigError(
-            f"train.windows: a {recipe.student['kind']} student cannot look through windows; set it to []"
-        )
-    objective = Distill(recipe, {name: teacher.spec for name, teacher in teachers.items()})
-    loader = Loader(
-        [build("sources", entry.source) for entry in recipe.data.sources],
-        [entry.weight for entry in recipe.data.sources],
-        recipe.partitions,
-        ViewPolicy(**recipe.data.views.model_dump(exclude={"canvas", "shift"})),
-        recipe.train.seed,
-        canvas=recipe.data.views.canvas,
-        margin=margin(recipe, model, teachers),
-        workers=recipe.data.workers,
-        cache_mb=recipe.data.cache_mb,
-    )
+    check_sizes(recipe, model, teachers)
+    check_windows(recipe, model)
+    objective = Distill(recipe, {name: teacher.spec for name, teacher in teachers.items()}, model.student)
+    lessons = Lessons(recipe, teachers, model.spec.stride, device) if recipe.data.views.crops else None
+    teachers = teachers if lessons is None else lessons.teachers
+    loader = loader_for(recipe, margin(recipe, model, teachers), lessons)
     model.provenance = provenance(recipe, teachers)
     if recipe.train.spectral:
         enable_spectral(model.student)
@@ -178,7 +197,9 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     objective.to(device)
     damp = enable_damp(model.student, recipe.train.damp, seed=recipe.train.seed) if recipe.train.damp else None
     ema, optimizer = Ema(model, recipe.train.ema), build_optimizer(model, recipe.train, objective.parameters())
-    return Run(recipe, folder, device, teachers, model, ema, objective, optimizer, loader, damp, adopted)
+    run = Run(recipe, folder, device, teachers, model, ema, objective, optimizer, loader, damp, adopted)
+    run.lessons = lessons
+    return run
 
 
 def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
@@ -197,27 +218,29 @@ def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
 
 def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[dict[str, Any]]:
     """Teacher features of ``targets.estimate_images`` images, for the normalizers and losses that need statistics."""
-    wanted, seen = run.recipe.targets.estimate_images, 0
+    wanted, seen = run.recipe.targets.estimate_images, dict.fromkeys(run.teachers, 0)
     progress.say(f"pre-pass: the teachers look at {wanted} images to fit the normalizers")
-    steps = math.ceil(wanted / min(partition.batch for partition in run.recipe.partitions))
-    for batch in run.loader.iterate(PREPASS_OFFSET, PREPASS_OFFSET + steps):
+    for batch in run.loader.iterate(PREPASS_OFFSET, 2 * PREPASS_OFFSET):
         if interrupted:
             progress.say(
                 f"stopped in the pre-pass, before the first step; begin again with: {resume_command(run.folder)}"
             )
             raise KeyboardInterrupt
         canvas = Canvas(batch.images.to(run.device), batch.field)
-        yield run.objective.teach(run.teachers, canvas, batch.size, run.model.spec.stride)
-        seen += len(batch.images)
-        progress.note(f"pre-pass: {min(seen, wanted)} of {wanted} images")
-        if seen >= wanted:
+        told = run.teach(batch, canvas)
+        yield told
+        for name in told:
+            seen[name] += len(batch.images)
+        least = min(seen.values())
+        progress.note(f"pre-pass: {min(least, wanted)} of {wanted} images")
+        if least >= wanted:
             return
 
 
 def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
     """All remaining steps."""
     config, watch, began = run.recipe.train, Stopwatch(run.device), time.monotonic()
-    images_seen, since, failures, skipped = 0, time.perf_counter(), 0, 0
+    ledger, images_seen, since = Ledger(run.start), 0, time.perf_counter()
     for batch in run.loader.iterate(run.start, config.steps):
         watch.lap("data")
         step = batch.step
@@ -226,32 +249,35 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
         rate = set_learning_rate(run.optimizer, step, config)
         if run.damp is not None:
             run.damp.set_step(step)
-        try:
-            terms, norm = one_step(run, batch, watch)
-            failures = 0
-        except NotFiniteError as error:
-            failures += 1
-            skipped += 1
-            leave_out(run, progress, error, step, failures)
-            continue
-        run.ema.update(run.model, step)
+        taken = one_step(run, batch, watch)
+        ledger.add(taken)
+        if deferred(run.optimizer):
+            run.ema.update(run.model, step, taken.good)
+        elif bool(taken.good):
+            run.ema.update(run.model, step)
         watch.lap("ema")
         images_seen += len(batch.images)
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            values = {name: float(value) for name, value in terms.items()}
+        logs = done % config.log_every == 0 or done == config.steps
+        saves = bool(interrupted) or done % config.save_every == 0 or done == config.steps
+        last = None
+        if logs or saves or not deferred(run.optimizer):
+            for last in ledger.read():
+                judge(run, progress, ledger, last)
+        if logs and last is not None and last.why is None:
             now = time.perf_counter()
             speed = images_seen / (now - since)
             images_seen, since = 0, now
             elapsed = time.monotonic() - began
-            progress.show(done, values, speed, elapsed / (done - run.start) * (config.steps - done))
+            progress.show(done, dict(last.terms), speed, elapsed / (done - run.start) * (config.steps - done))
             progress.record(done, {
-                "terms": values, "lr": rate, "grad_norm": float(norm), "images_per_second": speed,
+                "terms": dict(last.terms), "lr": rate, "grad_norm": last.norm, "images_per_second": speed,
                 "size": max(batch.size), "seconds": watch.take(), "elapsed": elapsed,
-                "skipped_images": len(run.loader.skipped), "skipped_steps": skipped,
+                "skipped_images": len(run.loader.skipped), "skipped_steps": ledger.skipped,
             })  # fmt: skip
             watch.lap("log")
-        if interrupted or done % config.save_every == 0 or done == config.steps:
+        # A step that was left out is no place to begin again, unless the run ends there.
+        if saves and (ledger.row == 0 or interrupted or done == config.steps):
             checkpoint.save(run.folder / "checkpoints", done, run.parts, run.optimizer)
             watch.lap("checkpoint")
         if interrupted:
@@ -261,18 +287,29 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
             raise KeyboardInterrupt
 
 
-def leave_out(run: Run, progress: Progress, error: NotFiniteError, step: int, failures: int) -> None:
-    """Tell of a step that was skipped; save and stop when it was one too many in a row.
+def judge(run: Run, progress: Progress, ledger: Ledger, known: Known) -> None:
+    """Tell of a step that was left out, or of a teacher that says one thing only; stop when it was too often in a row.
 
     Raises:
-        DivergenceError: more than ``train.patience`` in a row.
+        DivergenceError: more than ``train.patience`` in a row were left out; a checkpoint was saved.
     """
-    run.optimizer.zero_grad(set_to_none=True)
-    progress.record(step + 1, {"skipped_step": str(error), "images": error.names})
-    progress.say(f"step {step}: {error}; the step is left out (its images are named in metrics.jsonl)")
-    if failures > run.recipe.train.patience:
-        checkpoint.save(run.folder / "checkpoints", step - failures + 1, run.parts, run.optimizer)
-        raise DivergenceError(f"step {step}: {error}, the {failures}. step in a row{DIVERGED}")
+    for name in known.constant:
+        teacher, part = name.split("/")
+        if name not in run.told:
+            run.told.add(name)
+            progress.say(
+                f"step {known.step}: the {part} features of teacher {teacher!r} are the same everywhere in the batch: "
+                "check that its weights are loaded and that the images differ"
+            )
+            progress.record(known.step + 1, {"constant_target": name, "images": list(known.images)})
+    if known.why is None:
+        return
+    progress.record(known.step + 1, {"skipped_step": known.why, "images": list(known.images)})
+    progress.say(f"step {known.step}: {known.why}; the step is left out (its images are named in metrics.jsonl)")
+    if known.row > run.recipe.train.patience:
+        run.optimizer.zero_grad(set_to_none=True)
+        checkpoint.save(run.folder / "checkpoints", ledger.done, run.parts, run.optimizer)
+        raise DivergenceError(f"step {known.step}: {known.why}, the {known.row}. step in a row{DIVERGED}")
 
 
 def export(run: Run, progress: Progress) -> Model:
@@ -302,22 +339,6 @@ def plain(run: Run, model: Model) -> Model:
     if run.recipe.train.spectral:
         materialize(model.student)
     return run.objective.fold(model)
-
-
-def check_sizes(recipe: Recipe, step: int) -> None:
-    """Every resolution of the recipe must be one the student takes.
-
-    Raises:
-        ConfigError: names the nearest legal sizes.
-    """
-    for index, partition in enumerate(recipe.partitions):
-        for size in partition.sizes:
-            if size % step:
-                low, high = legal_sizes_near(size, step)
-                raise ConfigError(
-                    f"partitions.{index}.sizes: the student takes multiples of {step} px; {size} is none, "
-                    f"the nearest are {low} and {high}"
-                )
 
 
 def provenance(recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 from agglo.heads.base import Head
 from agglo.model import Model
@@ -33,7 +34,10 @@ def build_optimizer(model: Model, config: Train, others: Iterable[nn.Parameter] 
     """AdamW over up to four groups: student (and heads that follow it) or heads, decayed or not.
 
     Weight decay is left off biases, norms and whatever the student excludes (METHOD 1.2). ``backbone_lr: 0`` freezes
-    the student. ``others`` (a balancer's parameters) learn at the heads' rate, without decay.
+    the student. ``others`` (the objective's parameters: a balancer's, auxiliary heads) learn at the heads' rate;
+    vectors and scalars among them are not decayed.
+
+    On CUDA the update is one fused kernel, which can be told on the device to change nothing (:func:`deferred`).
     """
     excluded = {f"student.{name}" for name in model.student.no_weight_decay()}
     norms = {
@@ -52,14 +56,43 @@ def build_optimizer(model: Model, config: Train, others: Iterable[nn.Parameter] 
             continue
         plain = parameter.ndim < 2 or name in excluded or name in norms
         groups.setdefault((student, 0.0 if plain else config.weight_decay), []).append(parameter)
-    if extra := list(others):
-        groups.setdefault((False, 0.0), []).extend(extra)
+    for parameter in others:
+        groups.setdefault((False, 0.0 if parameter.ndim < 2 else config.weight_decay), []).append(parameter)
+    fused = bool(groups) and all(parameter.is_cuda for group in groups.values() for parameter in group)
     return optim.AdamW(
         [{"params": params, "student": student, "weight_decay": decay} for (student, decay), params in groups.items()],
         lr=config.lr,
         betas=config.betas,
-        foreach=True,  # the fused CPU kernel walks raw memory, and channels-last gradients may be laid out otherwise
+        # The fused CPU kernel walks raw memory, and channels-last gradients may be laid out otherwise.
+        **{"fused" if fused else "foreach": True},
     )
+
+
+def deferred(optimizer: optim.Optimizer) -> bool:
+    """Whether :func:`update` leaves the decision about a step to the device, so that nobody waits for it."""
+    return bool(optimizer.defaults.get("fused"))
+
+
+def update(optimizer: optim.Optimizer, good: Tensor) -> None:
+    """One step of the optimiser where ``good``, a bool scalar on the device, is True; where not, nothing changes."""
+    if deferred(optimizer):
+        _align(optimizer)
+        # The fused kernel reads the flag itself. A gradient scaler speaks to it in the same way.
+        optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(good):
+        optimizer.step()
+    else:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _align(optimizer: optim.Optimizer) -> None:
+    """Lay gradients out in memory like their parameters: the fused kernel walks both side by side (channels-last)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None and gradient.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 def set_learning_rate(optimizer: optim.Optimizer, step: int, config: Train) -> float:

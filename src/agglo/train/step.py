@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from agglo.cache.crops import draw_roam
 from agglo.data.loader import Batch
 from agglo.data.shifts import Canvas, draw_shifts
 from agglo.data.views import generator, mix
 from agglo.model import Model
-from agglo.objectives.distill import Seen
+from agglo.objectives.distill import Result, Seen
+from agglo.objectives.inspection import spreads
 from agglo.recipe import Train
-from agglo.types import AggloError
+from agglo.train.checks import fits
+from agglo.train.ledger import Taken, pack
+from agglo.train.optim import deferred, update
+from agglo.train.upsampling import sharpen
 
 if TYPE_CHECKING:
     from agglo.train.loop import Run
@@ -24,56 +30,66 @@ WINDOWS = 5
 """The stream of random numbers that draws ViTDet's windows."""
 
 
-class NotFiniteError(AggloError, RuntimeError):
-    """One step's loss or gradient is not a number: the step is left out.
-
-    Args:
-        what: which.
-        names: the batch's images.
-    """
-
-    def __init__(self, what: str, names: list[str]) -> None:
-        super().__init__(what)
-        self.names = names
-
-
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds spent in each phase of the loop since the last :meth:`take`."""
+    """Seconds spent in each phase of the loop since the last :meth:`take`.
+
+    On CUDA they are the device's: marks go into its stream and are read by :meth:`take`, so no phase is waited for.
+    """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seconds: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.perf_counter)
+    _last: Any = None
+    _marks: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._last = self._now()
 
     def lap(self, phase: str) -> None:
-        """Book the time since the last call under ``phase``; a GPU is waited for, or its work would be booked later."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
+        """Book the time since the last call under ``phase``."""
+        before, self._last = self._last, self._now()
+        self._marks.append((phase, before, self._last))
 
     def take(self) -> dict[str, float]:
         """The booked seconds, and start again."""
+        if self.device.type == "cuda":
+            self._last.synchronize()
+        for phase, before, after in self._marks:
+            span = before.elapsed_time(after) / 1000 if self.device.type == "cuda" else after - before
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + span
+        self._marks = []
         seconds, self.seconds = self.seconds, {}
         return seconds
 
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
 
-def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward, backward and update on one batch.
 
-    Returns:
-        The loss terms by name, and the norm of the gradient before clipping.
+def one_step(run: Run, batch: Batch, watch: Stopwatch) -> Taken:
+    """Forward, backward and update on one batch; an update that would not be finite is left out.
+
+    On CUDA nothing here waits for the device: what became of the step is in the result, to be read later.
     """
+    result, told = (sharpen if run.recipe.objective.kind == "upsample" else forward)(run, batch, watch)
+    return learn(run, batch, result, told, watch)
+
+
+def forward(run: Run, batch: Batch, watch: Stopwatch) -> tuple[Result, dict[str, Tensor]]:
+    """The objective on one batch, and how much varies what each teacher said."""
     config, model, step = run.recipe.train, run.model, batch.step
-    images = mix(batch.images.to(run.device), config.seed, step, run.recipe.data.views.mixup)
+    images = mix(_sent(batch.images, run.device), config.seed, step, run.recipe.data.views.mixup)
     canvas = Canvas(images, batch.field)
     shifts = [_shift(run, batch, view) for view in range(2 + len(run.teachers))]
+    view, placement = canvas.crop(batch.size, model.spec.stride, shifts[0])
     watch.lap("mix")
-    targets = run.objective.teach(run.teachers, canvas, batch.size, model.spec.stride, shifts[2:])
+    targets = run.teach(batch, canvas, shifts[2:], placement)
+    told = spreads({name: seen.features for name, seen in targets.items()})
     watch.lap("teachers")
     set_training(model, config.freeze_norm_statistics)
-    view, placement = canvas.crop(batch.size, model.spec.stride, shifts[0])
     mesa = run.recipe.losses.mesa.share(step) if run.recipe.losses.mesa else 0.0
     with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         average = _average(run, canvas, batch, shifts[1]) if mesa > 0 else None
@@ -83,27 +99,43 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> tuple[dict[str, Tensor
             step=step, total=config.steps,
         )  # fmt: skip
     watch.lap("forward")
-    if not torch.isfinite(result.loss):
-        bad = [name for name, value in result.terms.items() if not torch.isfinite(value)]
-        raise NotFiniteError(f"{', '.join(bad) or 'the loss'} is not finite", batch.names)
-    run.optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()
-    watch.lap("backward")
-    parameters = [p for p in (*model.parameters(), *run.objective.parameters()) if p.grad is not None]
-    if config.clip is not None:
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-    else:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
-    if not torch.isfinite(norm):
-        raise NotFiniteError("the gradient is not finite", batch.names)
-    run.optimizer.step()
-    watch.lap("optimizer")
-    return dict(result.terms), norm
+    return result, told
+
+
+def learn(run: Run, batch: Batch, result: Result, told: Mapping[str, Tensor], watch: Stopwatch) -> Taken:
+    """Backward and update."""
+    config = run.recipe.train
+    good = torch.isfinite(result.loss.detach())
+    norm = torch.zeros_like(result.loss.detach())
+    if deferred(run.optimizer) or bool(good):
+        run.optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        watch.lap("backward")
+        parameters = [p for p in (*run.model.parameters(), *run.objective.parameters()) if p.grad is not None]
+        if config.clip is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        good = good & torch.isfinite(norm)
+        update(run.optimizer, good)
+        watch.lap("optimizer")
+    numbers = {"loss": result.loss, "norm": norm}
+    numbers |= {f"term:{name}": value for name, value in result.terms.items()}
+    numbers |= {f"target:{name}": value for name, value in told.items()}
+    return pack(batch.step, batch.names, numbers, good)
+
+
+def _sent(images: Tensor, device: torch.device) -> Tensor:
+    """To the device; from page-locked memory, which is copied while both go on."""
+    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
 
 
 def _shift(run: Run, batch: Batch, view: int) -> Tensor:
     """Where a view of this step looks: 0 is the student's, 1 the averaged student's, then the teachers'."""
-    return draw_shifts(run.recipe.train.seed, batch.step, view, len(batch.images), run.recipe.data.views.shift)
+    seed, views, count = run.recipe.train.seed, run.recipe.data.views, len(batch.images)
+    shifts = draw_shifts(seed, batch.step, view, count, views.shift)
+    # The student and its average roam together, or they would see too little in common.
+    return shifts + draw_roam(seed, batch.step, count, views.roam) if view < 2 and views.roam else shifts
 
 
 @torch.no_grad()
@@ -120,7 +152,7 @@ def draw_window(config: Train, model: Model, batch: Batch) -> int | None:
         return None
     rng = generator(config.seed, batch.step, 0, WINDOWS)
     grid = [side // model.spec.stride for side in batch.size]
-    legal = [w for w in config.windows if w < max(grid) and all(side % w == 0 for side in grid)]
+    legal = [w for w in config.windows if fits(w, (grid[0], grid[1]))]
     if not legal or rng.random() >= config.window_share:
         return None
     return legal[int(rng.integers(len(legal)))]

@@ -1,0 +1,74 @@
+"""Sizes and windows that a recipe asks for and nobody can have, found out before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from agglo.model import Model
+from agglo.nn.windows import USUAL, check_side
+from agglo.preprocess import legal_sizes_near
+from agglo.recipe import Recipe
+from agglo.teachers.base import Teacher
+from agglo.types import ConfigError
+
+
+def check_sizes(recipe: Recipe, model: Model, teachers: Mapping[str, Teacher]) -> None:
+    """Every resolution of the recipe must be one that the student takes, and that every teacher finds a size for.
+
+    Raises:
+        ConfigError: names the nearest legal sizes.
+    """
+    step = model.step()
+    for index, partition in enumerate(recipe.partitions):
+        for size in partition.sizes:
+            where = f"partitions.{index}.sizes"
+            if size % step or size < step:
+                nearest = sorted(set(legal_sizes_near(size, step)))
+                raise ConfigError(
+                    f"{where}: the student takes multiples of {step} px; {size} is none, "
+                    f"the nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(map(str, nearest))}"
+                )
+            for name, teacher in teachers.items():
+                if name not in (partition.teachers or teachers):
+                    continue
+                try:
+                    seen = teacher.input_size((size, size), model.spec.stride)
+                except ValueError as error:
+                    raise ConfigError(f"{where}: teacher {name!r} has no size for {size} px: {error}") from None
+                if any(side < 1 or side % teacher.spec.step for side in seen):
+                    raise ConfigError(
+                        f"{where}: at {size} px teacher {name!r} would see {seen[0]}x{seen[1]} px, but it takes "
+                        f"multiples of {teacher.spec.step}"
+                    )
+
+
+def check_windows(recipe: Recipe, model: Model) -> None:
+    """At least one of the recipe's windows must fit one of its sizes, or none would ever be drawn.
+
+    Raises:
+        ConfigError: the student has no windows; or lists those that fit.
+    """
+    windows = recipe.train.windows
+    if not windows:
+        return
+    if not model.student.windows:
+        raise ConfigError(
+            f"train.windows: a {recipe.student['kind']} student cannot look through windows; set it to []"
+        )
+    for window in windows:
+        check_side(window)
+    sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
+    grids = [size // model.spec.stride for size in sizes]
+    if any(fits(window, (grid, grid)) for window in windows for grid in grids):
+        return
+    legal = {size: [w for w in USUAL if fits(w, (grid, grid))] for size, grid in zip(sizes, grids, strict=True)}
+    lines = [f"{size} px: {', '.join(map(str, found)) or 'none'}" for size, found in legal.items()]
+    raise ConfigError(
+        f"train.windows: {windows} fit no size of the recipe: a window divides the grid of patches and is smaller. "
+        f"Those that do: {'; '.join(lines)}"
+    )
+
+
+def fits(window: int, grid: tuple[int, int]) -> bool:
+    """Whether a window divides both sides of a grid and is smaller than it."""
+    return window < max(grid) and all(side % window == 0 for side in grid)

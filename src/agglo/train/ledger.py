@@ -1,0 +1,127 @@
+"""What became of each step: read now and then, because reading a number from a device waits for everything before it.
+
+A step leaves its numbers where they were computed. The ledger fetches those of several steps in one transfer, counts
+what was left out, and names what went wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from agglo.objectives.inspection import CONSTANT
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One step, as it left the device.
+
+    Args:
+        step: from 0.
+        images: the batch's names.
+        labels: of ``numbers``: ``loss``, ``norm`` (of the gradient), ``term:<name>``, ``target:<teacher>/<part>`` (the
+            spread of what the teacher said, :func:`agglo.objectives.inspection.spread`).
+        numbers: float32 ``(K,)`` on the device.
+        good: bool scalar on the device: loss and gradient are finite, and the update was made.
+    """
+
+    step: int
+    images: Sequence[str]
+    labels: tuple[str, ...]
+    numbers: Tensor
+    good: Tensor
+
+
+def pack(step: int, images: Sequence[str], numbers: Mapping[str, Tensor], good: Tensor) -> Taken:
+    """A step's scalars, stacked on their device."""
+    return Taken(step, images, tuple(numbers), torch.stack([n.detach().float() for n in numbers.values()]), good)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One step, read.
+
+    Args:
+        step, images: as in :class:`Taken`.
+        terms: the loss terms.
+        norm: of the gradient, before clipping.
+        why: what was not finite, if anything; the step was then left out.
+        row: how many steps up to and with this one were left out without a good one between.
+        constant: ``<teacher>/<part>`` whose features were the same everywhere.
+    """
+
+    step: int
+    images: Sequence[str]
+    terms: Mapping[str, float]
+    norm: float
+    why: str | None
+    row: int
+    constant: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Collects steps; :meth:`read` fetches all that were not read yet.
+
+    Attributes:
+        skipped: steps that were left out so far.
+        row: of them, those since the last good one.
+        done: steps up to and with the last good one: where a run that is taken up again should begin.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    row: int = 0
+    _pending: list[Taken] = field(default_factory=list)
+
+    def add(self, taken: Taken) -> None:
+        """Keep a step for later."""
+        self._pending.append(taken)
+
+    def read(self) -> list[Known]:
+        """Everything since the last call, in order; waits for the device once."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        flat = torch.cat([torch.cat([taken.good.float().reshape(1), taken.numbers]) for taken in pending]).tolist()
+        found, start = [], 0
+        for taken in pending:
+            good, *numbers = flat[start : start + len(taken.labels) + 1]
+            start += len(taken.labels) + 1
+            found.append(self._know(taken, bool(good), dict(zip(taken.labels, numbers, strict=True))))
+        return found
+
+    def _know(self, taken: Taken, good: bool, numbers: Mapping[str, float]) -> Known:
+        self.row = 0 if good else self.row + 1
+        self.skipped += not good
+        if good:
+            self.done = taken.step + 1
+        return Known(
+            taken.step,
+            taken.images,
+            _part(numbers, "term:"),
+            numbers["norm"],
+            None if good else _why(numbers),
+            self.row,
+            tuple(name for name, spread in _part(numbers, "target:").items() if spread < CONSTANT),
+        )
+
+
+def _part(numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
+
+
+def _why(numbers: Mapping[str, float]) -> str:
+    """What was not finite, nearest to the cause: a teacher, a term, the sum, the gradient."""
+    targets = [name for name, spread in _part(numbers, "target:").items() if math.isnan(spread)]
+    if targets:
+        said = ", ".join(f"{part} features of teacher {teacher!r}" for teacher, part in (t.split("/") for t in targets))
+        return f"{said}: NaN or infinity; run it in float32, and look at its weights and its input"
+    terms = [name for name, value in _part(numbers, "term:").items() if not math.isfinite(value)]
+    if terms:
+        return f"{', '.join(terms)} is not finite"
+    return "the loss is not finite" if not math.isfinite(numbers["loss"]) else "the gradient is not finite"

@@ -1,0 +1,462 @@
+"""One step: what it holds in memory, that it waits for no device, and what becomes of steps that fail."""
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_loop import data, tiny, trace, weights
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from agglo.losses.mse import MSE
+from agglo.objectives import distill as objective_module
+from agglo.objectives.inspection import spread
+from agglo.train import loop, optim
+from agglo.train import step as step_module
+from agglo.train.checkpoint import checkpoints
+from agglo.train.ledger import Ledger, pack
+from agglo.train.loop import Progress, Run
+from agglo.train.optim import build_optimizer, deferred, update
+from agglo.train.step import Stopwatch, one_step
+from agglo.types import ConfigError
+
+__all__ = ["data"]  # the fixture of the loop's tests
+
+EVERYTHING = (
+    "data.views.shift=0.8", "losses.mesa={kind: se_mesa}", "train.windows=[2]", "train.window_share=1.0",
+    "train.damp=0.1", "train.spectral=true", "data.views.mixup=1.0",
+    "auxiliary={toy: {depth: 0}, other: {depth: 1.0, weight: 0.5}}", "partitions=[{sizes: [64], batch: 4}]",
+)  # fmt: skip
+
+
+def started(data: Path, folder: Path, *overrides: str) -> Run:
+    """A run whose statistics are fitted, before its first step."""
+    run = loop.prepare(tiny(data, *overrides), folder / "run", torch.device("cpu"), resume=False)
+    run.folder.mkdir(exist_ok=True)
+    with Progress(folder, 1, quiet=True) as progress:
+        loop.start(run, progress, [])
+    return run
+
+
+def gradients(run: Run, step: int = 0) -> dict[str, Tensor]:
+    """Of one step's loss, without an update."""
+    torch.manual_seed(step)
+    result, _ = step_module.forward(run, run.loader.batch(step), Stopwatch())
+    run.optimizer.zero_grad()
+    result.loss.backward()
+    parts = (("model", run.model), ("objective", run.objective))
+    found = {f"{part}.{name}": p.grad for part, module in parts for name, p in module.named_parameters()}
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Product(MSE):
+    """Keeps the target's map for the backward pass, and counts how many of them are alive when it is asked again."""
+
+    maps: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        self.alive.append(self.count())
+        self.maps.extend(StorageWeakRef(x.untyped_storage()) for x in (prediction, target))
+        return (prediction * target).square().mean(1)
+
+    def count(self) -> int:
+        return sum(not ref.expired() for ref in self.maps)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_no_more_than_one_teachers_warped_map_is_held(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    run = started(data, tmp_path, "data.views.shift=0.8", "losses.mesa={kind: se_mesa}")
+    monkeypatch.setattr(Product, "maps", [])
+    monkeypatch.setattr(Product, "alive", [])
+    run.objective.mesa = Product()
+    for name in run.objective.spatial_losses:
+        run.objective.spatial_losses[name] = Product()
+    if plain:
+        monkeypatch.setattr(objective_module, "checkpoint", lambda function, *given, **_: function(*given))
+    torch.manual_seed(0)
+    result, _ = step_module.forward(run, run.loader.batch(0), Stopwatch())
+    assert len(Product.alive) == 4  # three teachers and the averaged student
+    if plain:  # what the test sees where all are kept
+        assert Product().count() == 4
+        assert Product.alive == [0, 1, 2, 3]
+        return
+    assert Product().count() == 0
+    result.loss.backward()
+    assert Product.alive == [0] * 8  # each was made once more, and the one before it was gone
+
+
+@pytest.mark.parametrize(
+    "balancer", ["fixed", "adaloss", "uncertainty", "dwa", "teacher_drop", "{kind: schedule, points: {toy: [[0, 2]]}}"]
+)
+def test_gradients_are_those_of_holding_everything(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balancer: str
+) -> None:
+    run = started(data, tmp_path, *EVERYTHING, f"balancer={balancer if '{' in balancer else f'{{kind: {balancer}}}'}")
+    state = {name: value.clone() for name, value in run.objective.state_dict().items()}
+    found = gradients(run)
+    run.objective.load_state_dict(state)  # balancers remember
+    for name, buffer in started(data, tmp_path, *EVERYTHING).model.named_buffers():
+        run.model.get_buffer(name).copy_(buffer)  # and so does the power iteration
+    monkeypatch.setattr(objective_module, "checkpoint", lambda function, *given, **_: function(*given))
+    expected = gradients(run)
+    assert found.keys() == expected.keys()
+    assert any("auxiliary" in name for name in found)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_teacher_drop_decides_image_by_image(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = started(data, tmp_path, "balancer={kind: teacher_drop, p: 1.0}", "data.views.shift=0.5")
+    seen = {}
+    real = run.objective.balancer.combine
+
+    def looking(terms, *, step, total, per_image):
+        seen.update(per_image)
+        return real(terms, step=step, total=total, per_image=per_image)
+
+    monkeypatch.setattr(run.objective.balancer, "combine", looking)
+    batch = run.loader.batch(0)
+    result, _ = step_module.forward(run, batch, Stopwatch())
+    assert {name: tuple(rows.shape) for name, rows in seen.items()} == dict.fromkeys(result.terms, (4,))
+    scores = {"toy": (seen["toy/summary"] + seen["toy/spatial"]) / 2, "dense": seen["dense/spatial"]}
+    scores["other"] = (seen["other/summary"] + seen["other/spatial"]) / 2
+    # With p = 1 only the worst teacher of each image is left, times three; its terms weigh 1 each.
+    parts = {"toy": 2, "other": 2, "dense": 1}
+    expected = torch.stack([scores[name] * parts[name] for name in parts])
+    worst = torch.stack([scores[name] for name in parts]).argmax(0)
+    kept = expected.gather(0, worst[None]).mean() * 3
+    torch.testing.assert_close(result.loss, kept)
+    for name, rows in seen.items():
+        torch.testing.assert_close(result.terms[name], rows.mean().detach())
+
+
+# --- no waiting -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_autocast_on_meta(monkeypatch: pytest.MonkeyPatch):
+    """The meta device has no autocast, which is no part of what is rehearsed on it."""
+    real = torch.autocast
+
+    def autocast(device_type, *given, **named):
+        return contextlib.nullcontext() if device_type == "meta" else real(device_type, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "autocast", autocast)
+        yield
+
+
+class Flagged(torch.optim.SGD):
+    """Stands for the fused kernel, which reads its flag on the device."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.defaults["fused"] = True
+        self.flags: list[Tensor] = []
+
+    def step(self, closure=None):
+        self.flags.append(self.found_inf)  # type: ignore[attr-defined]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad)
+
+
+@pytest.mark.parametrize("balancer", ["fixed", "adaloss", "uncertainty", "dwa", "teacher_drop"])
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+def test_a_step_reads_nothing_back(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balancer: str, clip: str
+) -> None:
+    """On the meta device there are no numbers: whoever asks for one, or copies an image to the host, fails."""
+    run = started(data, tmp_path, *EVERYTHING, f"balancer.kind={balancer}", f"train.clip={clip}")
+    one_step(run, run.loader.batch(0), Stopwatch())  # what is looked up once and remembered, is now
+    meta = torch.device("meta")
+    for module in (run.model, run.ema.model, run.objective, *run.teachers.values()):
+        module.to(meta)
+    parameters = [p for p in (*run.model.parameters(), *run.objective.parameters()) if p.requires_grad]
+    moved = replace(run, device=meta, optimizer=Flagged(parameters))
+    with no_autocast_on_meta(monkeypatch):
+        moved.damp.set_step(1)
+        taken = one_step(moved, run.loader.batch(1), Stopwatch())
+        moved.ema.update(moved.model, 1, taken.good)
+    assert taken.numbers.is_meta and taken.good.is_meta and moved.optimizer.flags[0].is_meta
+    assert {"loss", "norm", "term:mesa", "term:toy/auxiliary", "target:dense/spatial"} <= set(taken.labels)
+    ledger = Ledger()
+    ledger.add(taken)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        ledger.read()  # the one place that reads, and only when it is asked to
+
+
+@pytest.mark.parametrize("planted", ["item", "cpu", "nonzero"])
+def test_the_rehearsal_would_notice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    run = started(data, tmp_path)
+    one_step(run, run.loader.batch(0), Stopwatch())
+    for module in (run.model, run.objective, *run.teachers.values()):
+        module.to("meta")
+    real = run.objective.spatial_losses["toy"].forward
+    spy = {"item": lambda x: x.sum().item(), "cpu": lambda x: x.cpu(), "nonzero": lambda x: x[x > 0]}[planted]
+
+    def reading(prediction, target, mask=None):
+        spy(prediction)
+        return real(prediction, target, mask)
+
+    monkeypatch.setattr(run.objective.spatial_losses["toy"], "forward", reading)
+    moved = replace(run, device=torch.device("meta"), optimizer=Flagged(list(run.model.parameters())))
+    with no_autocast_on_meta(monkeypatch), pytest.raises((RuntimeError, NotImplementedError)):
+        one_step(moved, run.loader.batch(1), Stopwatch())
+
+
+def fused(model, config, others=()):
+    """The optimiser of a GPU on the CPU, which has that kernel too."""
+    groups = [
+        {key: group[key] for key in ("params", "student", "weight_decay")}
+        for group in build_optimizer(model, config, others).param_groups
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the loss of these steps NaN."""
+    real = step_module.forward
+
+    def spoiled(run, batch, watch):
+        result, told = real(run, batch, watch)
+        if batch.step in steps:
+            result = replace(result, loss=result.loss * float("nan"))
+        return result, told
+
+    monkeypatch.setattr(step_module, "forward", spoiled)
+
+
+def test_steps_judged_late_are_left_out_all_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny(data, "train.log_every=3", "train.steps=8", "train.clip=null")
+    spoil(monkeypatch, 1, 3, 4)
+    monkeypatch.setattr(loop, "build_optimizer", fused)
+    with monkeypatch.context() as patch:
+        for module in (loop, step_module, optim):
+            patch.setattr(module, "deferred", lambda _: False)
+        loop.distill(made, tmp_path / "at_once", quiet=True)
+    reads = []
+    real = Ledger.read
+    monkeypatch.setattr(Ledger, "read", lambda ledger: reads.append(len(ledger._pending)) or real(ledger))
+    loop.distill(made, tmp_path / "late", quiet=True)
+    assert reads == [3, 3, 2]  # at steps 3 and 6, where it is logged and saved, and at the end
+    for name, value in weights(tmp_path / "at_once").items():
+        assert torch.equal(weights(tmp_path / "late")[name], value), name
+    skipped = [[line for line in trace(tmp_path / name) if "skipped_step" in line] for name in ("at_once", "late")]
+    assert skipped[0] == skipped[1]
+    assert [line["step"] for line in skipped[1]] == [2, 4, 5]
+    assert all(line["images"] for line in skipped[1])
+    assert trace(tmp_path / "late")[-1]["skipped_steps"] == 3
+
+
+@pytest.mark.parametrize(("how", "stops_at", "kept"), [(build_optimizer, 5, 2), (fused, 6, 2)])
+def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how, stops_at: int, kept: int
+) -> None:
+    """At once where reading costs nothing, at the next record elsewhere; what was learned before is kept."""
+    spoil(monkeypatch, *range(2, 20))
+    taken = []
+    real = loop.one_step
+    monkeypatch.setattr(loop, "one_step", lambda *given: taken.append(given[1].step) or real(*given))
+    monkeypatch.setattr(loop, "build_optimizer", how)
+    made = tiny(data, "train.steps=20", "train.patience=2", "train.log_every=6", "train.save_every=100")
+    with pytest.raises(loop.DivergenceError, match=r"step 4: the loss is not finite, the 3\. step in a row"):
+        loop.distill(made, tmp_path / "run", quiet=True)
+    assert len(taken) == stops_at
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{kept:08d}"]
+    assert all(value.isfinite().all() for value in loop.checkpoint.load_file(
+        tmp_path / "run" / "checkpoints" / f"step_{kept:08d}" / "model.safetensors").values())  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_update_that_is_not_good_changes_nothing(late: bool) -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **{"fused" if late else "foreach": True})
+    assert deferred(optimizer) == late
+    for good in (True, False, True):
+        layer(torch.ones(1, 3)).sum().backward()
+        before = [p.detach().clone() for p in layer.parameters()]
+        if not good:
+            layer.weight.grad.fill_(float("nan"))
+        update(optimizer, torch.tensor(good))
+        same = all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
+        assert same != good
+        optimizer.zero_grad()
+    assert float(optimizer.state[layer.weight]["step"]) == 2
+
+
+def test_a_fused_update_takes_gradients_of_any_layout() -> None:
+    """Its kernel walks memory; a gradient may come in another order than its channels-last weight."""
+    start, gradient = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
+    moved = []
+    for late in (False, True):
+        weight = torch.nn.Parameter(start.clone(memory_format=torch.channels_last))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, **{"fused" if late else "foreach": True})
+        for scale in (1.0, -0.3):
+            weight.grad = gradient * scale
+            assert weight.grad.stride() != weight.stride()
+            update(optimizer, torch.tensor(True))
+        moved.append(weight.detach())
+    torch.testing.assert_close(moved[1], moved[0])
+
+
+def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
+    ledger = Ledger(done=7)
+
+    def put(step: int, *, good: bool = True, **numbers: float) -> None:
+        values = {"loss": 1.0, "norm": 1.0, "term:a/spatial": 0.5, "target:a/spatial": 1.0} | {
+            name.replace("__", ":").replace("_", "/"): value for name, value in numbers.items()
+        }
+        ledger.add(pack(step, [f"{step}.png"], {k: torch.tensor(v) for k, v in values.items()}, torch.tensor(good)))
+
+    nan = float("nan")
+    put(7)
+    put(8, good=False, loss=nan, term__a_spatial=nan)
+    put(9, good=False, loss=nan, term__a_spatial=nan, target__a_spatial=nan)
+    put(10, target__a_spatial=0.0)
+    put(11, good=False, norm=nan)
+    put(12, good=False, loss=nan)
+    found = ledger.read()
+    assert [known.row for known in found] == [0, 1, 2, 0, 1, 2]
+    assert (ledger.skipped, ledger.row, ledger.done) == (4, 2, 11)
+    assert [known.why for known in found] == [
+        None,
+        "a/spatial is not finite",
+        "spatial features of teacher 'a': NaN or infinity; run it in float32, and look at its weights and its input",
+        None,
+        "the gradient is not finite",
+        "the loss is not finite",
+    ]
+    assert [known.constant for known in found] == [(), (), (), ("a/spatial",), (), ()]
+    assert found[0].terms == {"a/spatial": 0.5}
+    assert ledger.read() == []
+
+
+# --- teachers that say nothing ----------------------------------------------------------------------------------------
+
+
+def test_spread_tells_constant_from_not_finite() -> None:
+    x = torch.randn(3, 5, 4, 4)
+    assert 0.5 < float(spread(x)) < 4
+    per_channel = torch.randn(1, 5, 1, 1).expand(3, 5, 4, 4)
+    assert float(spread(per_channel)) == 0
+    assert float(spread(per_channel * (1 + 1e-8 * x))) < 1e-6  # rounding
+    assert float(spread(torch.zeros(3, 5))) == 0
+    one = per_channel.clone()
+    one[0, 2, 1, 1] += 1
+    assert float(spread(one)) > 0.1
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        one[0, 2, 1, 1] = bad
+        assert spread(one).isnan()
+    assert float(spread(torch.randn(1, 5))) == float("inf")  # one vector cannot vary
+    assert spread(torch.tensor([[1.0, float("nan")]])).isnan()
+
+
+def saying(run: Run, name: str, change) -> None:
+    """Let a teacher of a run say something else."""
+    teacher = run.teachers[name]
+    real = teacher.forward
+    teacher.forward = lambda images: change(real(images))
+
+
+NAN = lambda features: features.map(lambda x: x * float("nan"))  # noqa: E731
+SAME = lambda features: features.map(lambda x: torch.full_like(x, 0.3))  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        (NAN, (), r"teachers\.toy: its summary features hold NaN or infinity \(pre-pass, batch 0\)"),
+        (SAME, (), r"teachers\.toy: .*same at all \d+ positions"),
+        (SAME, ("targets.normalizer.kind=identity",), r"teachers\.toy: all \d+ targets point the same way"),
+        (NAN, ("targets.normalizer.kind=identity",), r"teachers\.toy.*NaN"),
+    ],
+)
+def test_the_prepass_names_a_teacher_that_says_nothing(
+    data: Path, tmp_path: Path, change, overrides: tuple[str, ...], message: str
+) -> None:
+    run = loop.prepare(tiny(data, *overrides), tmp_path / "run", torch.device("cpu"), resume=False)
+    saying(run, "toy", change)
+    with Progress(tmp_path, 1, quiet=True) as progress, pytest.raises(ConfigError, match=message):
+        loop.start(run, progress, [])
+
+
+def test_training_names_a_teacher_that_says_nothing_and_the_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(data, tmp_path, "train.steps=4")
+    toy, other = run.teachers["toy"].forward, run.teachers["other"].forward
+    real = loop.one_step
+
+    def step(run, batch, watch):
+        run.teachers["toy"].forward = lambda images: NAN(toy(images)) if batch.step == 1 else toy(images)
+        run.teachers["other"].forward = lambda images: SAME(other(images)) if batch.step >= 2 else other(images)
+        return real(run, batch, watch)
+
+    monkeypatch.setattr(loop, "one_step", step)
+    said = []
+    with Progress(run.folder, 4, quiet=True) as progress:
+        progress.say = said.append
+        loop.train(run, progress, [])
+    assert said[0].startswith("step 1: summary features of teacher 'toy', spatial features of teacher 'toy': NaN")
+    assert said[1].startswith("step 2: the summary features of teacher 'other' are the same everywhere")
+    assert said[2].startswith("step 2: the spatial features of teacher 'other'")
+    assert len(said) == 3  # said once
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "skipped_step" in line] == [2]
+    assert [line["constant_target"] for line in lines if "constant_target" in line] == [
+        "other/summary",
+        "other/spatial",
+    ]
+
+
+def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, tmp_path: Path) -> None:
+    made = tiny(
+        data, "targets.normalizer.kind=whiten", "targets.estimate_images=2", "partitions=[{sizes: [32], batch: 2}]"
+    )
+    run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
+    with (
+        Progress(tmp_path, 1, quiet=True) as progress,
+        pytest.raises(ConfigError, match=r"teachers\.toy: .*12 channels .* from 8 positions.*at least 13 are needed"),
+    ):
+        loop.start(run, progress, [])
+
+
+# --- sets that cannot be met ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.windows=[3, 5]",), r"train\.windows: \[3, 5\] fit no size.*32 px: none; 48 px: none; 64 px: 2$"),
+        (("student.window=3",), r"partitions\.0\.sizes: .*multiples of 48 px; 32 is none, the nearest is 48"),
+        (("partitions.0.sizes=[8]",), r"partitions\.0\.sizes.*16 px; 8 is none, the nearest is 16"),
+        (("train.windows=[1]",), "window: 0 for none"),
+    ],
+)
+def test_sets_that_cannot_be_met_list_the_legal_ones(
+    data: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loop.distill(tiny(data, *overrides), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_a_teacher_cannot_see_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agglo.teachers.toy import Toy
+
+    monkeypatch.setattr(Toy, "input_size", lambda self, size, stride: (size[0] + 1, size[1]))
+    with pytest.raises(ConfigError, match=r"at 32 px teacher 'toy' would see 33x32 px, but it takes multiples of 16"):
+        loop.distill(tiny(data), tmp_path / "run", quiet=True)
