@@ -175,6 +175,24 @@ def test_a_vit_is_perturbed_everywhere() -> None:
     assert not torch.equal(first, vit(x).summary)
 
 
+def test_a_convolution_is_perturbed_as_the_matrix_it_is() -> None:
+    """At the perturbed weights, by its own forward: strides, padding and groups stay what they were."""
+    layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 9, 9)
+    weight, before = layer.weight, layer.eval()(x)
+    enable_damp(layer, 0.3, seed=0)
+    assert torch.equal(layer(x), before)
+    factors = layer._damp.factors
+    expected = torch.nn.functional.conv2d(x, weight * factors, layer.bias, stride=2, padding=1, groups=2)
+    found = layer.train()(x)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    gradient = layer.weight.grad
+    bare = torch.nn.Parameter(weight.detach() * factors)
+    torch.nn.functional.conv2d(x, bare, layer.bias, stride=2, padding=1, groups=2).sum().backward()
+    torch.testing.assert_close(gradient, factors * bare.grad)  # dL/dW = xi * dL/dW_eff
+    assert layer.weight is weight
+
+
 def test_follows_a_change_of_dtype_and_says_what_is_wrong() -> None:
     net = nn.Sequential(nn.Linear(6, 8))
     damp: Damp = enable_damp(net, 0.1, seed=0)

@@ -223,6 +223,18 @@ def test_shifted_views_teach_the_same_and_windows_are_drawn(data: Path, tmp_path
     assert draw_window(tiny(data).train, run.model, batch) is None
 
 
+def test_a_student_without_windows_or_linear_layers_is_told_and_trained_without(data: Path, tmp_path: Path) -> None:
+    net = "student={kind: timm, model: mobilenetv4_conv_small}"
+    made = tiny(data, net, "partitions=[{sizes: [64], batch: 4}]", "train.windows=[2]", "train.spectral=true")
+    with pytest.warns(UserWarning, match="trained without") as said:
+        run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
+    messages = " ".join(str(warning.message) for warning in said)
+    assert "a timm student cannot look through windows" in messages
+    assert "no linear layers" in messages
+    batches = list(run.loader.iterate(0, 4))
+    assert all(draw_window(made.train.model_copy(update={"window_share": 1.0}), run.model, b) is None for b in batches)
+
+
 def test_noise_and_reparametrisation_are_no_part_of_the_artefact(data: Path, tmp_path: Path) -> None:
     loop.distill(tiny(data), tmp_path / "plain", quiet=True)
     loop.distill(tiny(data, "train.damp=0.2", "train.spectral=true"), tmp_path / "run", quiet=True)

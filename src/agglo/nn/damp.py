@@ -24,6 +24,9 @@ from agglo.nn.products import Linear
 # What these forwards do with a weight is known: one product.
 _PRODUCTS = (nn.Linear.forward, Linear.forward)
 
+Layer = nn.Linear | nn.Conv2d
+"""What is perturbed: maps that are linear in their input. A convolution is one, and a ConvNet has hardly any other."""
+
 
 class _Noise:
     """A layer's factors, drawn ahead of the forward. A deep copy has none: it is the average, or an export."""
@@ -36,8 +39,9 @@ class _Noise:
 
 
 class Damp:
-    """The noise of a module's linear layers, a pure function of ``(seed, rank, step, micro, layer name)``.
+    """The noise of a module's linear layers and convolutions.
 
+    A pure function of ``(seed, rank, step, micro, layer name)``.
     It is drawn once a step into memory that stays, not in the forward. A recomputed forward (activation checkpointing)
     therefore meets the same noise, and a compiled one needs no generator and does not compile again. That memory is the
     size of the perturbed weights. Names and number of a module's parameters and buffers do not change.
@@ -48,7 +52,7 @@ class Damp:
         rank: of this process.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], sigma: float, seed: int, rank: int) -> None:
+    def __init__(self, layers: dict[str, Layer], sigma: float, seed: int, rank: int) -> None:
         self.sigma, self.seed, self.rank = sigma, seed, rank
         self._layers = layers
 
@@ -91,7 +95,7 @@ class Damp:
 
 
 def enable_damp(module: nn.Module, sigma: float, /, *, seed: int, rank: int | None = None) -> Damp:
-    """Perturb every ``nn.Linear`` below ``module`` at every training forward, in place.
+    """Perturb every ``nn.Linear`` and ``nn.Conv2d`` below ``module`` at every training forward, in place.
 
     In ``eval()`` the layers do exactly what they did; so do deep copies of the module, in either mode. It goes with
     :func:`agglo.nn.spectral.enable_spectral` in any order: the noise multiplies what that makes of the weights.
@@ -107,13 +111,13 @@ def enable_damp(module: nn.Module, sigma: float, /, *, seed: int, rank: int | No
         The handle: call its ``set_step`` before every step. The noise of step 0 is there already.
 
     Raises:
-        ValueError: a negative or infinite ``sigma``, no linear layer, or one that is perturbed already.
+        ValueError: a negative or infinite ``sigma``, no such layer, or one that is perturbed already.
     """
     if not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma must be a number from 0 up, got {sigma}")
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
     if not layers:
-        raise ValueError(f"{type(module).__name__} has no nn.Linear to perturb")
+        raise ValueError(f"{type(module).__name__} has no nn.Linear and no nn.Conv2d to perturb")
     taken = [name for name, layer in layers.items() if "forward" in layer.__dict__]
     if taken:
         raise ValueError(f"the forward of {taken[0]} was replaced already: disable() what did it first")
@@ -128,30 +132,31 @@ def enable_damp(module: nn.Module, sigma: float, /, *, seed: int, rank: int | No
     return damp
 
 
-def _stored(layer: nn.Linear) -> Tensor:
+def _stored(layer: Layer) -> Tensor:
     """A tensor of the weight's shape, dtype and device, without computing a parametrised one."""
     if parametrize.is_parametrized(layer, "weight"):
         return layer.parametrizations["weight"].original  # type: ignore[index,return-value]
     return layer.weight
 
 
-def _noise(layer: nn.Linear) -> _Noise:
+def _noise(layer: Layer) -> _Noise:
     return layer.__dict__["_damp"]
 
 
-def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+def _forward(self: Layer, input: Tensor) -> Tensor:
     """The layer's own forward, with perturbed weights in training."""
     noise: _Noise = self._damp  # type: ignore[assignment]
     factors = noise.factors
+    own: Any = type(self).forward
     if factors is None or not self.training:
-        return type(self).forward(self, input)
+        return own(self, input)
     weight = self.weight  # once: it may be computed
     if factors.device != weight.device:
         raise RuntimeError(
             f"noise on {factors.device}, weight on {weight.device}: call set_step after moving the model"
         )
     perturbed = weight * factors.to(weight.dtype)
-    if type(self).forward in _PRODUCTS:
+    if own in _PRODUCTS:
         return F.linear(input, perturbed, self.bias)
     if parametrize.is_parametrized(self, "weight"):
         raise RuntimeError(
@@ -159,6 +164,6 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
         )
     self.__dict__["weight"] = perturbed  # read before the parameter of that name
     try:
-        return type(self).forward(self, input)
+        return own(self, input)
     finally:
         del self.__dict__["weight"]

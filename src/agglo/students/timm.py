@@ -84,6 +84,8 @@ class Timm(Student):
             options["drop_path_rate"] = self.drop_path
         if self.model.startswith(("vit_", "deit", "eva", "beit")):
             options["dynamic_img_size"] = True
+        if self.model.startswith(("swin_", "swinv2_")) and not self.model.startswith("swinv2_cr"):
+            options["strict_img_size"] = False  # windows are padded: any size runs
         return options
 
     @torch.no_grad()

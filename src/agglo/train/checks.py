@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+
+from torch import nn
 
 from agglo.model import Model
 from agglo.nn.windows import USUAL, check_side
@@ -45,16 +48,21 @@ def check_sizes(recipe: Recipe, model: Model, teachers: Mapping[str, Teacher]) -
 def check_windows(recipe: Recipe, model: Model) -> None:
     """At least one of the recipe's windows must fit one of its sizes, or none would ever be drawn.
 
+    Warns where the student cannot look through windows: it trains without them, so that a recipe serves any student.
+
     Raises:
-        ConfigError: the student has no windows; or lists those that fit.
+        ConfigError: none fits; lists those that do.
     """
     windows = recipe.train.windows
     if not windows:
         return
     if not model.student.windows:
-        raise ConfigError(
-            f"train.windows: a {recipe.student['kind']} student cannot look through windows; set it to []"
+        warnings.warn(
+            f"train.windows: a {recipe.student['kind']} student cannot look through windows, and is trained without; "
+            "train.windows=[] says so in the recipe",
+            stacklevel=2,
         )
+        return
     for window in windows:
         check_side(window)
     sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
@@ -67,6 +75,18 @@ def check_windows(recipe: Recipe, model: Model) -> None:
         f"train.windows: {windows} fit no size of the recipe: a window divides the grid of patches and is smaller. "
         f"Those that do: {'; '.join(lines)}"
     )
+
+
+def can_be_spectral(student: nn.Module) -> bool:
+    """Whether there are linear layers to reparametrise; warns where there are none."""
+    if any(isinstance(layer, nn.Linear) for layer in student.modules()):
+        return True
+    warnings.warn(
+        "train.spectral: the student has no linear layers, and is trained without; train.spectral=false says so in the "
+        "recipe",
+        stacklevel=2,
+    )
+    return False
 
 
 def fits(window: int, grid: tuple[int, int]) -> bool:

@@ -29,7 +29,7 @@ from agglo.objectives.wrapping import begin_step
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.train import checkpoint
-from agglo.train.checks import check_sizes, check_windows
+from agglo.train.checks import can_be_spectral, check_sizes, check_windows
 from agglo.train.ema import Ema
 from agglo.train.folder import begin_folder, check_folder, resume_command, versions
 from agglo.train.ledger import Known, Ledger
@@ -191,7 +191,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     teachers = teachers if lessons is None else lessons.teachers
     loader = loader_for(recipe, margin(recipe, model, teachers), lessons)
     model.provenance = provenance(recipe, teachers)
-    if recipe.train.spectral:
+    if recipe.train.spectral and can_be_spectral(model.student):
         enable_spectral(model.student)
     model.to(device)
     objective.to(device)

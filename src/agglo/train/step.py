@@ -147,8 +147,11 @@ def _average(run: Run, canvas: Canvas, batch: Batch, shifts: Tensor) -> Seen:
 
 
 def draw_window(config: Train, model: Model, batch: Batch) -> int | None:
-    """The window of a step: none, or one of the recipe's that divides the step's grid and is smaller than it."""
-    if not config.windows:
+    """The window of a step: one of the recipe's that divides the step's grid and is smaller than it, or none.
+
+    A student that cannot look through windows has none.
+    """
+    if not config.windows or not model.student.windows:
         return None
     rng = generator(config.seed, batch.step, 0, WINDOWS)
     grid = [side // model.spec.stride for side in batch.size]
