@@ -7,7 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-NAMES = ("startup", "inference", "loading", "loop", "imagenet", "dense", "ablations", "demo")
+NAMES = (
+    "startup", "inference", "loading", "loop", "step_cost", "cache", "data",
+    "imagenet", "dense", "ablations", "featsharp", "demo",
+)  # fmt: skip
 
 
 def main() -> None:

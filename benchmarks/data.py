@@ -1,0 +1,210 @@
+"""From JPEG files on disk to batches of 224 px views on one core, beside torchvision's decoder and its crop."""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+SIDE = 224
+BATCH = 8
+REPEATS = 7
+SIZES = ((500, 375), (640, 480), (800, 600), (1024, 768), (1280, 960), (1600, 1200))
+PHOTOS = ("astronaut", "chelsea", "china", "coffee", "flower", "motorcycle_left", "rocket", "retina")
+QUALITY = 87
+GRAIN = 3.0
+"""Standard deviation, of 255, of the noise that a sensor would add: enlarged photos lack it and decode too easily."""
+SCALES = {"scale 0.08 to 1 (torchvision's default)": (0.08, 1.0), "scale 0.35 to 1 (ours)": (0.35, 1.0)}
+ASPECT = (3 / 4, 4 / 3)
+
+
+def run() -> dict[str, Any]:
+    """Images a second of every contestant, on made photographs of all sizes together and on real ones."""
+    import record
+
+    with tempfile.TemporaryDirectory() as name, one_core():
+        folder = Path(name)
+        write_photos(folder / "mixed", SIZES)
+        for size in SIZES[:: len(SIZES) - 1]:
+            write_photos(folder / "x".join(map(str, size)), (size,))
+        sets = {path.name: path for path in sorted(folder.iterdir())}
+        real = record.SHARED / "data" / "imagenet_samples"
+        if real.is_dir():
+            sets["imagenet_samples"] = real
+        result: dict[str, Any] = {"side": SIDE, "batch": BATCH, "threads": 1, "quality": QUALITY, "grain": GRAIN}
+        result["sets"] = {name: contest(path) for name, path in sets.items()}
+        result["load_average"] = round(os.getloadavg()[0], 1)
+        result["closeness"] = closeness(folder / "mixed")
+    return result
+
+
+def contest(folder: Path, most: int = 96) -> dict[str, Any]:
+    """Images a second; the median of interleaved repeats, and the ratio of each to torchvision in the same repeat."""
+    files = sorted(str(path) for path in folder.iterdir())[:most]
+    shapes = [Image.open(file).size for file in files]
+    bits = 8 * sum(map(os.path.getsize, files)) / sum(w * h for w, h in shapes)
+    told: dict[str, Any] = {"images": len(files), "bits_per_pixel": round(bits, 2)}
+    for title, scale in SCALES.items():
+        contestants = {
+            "torchvision": torchvision_tensors(files, scale),
+            "torchvision through Pillow": torchvision_pillow(files, scale),
+            "agglo": agglo(folder, scale, len(files)),
+            "agglo, images read whole": agglo(folder, scale, len(files), max_side=1 << 20),
+        }
+        for once in contestants.values():
+            once()
+        rates: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(REPEATS):
+            for name, once in contestants.items():
+                start = time.perf_counter()
+                count = once()
+                rates[name].append(count / (time.perf_counter() - start))
+        base = rates["torchvision"]
+        told[title] = {
+            name: {
+                "images_per_second": round(statistics.median(values), 1),
+                "times_torchvision": round(statistics.median(a / b for a, b in zip(values, base, strict=True)), 2),
+                "spread": [round(min(values), 1), round(max(values), 1)],
+            }
+            for name, values in rates.items()
+        }
+    return told
+
+
+def torchvision_tensors(files: list[str], scale: tuple[float, float]) -> Callable[[], int]:
+    """Its own decoder, its own crop on tensors: the fastest way we know to use it."""
+    from torchvision.io import ImageReadMode, decode_image, read_file
+    from torchvision.transforms import v2
+
+    crop = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIDE, scale=scale, ratio=ASPECT, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+    def once() -> int:
+        for start in range(0, len(files), BATCH):
+            batch = [crop(decode_image(read_file(file), ImageReadMode.RGB)) for file in files[start : start + BATCH]]
+            torch.stack(batch)
+        return len(files)
+
+    return once
+
+
+def torchvision_pillow(files: list[str], scale: tuple[float, float]) -> Callable[[], int]:
+    """As ``ImageFolder`` does it."""
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms import v2
+
+    crop = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIDE, scale=scale, ratio=ASPECT),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+    def once() -> int:
+        for start in range(0, len(files), BATCH):
+            torch.stack([crop(default_loader(file)) for file in files[start : start + BATCH]])
+        return len(files)
+
+    return once
+
+
+def agglo(folder: Path, scale: tuple[float, float], count: int, max_side: int | None = None) -> Callable[[], int]:
+    """The training loader, every image decoded anew: no cache, no threads."""
+    from agglo.data.loader import Loader
+    from agglo.data.views import Partition, ViewPolicy
+    from agglo.sources.folder import Folder
+
+    class First(Folder):
+        """As many files as the others read."""
+
+        def __len__(self) -> int:
+            return min(count, super().__len__())
+
+    policy = ViewPolicy(scale=scale, aspect=ASPECT)
+    loader = Loader(
+        [First(path=str(folder))], None, [Partition([SIDE], BATCH)], policy, workers=0, cache_mb=0, max_side=max_side
+    )
+    steps = iter(range(1_000_000))
+
+    def once() -> int:
+        return sum(len(loader.batch(next(steps)).images) for _ in range(max(1, count // BATCH)))
+
+    return once
+
+
+def closeness(folder: Path, steps: int = 6) -> dict[str, float]:
+    """How far views of partly decoded images are from the same views of whole ones, in 1/255: mean and worst image."""
+    from agglo.data.loader import Loader
+    from agglo.data.views import Partition, ViewPolicy, render
+    from agglo.sources.folder import Folder
+
+    source = Folder(path=str(folder))
+    loader = Loader([source], None, [Partition([SIDE], BATCH)], ViewPolicy(), workers=0, cache_mb=0)
+    index = {source.name(i): i for i in range(len(source))}
+    errors = []
+    for step in range(steps):
+        batch = loader.batch(step)
+        for image, view, name in zip(batch.images, batch.views, batch.names, strict=True):
+            if max(view.scale) <= 0.5:  # the others were read at their full resolution
+                whole = render(source.read(index[name]), view)
+                errors.append(float((255 * image - whole).abs().mean()))
+    return {"views": len(errors), "mean": round(statistics.mean(errors), 3), "worst": round(max(errors), 3)}
+
+
+def write_photos(folder: Path, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Real photographs, enlarged to each size, with the grain of a sensor."""
+    from agglo.sources.photos import Photos
+
+    source, rng = Photos(split="all"), np.random.default_rng(0)
+    index = {source.name(i).rpartition("/")[2]: i for i in range(len(source))}
+    folder.mkdir(parents=True)
+    for name in PHOTOS:
+        photo = source.read(index[name])
+        for width, height in sizes:
+            zoom = max(width / photo.width, height / photo.height)
+            box = (0, 0, width / zoom, height / zoom)
+            pixels = np.asarray(photo.resize((width, height), Image.Resampling.LANCZOS, box=box), np.float32)
+            grain = rng.normal(0, GRAIN, (height, width, 1)).astype(np.float32)
+            out = io.BytesIO()
+            Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=QUALITY)
+            (folder / f"{name}-{width}x{height}.jpg").write_bytes(out.getvalue())
+
+
+@contextmanager
+def one_core():
+    """This process on one core, torch on one thread."""
+    threads, cores = torch.get_num_threads(), None
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
+if __name__ == "__main__":
+    import record
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    record.write("data", run())
