@@ -1,18 +1,28 @@
 """Every kind of eval keeps the contract, on a small model that knows nothing."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agglo.config import build, kinds
+from agglo.config import build, find, kinds
 from agglo.evals.base import Eval
 from agglo.teachers.toy import Toy
 from agglo.types import FeatureSpec, Output
 
-FEW = {"knn": {"k": 3}, "segmentation": {"steps": 5, "decay": [0.1]}, "agreement": {"sources": [{"kind": "photos"}]}}
+FEW: dict[str, dict[str, Any]] = {
+    "knn": {"k": 3},
+    "segmentation": {"steps": 5, "decay": [0.1]},
+    "agreement": {"sources": [{"kind": "photos"}]},
+    "linear": {"steps": 5, "decay": [0.1]},
+    "mode_switch": {"sizes": [64, 96]},
+    "rank": {"views": 1},
+    "robustness": {"corruptions": ["contrast"], "severities": [5]},
+    "latency": {"repeats": 3},
+}
 
 
 class Ignorant(nn.Module):
@@ -35,7 +45,11 @@ class Ignorant(nn.Module):
         return F.normalize(torch.tensor(letters), dim=-1)
 
 
-@pytest.mark.parametrize("kind", kinds("evals", installed=False))
+BUNDLED = [kind for kind in kinds("evals", installed=False) if find("evals", kind).bundled]
+"""The others read or write files: their own tests keep the contract."""
+
+
+@pytest.mark.parametrize("kind", BUNDLED)
 def test_named_finite_numbers_and_the_same_ones_again(kind: str) -> None:
     model = Ignorant().eval()
     program = ({"toy": Toy(summary=26, seed=1)},) if kind == "agreement" else ()
@@ -44,5 +58,6 @@ def test_named_finite_numbers_and_the_same_ones_again(kind: str) -> None:
     assert numbers
     assert all(isinstance(value, float) and math.isfinite(value) for value in numbers.values())
     assert made.lower_is_better <= set(numbers)
-    assert made.run(model) == numbers
+    again = made.run(model)
+    assert again == numbers if made.deterministic else again.keys() == numbers.keys()
     assert not model.training

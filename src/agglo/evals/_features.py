@@ -47,6 +47,7 @@ class Encoded:
         summary: ``(N, D)``; of a model without one (HOG, SAM) the mean-pooled spatial map stands in.
         spatial: ``(N, D', h, w)``, or None (the model has none, or it was not asked for and is large).
         skipped: names of the images that could not be read.
+        sizes: full ``(H, W)`` of each of the N images, before it was cropped.
     """
 
     names: tuple[str, ...]
@@ -54,6 +55,7 @@ class Encoded:
     summary: Tensor | None
     spatial: Tensor | None
     skipped: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -63,6 +65,7 @@ class _Shared:
     sources: dict[str, Source] = field(default_factory=dict)
     encoded: dict[tuple[Any, ...], Encoded] = field(default_factory=dict)
     models: dict[int, object] = field(default_factory=dict)
+    kept: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
 _shared: ContextVar[_Shared | None] = ContextVar("agglo_evals_shared", default=None)
@@ -76,6 +79,16 @@ def shared_features() -> Iterator[None]:
         yield
     finally:
         _shared.reset(token)
+
+
+def kept(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What ``make`` returns; within a suite it is called once for each key."""
+    shared = _shared.get()
+    if shared is None:
+        return make()
+    if key not in shared.kept:
+        shared.kept[key] = make()
+    return shared.kept[key]
 
 
 def open_source(options: Mapping[str, Any] | Source) -> Source:
@@ -97,7 +110,7 @@ def class_names(source: Source, index: Sequence[int]) -> list[str]:
     """The class of each image: what the source's ``label(index)`` says, a name or a position in its ``classes``.
 
     Raises:
-        ConfigError: an image has no label.
+        ConfigError: an image has no label, or a number that is none of the source's classes.
     """
     label: Callable[[int], int | str | None] | None = getattr(source, "label", None)
     labels = [None if label is None else label(i) for i in index]
@@ -108,7 +121,36 @@ def class_names(source: Source, index: Sequence[int]) -> list[str]:
             "folder with one sub-folder a class"
         )
     classes: Sequence[str] = getattr(source, "classes", ())
+    for i, value in zip(index, labels, strict=True):
+        if not isinstance(value, str) and not 0 <= int(value or 0) < len(classes):
+            raise ConfigError(
+                f"{source.name(i)} has label {value}, but the source names {len(classes)} classes: labels are 0 to "
+                f"{len(classes) - 1}; count them from 0, and leave images without a class out of the folder"
+            )
     return [value if isinstance(value, str) else classes[int(value or 0)] for value in labels]
+
+
+def number_classes(train: Sequence[str], test: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:
+    """Classes by number: those that occur in ``train``, in the order of their names.
+
+    An image of ``test`` whose class has no image in ``train`` gets -1, which no answer equals: it counts as wrong, and
+    a warning names its class.
+
+    Returns:
+        the names, the numbers of ``train`` and of ``test``.
+    """
+    names = sorted(set(train))
+    number = {name: i for i, name in enumerate(names)}
+    absent = sorted(set(test) - number.keys())
+    if absent:
+        lost = sum(name not in number for name in test)
+        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        warnings.warn(
+            f"{len(absent)} of the test images' classes have no image to learn from ({shown}): {lost} of {len(test)} "
+            "test images count as wrong; add training images of them, or leave them out of the test source",
+            stacklevel=2,
+        )
+    return names, torch.tensor([number[name] for name in train]), torch.tensor([number.get(n, -1) for n in test])
 
 
 def input_size(model: Backbone, size: int | Sequence[int]) -> tuple[int, int]:
@@ -129,18 +171,21 @@ def crop_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, 
     return x, y, x + w, y + h
 
 
-def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Centre crop to the aspect of ``size`` ``(H, W)``, then bicubic with antialiasing: ``(3, H, W)`` in [0, 1].
+def view_of(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Centre crop to the aspect of ``size`` ``(H, W)``, then bicubic with antialiasing.
 
     The same pixels as "shortest side to r, then centre crop" (METHOD 7), but the crop comes first, so that masks can
     be cropped alike and never have to be resampled.
     """
     box = crop_box(image.width, image.height, size)
     if (box[3] - box[1], box[2] - box[0]) == size:
-        image = image.crop(box)
-    else:
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+        return image.crop(box)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """:func:`view_of` an image as ``(3, H, W)`` in [0, 1]."""
+    return torch.from_numpy(np.array(view_of(image, size))).permute(2, 0, 1).float().div_(255)
 
 
 def crop_truth(truth: Any, size: tuple[int, int]) -> Tensor:
@@ -219,6 +264,7 @@ def encode(
     *,
     want: str,
     progress: Progress | None = None,
+    share: bool = True,
 ) -> Encoded:
     """Encode every image of a source once, in eval and inference mode; deterministic.
 
@@ -228,18 +274,19 @@ def encode(
         size: side, or ``(H, W)``, in pixels.
         want: ``"summary"``, ``"spatial"``, or ``"text"`` (``encode_image``, unit norm, returned as the summary).
         progress: told of each batch.
+        share: keep the features for the other evals of a suite; False for images that no other eval will ask for.
 
     Raises:
         FeatureError: NaN or infinity; the image is named.
         ImageError: no image of the source could be read.
     """
-    grid, shared = input_size(model, size), _shared.get()
+    grid, shared = input_size(model, size), _shared.get() if share else None
     key = (_source_key(options), grid, id(model), want == "text")
     if shared is not None and key in shared.encoded:
         known = shared.encoded[key]
         if want == "text" or getattr(known, want) is not None:
             return known
-    encoded = _encode(model, open_source(options), grid, want, progress)
+    encoded = _encode(model, open_source(options), grid, want, progress, spare=share)
     if shared is not None:
         shared.models[id(model)] = model
         shared.models[id(options)] = options
@@ -247,7 +294,10 @@ def encode(
     return encoded
 
 
-def _encode(model: Backbone, source: Source, size: tuple[int, int], want: str, progress: Progress | None) -> Encoded:
+def _encode(
+    model: Backbone, source: Source, size: tuple[int, int], want: str, progress: Progress | None, *, spare: bool
+) -> Encoded:
+    """Encode; maps that nobody asked for are kept where they are ``spare`` and small."""
     forward = _text_features(model) if want == "text" else model
     device = device_of(model)
     keep = want == "spatial"
@@ -256,6 +306,7 @@ def _encode(model: Backbone, source: Source, size: tuple[int, int], want: str, p
     skipped: list[str] = []
     summaries: list[Tensor] = []
     maps: list[Tensor] = []
+    sizes: list[tuple[int, int]] = []
     with frozen(model):
         for where, batch_names, images in read_batches(source, skipped, progress):
             out = forward(torch.stack([to_tensor(image, size) for image in images]).to(device))
@@ -263,11 +314,12 @@ def _encode(model: Backbone, source: Source, size: tuple[int, int], want: str, p
             spatial = check(out.spatial, "spatial", batch_names, 4)
             names += batch_names
             index += where
+            sizes += [(image.height, image.width) for image in images]
             if summary is None and spatial is not None:
                 summary = spatial.mean((2, 3))
             if summary is not None:
                 summaries.append(summary)
-            if spatial is not None and (keep or spatial[0].numel() * 4 * len(source) <= KEEP_BYTES):
+            if spatial is not None and (keep or (spare and spatial[0].numel() * 4 * len(source) <= KEEP_BYTES)):
                 maps.append(spatial)
     if not names:
         why = f"no image of this {type(source).__name__} could be read; {len(skipped)} of {len(source)} skipped"
@@ -278,6 +330,7 @@ def _encode(model: Backbone, source: Source, size: tuple[int, int], want: str, p
         torch.cat(summaries) if summaries else None,
         torch.cat(maps) if maps else None,
         tuple(skipped),
+        tuple(sizes),
     )
 
 

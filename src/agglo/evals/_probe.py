@@ -1,8 +1,8 @@
-"""What linear probes on spatial features share: ground truth, standardisation, upsampling."""
+"""What probes share: ground truth, standardisation, ridge regression, upsampling, ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agglo.evals._features import FeatureError, crop_truth, encode, input_size, open_source
 from agglo.evals.base import Backbone, Progress
+from agglo.sources.base import Source
 from agglo.types import AggloError, ConfigError
 
 PIXELS = 2**22
@@ -29,15 +30,17 @@ class Labelled:
     Args:
         features: ``(N, D, h, w)``, float32.
         truth: N maps ``(H, W)`` at full resolution, cropped as the images were.
+        names: of the N images.
     """
 
     features: Tensor
     truth: list[Tensor]
+    names: tuple[str, ...] = ()
 
 
 def load(
     model: Backbone,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any] | Source,
     size: int | tuple[int, int],
     field: str,
     progress: Progress | None,
@@ -45,7 +48,7 @@ def load(
     """Encode a source and read ``annotation(index).<field>`` of each of its images.
 
     Raises:
-        ConfigError: the source has no such annotation.
+        ConfigError: the source has no such annotation, or one of another size than its image.
         FeatureError: the model's spatial map is missing or not finite.
     """
     source = open_source(options)
@@ -56,7 +59,36 @@ def load(
     if encoded.spatial is None:
         raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
     view = input_size(model, size)
-    return Labelled(encoded.spatial, [crop_truth(getattr(annotation(i), field), view) for i in encoded.index])
+    truth = [truth_of(source, i, field, full, view) for i, full in zip(encoded.index, encoded.sizes, strict=True)]
+    return Labelled(encoded.spatial, truth, encoded.names)
+
+
+def truth_of(source: Source, index: int, field: str, full: tuple[int, int], view: tuple[int, int]) -> Tensor:
+    """``annotation(index).<field>``, cropped to the aspect of ``view`` as its image is: ``(H, W)`` or ``(C, H, W)``.
+
+    Args:
+        source: has ``annotation``.
+        index: of the image.
+        field: ``semantic``, ``depth``, ``normals``, ...
+        full: ``(H, W)`` of the image.
+        view: ``(H, W)`` the model sees.
+
+    Raises:
+        ConfigError: there is no such annotation, or it is of another size than the image.
+    """
+    annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
+    found = None if annotation is None else getattr(annotation(index), field, None)
+    if found is None:
+        raise ConfigError(f"{source.name(index)} has no {field}: probe a source such as {{kind: scenes}}")
+    shape = tuple(found.shape[-2:])
+    if shape != full:
+        raise ConfigError(
+            f"{source.name(index)} is {full[0]}x{full[1]} pixels (HxW) and its {field} map {shape[0]}x{shape[1]}: "
+            "they must lie pixel on pixel; resize the map (nearest neighbour) or look for the original image"
+        )
+    planes = found if found.ndim == 3 else found[None]
+    cropped = torch.stack([crop_truth(plane, view) for plane in planes])
+    return cropped if found.ndim == 3 else cropped[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +129,17 @@ def predictions(features: Tensor, weight: Tensor, bias: Tensor, truth: list[Tens
         features: ``(N, D, h, w)``, standardised.
         weight: ``(K, D)``.
         bias: ``(K,)``.
-        truth: N maps ``(H, W)``.
+        truth: N maps ``(H, W)`` or ``(C, H, W)``.
 
     Yields:
         ``(n, K, H, W)`` and the truth ``(n, H, W)``, for runs of images whose truths have one shape.
     """
     start = 0
     while start < len(truth):
-        shape = truth[start].shape
+        shape = truth[start].shape[-2:]
         limit = max(1, PIXELS // (len(weight) * shape.numel()))
         stop = start + 1
-        while stop < min(len(truth), start + limit) and truth[stop].shape == shape:
+        while stop < min(len(truth), start + limit) and truth[stop].shape[-2:] == shape:
             stop += 1
         low = F.conv2d(features[start:stop], weight[:, :, None, None], bias)
         yield (
@@ -115,3 +147,57 @@ def predictions(features: Tensor, weight: Tensor, bias: Tensor, truth: list[Tens
             torch.stack(truth[start:stop]),
         )
         start = stop
+
+
+def fit_ridge(
+    x: Tensor, y: Tensor, w: Tensor, ridges: Sequence[float], what: str = "depth"
+) -> list[tuple[Tensor, Tensor]]:
+    """Weighted ridge regression with a free bias, for several penalties from one eigendecomposition.
+
+    Args:
+        x: ``(n, D)``.
+        y: ``(n,)`` or ``(n, K)`` targets; only looked at where ``w > 0``.
+        w: ``(n,)`` weights, none negative.
+        ridges: penalties on ``||W||^2``, each beside the weighted *mean* squared error.
+        what: whose probe this is, for errors.
+
+    Returns:
+        For each penalty weight ``(K, D)`` and bias ``(K,)``, float32; K is 1 for targets ``(n,)``.
+
+    Raises:
+        ProbeError: no weight at all, or a solution that is not finite.
+    """
+    total = w.double().sum()
+    if not float(total) > 0:
+        raise ProbeError(f"the training split has no valid {what}: nothing to fit a probe on")
+    share = w.double() / total
+    y = y[:, None] if y.ndim == 1 else y
+    y = torch.where((w > 0)[:, None], y, torch.zeros_like(y)).double()
+    x_mean, y_mean = share @ x.double(), share @ y
+    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    cross = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    for rows_, target, weight in zip(x.split(8192), y.split(8192), share.split(8192), strict=True):
+        centred = rows_.double() - x_mean
+        gram += centred.T @ (centred * weight[:, None])
+        cross += centred.T @ ((target - y_mean) * weight[:, None])
+    values, vectors = torch.linalg.eigh(gram)
+    rotated = vectors.T @ cross
+    probes = []
+    for ridge in ridges:
+        weight = (vectors @ (rotated / (values.clamp_min(0) + ridge)[:, None])).T
+        bias = y_mean - weight @ x_mean
+        if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise ProbeError(f"the {what} probe diverged: it is not finite at ridge {ridge:g}")
+        probes.append((weight.float(), bias.float()))
+    return probes
+
+
+def rank_of(scores: Tensor, truth: Tensor) -> Tensor:
+    """How many classes come before the true one, ``(N,)``, for scores ``(N, V)``; equal scores in class order.
+
+    A truth of -1, a class that does not compete, comes behind any rank that is asked for.
+    """
+    own = scores.gather(1, truth.clamp_min(0)[:, None])
+    earlier = torch.arange(scores.shape[1])[None] < truth[:, None]
+    before = ((scores > own) | ((scores == own) & earlier)).sum(1)
+    return torch.where(truth < 0, torch.iinfo(before.dtype).max, before)

@@ -30,14 +30,18 @@ class Eval(ABC):
     Attributes:
         needs_text: only models with ``encode_text`` and ``encode_image`` can be measured.
         lower_is_better: names of the metrics that are better when lower; all others are better when higher.
+        deterministic: the same call gives the same numbers; False for evals that measure time.
+        bundled: it runs on its defaults; False for evals that must be told of files from outside.
     """
 
     needs_text: bool = False
     lower_is_better: frozenset[str] = frozenset()
+    deterministic: bool = True
+    bundled: bool = True
 
     @abstractmethod
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
-        """Measure ``model``; deterministic.
+        """Measure ``model``; deterministic, unless the class says otherwise.
 
         Raises:
             TypeError: the model lacks what this eval needs (a text tower, a summary, a spatial map).

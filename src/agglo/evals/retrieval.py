@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agglo.evals._features import FeatureError, encode, encode_texts, open_source
+from agglo.evals._records import record_images
 from agglo.evals.base import Backbone, Eval, Progress
 from agglo.types import ConfigError
 
@@ -69,7 +70,9 @@ class Retrieval(Eval):
         self.source = source
 
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
-        ranks = torch.tensor([answer.rank for answer in self.rank(model, progress)], dtype=torch.float64)
+        answers = self.rank(model, progress)
+        ranks = torch.tensor([answer.rank for answer in answers], dtype=torch.float64)
+        record_images("mrr", [answer.query for answer in answers], 1 / ranks)
         return {
             "recall@1": float((ranks <= 1).double().mean()),
             "recall@5": float((ranks <= 5).double().mean()),

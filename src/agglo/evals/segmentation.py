@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import need_spatial, open_source
-from agglo.evals._probe import Labelled, ProbeError, Standard, load, predictions, rows
+from agglo.evals._features import device_of, input_size, kept, need_spatial, open_source
+from agglo.evals._logistic import fit_logistic
+from agglo.evals._pixels import IGNORE, PixelTraining, Probe, Split, check_mask, check_masks, fit_pixels
+from agglo.evals._probe import ProbeError, Standard, load, rows
+from agglo.evals._records import record_classes, record_images
+from agglo.evals._windows import Windows
 from agglo.evals.base import Backbone, Eval, Progress
 from agglo.nn.geometry import resample
 from agglo.types import ConfigError
@@ -20,21 +23,26 @@ SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
 SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
 SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
-IGNORE = 255
-
 
 class Segmentation(Eval):
-    """Linear segmentation: multinomial logistic regression on frozen spatial features, cell by cell.
+    """Linear segmentation: batch norm without affine part and a 1x1 convolution on frozen spatial features (METHOD 7).
 
-    The field's protocol (METHOD 7: frozen features, batch norm, 1x1 convolution, bilinear upsampling) with the training
-    by SGD replaced by a convex problem that has one answer:
+    ``probe: logistic`` replaces the field's training by SGD by a convex problem that has one answer:
 
     - features are standardised per channel by the training cells' mean and standard deviation;
     - a cell's target is the histogram of the classes of its pixels, its weight the share of pixels that have a class;
     - minimised over ``W (K, D)``, ``b (K)`` by full-batch L-BFGS from zero:
       ``sum_i w_i CE(y_i, W x_i + b) / sum_i w_i + decay / 2 ||W||^2``; no bias decay; no augmentation, no seed;
-    - ``decay`` is the one whose mIoU on ``val`` is best; equal ones: the stronger;
-    - logits are upsampled bilinearly (``align_corners=False``) to the mask, and the largest wins.
+    - ``decay`` is the one whose mIoU on ``val`` is best; equal ones: the stronger.
+
+    ``probe: adamw`` trains as published: a batch norm and a 1x1 convolution by AdamW (betas 0.9, 0.999) on the
+    cross-entropy of every pixel, logits upsampled to the mask; linear warm-up from 1e-6 of the rate, then linear to 0.
+    The images are not augmented, for the features are computed once; ``val`` is not used.
+
+    Logits are upsampled bilinearly (``align_corners=False``) to the mask, and the largest wins. ``inference: whole``
+    shows the model the image, cropped to the aspect of ``size``. ``inference: slide`` scales its shorter side to
+    ``short``, shows windows of ``size`` every ``stride`` pixels, in training too, and averages the logits of those that
+    see a pixel.
 
     Background is a class. Pixels of value 255 have no class and count nowhere. mIoU is over the classes that occur in
     the truth or the predictions of ``test``, from one confusion matrix of all its pixels.
@@ -42,9 +50,17 @@ class Segmentation(Eval):
     Metrics: ``miou``, ``pixel_accuracy``, in [0, 1].
 
     Args:
+        probe: ``logistic`` or ``adamw``.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        decay: L2 penalties to choose from.
-        steps: L-BFGS iterations at most, for each penalty.
+        inference: ``whole`` or ``slide``.
+        stride: pixels between windows; two thirds of the window's shorter side when None.
+        short: shorter side of the image that windows slide over; the window's longer side when None.
+        decay: L2 penalties of the logistic probe to choose from; the weight decay of AdamW is the first.
+        steps: L-BFGS iterations at most, for each penalty; or steps of AdamW.
+        warmup: steps of AdamW's warm-up.
+        lr: its peak learning rate.
+        batch: its images a step.
+        seed: of the order of its images.
         train: a source with ``classes`` and ``annotation(index).semantic``, fitted on.
         val: the same; chooses the penalty.
         test: the same; measured.
@@ -53,18 +69,35 @@ class Segmentation(Eval):
     def __init__(
         self,
         *,
+        probe: Literal["logistic", "adamw"] = "logistic",
         size: int | tuple[int, int] = 128,
+        inference: Literal["whole", "slide"] = "whole",
+        stride: int | None = None,
+        short: int | None = None,
         decay: list[float] | tuple[float, ...] = (0.1, 0.01, 0.001),
         steps: int = 60,
+        warmup: int = 0,
+        lr: float = 1e-3,
+        batch: int = 16,
+        seed: int = 0,
         train: Mapping[str, Any] = SCENES_TRAIN,
         val: Mapping[str, Any] = SCENES_VAL,
         test: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if not decay or min(decay) < 0:
             raise ConfigError(f"evals.segmentation: decay is a list of numbers, none negative; got {list(decay)}")
-        if steps < 1:
-            raise ConfigError(f"evals.segmentation: steps is at least 1, got {steps}")
+        if probe not in ("logistic", "adamw"):
+            raise ConfigError(f"evals.segmentation: probe is logistic or adamw, not {probe!r}")
+        if inference not in ("whole", "slide"):
+            raise ConfigError(f"evals.segmentation: inference is whole or slide, not {inference!r}")
+        for key, value in (("steps", steps), ("batch", batch), ("stride", stride or 1), ("short", short or 1)):
+            if value < 1:
+                raise ConfigError(f"evals.segmentation: {key} is at least 1, got {value}")
+        self.adamw = PixelTraining(steps, warmup, lr, decay[0], batch, seed) if probe == "adamw" else None
         self.size = size
+        self.inference = inference
+        self.stride = stride
+        self.short = short
         self.decay = tuple(sorted(decay, reverse=True))
         self.steps = steps
         self.train = train
@@ -73,89 +106,83 @@ class Segmentation(Eval):
 
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
         need_spatial(model, "segmentation")
-        classes = 1 + len(_classes(open_source(self.train)))
-        train, val, test = (
-            load(model, options, self.size, "semantic", progress) for options in (self.train, self.val, self.test)
+        names = ("background", *_classes(open_source(self.train)))
+        train = self._split(model, self.train, progress)
+        if self.adamw is not None:
+            check_masks(train, len(names))
+            probe = fit_pixels(train, len(names), self.adamw, device_of(model), progress)
+            test = self._split(model, self.test, progress)
+            return self._measure(test, probe, names)
+        val, test = (self._split(model, options, progress) for options in (self.val, self.test))
+        standard, grid = Standard.of(train.labelled.features), train.labelled.features.shape[-2:]
+        x = rows(standard(train.labelled.features))
+        y = rows(
+            torch.cat(
+                [
+                    _histogram(mask, grid, len(names), name)
+                    for mask, name in zip(train.labelled.truth, train.labelled.names, strict=True)
+                ]
+            )
         )
-        standard = Standard.of(train.features)
-        x = rows(standard(train.features))
-        y = rows(torch.cat([_histogram(mask, train.features.shape[-2:], classes) for mask in train.truth]))
-        probe: tuple[Tensor, Tensor] | None = None
-        best: tuple[float, tuple[Tensor, Tensor]] | None = None
+        fitted: tuple[Tensor, Tensor] | None = None
+        best: tuple[float, Probe] | None = None
         for decay in self.decay:  # from strong to weak: each solution starts the next
             if progress is not None:
                 progress(f"segmentation probe, decay {decay:g}")
-            probe = fit_logistic(x, y, decay, self.steps, start=probe)
+            fitted = fit_logistic(x, y, decay, self.steps, start=fitted)
+            probe = Probe(standard, *fitted)
             # With one penalty there is nothing to choose.
-            score = miou(_confusion(val, standard, probe, classes)) if len(self.decay) > 1 else 0.0
+            score = (
+                miou(torch.stack(list(self._confusions(val, probe, len(names)))).sum(0)) if len(self.decay) > 1 else 0.0
+            )
             if best is None or score > best[0]:
                 best = score, probe
         if best is None:
             raise ProbeError("no penalty was tried")
-        matrix = _confusion(test, standard, best[1], classes)
+        return self._measure(test, best[1], names)
+
+    def _split(self, model: Backbone, options: Mapping[str, Any], progress: Progress | None) -> Split:
+        if self.inference == "whole":
+            return Split(load(model, options, self.size, "semantic", progress))
+        view = input_size(model, self.size)
+        source = open_source(options)
+        stride = min(self.stride or max(1, min(view) * 2 // 3), min(view))
+        key = ("windows", id(source), view, stride, self.short)
+        windows: Windows = kept(key, lambda: Windows(source, view, stride, self.short or max(view)))
+        return Split(load(model, windows, view, "semantic", progress), windows)
+
+    def _confusions(self, split: Split, probe: Probe, classes: int) -> Iterator[Tensor]:
+        """The confusion matrix of each image."""
+        for name, (found, truth) in zip(split.names(), split.answers(probe), strict=True):
+            yield confusion(truth, found, classes, name)
+
+    def _measure(self, test: Split, probe: Probe, names: Sequence[str]) -> dict[str, float]:
+        matrices = list(self._confusions(test, probe, len(names)))
+        matrix = torch.stack(matrices).sum(0)
+        iou, occurs = iou_of(matrix)
+        record_classes("iou", [name for name, seen in zip(names, occurs.tolist(), strict=True) if seen], iou[occurs])
+        seen = [i for i, one in enumerate(matrices) if float(one.sum())]
+        record_images("miou", [test.names()[i] for i in seen], [miou(matrices[i]) for i in seen])
         return {"miou": miou(matrix), "pixel_accuracy": float(matrix.trace() / matrix.sum())}
 
 
-def fit_logistic(
-    x: Tensor, y: Tensor, decay: float, steps: int, start: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with soft labels.
-
-    Args:
-        x: ``(n, D)`` standardised features.
-        y: ``(n, K)`` non-negative; a row's sum is its weight.
-        decay: L2 penalty on the weights.
-        steps: L-BFGS iterations at most.
-        start: weight and bias to start from; zeros otherwise.
-
-    Returns:
-        weight ``(K, D)`` and bias ``(K,)``.
-
-    Raises:
-        ProbeError: no labelled cell, or the loss is not finite or above that of a probe that knows nothing.
-    """
-    total = float(y.sum())
-    if total <= 0:
-        raise ProbeError("the training split has no labelled pixel: nothing to fit a probe on")
-    zeros = x.new_zeros(y.shape[1], x.shape[1]), x.new_zeros(y.shape[1])
-    weight, bias = (tensor.clone() for tensor in start or zeros)
-    weight.requires_grad_(True)
-    bias.requires_grad_(True)
-    optimiser = torch.optim.LBFGS(
-        [weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe", tolerance_grad=1e-5
-    )
-
-    def loss() -> Tensor:
-        ce = -(y * F.log_softmax(x @ weight.T + bias, 1)).sum() / total
-        return ce + 0.5 * decay * weight.square().sum()
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimiser.step(closure)
-    with torch.no_grad():
-        final = float(loss())
-    ignorant = math.log(y.shape[1])  # the loss of zeros
-    if not math.isfinite(final) or final > ignorant * (1 + 1e-6):
-        raise ProbeError(f"the segmentation probe diverged: loss {final:.4g}, where guessing has {ignorant:.4g}")
-    return weight.detach(), bias.detach()
-
-
-def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
+def confusion(truth: Tensor, found: Tensor, classes: int, name: str = "a mask") -> Tensor:
     """Counts ``(K, K)`` float64 of pixels by true (row) and found (column) class; truth 255 is left out.
 
     Raises:
         ConfigError: a true class outside 0 .. K-1.
     """
+    check_mask(truth, classes, name)
     keep = truth != IGNORE
     truth, found = truth[keep].long(), found[keep].long()
-    if truth.numel() and int(truth.max()) >= classes:
-        raise ConfigError(f"a mask holds class {int(truth.max())}, but the source names {classes - 1} and background")
     return torch.bincount(truth * classes + found, minlength=classes**2).view(classes, classes).double()
+
+
+def iou_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union of each class, and which classes have a pixel in truth or prediction: two ``(K,)``."""
+    hit = matrix.diagonal()
+    union = matrix.sum(0) + matrix.sum(1) - hit
+    return hit / union.clamp_min(1), union > 0
 
 
 def miou(matrix: Tensor) -> float:
@@ -164,27 +191,17 @@ def miou(matrix: Tensor) -> float:
     Raises:
         ProbeError: there is no pixel at all.
     """
-    hit = matrix.diagonal()
-    union = matrix.sum(0) + matrix.sum(1) - hit
-    if not bool((union > 0).any()):
+    iou, occurs = iou_of(matrix)
+    if not bool(occurs.any()):
         raise ProbeError("no labelled pixel to measure segmentation on")
-    return float((hit[union > 0] / union[union > 0]).mean())
+    return float(iou[occurs].mean())
 
 
-def _confusion(split: Labelled, standard: Standard, probe: tuple[Tensor, Tensor], classes: int) -> Tensor:
-    matrix = torch.zeros(classes, classes, dtype=torch.float64)
-    for logits, truth in predictions(standard(split.features), *probe, split.truth):
-        matrix += confusion(truth, logits.argmax(1), classes)
-    return matrix
-
-
-def _histogram(mask: Tensor, grid: Sequence[int], classes: int) -> Tensor:
+def _histogram(mask: Tensor, grid: Sequence[int], classes: int, name: str = "a mask") -> Tensor:
     """Share of each class among the pixels of each cell, ``(1, K, h, w)``; pixels without a class add to none."""
+    check_mask(mask, classes, name)
     mask = mask.long()
     legal = mask != IGNORE
-    highest = int((mask * legal).max())
-    if highest >= classes:
-        raise ConfigError(f"a mask holds class {highest}, but the source names {classes - 1} and background")
     onehot = F.one_hot(mask * legal, classes).float() * legal[..., None]
     return resample(onehot.permute(2, 0, 1)[None], (grid[0], grid[1]))
 

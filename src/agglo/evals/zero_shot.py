@@ -13,10 +13,16 @@ from torch import Tensor
 from agglo.bundled import imagenet_classes, imagenet_wnids
 from agglo.config import nearest
 from agglo.evals._features import Encoded, FeatureError, class_names, encode, encode_texts, open_source
+from agglo.evals._probe import rank_of
+from agglo.evals._records import record_by_class
 from agglo.evals.base import Backbone, Eval, Progress
+from agglo.extras import require
 from agglo.types import ConfigError
 
 SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
+
+
+_TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES", "base": None}
 
 
 class ZeroShot(Eval):
@@ -29,7 +35,9 @@ class ZeroShot(Eval):
     Metrics: ``top1`` and ``top5``, in [0, 1].
 
     Args:
-        templates: sentences with ``{}`` where the class name goes.
+        templates: sentences with ``{}`` where the class name goes; or ``openai``, the 80 that CLIP was measured with,
+            ``simple``, seven of them that do as well on ImageNet, or ``base``, the one that RADIO calls so. The first
+            two are read from the open_clip package.
         classes: ``source``: the source's own ``classes``, or those its labels name; ``imagenet``: all 1000 classes, and
             each image's label is the WordNet id that its file name begins with (``n01440764_tench.jpg``); or a list of
             names, which must hold every label of the source.
@@ -42,11 +50,13 @@ class ZeroShot(Eval):
     def __init__(
         self,
         *,
-        templates: list[str] | tuple[str, ...] = ("a photo of a {}",),
+        templates: str | list[str] | tuple[str, ...] = ("a photo of a {}",),
         classes: str | list[str] = "source",
         size: int | tuple[int, int] = 128,
         source: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
+        if isinstance(templates, str):
+            templates = named_templates(templates)
         if not templates:
             raise ConfigError('evals.zero_shot: templates is empty; "{}" alone is the class name itself')
         wrong = next((template for template in templates if "{}" not in template), None)
@@ -76,6 +86,7 @@ class ZeroShot(Eval):
             for chunk, answer in zip(images.summary.split(1024), truth.split(1024), strict=True)
         ]
         rank = torch.cat(hits)
+        record_by_class("top1", images.names, [names[i] for i in truth.tolist()], (rank < 1).double())
         return {f"top{k}": float((rank < k).double().mean()) for k in (1, 5)}
 
     def labels(self, images: Encoded) -> tuple[list[str], Tensor]:
@@ -91,6 +102,10 @@ class ZeroShot(Eval):
                 )
             return list(imagenet_classes()), torch.tensor([number[wnid] for wnid in wnids])
         found = class_names(source, images.index)
+        numbers = [source.label(i) for i in images.index] if hasattr(source, "label") else []  # type: ignore[attr-defined]
+        if self.classes == "source" and getattr(source, "classes", ()) and not any(isinstance(n, str) for n in numbers):
+            # By number, not by name: two classes of ImageNet share the name "crane".
+            return list(source.classes), torch.tensor(numbers)  # type: ignore[attr-defined]
         own: Sequence[str] = getattr(source, "classes", ()) or sorted(set(found))
         names = list(own if isinstance(self.classes, str) else self.classes)
         absent = next((name for name in found if name not in names), None)
@@ -102,6 +117,23 @@ class ZeroShot(Eval):
         return names, torch.tensor([number[name] for name in found])
 
 
+def named_templates(name: str) -> tuple[str, ...]:
+    """The sentences behind a name, with ``{}`` where the class name goes.
+
+    Raises:
+        ConfigError: no such set.
+        MissingExtraError: ``openai`` or ``simple``, and open_clip is not installed.
+    """
+    if name not in _TEMPLATES:
+        hint = "or a list of sentences with {} where the class name goes"
+        raise ConfigError(f"evals.zero_shot: templates {name!r}{nearest(name, _TEMPLATES)}, {hint}")
+    attribute = _TEMPLATES[name]
+    if attribute is None:
+        return ("an image of a {}.",)
+    # They come as functions of the class name.
+    return tuple(fill("{}") for fill in getattr(require("open_clip", "teachers"), attribute))
+
+
 def class_bank(model: object, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Unit-norm ``(V, D)``: the normalised mean, over templates, of each name's unit-norm embeddings."""
     readable = [name.replace("_", " ") for name in names]
@@ -109,10 +141,3 @@ def class_bank(model: object, names: Sequence[str], templates: Sequence[str]) ->
         encode_texts(model, [template.replace("{}", name) for name in readable], "zero_shot") for template in templates
     )
     return F.normalize(torch.as_tensor(mean), dim=1)
-
-
-def rank_of(scores: Tensor, truth: Tensor) -> Tensor:
-    """How many classes come before the true one, ``(N,)``, for scores ``(N, V)``; equal scores in class order."""
-    own = scores.gather(1, truth[:, None])
-    earlier = torch.arange(scores.shape[1])[None] < truth[:, None]
-    return ((scores > own) | ((scores == own) & earlier)).sum(1)

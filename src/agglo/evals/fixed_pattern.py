@@ -1,0 +1,134 @@
+"""How much of a map is locked to positions, whatever the image?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agglo.evals._features import (
+    FeatureError,
+    check,
+    device_of,
+    frozen,
+    input_size,
+    need_spatial,
+    open_source,
+    read_batches,
+    to_tensor,
+)
+from agglo.evals._probe import ProbeError
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.types import ConfigError
+
+SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
+
+
+class FixedPattern(Eval):
+    """Position-locked energy: the share of a map's variance that depends on where a cell lies, not on what it shows.
+
+    Border artefacts, window seams and grids that a student copies from its teachers are such patterns; shifted views
+    are meant to remove them (C-RADIOv4, METHOD 2.4). But photographs are position-locked too: the sky is above. So each
+    image is shown ``rolls`` times, rolled around by a random number of pixels on both axes, after which every content
+    is as likely at every position, and what a position still says is the model's own.
+
+    With ``G_i(x)`` the features of showing i at cell x less their mean over the cells, ``m`` the mean of ``G`` over the
+    n showings and ``W`` its unbiased variance over them:
+
+    - ``locked = E / (E + mean_x W)``, ``E = mean_x (||m(x)||^2 - W(x) / n)``: the expectation does not depend on n, and
+      is 0 where position does not matter; few images leave noise around it, which may be negative;
+    - ``locked_inner``: the same over the cells that do not lie at the border (where there are any).
+
+    Args:
+        size: pixels, side or ``(H, W)``; snapped to what the model can take.
+        rolls: how often each image is shown.
+        seed: of the rolls.
+        source: the images.
+    """
+
+    lower_is_better = frozenset({"locked", "locked_inner"})
+
+    def __init__(
+        self,
+        *,
+        size: int | tuple[int, int] = 128,
+        rolls: int = 4,
+        seed: int = 0,
+        source: Mapping[str, Any] = SCENES_TEST,
+    ) -> None:
+        if rolls < 1:
+            raise ConfigError(f"evals.fixed_pattern: rolls is at least 1, got {rolls}")
+        self.size = size
+        self.rolls = rolls
+        self.seed = seed
+        self.source = source
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        need_spatial(model, "fixed_pattern")
+        view = input_size(model, self.size)
+        energy: Locked | None = None
+        with frozen(model):
+            for index, names, images in read_batches(open_source(self.source), [], progress):
+                for roll in range(self.rolls):
+                    batch = torch.stack(
+                        [self._rolled(image, view, i, roll) for image, i in zip(images, index, strict=True)]
+                    )
+                    found = check(model(batch.to(device_of(model))).spatial, "spatial", names, 4)
+                    if found is None:
+                        raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
+                    energy = Locked(found.shape[1:]) if energy is None else energy
+                    energy.add(found)
+        if energy is None:
+            raise ProbeError("no image to measure a fixed pattern on")
+        found = {"locked": energy.share()}
+        if min(energy.mean.shape[1:]) > 2:
+            found["locked_inner"] = energy.share(border=1)
+        return found
+
+    def _rolled(self, image: Image.Image, view: tuple[int, int], index: int, roll: int) -> Tensor:
+        draw = np.random.default_rng([self.seed, index, roll])
+        return to_tensor(image, view).roll((int(draw.integers(view[0])), int(draw.integers(view[1]))), (1, 2))
+
+
+class Locked:
+    """Mean and variance of image-centred maps at each cell, streaming, in float64.
+
+    Args:
+        shape: ``(D, h, w)``.
+    """
+
+    def __init__(self, shape: torch.Size | tuple[int, ...]) -> None:
+        self.count = 0
+        self.mean = torch.zeros(*shape, dtype=torch.float64)
+        self.squares = torch.zeros(*shape[1:], dtype=torch.float64)
+
+    def add(self, maps: Tensor) -> None:
+        """Add ``(B, D, h, w)``."""
+        for one in maps.double():
+            centred = one - one.mean((1, 2), keepdim=True)
+            self.count += 1
+            delta = centred - self.mean
+            self.mean = self.mean + delta / self.count
+            self.squares = self.squares + (delta * (centred - self.mean)).sum(0)
+
+    def share(self, border: int = 0) -> float:
+        """Of the variance, locked to positions; cells nearer than ``border`` to the edge are left out.
+
+        Raises:
+            ProbeError: fewer than two maps, or maps without any variance.
+        """
+        if self.count < 2:
+            raise ProbeError("a fixed pattern shows in at least two images: give more, or raise `rolls`")
+        within = self.squares / (self.count - 1)
+        locked = self.mean.square().sum(0) - within / self.count
+        if border:
+            inner = slice(border, -border), slice(border, -border)
+            within, locked = within[inner], locked[inner]
+        total = float(locked.mean() + within.mean())
+        if not total > 0:
+            raise ProbeError("every cell of every map is the same: there is no variance to find a pattern in")
+        return float(locked.mean()) / total

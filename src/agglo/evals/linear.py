@@ -1,0 +1,103 @@
+"""Classification by a linear probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agglo.evals._features import Encoded, FeatureError, class_names, encode, number_classes, open_source
+from agglo.evals._logistic import fit_logistic
+from agglo.evals._probe import ProbeError, Standard, rank_of
+from agglo.evals._records import record_by_class
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.types import ConfigError
+
+SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
+SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
+SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
+
+
+class Linear(Eval):
+    """Linear classification: multinomial logistic regression on frozen summaries (as in CLIP, Radford et al. 2021).
+
+    - features are standardised per channel by the mean and standard deviation of ``train``;
+    - minimised over ``W (K, D)``, ``b (K)`` by full-batch L-BFGS from zero:
+      ``mean_i CE(y_i, W x_i + b) + decay / 2 ||W||^2``; no bias decay, no augmentation, no seed;
+    - ``decay`` is the one whose top-1 on ``val`` is best; equal ones: the stronger.
+
+    A model without a summary is measured by its mean-pooled spatial map. An image of a class that ``train`` lacks
+    counts as wrong, and a warning names the class.
+
+    Metrics: ``top1`` and ``top5``, in [0, 1].
+
+    Args:
+        decay: L2 penalties to choose from.
+        steps: L-BFGS iterations at most, for each penalty.
+        size: pixels, side or ``(H, W)``; snapped to what the model can take.
+        train: a labelled source, fitted on.
+        val: the same; chooses the penalty.
+        test: the same; measured.
+    """
+
+    def __init__(
+        self,
+        *,
+        decay: list[float] | tuple[float, ...] = (1.0, 0.1, 0.01, 0.001, 0.0001),
+        steps: int = 100,
+        size: int | tuple[int, int] = 128,
+        train: Mapping[str, Any] = SCENES_TRAIN,
+        val: Mapping[str, Any] = SCENES_VAL,
+        test: Mapping[str, Any] = SCENES_TEST,
+    ) -> None:
+        if not decay or min(decay) < 0:
+            raise ConfigError(f"evals.linear: decay is a list of numbers, none negative; got {list(decay)}")
+        if steps < 1:
+            raise ConfigError(f"evals.linear: steps is at least 1, got {steps}")
+        self.decay = tuple(sorted(decay, reverse=True))
+        self.steps = steps
+        self.size = size
+        self.train = train
+        self.val = val
+        self.test = test
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        splits = (self.train, self.val, self.test)
+        train, val, test = (encode(model, one, self.size, want="summary", progress=progress) for one in splits)
+        train_names, val_names, test_names = (
+            class_names(open_source(one), found.index) for one, found in zip(splits, (train, val, test), strict=True)
+        )
+        names, labels, truth = number_classes(train_names, test_names)
+        number = {name: i for i, name in enumerate(names)}
+        chooser = torch.tensor([number.get(name, -1) for name in val_names])
+        standard = Standard.of(_summary(model, train))
+        x, x_val, x_test = (standard(_summary(model, one))[..., 0, 0] for one in (train, val, test))
+        y = F.one_hot(labels, len(names)).float()
+        best: tuple[float, tuple[Tensor, Tensor]] | None = None
+        probe: tuple[Tensor, Tensor] | None = None
+        for decay in self.decay:  # from strong to weak: each solution starts the next
+            if progress is not None:
+                progress(f"linear probe, decay {decay:g}")
+            probe = fit_logistic(x, y, decay, self.steps, start=probe, what="linear")
+            score = float((_logits(x_val, probe).argmax(1) == chooser).double().mean()) if len(self.decay) > 1 else 0.0
+            if best is None or score > best[0]:
+                best = score, probe
+        if best is None:
+            raise ProbeError("no penalty was tried")
+        rank = rank_of(_logits(x_test, best[1]), truth)
+        record_by_class("top1", test.names, test_names, (rank < 1).double())
+        return {f"top{k}": float((rank < k).double().mean()) for k in (1, 5)}
+
+
+def _logits(x: Tensor, probe: tuple[Tensor, Tensor]) -> Tensor:
+    return x @ probe[0].T + probe[1]
+
+
+def _summary(model: Backbone, found: Encoded) -> Tensor:
+    """Summaries as maps of one cell ``(N, D, 1, 1)``."""
+    if found.summary is None:
+        raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
+    return found.summary[..., None, None]

@@ -1,0 +1,221 @@
+"""Does a model say the same at every resolution, or does it switch modes?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from agglo.config import nearest
+from agglo.evals._features import (
+    FeatureError,
+    check,
+    device_of,
+    frozen,
+    input_size,
+    need_spatial,
+    open_source,
+    read_batches,
+    to_tensor,
+)
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.teachers.base import Teacher
+from agglo.types import ConfigError, Features
+
+SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
+
+SELF = "self"
+
+_LEAST = 1e-12
+"""Errors below this share of the target's variance count as this share, so that a perfect copy has a finite number."""
+
+
+class ModeSwitch(Eval):
+    """Agreement and fidelity against resolution (RADIOv2.5's "mode switch"; METHOD 7).
+
+    A multi-teacher student trained at a few resolutions may follow one teacher at some and another one at others. At
+    each of ``sizes`` the student's head is compared with its teacher, which sees the size it asks for (a fixed canvas
+    stays fixed). With ``T`` the teacher's map before and ``T'`` after it is brought bilinearly (``align_corners=True``)
+    to the grid of the head's map ``S``, over all images and cells:
+
+    - ``<teacher>/cosine@R``: the mean of ``cos(S, T')``, one minus RADIO's ``cos_error``;
+    - ``<teacher>/fidelity@R``: ``var(T) / mean (S - T')^2``; 1 is as good as answering a constant, at most 1e12;
+    - ``<teacher>/summary_cosine@R``, where both have a summary.
+
+    And for each teacher ``fidelity``, the mean over sizes, and ``steadiness``, the least fidelity over the greatest: 1
+    where resolution does not matter.
+
+    Without teachers the model is measured against itself, and so is a model without heads (a teacher, say):
+    ``self/...`` compares each size with the features at ``reference``. ``R`` is the size asked for; what the model
+    sees is the nearest legal one.
+
+    Args:
+        teachers: by the names of the student's heads.
+        sizes: sides in pixels; RADIO's are all multiples of a patch from 196 to 1536.
+        reference: the side that ``self`` compares with; the largest of ``sizes`` when None. It is not itself compared.
+        source: the images.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher] | None = None,
+        /,
+        *,
+        sizes: list[int] | tuple[int, ...] = (64, 96, 128, 192, 256),
+        reference: int | None = None,
+        source: Mapping[str, Any] = SCENES_TEST,
+    ) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ConfigError(f"evals.mode_switch: sizes is a list of sides in pixels, at least 1; got {list(sizes)}")
+        if len(set(sizes)) < 2:
+            raise ConfigError(f"evals.mode_switch: one size has nothing to switch from: name several, not {sizes[0]}")
+        self.teachers = teachers
+        self.sizes = tuple(sorted(set(sizes)))
+        self.reference = max(sizes) if reference is None else reference
+        self.source = source
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        """Measure ``model``; deterministic.
+
+        Raises:
+            TypeError: the model has no spatial features.
+            ConfigError: a teacher has no head in this model.
+            FeatureError: NaN, infinity, maps of different width, or a target that is the same everywhere.
+        """
+        need_spatial(model, "mode_switch")
+        curves: dict[str, dict[int, Pairs]] = {}
+        with frozen(model, *(self.teachers or {}).values()):
+            for _, names, images in read_batches(open_source(self.source), [], progress):
+                self._add(model, names, images, curves)
+        return {key: value for name, curve in curves.items() for key, value in _metrics(name, curve).items()}
+
+    def _add(
+        self, model: Backbone, names: Sequence[str], images: Sequence[Image.Image], curves: dict[str, dict[int, Pairs]]
+    ) -> None:
+        """Every size of one batch."""
+        fixed: Features | None = None
+        for size in self.sizes:
+            view = input_size(model, size)
+            out = model(_batch(images, view, model))
+            heads: Mapping[str, Features] = getattr(out, "heads", None) or {}
+            if not self.teachers or not heads:
+                if size == self.reference:
+                    continue
+                if fixed is None:
+                    fixed = model(_batch(images, input_size(model, self.reference), model))
+                curves.setdefault(SELF, {}).setdefault(size, Pairs(SELF)).add(out, fixed, names)
+                continue
+            for name, teacher in self.teachers.items():
+                if name not in heads:
+                    raise ConfigError(f"the model has no head for teacher {name!r}{nearest(name, heads)}")
+                target = teacher(_batch(images, teacher.input_size(view, model.spec.stride), teacher))
+                curves.setdefault(name, {}).setdefault(size, Pairs(name)).add(heads[name], target, names)
+
+
+def _batch(images: Sequence[Image.Image], view: tuple[int, int], model: object) -> Tensor:
+    return torch.stack([to_tensor(image, view) for image in images]).to(device_of(model))
+
+
+def _metrics(name: str, curve: Mapping[int, Pairs]) -> dict[str, float]:
+    """Of one teacher, over sizes."""
+    found: dict[str, float] = {}
+    fidelities = []
+    for size, pairs in sorted(curve.items()):
+        here = pairs.statistics()
+        found |= {f"{name}/{key}@{size}": value for key, value in here.items() if not key.endswith("variance")}
+        if "fidelity" in here:
+            fidelities.append(here["fidelity"])
+    if fidelities:
+        found[f"{name}/fidelity"] = sum(fidelities) / len(fidelities)
+        found[f"{name}/steadiness"] = min(fidelities) / max(fidelities)
+    return found
+
+
+class Pairs:
+    """Statistics of what a student and its teacher said, batch by batch.
+
+    Args:
+        name: of the teacher, for errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.summary: list[Tensor] = []
+        self.cosine = self.error = 0.0
+        self.cells = self.numbers = 0
+        self.student, self.teacher = _Spread(), _Spread()
+
+    def add(self, student: Features, teacher: Features, names: Sequence[str]) -> None:
+        """Add a batch.
+
+        Raises:
+            FeatureError: NaN, infinity, or different widths; names the image or the teacher.
+        """
+        pair = (student, f"{self.name} student's"), (teacher, f"{self.name} teacher's")
+        a, b = (check(one.summary, f"{who} summary", names, 2) for one, who in pair)
+        if a is not None and b is not None:
+            self._same(a, b)
+            self.summary.append(F.cosine_similarity(a.double(), b.double(), dim=1))
+        a, b = (check(one.spatial, f"{who} spatial", names, 4) for one, who in pair)
+        if a is None or b is None:
+            return
+        self._same(a, b)
+        self.teacher.add(b)
+        self.student.add(a)
+        b = F.interpolate(b.double(), size=a.shape[-2:], mode="bilinear", align_corners=True)
+        a = a.double()
+        self.cosine += float(F.cosine_similarity(a, b, dim=1).sum())
+        self.error += float((a - b).square().sum())
+        self.cells += a[:, 0].numel()
+        self.numbers += a.numel()
+
+    def _same(self, a: Tensor, b: Tensor) -> None:
+        if a.shape[1] != b.shape[1]:
+            raise FeatureError(f"{self.name!r}: the student says {a.shape[1]} channels and the teacher {b.shape[1]}")
+
+    def statistics(self) -> dict[str, float]:
+        """``cosine``, ``fidelity``, ``student_variance`` and ``teacher_variance`` of the maps; ``summary_cosine``.
+
+        Variances are of all numbers of the maps together, with n - 1.
+
+        Raises:
+            FeatureError: the teacher says the same number everywhere.
+        """
+        found: dict[str, float] = {}
+        if self.cells:
+            ours, theirs = self.student.variance(), self.teacher.variance()
+            # Rounding leaves a constant a variance of about (eps * mean)^2.
+            if theirs <= (1e-6 * self.teacher.mean) ** 2:
+                raise FeatureError(f"{self.name!r} says the same everywhere: there is nothing to be faithful to")
+            found = {
+                "cosine": self.cosine / self.cells,
+                "fidelity": theirs / max(self.error / self.numbers, _LEAST * theirs),
+                "student_variance": ours,
+                "teacher_variance": theirs,
+            }
+        if self.summary:
+            found["summary_cosine"] = float(torch.cat(self.summary).mean())
+        return found
+
+
+class _Spread:
+    """Streaming variance of all numbers, in float64 (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = 0.0
+
+    def add(self, x: Tensor) -> None:
+        variance, mean = (float(value) for value in torch.var_mean(x.double(), correction=0))
+        delta, total = mean - self.mean, self.count + x.numel()
+        self.squares += variance * x.numel() + delta**2 * self.count * x.numel() / total
+        self.mean += delta * x.numel() / total
+        self.count = total
+
+    def variance(self) -> float:
+        """With n - 1."""
+        return self.squares / max(1, self.count - 1)

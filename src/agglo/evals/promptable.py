@@ -1,0 +1,229 @@
+"""Can a segmentation decoder live on the model's features?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from agglo.config import nearest
+from agglo.evals._features import (
+    FeatureError,
+    check,
+    device_of,
+    frozen,
+    input_size,
+    need_spatial,
+    open_source,
+    read_batches,
+)
+from agglo.evals._probe import ProbeError
+from agglo.evals._records import record_images
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.extras import require
+from agglo.types import AssetError, ConfigError, Features
+
+SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
+
+_BOXES = 32
+
+
+class Promptable(Eval):
+    """SAM's decoder on the model's features, prompted with the true box of each instance (AM-RADIO 5.2; METHOD 7).
+
+    The image is scaled so that its longer side is ``size`` and padded at the right and the bottom to a square. Where
+    the features have the width of SAM's blocks they go through SAM's own neck; where they have that of its decoder they
+    are used as they are; they are brought bilinearly to the decoder's grid. The decoder gives one mask for each box. It
+    is brought to the image's size and cut at 0.
+
+    Metrics, over all instances: ``miou``, the mean IoU of a mask with the true one, and ``iou@0.50``, the share of
+    instances with an IoU of at least 0.5.
+
+    Args:
+        decoder: a SAM of transformers: ``facebook/sam-vit-huge`` on the hub, or a folder. Its encoder is not used.
+        head: whose features; None: those of the one head that fits the decoder, or the model's own where it has no
+            heads (a SAM teacher, say).
+        size: side of the square that the model sees; that of the decoder's own images when None.
+        least: instances of fewer pixels are left out.
+        source: images with ``annotation(index).instances`` ``(H, W)``, 0 for background.
+    """
+
+    bundled = False
+
+    def __init__(
+        self,
+        *,
+        decoder: str = "",
+        head: str | None = None,
+        size: int | None = None,
+        least: int = 1,
+        source: Mapping[str, Any] = SCENES_TEST,
+    ) -> None:
+        if not decoder:
+            raise ConfigError(
+                "evals.promptable: decoder names a SAM checkpoint, a folder or a name on the hub such as "
+                "facebook/sam-vit-huge"
+            )
+        if (size is not None and size < 1) or least < 1:
+            raise ConfigError(f"evals.promptable: size and least are at least 1, got {size} and {least}")
+        self.decoder = decoder
+        self.head = head
+        self.size = size
+        self.least = least
+        self.source = source
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        """Measure ``model``; deterministic.
+
+        Raises:
+            TypeError: the model has no spatial features.
+            ConfigError: no such head, features of a width that the decoder does not know, or no instances.
+            AssetError: the decoder cannot be had, or its weights are not complete.
+        """
+        need_spatial(model, "promptable")
+        source = open_source(self.source)
+        annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
+        if annotation is None:
+            raise ConfigError(f"{type(source).__name__} has no annotation(): prompt with a source such as scenes")
+        sam = load(self.decoder).to(device_of(model))
+        inside = int(sam.config.prompt_encoder_config.image_size)
+        view = input_size(model, self.size or inside)
+        names: list[str] = []
+        means: list[float] = []
+        every: list[Tensor] = []
+        with frozen(model, sam):
+            for index, batch, images in read_batches(source, [], progress):
+                for i, name, image in zip(index, batch, images, strict=True):
+                    truth = instances(annotation(i), image, name, self.least)
+                    if truth is None:
+                        continue
+                    out = model(canvas(image, view, model).to(device_of(model)))
+                    found = masks(sam, self._features(out, sam, name), truth.boxes, (image.height, image.width))
+                    iou = overlap(found.cpu(), truth.masks)
+                    names.append(name)
+                    means.append(float(iou.mean()))
+                    every.append(iou)
+        if not every:
+            raise ProbeError(f"no image has an instance of {self.least} pixels or more: there is nothing to prompt for")
+        record_images("miou", names, means)
+        iou = torch.cat(every)
+        return {"miou": float(iou.mean()), "iou@0.50": float((iou >= 0.5).double().mean())}
+
+    def _features(self, out: Features, sam: Any, name: str) -> Tensor:
+        """The map for SAM's decoder, ``(1, D, h, w)`` on the decoder's grid."""
+        heads: Mapping[str, Features] = getattr(out, "heads", None) or {}
+        widths = {int(sam.config.vision_config.hidden_size), int(sam.config.prompt_encoder_config.hidden_size)}
+        if self.head is not None and self.head not in heads:
+            raise ConfigError(f"evals.promptable: the model has no head {self.head!r}{nearest(self.head, heads)}")
+        known = {key: one.spatial for key, one in heads.items() if one.spatial is not None} or {"": out.spatial}
+        fitting = [key for key, one in known.items() if one is not None and one.shape[1] in widths]
+        if self.head is None and len(fitting) != 1:
+            had = ", ".join(
+                f"{key or 'the model itself'} ({0 if m is None else m.shape[1]})" for key, m in known.items()
+            )
+            raise ConfigError(
+                f"evals.promptable: the decoder takes {' or '.join(map(str, sorted(widths)))} channels, and "
+                f"{'several heads have' if fitting else 'none has'} them: {had}; name one as `head`, of a SAM teacher"
+            )
+        features = known.get(fitting[0] if self.head is None else self.head)
+        if features is None or features.shape[1] not in widths:
+            raise ConfigError(
+                f"evals.promptable: head {self.head!r} has {0 if features is None else features.shape[1]} channels; "
+                f"the decoder takes {' or '.join(map(str, sorted(widths)))}"
+            )
+        if check(features, "spatial", [name], 4) is None:
+            raise FeatureError(f"{name}: no spatial features")
+        side = int(sam.config.prompt_encoder_config.image_embedding_size)
+        if features.shape[-2:] != (side, side):
+            features = F.interpolate(features.float(), size=(side, side), mode="bilinear", align_corners=False)
+        if features.shape[1] == int(sam.config.prompt_encoder_config.hidden_size):
+            return features.float()
+        return sam.vision_encoder.neck(features.float().permute(0, 2, 3, 1))
+
+
+class Truth(NamedTuple):
+    """Instances of an image: masks ``(N, H, W)`` bool, and boxes ``(N, 4)`` ``xyxy`` in its pixels."""
+
+    masks: Tensor
+    boxes: Tensor
+
+
+def load(decoder: str) -> Any:
+    """A SAM of transformers, in eval mode.
+
+    Raises:
+        AssetError: it cannot be read, or weights are missing.
+    """
+    transformers = require("transformers", "teachers")
+    try:
+        sam, info = transformers.SamModel.from_pretrained(decoder, output_loading_info=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"evals.promptable: no SAM in {decoder!r} ({error}); name a folder or a checkpoint of the hub with "
+            "model.safetensors, such as facebook/sam-vit-huge"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise AssetError(f"{decoder} lacks {len(missing)} weights of a SAM, {missing[0]} among them: it is no SAM")
+    return sam.eval().requires_grad_(False)
+
+
+def instances(known: Any, image: Image.Image, name: str, least: int) -> Truth | None:
+    """The instances of an annotation with ``least`` pixels or more, or None.
+
+    Raises:
+        ConfigError: there is no instance mask, or it is of another size than the image.
+    """
+    array = getattr(known, "instances", None)
+    if array is None:
+        raise ConfigError(f"{name} has no instances: prompt with a source such as {{kind: scenes}}")
+    array = np.asarray(array)
+    if array.shape != (image.height, image.width):
+        raise ConfigError(f"{name} is {image.height}x{image.width} pixels (HxW) and its instances {array.shape}")
+    found, boxes = [], []
+    for value in np.unique(array[array > 0]):
+        mask = array == value
+        if mask.sum() >= least:
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            found.append(torch.from_numpy(mask))
+            boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    return Truth(torch.stack(found), torch.tensor(np.array(boxes), dtype=torch.float32)) if found else None
+
+
+def canvas(image: Image.Image, view: tuple[int, int], model: object) -> Tensor:
+    """An image scaled into the upper left corner of a canvas of ``view`` ``(H, W)``: ``(1, 3, H, W)`` in [0, 1].
+
+    The rest has the colour that the model's normalisation turns into zero, where it says which.
+    """
+    scale = min(view[0] / image.height, view[1] / image.width)
+    h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+    small = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC)
+    fill = torch.tensor(getattr(model, "fill", (0.5, 0.5, 0.5)), dtype=torch.float32)
+    full = fill[:, None, None].expand(3, *view).clone()
+    full[:, :h, :w] = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
+    return full[None]
+
+
+def masks(sam: Any, features: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """One mask ``(N, H, W)`` bool for each box ``xyxy`` in pixels of an image of ``size`` ``(H, W)``."""
+    side = int(sam.config.prompt_encoder_config.image_size)
+    scale = side / max(size)
+    h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    found = []
+    for part in boxes.split(_BOXES):
+        prompts = (part * scale)[None].to(features.device)
+        low = sam(image_embeddings=features, input_boxes=prompts, multimask_output=False).pred_masks[0]
+        full = F.interpolate(low.float(), size=(side, side), mode="bilinear", align_corners=False)[..., :h, :w]
+        found.append(F.interpolate(full, size=size, mode="bilinear", align_corners=False)[:, 0] > 0)
+    return torch.cat(found)
+
+
+def overlap(found: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union ``(N,)`` float64 of masks ``(N, H, W)``."""
+    both, either = ((op(found, truth)).flatten(1).sum(1).double() for op in (torch.logical_and, torch.logical_or))
+    return both / either.clamp_min(1)

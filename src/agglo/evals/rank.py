@@ -1,0 +1,135 @@
+"""How many dimensions do features really use?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agglo.evals._augment import rand_augment, random_crop
+from agglo.evals._features import FeatureError, encode, input_size, open_source
+from agglo.evals._probe import ProbeError
+from agglo.evals._windows import Changed
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.types import ConfigError
+
+SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
+
+_EPS = 1e-7
+_RIDGE = 1e-8
+
+
+class Rank(Eval):
+    """Effective ranks of features, without labels: RankMe and LiDAR (as in RADIO's SSL metrics).
+
+    Both are the exponential of an entropy, ``exp(-sum p log p)`` with ``p = s / (sum s + 1e-7)`` over positive ``s``: k
+    directions of equal strength have rank k.
+
+    - ``rank_me`` (Garrido et al. 2023): ``s`` are the singular values of the summaries, not centred;
+      ``rank_me_spatial`` the same of all cells of all maps;
+    - ``lidar`` (Thilak et al. 2024): ``s`` are the eigenvalues of ``Sw^-1/2 Sb Sw^-1/2 + 1e-8 I``, with ``Sb`` the
+      covariance of the images' means over ``1 + views`` views of each, and ``Sw = cov(x - its image's mean) + 1e-8 I``.
+      The views are random crops of half the area or more, with three operations of RandAugment at magnitude 9.
+
+    A rank is at most the number of images and at most the width, and grows with both: compare models on the same
+    images only. RADIO's protocol is 1000 images, 99 views, 336 pixels. A model without a summary is measured by its
+    mean-pooled map.
+
+    Args:
+        size: pixels, side or ``(H, W)``; snapped to what the model can take.
+        views: random views of each image beside the plain one; 0 leaves LiDAR out.
+        seed: of the views.
+        source: the images.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int | tuple[int, int] = 128,
+        views: int = 9,
+        seed: int = 0,
+        source: Mapping[str, Any] = SCENES_TRAIN,
+    ) -> None:
+        if views < 0:
+            raise ConfigError(f"evals.rank: views is 0 or more, got {views}")
+        self.size = size
+        self.views = views
+        self.seed = seed
+        self.source = source
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        plain = encode(
+            model,
+            self.source,
+            self.size,
+            want="summary" if model.spec.spatial is None else "spatial",
+            progress=progress,
+        )
+        if plain.summary is None:
+            raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
+        found = {"rank_me": rank_me(plain.summary)}
+        if plain.spatial is not None:
+            found["rank_me_spatial"] = rank_me(plain.spatial.permute(0, 2, 3, 1).flatten(0, 2))
+        if self.views:
+            stack, source, view = [plain.summary], open_source(self.source), input_size(model, self.size)
+            for number in range(1, self.views + 1):
+                if progress is not None:
+                    progress(f"view {number}/{self.views}")
+                changed = Changed(source, self._view(view, number), f"view{number}", list(plain.index))
+                again = encode(model, changed, self.size, want="summary", share=False).summary
+                if again is None or len(again) != len(plain.summary):
+                    raise FeatureError(f"{type(model).__name__} returned no summary of view {number}")
+                stack.append(again)
+            found["lidar"] = lidar(torch.stack(stack, 1))
+        return found
+
+    def _view(self, size: tuple[int, int], number: int) -> Callable[[Image.Image, int], Image.Image]:
+        def change(image: Image.Image, index: int) -> Image.Image:
+            draw = np.random.default_rng([self.seed, number, index])
+            return rand_augment(random_crop(image, size, draw), draw)
+
+        return change
+
+
+def smooth_rank(values: Tensor) -> float:
+    """``exp(entropy)`` of positive numbers ``(k,)`` divided by their sum.
+
+    Raises:
+        ProbeError: none is positive.
+    """
+    values = values.double()
+    share = values[values > 0] / (values.sum() + _EPS)
+    if not len(share):
+        raise ProbeError("all features are zero: they have no rank")
+    return float((-(share * share.log()).sum()).exp())
+
+
+def rank_me(x: Tensor) -> float:
+    """Smooth rank of the singular values of ``(n, D)``, in float64, a block of rows at a time."""
+    block = max(4096, 2 * x.shape[1])
+    triangle = x.new_zeros(0, x.shape[1], dtype=torch.float64)
+    for part in x.split(block):  # the triangle of a QR has the singular values of all rows before it
+        triangle = torch.linalg.qr(torch.cat((triangle, part.double())), mode="r").R
+    return smooth_rank(torch.linalg.svdvals(triangle))
+
+
+def lidar(x: Tensor) -> float:
+    """LiDAR of ``(N, V, D)``: N images, V views of each.
+
+    Raises:
+        ProbeError: fewer than two images or views.
+    """
+    if x.shape[0] < 2 or x.shape[1] < 2:
+        raise ProbeError(f"LiDAR needs two images and two views of each at least, got {x.shape[0]} and {x.shape[1]}")
+    x = x.double()
+    means = x.mean(1)
+    eye = torch.eye(x.shape[2], dtype=torch.float64)
+    between = torch.cov(means.T).reshape(eye.shape)
+    within = torch.cov((x - means[:, None]).flatten(0, 1).T).reshape(eye.shape) + _RIDGE * eye
+    values, vectors = torch.linalg.eigh(within)
+    root = vectors * values.clamp_min(_RIDGE).rsqrt() @ vectors.T
+    return smooth_rank(torch.linalg.eigvalsh(root @ between @ root + _RIDGE * eye))

@@ -1,0 +1,196 @@
+"""A model as the eye of a language model: features for an outside trainer, and scores of its answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from agglo.evals._answers import BENCHMARKS, read_answers, read_truth, score
+from agglo.evals._features import (
+    FeatureError,
+    check,
+    device_of,
+    frozen,
+    input_size,
+    need_spatial,
+    open_source,
+    read_batches,
+)
+from agglo.evals._probe import ProbeError
+from agglo.evals._records import record_images
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.types import ConfigError
+
+SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
+
+_SHARD = 1024
+_TENSORS = "features-{:05d}.safetensors"
+
+
+class Vlm(Eval):
+    """LLaVA-1.5 on frozen features (Liu et al. 2024; METHOD 7). The language model is trained elsewhere.
+
+    With ``folder`` the features of every image are written there: the longer side is scaled to ``size``, the shorter
+    one padded to a legal length, and each cell of the map is one token.
+
+    - ``features-00000.safetensors``, ...: ``(tokens, D)`` float16, row by row of the map, by the number of the image;
+    - ``index.jsonl``: a line for each image: ``image`` (its name), ``file``, ``key``, ``grid`` (height, width);
+    - ``llava.json``: the configuration of a LLaVA-1.5 whose vision tower gives these features, and of its two stages.
+
+    With ``answers`` and ``truth`` the answers of the trained model are scored as the benchmark does: VQA accuracy
+    (``vqav2``, ``textvqa``), the same text (``gqa``), or yes and no (``pope``).
+
+    Metrics: ``accuracy``, and for ``pope`` also ``precision``, ``recall``, ``f1`` and ``yes``, the share of yes;
+    without answers ``images``, ``tokens`` (the mean of an image) and ``width``, which only say what was written.
+
+    Args:
+        folder: where features go; None: none are written.
+        answers: JSON lines with ``question_id`` and ``text``, as LLaVA writes them.
+        truth: the benchmark's own file of true answers.
+        benchmark: ``vqav2``, ``textvqa``, ``gqa`` or ``pope``.
+        size: longer side of an image in pixels.
+        language_model: named in the configuration.
+        source: the images.
+    """
+
+    bundled = False
+
+    def __init__(
+        self,
+        *,
+        folder: str | None = None,
+        answers: str | None = None,
+        truth: str | None = None,
+        benchmark: Literal["vqav2", "textvqa", "gqa", "pope"] = "textvqa",
+        size: int = 432,
+        language_model: str = "lmsys/vicuna-7b-v1.5",
+        source: Mapping[str, Any] = SCENES_TEST,
+    ) -> None:
+        if folder is None and answers is None:
+            raise ConfigError("evals.vlm: name a folder to write features to, or answers (and truth) to score")
+        if (answers is None) != (truth is None):
+            raise ConfigError("evals.vlm: answers and truth go together: what was answered, and what is true")
+        if benchmark not in BENCHMARKS:
+            raise ConfigError(f"evals.vlm: benchmark is one of {', '.join(BENCHMARKS)}, not {benchmark!r}")
+        if size < 1:
+            raise ConfigError(f"evals.vlm: size is at least 1, got {size}")
+        self.folder = folder
+        self.answers = answers
+        self.truth = truth
+        self.benchmark = benchmark
+        self.size = size
+        self.language_model = language_model
+        self.source = source
+
+    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        """Write, score, or both.
+
+        Raises:
+            TypeError: the model has no spatial features.
+            ConfigError: files of answers that cannot be read, or questions without an answer.
+        """
+        found: dict[str, float] = {}
+        if self.answers is not None and self.truth is not None:
+            truth = read_truth(self.truth, self.benchmark)
+            found, own = score(read_answers(self.answers), truth, self.benchmark)
+            record_images("accuracy", list(truth), own)
+        if self.folder is not None:
+            written = self._write(model, Path(self.folder), progress)
+            found = found or written
+        return found
+
+    def _write(self, model: Backbone, folder: Path, progress: Progress | None) -> dict[str, float]:
+        need_spatial(model, "vlm")
+        folder.mkdir(parents=True, exist_ok=True)
+        waiting: dict[str, Tensor] = {}
+        lines: list[dict[str, Any]] = []
+        with frozen(model):
+            for _, names, images in read_batches(open_source(self.source), [], progress):
+                for name, image in zip(names, images, strict=True):
+                    shown = padded(image, self.size, model)[None].to(device_of(model))
+                    map_ = check(model(shown).spatial, "spatial", [name], 4)
+                    if map_ is None:
+                        raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
+                    key, file = f"{len(lines):08d}", _TENSORS.format(len(lines) // _SHARD)
+                    waiting[key] = _half(map_[0], name)
+                    lines.append({"image": name, "file": file, "key": key, "grid": list(map_.shape[-2:])})
+                    if len(waiting) == _SHARD:
+                        save_file(waiting, folder / file)
+                        waiting = {}
+        if not lines:
+            raise ProbeError("no image to write features of")
+        if waiting:
+            save_file(waiting, folder / lines[-1]["file"])
+        (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        width = int(model.spec.spatial or 0)
+        text = json.dumps(configuration(width, self.size, self.language_model), indent=2)
+        (folder / "llava.json").write_text(text + "\n", encoding="utf-8")
+        tokens = sum(line["grid"][0] * line["grid"][1] for line in lines)
+        return {"images": float(len(lines)), "tokens": tokens / len(lines), "width": float(width)}
+
+
+def padded(image: Image.Image, size: int, model: Backbone) -> Tensor:
+    """An image with its longer side scaled to the legal length nearest to ``size``: ``(3, H, W)`` in [0, 1].
+
+    The shorter side is padded at the end to the next legal length, with the colour that normalisation turns into zero.
+    Models that see one canvas only get that one.
+    """
+    view = input_size(model, size)
+    step = max(1, model.spec.step)
+    scale = min(view) / max(image.height, image.width)
+    h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+    small = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC)
+    full = view if getattr(model, "canvas", None) else (-(-h // step) * step, -(-w // step) * step)
+    fill = torch.tensor(getattr(model, "fill", (0.5, 0.5, 0.5)), dtype=torch.float32)
+    out = fill[:, None, None].expand(3, *full).clone()
+    out[:, :h, :w] = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
+    return out
+
+
+def _half(map_: Tensor, name: str) -> Tensor:
+    """``(D, h, w)`` as tokens ``(h*w, D)`` float16.
+
+    Raises:
+        FeatureError: a value that float16 cannot hold.
+    """
+    tokens = map_.flatten(1).T.contiguous()
+    if float(tokens.abs().max()) > torch.finfo(torch.float16).max:
+        raise FeatureError(
+            f"the spatial features of {name} reach {float(tokens.abs().max()):.3g}: float16 ends at 65504"
+        )
+    return tokens.half()
+
+
+def configuration(width: int, size: int, language_model: str) -> dict[str, Any]:
+    """A LLaVA-1.5: a two-layer projector of features of ``width`` channels, trained alone, then with everything."""
+    return {
+        "model": {
+            "model_type": "llava",
+            "language_model": language_model,
+            "mm_vision_tower": "features of this folder, by index.jsonl",
+            "mm_hidden_size": width,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -1,
+            "mm_vision_select_feature": "patch",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": "longer side to image_size, shorter side padded at the end",
+            "image_size": size,
+        },
+        "stages": [
+            {"name": "pretrain", "data": "blip_laion_cc_sbu_558k", "train": ["projector"], "epochs": 1}
+            | {"batch_size": 256, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.03}
+            | {"schedule": "cosine", "max_length": 2048},
+            {"name": "finetune", "data": "llava_v1_5_mix665k", "train": ["projector", "language_model"], "epochs": 1}
+            | {"batch_size": 128, "learning_rate": 2e-5, "weight_decay": 0.0, "warmup_ratio": 0.03}
+            | {"schedule": "cosine", "max_length": 2048},
+        ],
+    }
