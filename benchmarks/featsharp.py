@@ -104,7 +104,8 @@ def trained(arm: dict[str, Any], pattern: Tensor | None) -> tuple[Any, Any, floa
         folder.mkdir()
         run = loop.prepare(loaded, folder, torch.device("cpu"), resume=False)
         if pattern is not None:
-            run.teachers = {name: Patterned(teacher, pattern) for name, teacher in run.teachers.items()}
+            patterned: dict[str, Any] = {name: Patterned(each, pattern) for name, each in run.teachers.items()}
+            run.teachers = patterned
         began = time.perf_counter()
         with loop.Progress(folder, STEPS, quiet=True) as progress:
             loop.start(run, progress, [])

@@ -101,6 +101,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", "agglo": str(FORMAT)})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for its owner alone
     except (SafetensorError, OSError) as error:
         path.unlink(missing_ok=True)
         raise StorageError(f"{path} cannot be written ({error}): free some space or name another folder") from None

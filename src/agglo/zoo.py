@@ -196,6 +196,11 @@ def _folder_or_file(path: Path) -> Path:
     pickles = [entry for entry in path.iterdir() if entry.suffix in radio.PICKLES]
     if len(pickles) == 1:
         return pickles[0]
+    if any((folder / "upsampler.json").is_file() for folder in (path, path / "model")):
+        raise ConfigError(
+            f"{path} holds a trained upsampler, no model: name it beside a teacher, "
+            f"`upsampler: {{kind: featsharp, weights: {path}}}`"
+        )
     if (path / "recipe.yaml").is_file():
         raise ConfigError(
             f"{path} is a run that is not finished: "

@@ -318,6 +318,7 @@ def test_weights_are_told_apart_and_what_a_module_remembers_is_not_weights() -> 
         ("teachers.toy.stride=8", r"stride: 16 then, 8 now"),
         ("data.views.flip=0.1", r"data\.views\.flip: 0\.5 then, 0\.1 now.*set these back"),
         ("data.views.scale=[0.5, 1.0]", r"data\.views\.scale"),
+        ("data.views.aspect=[1.0, 1.0]", r"data\.views\.aspect: \[0\.75, 1\.33"),
         ("data.views.roam=3", r"data\.views\.roam: 48 then, 80 now"),
         ("data.views.shift=0", r"margin"),
         ("data.views.canvas=200", r"data\.views\.canvas: None then, 200 now"),
@@ -331,6 +332,15 @@ def test_a_cache_of_something_else_is_refused(data: Path, tmp_path: Path, change
     opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
     with pytest.raises(ConfigError, match=message):
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", change))
+
+
+def test_another_students_stride_is_refused_where_there_is_no_margin_to_show_it(data: Path, tmp_path: Path) -> None:
+    still = (*ONE, "data.views={crops: 2}")
+    write(tiny(data, *still), tmp_path / "cache")
+    made = tiny(data, *still, f"data.feature_cache={tmp_path / 'cache'}")
+    Lessons(made, find_teachers(made), 16, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="the student's stride: 16 then, 8 now"):
+        Lessons(made, find_teachers(made), 8, torch.device("cpu"))
 
 
 def test_what_the_student_makes_of_a_teacher_is_no_other_teacher(data: Path, tmp_path: Path) -> None:

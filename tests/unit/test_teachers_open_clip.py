@@ -226,12 +226,10 @@ def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("prefix", ["", "local-dir:"])
-@pytest.mark.parametrize("norm", [False, True])
-def test_timm_folder(prefix: str, norm: bool, timm_folder: Path) -> None:
-    options = {"kind": "timm", "model": f"{prefix}{timm_folder}", "norm": norm}
-    teacher = build("teachers", options)
-    reference = timm.create_model(f"local-dir:{timm_folder}", pretrained=True, dynamic_img_size=True)
+@torch.no_grad()
+def check_timm(teacher: Any, folder: Path, norm: bool) -> None:
+    """The teacher says what timm's own blocks say, block by block and cell by cell, bit for bit."""
+    reference = timm.create_model(f"local-dir:{folder}", pretrained=True, dynamic_img_size=True)
     reference.eval().requires_grad_(False)
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (MEAN, STD))
     images = torch.rand(2, 3, 64, 96)
@@ -240,15 +238,44 @@ def test_timm_folder(prefix: str, norm: bool, timm_folder: Path) -> None:
     for block in reference.blocks:
         hidden = block(hidden)
     final = reference.norm(hidden)
-    tokens = (final if norm else hidden)[:, 5:]
+    tokens = (final if norm else hidden)[:, 5:]  # a class token and four registers
     out = teacher(images)
+    assert out.spatial.shape[-2:] == (4, 6)
     for y in range(4):
         for x in range(6):
-            torch.testing.assert_close(out.spatial[:, :, y, x], tokens[:, 6 * y + x], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(out.summary, reference.forward_head(final, pre_logits=True), atol=1e-6, rtol=1e-5)
+            assert torch.equal(out.spatial[:, :, y, x], tokens[:, 6 * y + x])
+    assert torch.equal(out.summary, reference.forward_head(final, pre_logits=True))
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_timm_folder(prefix: str, norm: bool, timm_folder: Path) -> None:
+    options = {"kind": "timm", "model": f"{prefix}{timm_folder}", "norm": norm}
+    teacher = build("teachers", options)
+    check_timm(teacher, timm_folder, norm)
     assert (teacher.stage, teacher.patch, teacher.native, teacher.licence) == (5, 16, 96, "Apache-2.0")
     assert teacher.fill == tuple(MEAN)
     assert spec_of(options) == teacher.spec
+
+
+@pytest.mark.parametrize("fault", ["a prefix left in", "transposed", "normalised twice"])
+def test_planted_faults_of_timm_are_noticed(fault: str, timm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = build("teachers", {"kind": "timm", "model": str(timm_folder)})
+    net, condition = teacher.backbone.net, teacher.backbone.condition
+    read = net.forward_intermediates
+
+    def wrong(*arguments: Any, **keys: Any) -> Any:
+        final, (spatial,) = read(*arguments, **keys)
+        if fault == "transposed":
+            return final, [spatial.flatten(2).unflatten(2, (6, 4)).mT]
+        return final, [spatial.flatten(2).roll(1, -1).view_as(spatial)]
+
+    if fault == "normalised twice":
+        monkeypatch.setattr(teacher.backbone, "condition", lambda images: condition(condition(images)))
+    else:
+        monkeypatch.setattr(net, "forward_intermediates", wrong)
+    with pytest.raises(AssertionError):
+        check_timm(teacher, timm_folder, norm=False)
 
 
 def test_timm_folder_refusals(timm_folder: Path, tmp_path: Path) -> None:
@@ -271,6 +298,47 @@ def test_timm_folder_refusals(timm_folder: Path, tmp_path: Path) -> None:
         build("teachers", {"kind": "timm", "model": "hf_hub:someone/something"})
     with pytest.raises(ConfigError, match="hf_hub:OWNER/NAME"):
         build("teachers", {"kind": "timm", "model": "someone/something", "weights": "random"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("LocalEntryNotFoundError", "HF_HUB_OFFLINE is set, and model.safetensors of timm/vit_tiny.*`model: FOLDER`"),
+        ("GatedRepoError", "timm/vit_tiny.* is gated. Accept its licence on http.*HF_TOKEN"),
+        ("TimeoutError", r"cannot be fetched \(TimeoutError: late\)"),
+    ],
+)
+def test_timm_weights_that_do_not_come(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name, TimeoutError)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise kind.__new__(kind, "late") if name == "GatedRepoError" else kind("late")
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", refuse)
+    with pytest.raises(AssetError, match=message):
+        build("teachers", {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "hub"})
+
+
+def test_timm_weights_at_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = timm.get_pretrained_cfg("vit_tiny_patch16_224")
+    monkeypatch.setattr(known, "hf_hub_id", None)
+    monkeypatch.setattr(known, "url", "https://nowhere.invalid/w.pth")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda model: known)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(AssetError, match=r"nowhere\.invalid/w\.pth cannot be fetched \(no route\).*`weights: FILE`"):
+        build("teachers", {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "hub"})
+
+
+def test_a_misspelt_timm_model_is_offered_a_few() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'vit_base_patch16_224'") as caught:
+        build("teachers", {"kind": "timm", "model": "vit_bse_patch16_224"})
+    assert len(str(caught.value)) < 400  # and not every name that timm knows
 
 
 def test_timm_precision_and_compile(timm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from agglo.config import build
 from agglo.teachers import _agglomerated, _aligned, _dino, _generic, _segment
+from agglo.teachers._processor import pixels_of
 from agglo.teachers._published import PUBLISHED
 from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
@@ -258,7 +259,7 @@ def test_sizes_of_a_fixed_model(stored: Any) -> None:
     larger = make(stored("siglip"), size=96)
     assert larger.input_size((432, 432), 16) == (96, 96)
     assert larger(torch.rand(1, 3, 96, 96)).spatial.shape == (1, 32, 6, 6)
-    assert make(stored("clip")).canvas == 56  # the processor's crop, not the shorter side it resizes to
+    assert make(stored("clip")).canvas == 56
 
 
 def test_sizes_of_a_model_that_follows(stored: Any) -> None:
@@ -329,6 +330,14 @@ def test_a_nested_processor_file(stored: Any, tmp_path: Path) -> None:
     file.unlink()
     (tmp_path / "new" / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
     check(make(tmp_path / "new"), "sam3", stored("sam3"))
+
+
+def test_the_side_is_the_processors_crop_where_it_crops() -> None:
+    """Not the shorter side it resizes to first; which is what counts where it does not crop."""
+    stated = {"image_processor_type": "CLIPImageProcessor", **tiny.HALF, "size": {"shortest_edge": 64}}
+    crop = {"crop_size": {"height": 48, "width": 48}}
+    assert pixels_of({**stated, **crop, "do_center_crop": True}, "here").side == 48
+    assert pixels_of({**stated, **crop, "do_center_crop": False}, "here").side == 64
 
 
 def test_pixels_are_read_not_assumed(stored: Any, tmp_path: Path) -> None:
@@ -522,6 +531,10 @@ def test_a_repository_without_weights(stored: Any, monkeypatch: pytest.MonkeyPat
 def test_no_network_names_the_next_move() -> None:
     with pytest.raises(AssetError, match=r"HF_HUB_OFFLINE is set.*weights: random"):
         make("someone/encoder-that-is-nowhere")
+    with pytest.raises(AssetError, match=r"gated: accept its licence on http\S+/facebook/sam3 first, and set HF_TOKEN"):
+        make("facebook/sam3")
+    with pytest.raises(AssetError, match=r"facebok/sam3 \(did you mean 'facebook/sam3'\?\)"):
+        make("facebok/sam3")
     for name in PUBLISHED:
         spec_of({"kind": "transformers", "model": name})  # but these are known
 

@@ -19,7 +19,7 @@ from agglo.preprocess import resize
 from agglo.recipe import TeacherEntry
 from agglo.teachers.base import Teacher
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec, StorageError
-from agglo.upsamplers._parts import Guided, primes
+from agglo.upsamplers._parts import Fusion, Guided, primes
 from agglo.upsamplers._tiling import split, stitch
 from agglo.upsamplers.featsharp import BIAS_GAIN, FeatSharp
 
@@ -127,6 +127,32 @@ def test_before_its_first_step_it_is_the_mean_of_the_guided_map_and_the_tiles() 
         guided = made.guided[0](made.normalizer(looks.low), images)
         tiles = stitch(made.normalizer(looks.tiles), 2)
         torch.testing.assert_close(made.sharpen(images, looks), (guided + tiles) / 2)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_it_answers_in_the_teachers_own_space(factor: int) -> None:
+    """Of an image of one colour it says what the teacher says of that colour, at every cell."""
+    teacher = Square()
+    made = featsharp(teacher, factor)
+    with torch.no_grad():
+        for parameter in (made.bias, made.tile_bias, made.fusion.scales):
+            parameter.zero_()
+        flat = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1).expand(1, 3, 16 * factor, 16 * factor)
+        said = teacher(flat[..., :16, :16]).spatial
+        found = made(teacher, flat).spatial
+        torch.testing.assert_close(found, said[..., :1, :1].expand_as(found), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made.plain(teacher, flat[..., :16, :16]).spatial, said, rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_the_heads_fade_with_rows_and_half_with_columns() -> None:
+    """METHOD 4.1: head ``h`` loses ``2^-((h + 2) // 2)`` a row where ``h`` is even, a column where it is odd."""
+    distances = Fusion(16, 4).distances
+    assert distances.shape == (4, 7, 7) and bool((distances[:, 3, 3] == 0).all())
+    down, across = distances[:, :, 3], distances[:, 3]
+    steps = torch.tensor([3.0, 2, 1, 0, 1, 2, 3])
+    for head, slope in enumerate((0.5, 0.5, 0.25, 0.25)):
+        assert torch.equal(down[head], -slope * steps * (head % 2 == 0))
+        assert torch.equal(across[head], -slope * steps * (head % 2 == 1))
 
 
 def test_the_teacher_is_asked_once_for_one_and_u_squared_images() -> None:
@@ -262,6 +288,27 @@ def test_weights_round_trip(tmp_path: Path) -> None:
         assert again.trained
         assert torch.equal(again(teacher, images).spatial, made(teacher, images).spatial)
     assert not FeatSharp(teacher.spec, SIZE).trained
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes["upsampler.safetensors"] == modes["upsampler.json"], "another user could not read a shared run"
+
+
+def test_a_full_disk_is_said_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Square()
+    made, folder = featsharp(teacher), tmp_path / "model"
+    before = made.save(folder).joinpath("upsampler.safetensors").read_bytes()
+    real = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        real(path, data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with torch.no_grad():
+        made.bias.add_(1)
+    with pytest.raises(StorageError, match=r"No space left.*free some space"):
+        made.save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["upsampler.json", "upsampler.safetensors"]
+    assert (folder / "upsampler.safetensors").read_bytes() == before
 
 
 def test_weights_that_do_not_fit_say_why(tmp_path: Path) -> None:

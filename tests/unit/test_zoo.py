@@ -115,6 +115,10 @@ def test_what_is_no_model_says_what_is_missing(saved: Path, tmp_path: Path) -> N
         load(lone / "model.safetensors")
     with pytest.raises(ConfigError, match=r"needs config\.json and model\.safetensors"):
         load(tmp_path)
+    (tmp_path / "upsampler.json").touch()
+    with pytest.raises(ConfigError, match=r"trained upsampler.*upsampler: \{kind: featsharp"):
+        load(tmp_path)
+    (tmp_path / "upsampler.json").unlink()
     (tmp_path / "recipe.yaml").touch()
     with pytest.raises(ConfigError, match=r"not finished.*--resume"):
         load(tmp_path)

@@ -20,6 +20,7 @@ from agglo.cache import identity
 from agglo.cache.crops import CropLoader, TaughtBatch
 from agglo.cache.reading import FeatureCache
 from agglo.config import build
+from agglo.creation import create
 from agglo.data.loader import Batch, Loader
 from agglo.data.views import ViewPolicy
 from agglo.nn.placement import Placement, bring
@@ -158,6 +159,12 @@ class Lessons:
         begin_step(chosen.values(), self.recipe.train.seed, batch.step)
         outer = identity.outer_size(batch.size, self.recipe.data.views, self.stride)
         return {name: ask(teacher, canvas, outer, self.stride) for name, teacher in chosen.items()}
+
+
+def stride_of(recipe: Recipe, teachers: Mapping[str, Teacher]) -> int:
+    """The student's stride; the student itself is not made."""
+    with torch.device("meta"):
+        return create(recipe, teachers, initialize=False).spec.stride
 
 
 def ask(teacher: Teacher, canvas: Tensor, outer: tuple[int, int], stride: int) -> Features:

@@ -22,11 +22,10 @@ from agglo.cache import identity
 from agglo.cache.coding import DTYPES, Coding
 from agglo.cache.crops import CropLoader
 from agglo.cache.folder import LOCK, alone, size_text
-from agglo.cache.lessons import ask
+from agglo.cache.lessons import ask, stride_of
 from agglo.cache.reading import check_geometry, check_names, read_coding
 from agglo.cache.records import SHARD_BYTES, Pen, Record, key_of, shard_numbers
 from agglo.config import build
-from agglo.creation import create
 from agglo.data.loader import Batch
 from agglo.data.views import Partition, ViewPolicy
 from agglo.objectives.distill import build_teachers
@@ -128,12 +127,6 @@ def write(
     job = _Job(recipe, place, dtype, batch, torch.device(device), shard_bytes, tell)
     with alone(job.folder):
         return job.run(progress or (lambda done, total: None))
-
-
-def stride_of(recipe: Recipe, teachers: dict[str, Teacher]) -> int:
-    """The student's stride; the student itself is not made."""
-    with torch.device("meta"):
-        return create(recipe, teachers, initialize=False).spec.stride
 
 
 class _Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Any
 
@@ -50,7 +51,8 @@ class Timm(Student):
         del tokens  # one summary serves every teacher: a pooled map has no slots
         timm = require("timm", "timm")
         if not timm.is_model(model):
-            raise ConfigError(f"student.model: timm has no {model!r}{nearest(model, timm.list_models())[:400]}")
+            close = difflib.get_close_matches(model, timm.list_models(), n=6, cutoff=0.3)  # it knows a thousand
+            raise ConfigError(f"student.model: timm has no {model!r}{nearest(model, close)}")
         if init not in (None, "bundled", "hub"):
             raise ConfigError(f"student.init: {init!r} is none of 'bundled', 'hub', null")
         self.model, self.init, self.drop_path = model, init, drop_path

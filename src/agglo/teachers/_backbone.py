@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,9 @@ def check_name(model: str) -> None:
             "goes into `weights:`"
         )
     if not timm.is_model(model):
-        known = timm.list_models()
-        raise ConfigError(f"timm has no model {model!r}{nearest(model.split('.')[0], known)}")
+        name = model.split(".")[0]
+        close = difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.3)  # it knows more than a thousand
+        raise ConfigError(f"timm has no model {model!r}{nearest(name, close)}")
 
 
 def _stored(model: str) -> Source | None:
@@ -147,10 +149,26 @@ def _create(model: str, pretrained: bool, size: int | None) -> tuple[Any, dict[s
                     raise
             except RuntimeError as error:
                 raise ConfigError(f"timm cannot make {model!r}: {error}") from error
+            except Exception as error:
+                if pretrained and not model.startswith("local-dir:"):
+                    raise _unfetched(timm, model, error) from error
+                raise
             else:  # some architectures swallow the first option and stay as they are
                 if "dynamic_img_size" not in options or getattr(net, "dynamic_img_size", False):
                     return net, options
     raise ConfigError(f"timm cannot make {model!r}")
+
+
+def _unfetched(timm: Any, model: str, error: Exception) -> AssetError | ConfigError:
+    """What to tell of weights that timm could not download."""
+    known = timm.get_pretrained_cfg(model)
+    if known is not None and known.hf_hub_id:
+        return Source(f"hf-hub:{known.hf_hub_id}", "teachers.timm").refusal("model.safetensors", error)
+    place = known.url if known is not None and known.url else "a place that timm alone knows"
+    return AssetError(
+        f"teachers.timm: the weights of {model} at {place} cannot be fetched ({error}). Where there is a network, save "
+        "them as safetensors, and name that file: `weights: FILE`"
+    )
 
 
 def _layout(net: nn.Module) -> torch.memory_format:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -28,13 +29,16 @@ class Source:
         where: whose key it is, for messages ("teachers.transformers").
         revision: branch, tag or commit; None for the default branch.
         known: names to offer when this one does not exist.
+        gated: names whose licence must be accepted before anything can be fetched.
 
     Raises:
         ConfigError: neither a folder nor the form of a name on the hub.
     """
 
-    def __init__(self, name: str, where: str, revision: str | None = None, known: Iterable[str] = ()) -> None:
-        self.where, self.known = where, tuple(known)
+    def __init__(
+        self, name: str, where: str, revision: str | None = None, known: Iterable[str] = (), gated: Iterable[str] = ()
+    ) -> None:
+        self.where, self.known, self.gated = where, tuple(known), frozenset(gated)
         scheme, colon, rest = name.partition(":")
         scheme = scheme.replace("_", "-").lower()
         self.name = rest if colon and scheme in ("hf-hub", "local-dir") else name
@@ -77,12 +81,12 @@ class Source:
         errors = require("huggingface_hub.errors", "teachers")
         try:
             path = Path(hub.hf_hub_download(self.name, file, revision=self.revision))
-        except errors.LocalEntryNotFoundError as error:
-            raise AssetError(self._unreachable(file)) from error
-        except errors.EntryNotFoundError:
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):
+                raise self.refusal(file, error) from error
             return None
         except Exception as error:  # refused, gone, or whatever a proxy, a firewall or a full disk makes of it
-            raise self._refusal(file, error) from error
+            raise self.refusal(file, error) from error
         self.folder = path.parents[len(PurePosixPath(file).parts) - 1]
         self.revision = self.folder.name  # a snapshot is named by its commit
         return path
@@ -143,7 +147,8 @@ class Source:
         endpoint = require("huggingface_hub.constants", "teachers").ENDPOINT
         return f"{endpoint}/{self.name}"
 
-    def _refusal(self, file: str, error: Exception) -> AssetError | ConfigError:
+    def refusal(self, file: str, error: Exception) -> AssetError | ConfigError:
+        """What to tell of a file that the hub did not give, from what went wrong."""
         errors = require("huggingface_hub.errors", "teachers")
         # The order matters: a gated repository is also "not found", and both are failed requests.
         if isinstance(error, errors.GatedRepoError):
@@ -158,7 +163,7 @@ class Source:
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return ConfigError(f"{self.where}: {self.name} has no revision {self.revision!r}; leave `revision:` out")
-        if isinstance(error, errors.OfflineModeIsEnabled | ConnectionError):
+        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
             return AssetError(self._unreachable(file))
         return AssetError(
             f"{self.where}: {file} of {self.name} cannot be fetched ({type(error).__name__}: {error}). "
@@ -168,8 +173,14 @@ class Source:
     def _unreachable(self, file: str) -> str:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        close = difflib.get_close_matches(self.name, self.known, n=1, cutoff=0.6)
+        typo = f" (did you mean {close[0]!r}?)" if close and self.name not in self.known else ""
+        licence = ""
+        if self.name in self.gated:
+            licence = f" (it is gated: accept its licence on {self.page()} first, and set HF_TOKEN there)"
         return (
-            f"{self.where}: {why}, and {file} of {self.name} is not in the local cache. {self._advice((file,))}. "
+            f"{self.where}: {why}, and {file} of {self.name}{typo} is not in the local cache. "
+            f"{self._advice((file,))}{licence}. "
             "`weights: random` builds the architecture without weights, where only its size or speed matters"
         )
 

@@ -142,7 +142,8 @@ class TransformersTeacher(Teacher):
 
 
 def _located(model: str, revision: str | None) -> tuple[Source, Published | None]:
-    source = Source(model, _WHERE, revision, known=PUBLISHED)
+    gated = [name for name, each in PUBLISHED.items() if each.gated]
+    source = Source(model, _WHERE, revision, known=PUBLISHED, gated=gated)
     return source, None if source.local else PUBLISHED.get(source.name)
 
 

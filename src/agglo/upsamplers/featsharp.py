@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from agglo.config import build
@@ -152,11 +154,14 @@ class FeatSharp(Upsampler):
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / f"{_FILE}.partial", metadata={"format": "pt"})
+            # As bytes, so that the file is as readable as any other: safetensors' own files are for their owner alone.
+            (folder / f"{_FILE}.partial").write_bytes(serialize(state, metadata={"format": "pt"}))
             (folder / f"{_CONFIG}.partial").write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
             for name in (_FILE, _CONFIG):
                 (folder / f"{name}.partial").replace(folder / name)
         except (SafetensorError, OSError) as error:
+            with contextlib.suppress(OSError):
+                (folder / f"{_FILE}.partial").unlink(missing_ok=True)  # a full disk needs the room
             raise StorageError(f"{folder} cannot be written ({error}): free some space or name another") from None
         return folder
 
