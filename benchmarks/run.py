@@ -9,7 +9,7 @@ from pathlib import Path
 
 NAMES = (
     "startup", "inference", "loading", "loop", "step_cost", "cache", "data",
-    "imagenet", "dense", "ablations", "featsharp", "demo",
+    "imagenet", "dense", "evals", "ablations", "featsharp", "demo",
 )  # fmt: skip
 
 

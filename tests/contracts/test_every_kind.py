@@ -3,15 +3,19 @@
 import inspect
 import json
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny_datasets
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from agglo.config import POINTS, build, find, kinds, schema
+from agglo.sources.base import Need, Source
 
 EVERY = [(point, kind) for point in POINTS for kind in kinds(point, installed=False)]
 
@@ -56,6 +60,11 @@ def tiny_open_clip(folder: Path) -> dict[str, Any]:
     open_clip.add_model_config(file)
     save_file(open_clip.create_model(file.stem).state_dict(), folder / "weights.safetensors")
     return {"model": file.stem, "pretrained": str(folder / "weights.safetensors")}
+
+
+def reads_parts(kind: str) -> bool:
+    """Whether a source can read less than a whole image."""
+    return find("sources", kind).read_part is not Source.read_part
 
 
 LOCAL = {"siglip2": tiny_siglip2, "open_clip": tiny_open_clip}
@@ -118,13 +127,42 @@ def test_balancers_never_wait_for_the_device(kind: str) -> None:
         assert balancer({"b/spatial": terms["b/spatial"]}, step=step, total=3).shape == ()
 
 
+def tiny_folder(folder: Path) -> dict[str, Any]:
+    """A folder of two images; the options that name it."""
+    for name in ("one.png", "two.jpg"):
+        Image.effect_noise((40, 30), 50).save(folder / name)
+    return {"path": str(folder)}
+
+
+def tiny_shard(folder: Path) -> dict[str, Any]:
+    """A tar file of two images."""
+    images = tiny_folder(folder)["path"]
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for name in ("one.png", "two.jpg"):
+            archive.add(Path(images) / name, name)
+    return {"shards": str(folder / "shard.tar")}
+
+
+def tiny_dataset(folder: Path) -> dict[str, Any]:
+    """Two images as ``save_to_disk`` writes them."""
+    datasets = pytest.importorskip("datasets")
+    images = Path(tiny_folder(folder)["path"])
+    rows = {"image": [{"bytes": (images / name).read_bytes(), "path": name} for name in ("one.png", "two.jpg")]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder / "saved"))
+    return {"dataset": str(folder / "saved")}
+
+
+IMAGES = {"folder": tiny_folder, "webdataset": tiny_shard, "huggingface": tiny_dataset, **tiny_datasets.MAKERS}
+"""What stands in for the images of a kind that brings none."""
+
+
 @pytest.mark.parametrize("kind", kinds("sources", installed=False))
-def test_sources_read_the_same_pixels_twice(kind: str, tmp_path) -> None:
-    options = {"kind": kind}
-    if kind == "folder":
-        Image.effect_noise((40, 30), 50).save(tmp_path / "one.png")
-        options["path"] = str(tmp_path)
-    source = build("sources", options)
+def test_sources_read_the_same_pixels_twice(kind: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("AGGLO_CACHE", str(tmp_path / "cache"))
+    images = tmp_path / "images"
+    images.mkdir()
+    source = build("sources", {"kind": kind, **(IMAGES[kind](images) if kind in IMAGES else {})})
     assert len(source) > 0
     image = source.read(0)
     assert image.mode == "RGB"
@@ -134,3 +172,23 @@ def test_sources_read_the_same_pixels_twice(kind: str, tmp_path) -> None:
     copy = pickle.loads(pickle.dumps(source))
     assert copy.name(0) == source.name(0)
     assert copy.read(0).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("kind", [k for k in kinds("sources", installed=False) if reads_parts(k)])
+def test_sources_that_read_in_part_give_the_same_pixels(kind: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("AGGLO_CACHE", str(tmp_path / "cache"))
+    images = tmp_path / "images"
+    images.mkdir()
+    source = build("sources", {"kind": kind, **IMAGES[kind](images)})
+    parts = 0
+    for index in range(len(source)):
+        whole = np.asarray(source.read(index))
+        part = source.read_part(index, lambda size: Need(1, 10))
+        if isinstance(part, Image.Image):
+            assert part.tobytes() == whole.tobytes()
+            continue
+        parts += 1
+        assert (part.shrink, part.size) == (1, whole.shape[:2])
+        assert np.array_equal(part.array[:10], whole[:10])
+        assert source.read_part(index, lambda size: Need(2, size[0])).shrink in (1, 2)
+    assert parts or kind in tiny_datasets.MAKERS  # some of those are PNG files only

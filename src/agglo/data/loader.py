@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from agglo.data.pixels import Canvases, on_pixels
 from agglo.data.views import (
     PartitionLike,
     Quota,
@@ -27,7 +29,7 @@ from agglo.data.views import (
     image_at,
     render,
 )
-from agglo.sources.base import Source
+from agglo.sources.base import Need, Pixels, Source, Unwanted
 from agglo.types import ConfigError, ImageError, View
 
 _log = logging.getLogger(__name__)
@@ -70,7 +72,9 @@ class Loader:
 
     Decoded images stay in memory until ``cache_mb`` is used up, and are never evicted: over shuffled passes that keeps
     the largest share of hits. A bad image is replaced by the next readable one of its source's pass, named once in the
-    log and in :attr:`skipped`.
+    log and in :attr:`skipped`. One that a filter of its source leaves out is replaced the same way and only counted.
+
+    Sources that can read a part (:meth:`agglo.sources.base.Source.read_part`) are asked for no more than a view needs.
 
     Args:
         sources: where images come from.
@@ -83,10 +87,11 @@ class Loader:
         canvas: crops are rendered with at least this shorter side, in pixels, for teachers that want more pixels than
             the student; whoever wants fewer shrinks them.
         margin: pixels of the student's view that are rendered beyond each of its sides, for views that are shifted.
-        max_side: images with a longer side in pixels are shrunk to it when read, always, cached or not.
+        max_side: images with a longer side in pixels are read whole and shrunk to it, always, cached or not.
 
     Attributes:
         skipped: name to reason of every bad image met so far.
+        filtered: how many images each filter has left out so far.
 
     Raises:
         ConfigError: no sources, an empty one, or weights or partitions that cannot be drawn from.
@@ -124,12 +129,19 @@ class Loader:
         self.margin = margin
         self.max_side = max_side
         self.skipped: dict[str, str] = {}
+        self.filtered: Counter[str] = Counter()
         Quota(self.weights)
         draw_resolution(seed, 0, self.partitions)
         self._lock = Lock()
         self._cache: dict[tuple[int, int], Image.Image] = {}
         self._room = cache_mb * 2**20
+        self._parts = [
+            max_side is None and getattr(type(source), "read_part", Source.read_part) is not Source.read_part
+            for source in sources
+        ]
+        self._kept: dict[tuple[int, int], dict[int, Pixels]] = {}
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}
+        self._left_out: dict[int, np.ndarray] = {}  # for each source that has filters, a flag an image
 
     def batch(self, step: int) -> Batch:
         """The batch of a step.
@@ -165,55 +177,90 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, step: int, gone: Event) -> Batch:
-        """Runs in threads, so without torch kernels: each would start threads of its own."""
+        """Runs in threads, so without torch kernels that would start threads of their own."""
         draw = draw_resolution(self.seed, step, self.partitions)
         size = self._rendered(draw.size)
-        images = np.empty((draw.batch, 3, *size), dtype=np.float32)
+        shown = Canvases(draw.batch, size)
         views: list[View] = []
         names: list[str] = []
         skipped: list[str] = []
         for sample, (source, position) in enumerate(draw_positions(draw.start, draw.batch, self.weights)):
             if gone.is_set():
                 raise _StoppedError
-            index, image, bad = self._readable(source, position)
-            view = draw_view((image.height, image.width), size, self.policy, generator(self.seed, step, sample))
-            np.divide(render(image, view).numpy(), _WHITE, out=images[sample])
+            index, (part, view), bad = self._readable(size, step, sample, source, position)
+            shown.add(part, view)
             views.append(view)
             names.append(self.sources[source].name(index))
             skipped.extend(bad)
         field = draw.size[0] / (draw.size[0] + 2 * self.margin), draw.size[1] / (draw.size[1] + 2 * self.margin)
-        return Batch(torch.from_numpy(images), views, names, step, draw.partition, skipped, draw.size, field)
+        return Batch(shown.finish(), views, names, step, draw.partition, skipped, draw.size, field)
+
+    def _chance(self, step: int, sample: int, source: int, index: int, position: int) -> np.random.Generator:
+        """What decides a sample's crop: here where in the run it comes, elsewhere which image it is."""
+        del source, index, position
+        return generator(self.seed, step, sample)
 
     def _rendered(self, size: tuple[int, int]) -> tuple[int, int]:
         scale = max(1.0, (self.canvas or 0) / min(size))
         return round((size[0] + 2 * self.margin) * scale), round((size[1] + 2 * self.margin) * scale)
 
-    def _readable(self, source: int, position: int) -> tuple[int, Image.Image, list[str]]:
-        """The image at a position, or the next readable one of the same pass: ``(index, image, names passed over)``.
+    def _readable(
+        self, size: tuple[int, int], step: int, sample: int, source: int, position: int
+    ) -> tuple[int, tuple[Pixels | Image.Image, View], list[str]]:
+        """The image at a position and its view, or the next readable one of the same pass.
 
         The search goes round within the pass, so that it depends on nothing but the position.
+
+        Returns:
+            ``(index, (image, view), names of bad images passed over)``.
         """
         length = self._lengths[source]
         first = position - position % length
         bad: list[str] = []
         for offset in range(length):
             index = image_at(self.seed, source, first + (position + offset) % length, length)
+
+            def look(full: tuple[int, int], index: int = index) -> View:
+                return draw_view(full, size, self.policy, self._chance(step, sample, source, index, position))
+
             try:
-                return index, self._read(source, index), bad
+                with self._noting(source, index):
+                    return index, self._open(source, index, look), bad
+            except Unwanted:
+                continue
             except ImageError as error:
                 bad.append(error.name)
-        example = self.skipped[bad[0]]
-        raise ConfigError(f"data.sources.{source}: none of its {length} images can be read; {bad[0]}: {example}")
+        why = [f"{bad[0]}: {self.skipped[bad[0]]}"] if bad else []
+        why += [f"{count} left out by {rule}" for rule, count in self.filtered.items()]
+        raise ConfigError(f"data.sources.{source}: none of its {length} images can be read; {'; '.join(why)}")
 
-    def _read(self, source: int, index: int) -> Image.Image:
+    def _open(
+        self, source: int, index: int, look: Callable[[tuple[int, int]], View]
+    ) -> tuple[Pixels | Image.Image, View]:
+        if self._parts[source]:
+            return self._read_part(source, index, look)
+        image = self._read(source, index)
+        return image, look((image.height, image.width))
+
+    @contextmanager
+    def _noting(self, source: int, index: int) -> Iterator[None]:
+        """Remembers which images are bad or unwanted, and tells of them once; reads none of them twice."""
         key = source, index
         if key in self._bad:
             # A fresh error each time: one that is kept would keep, through its traceback, every batch it passed.
             raise ImageError(*self._bad[key])
-        if (cached := self._cache.get(key)) is not None:
-            return cached
+        if source in self._left_out and self._left_out[source][index]:
+            raise Unwanted("", "", "")
         try:
-            image = self.sources[source].read(index)
+            yield
+        except Unwanted as error:
+            with self._lock:
+                flags = self._left_out.setdefault(source, np.zeros(self._lengths[source], bool))
+                self.filtered[error.rule] += int(not flags[index])
+                count, flags[index] = self.filtered[error.rule], True
+            if str(count).strip("0") == "1":  # the first, the tenth, the hundredth, ...
+                _log.warning("left out %d so far by %s, such as %s: %s", count, error.rule, error.name, error.why)
+            raise
         except ImageError as error:
             with self._lock:
                 self._bad[key] = error.name, error.why
@@ -222,16 +269,63 @@ class Loader:
             if new:
                 _log.warning("skipped %s: %s", error.name, error.why)
             raise
+
+    def _read_part(
+        self, source: int, index: int, look: Callable[[tuple[int, int]], View]
+    ) -> tuple[Pixels | Image.Image, View]:
+        """What a view needs of an image, and the view. Images are kept whole, at each resolution that was needed."""
+        key = source, index
+        if (cached := self._cache.get(key)) is not None:
+            return cached, look((cached.height, cached.width))
+        kept = self._kept.get(key, {})
+        for known in kept.values():
+            view, wanted = on_pixels(look(known.size), known.size)
+            if (part := kept.get(wanted.shrink)) is not None:
+                return part, view
+            break
+        asked: list[tuple[View, Need]] = []
+
+        def need(full: tuple[int, int]) -> Need:
+            view, wanted = on_pixels(look(full), full)
+            asked.append((view, wanted))
+            fits = 3 * full[0] * full[1] <= self._room * wanted.shrink**2
+            return wanted._replace(rows=full[0]) if fits else wanted
+
+        part = self.sources[source].read_part(index, need)
+        if isinstance(part, Image.Image):
+            self._keep(key, part)
+            return part, look((part.height, part.width))
+        view, wanted = asked[-1]
+        cost = part.array.nbytes
+        if len(part.array) == -(-part.size[0] // part.shrink) and cost <= self._room:
+            with self._lock:
+                kept = dict(self._kept.get(key, {}))
+                if part.shrink not in kept and cost <= self._room:
+                    kept[part.shrink] = part
+                    self._room -= cost
+                if part.shrink in kept:
+                    kept[wanted.shrink] = kept[part.shrink]  # it cannot be shrunk any further while it is read
+                    self._kept[key] = kept
+        return part, view
+
+    def _read(self, source: int, index: int) -> Image.Image:
+        key = source, index
+        if (cached := self._cache.get(key)) is not None:
+            return cached
+        image = self.sources[source].read(index)
         if self.max_side is not None and max(image.size) > self.max_side:
             ratio = self.max_side / max(image.size)
             width, height = (max(1, round(side * ratio)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        self._keep(key, image)
+        return image
+
+    def _keep(self, key: tuple[int, int], image: Image.Image) -> None:
         cost = image.width * image.height * 4  # PIL keeps RGB in 32 bits
         with self._lock:
             if key not in self._cache and cost <= self._room:
                 self._cache[key] = image
                 self._room -= cost
-        return image
 
 
 class EvaluationBatch(NamedTuple):

@@ -30,6 +30,9 @@ _VIEWS, _ORDER, _SIZES, _MIX = range(4)
 """Streams of random numbers that never meet."""
 _WORD = (1 << 64) - 1
 _RESOLUTION_OF_WEIGHTS = 1 << 32
+_LONG = 1 << 20
+"""Sources of more images are shuffled without a table of their order."""
+_ROUNDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +210,8 @@ def image_at(seed: int, source: int, position: int, length: int) -> int:
         length: images in the source.
     """
     epoch, place = divmod(position, length)
+    if length > _LONG:
+        return _shuffled(place, length, _round_keys(seed, source, epoch))
     return int(_order(seed, source, epoch, length)[place])
 
 
@@ -229,6 +234,30 @@ def draw_indices(
 @lru_cache(maxsize=32)
 def _order(seed: int, source: int, epoch: int, length: int) -> np.ndarray:
     return generator(seed, epoch, source, _ORDER).permutation(length)
+
+
+@lru_cache(maxsize=32)
+def _round_keys(seed: int, source: int, epoch: int) -> tuple[int, ...]:
+    return tuple(generator(seed, epoch, source, _ORDER).integers(1 << 63, size=_ROUNDS).tolist())
+
+
+def _shuffled(place: int, length: int, keys: Sequence[int]) -> int:
+    """A keyed permutation of ``0 .. length - 1``, one place at a time and without memory.
+
+    A Feistel network (Luby and Rackoff 1988) permutes the next power of 4; results beyond the end are sent through it
+    again until they are inside, which takes fewer than four rounds on average (Black and Rogaway 2002).
+    """
+    half = ((length - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for key in keys:
+            word = (right ^ key) * 0xBF58476D1CE4E5B9 & _WORD  # one round of splitmix64
+            word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
+            left, right = right, left ^ (word >> 33) & mask
+        place = left << half | right
+        if place < length:
+            return place
 
 
 # ---------------------------------------------------------------------------------------------------- geometry
@@ -324,7 +353,8 @@ def mix(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
     rng = generator(seed, step, 0, _MIX)
     if rng.random() >= probability:
         return images
-    order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    order = torch.from_numpy(rng.permutation(len(images))).to(images.device, non_blocking=True)
     u = rng.random(len(images))
-    weight = torch.from_numpy(np.maximum(u, 1 - u)).to(images).view(-1, 1, 1, 1)
+    weight = torch.from_numpy(np.maximum(u, 1 - u)).to(images.dtype).to(images.device, non_blocking=True)
+    weight = weight.view(-1, 1, 1, 1)
     return torch.lerp(images[order], images, weight)

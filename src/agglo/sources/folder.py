@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
-
 from agglo.preprocess import decode
-from agglo.sources.base import Source
+from agglo.sources._encoded import EncodedSource
+from agglo.sources._index import Writer
+from agglo.sources._paths import EXTENSIONS, expanded
+from agglo.sources._walk import listing
 from agglo.types import ConfigError
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
-
-class Folder(Source):
+class Folder(EncodedSource):
     """Every image below a folder, in the sorted order of their paths; or the one image a path names.
 
     Hidden files and folders are left out. Linked folders are followed, each real folder once. Sub-folders can be read
     as classes: see :meth:`label`.
+
+    A folder of many images is listed once: its names are kept in the cache folder (``$AGGLO_CACHE``) and read through
+    a memory map. They are listed again when the modification time of any folder below differs from what it was, which
+    is whenever a file or folder was added, removed or renamed; what stands in the files is not part of it.
 
     Args:
         path: a folder, or one image file (of any ending); ``~`` and ``${VARIABLES}`` are expanded.
@@ -29,6 +31,8 @@ class Folder(Source):
         extensions: file endings that count as images, in any case, with or without the dot.
         share: keep the images whose names hash into ``[low, high)`` of [0, 1): a split that does not depend on the
             machine, the order or what else is in the folder. ``[0, 0.5]`` and ``[0.5, 1]`` are disjoint and complete.
+        min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
+        skip_uniform: leave out images of one colour.
 
     Raises:
         ConfigError: the path does not exist or holds no image, or a variable in it is not set.
@@ -39,10 +43,13 @@ class Folder(Source):
         *,
         path: str,
         recursive: bool = True,
-        extensions: tuple[str, ...] = _EXTENSIONS,
+        extensions: tuple[str, ...] = EXTENSIONS,
         share: tuple[float, float] = (0.0, 1.0),
+        min_side: int = 0,
+        skip_uniform: bool = False,
     ) -> None:
-        root = Path(_expanded(path)).expanduser()
+        super().__init__(min_side, skip_uniform)
+        root = Path(expanded(path)).expanduser()
         if not 0 <= share[0] < share[1] <= 1:
             raise ConfigError(f"sources.folder: share is a range (low, high) in [0, 1], not {list(share)}")
         if not root.exists():
@@ -50,78 +57,46 @@ class Folder(Source):
         self.root = root if root.is_dir() else root.parent
         self._prefix = self.root.resolve().name
         if root.is_file():
-            self._relative = (root.name,)
+            with Writer() as writer:
+                writer.add(root.name)
+                self._table = writer.finish({}, None)
             return
         wanted = {"." + e.lower().removeprefix(".") for e in extensions}
-        found, others, folders = _scan(root, recursive, wanted)
-        if not found:
-            raise ConfigError(_empty(path, recursive, wanted, others, folders))
-        self._relative = tuple(name for name in sorted(found) if share[0] <= _hash(name) < share[1])
-        if not self._relative:
-            raise ConfigError(f"{path}: none of its {len(found)} images falls into share {list(share)}: widen it")
+        self._table, seen = listing(root, recursive, wanted, share)
+        if seen is not None and not seen.images:
+            raise ConfigError(_empty(path, recursive, wanted, seen.others, seen.folders))
+        if not len(self._table):
+            total = self._table.facts["images"]
+            raise ConfigError(f"{path}: none of its {total} images falls into share {list(share)}: widen it")
 
     def __len__(self) -> int:
-        return len(self._relative)
+        return len(self._table)
 
     def name(self, index: int) -> str:
         """The folder's own name and the path inside it, with ``/``: the same on every machine."""
-        return f"{self._prefix}/{self._relative[index]}"
+        return f"{self._prefix}/{self._table.name(index)}"
 
     def file(self, index: int) -> Path:
         """Where the image is on this machine."""
-        return self.root / self._relative[index]
+        return self.root / self._table.name(index)
 
-    def read(self, index: int) -> Image.Image:
-        return decode(self.file(index), self.name(index))
+    def encoded(self, index: int) -> bytes:
+        path = os.path.join(self.root, self._table.name(index))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return file.readall()
+        except OSError:
+            decode(path, self.name(index))  # knows what to call it
+            raise
 
     def label(self, index: int) -> str | None:
         """The image's class: its parent folder relative to the root, ``"a/b"``; None for an image in the root."""
-        return self._relative[index].rpartition("/")[0] or None
+        return self._table.name(index).rpartition("/")[0] or None
 
     def labels(self) -> list[str] | None:
         """The class of each image, or None unless every image lies in a sub-folder."""
         labels = [label for i in range(len(self)) if (label := self.label(i)) is not None]
         return labels if len(labels) == len(self) else None
-
-
-def _expanded(path: str) -> str:
-    expanded = os.path.expandvars(path)
-    if "${" in expanded:
-        variable = expanded.partition("${")[2].partition("}")[0]
-        raise ConfigError(f"{path}: the environment variable {variable} is not set: export {variable}=/path/to/images")
-    return expanded
-
-
-def _hash(name: str) -> float:
-    """A name as a number in [0, 1), the same everywhere and for ever."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
-
-
-def _scan(root: Path, recursive: bool, wanted: set[str]) -> tuple[list[str], Counter[str], int]:
-    """Images as paths relative to ``root`` with ``/``; other files counted by ending; how many sub-folders."""
-    found: list[str] = []
-    others: Counter[str] = Counter()
-    folders = 0
-    seen: set[str] = set()  # links may form loops, or reach one folder twice
-    for here, names, files in os.walk(root, followlinks=True):
-        names[:] = sorted(n for n in names if not n.startswith("."))
-        real = os.path.realpath(here)
-        if real in seen:
-            names[:] = []
-            continue
-        seen.add(real)
-        folders += len(names)
-        for file in files:
-            ending = os.path.splitext(file)[1].lower()
-            if file.startswith("."):
-                continue
-            if ending in wanted:
-                found.append(Path(here, file).relative_to(root).as_posix())
-            else:
-                others[ending or "no ending"] += 1
-        if not recursive:
-            break
-    return found, others, folders
 
 
 def _missing(path: str, root: Path) -> str:

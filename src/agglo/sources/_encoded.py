@@ -1,0 +1,111 @@
+"""Sources whose images are files of bytes, wherever those lie: decoding, reading in part, and filters."""
+
+from __future__ import annotations
+
+import io
+from abc import abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from agglo.preprocess import decode
+from agglo.sources._jpeg import Frame, frame
+from agglo.sources.base import Need, Pixels, Source, Unwanted
+from agglo.types import ConfigError
+
+_BLANK = 1.0
+_NEARLY_BLANK = 24.0
+"""Shrinking a blank JPEG may ring a little; what looks nearly blank in part is looked at whole."""
+
+
+class EncodedSource(Source):
+    """A source of encoded images.
+
+    Args:
+        min_side: images whose shorter side is below so many pixels, as stored, are left out; 0 for none.
+        skip_uniform: leave out images of one colour: those whose range (largest minus least value, of 255, as a vector
+            of three channels) has length 1 or less.
+
+    Raises:
+        ConfigError: a negative side.
+    """
+
+    def __init__(self, min_side: int = 0, skip_uniform: bool = False) -> None:
+        if min_side < 0:
+            raise ConfigError(f"min_side is a number of pixels, 0 for any; not {min_side}")
+        self.min_side = min_side
+        self.skip_uniform = skip_uniform
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The image's file.
+
+        Raises:
+            ImageError: this image is missing.
+            SourceError: no image can be read just now.
+        """
+
+    def read(self, index: int) -> Image.Image:
+        return self._whole(self.encoded(index), self.name(index))
+
+    def read_part(self, index: int, need: Callable[[tuple[int, int]], Need]) -> Pixels | Image.Image:
+        data = self.encoded(index)
+        head = frame(data)
+        if head is None:
+            return self._whole(data, self.name(index))
+        part = self._part(head, index, need)
+        if part is None:  # still as pixels: a view's place must not depend on which part the decoder refused
+            image = self._whole(data, self.name(index))
+            part = Pixels(np.asarray(image), 1, (image.height, image.width))
+        return part
+
+    def _part(self, head: Frame, index: int, need: Callable[[tuple[int, int]], Need]) -> Pixels | None:
+        if min(head.size) < self.min_side:
+            self._check_size(head.size, self.name(index))
+        part = head.decode(need(head.size))
+        if part is None or not self.skip_uniform or not _within(part.array, _NEARLY_BLANK):
+            return part
+        # Whether an image is left out must not depend on what was needed of it: all of it decides.
+        whole = head.decode(Need(1, head.size[0]))
+        if whole is not None and _within(whole.array, _BLANK):
+            raise _blank(self.name(index))
+        return part
+
+    def _whole(self, data: bytes, name: str) -> Image.Image:
+        if self.min_side:
+            size = _peek(data)  # before the pixels are decoded
+            if size is not None:
+                self._check_size(size, name)
+        image = decode(io.BytesIO(data), name)
+        self._check_size((image.height, image.width), name)
+        if self.skip_uniform and _within(np.asarray(image), _BLANK):
+            raise _blank(name)
+        return image
+
+    def _check_size(self, size: tuple[int, int], name: str) -> None:
+        if min(size) < self.min_side:
+            why = f"{size[1]}x{size[0]} pixels, its shorter side is below {self.min_side}"
+            raise Unwanted(name, why, f"min_side: {self.min_side}")
+
+
+def _blank(name: str) -> Unwanted:
+    return Unwanted(name, "is of one colour", "skip_uniform: true")
+
+
+def _within(array: np.ndarray, limit: float) -> bool:
+    """Whether the channels' range vector is no longer than ``limit``, in 0..255 of each channel."""
+    for pixels in (array[::16, ::16], array):  # a few pixels settle it for nearly every image
+        flat = pixels.reshape(-1, 3)
+        if np.linalg.norm(flat.max(axis=0).astype(np.float64) - flat.min(axis=0)) > limit:
+            return False
+    return True
+
+
+def _peek(data: bytes) -> tuple[int, int] | None:
+    """``(H, W)`` as the header states it, turned or not; None where the file cannot be opened: decoding says why."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except Exception:  # noqa: BLE001 (readers raise nearly anything on damaged files)
+        return None

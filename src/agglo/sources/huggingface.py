@@ -1,0 +1,198 @@
+"""Images in a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agglo.extras import require
+from agglo.sources._encoded import EncodedSource
+from agglo.sources._paths import expanded
+from agglo.sources.base import SourceError
+from agglo.types import ConfigError, ImageError
+
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+class HuggingFace(EncodedSource):
+    """Every image of one split of a Hugging Face dataset, in the order of its rows.
+
+    The dataset is held as Arrow files that are mapped into memory (parquet files and hub datasets are written as such
+    once, to the ``datasets`` package's own cache), so an image is found by its row at once, and nothing is held that
+    is not looked at. The files' own bytes are read, not pictures that ``datasets`` has decoded.
+
+    Args:
+        dataset: a dataset's name on the hub (``owner/name``); a folder written by ``save_to_disk``; a parquet file, a
+            glob of them, or a folder that holds some. ``~`` and ``${VARIABLES}`` are expanded.
+        split: which split; parquet files on this machine are one split, whatever it is called here.
+        config: which configuration of a hub dataset, where it has several.
+        column: the column that holds the images; null finds the only one that does.
+        revision: branch, tag or commit of a hub dataset.
+        min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
+        skip_uniform: leave out images of one colour.
+
+    Raises:
+        ConfigError: no such dataset, split or column, several columns of images, or no rows.
+        SourceError: the hub cannot be reached.
+        MissingExtraError: ``datasets`` is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        split: str = "train",
+        config: str | None = None,
+        column: str | None = None,
+        revision: str | None = None,
+        min_side: int = 0,
+        skip_uniform: bool = False,
+    ) -> None:
+        super().__init__(min_side, skip_uniform)
+        path = os.path.expanduser(expanded(dataset))
+        rows = _local(path, split) if _is_local(path) else _hub(dataset, split, config, revision)
+        self.column = _image_column(rows.features, column, dataset)
+        feature = rows.features[self.column]
+        if type(feature).__name__ == "Image":
+            rows = rows.cast_column(self.column, type(feature)(decode=False))
+        if not len(rows):
+            raise ConfigError(f"source huggingface: split {split!r} of {dataset} has no rows")
+        self._rows = rows.select_columns([self.column]).with_format("arrow")
+        self._prefix = f"{path.rstrip('/').rpartition('/')[2].removesuffix('.parquet')}/{split}"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        """The dataset's name, the split and the row: ``imagenet-1k/train/12``."""
+        return f"{self._prefix}/{index % len(self)}"
+
+    def encoded(self, index: int) -> bytes:
+        cell = self._rows[index].column(0)[0].as_py()
+        if isinstance(cell, str):
+            cell = {"path": cell}
+        if isinstance(cell, Mapping):
+            path, cell = cell.get("path"), cell.get("bytes")
+            if cell is None and path:
+                return self._file(index, path)
+        if not isinstance(cell, bytes):
+            raise ImageError(self.name(index), f"its row holds no image in column {self.column}")
+        return cell
+
+    def _file(self, index: int, path: str) -> bytes:
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise ImageError(self.name(index), f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def _is_local(path: str) -> bool:
+    """Whether a name means something on this machine, be it there or not."""
+    return os.path.exists(path) or path.startswith(("/", ".", "~")) or path.endswith(".parquet") or glob.has_magic(path)
+
+
+def _local(path: str, split: str) -> Any:
+    datasets = require("datasets", "data")
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        found = datasets.load_from_disk(path)
+        if not isinstance(found, Mapping):
+            return found
+        if split not in found:
+            raise ConfigError(f"source huggingface: {path} has no split {split!r}; it has: {', '.join(found)}")
+        return found[split]
+    pattern = os.path.join(glob.escape(path), "**", "*.parquet") if os.path.isdir(path) else path
+    files = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [path]
+    if not files or not os.path.isfile(files[0]):
+        raise ConfigError(_nothing(path))
+    try:
+        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    except Exception as error:  # a damaged file surfaces as one of many
+        if "no data" in str(error):
+            raise ConfigError(f"source huggingface: {path} has no rows") from error
+        cause = error.__cause__ or error
+        raise ConfigError(f"source huggingface: {path} cannot be read as parquet ({cause})") from error
+
+
+def _nothing(path: str) -> str:
+    if os.path.isdir(path):
+        return (
+            f"source huggingface: {path} holds neither what `save_to_disk` writes nor parquet files; a folder of image "
+            "files is `kind: folder`, one of tar files `kind: webdataset`"
+        )
+    parent = Path(path).parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(os.path.basename(path), names, n=1)
+    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    return f"source huggingface: there is no {path!r}{hint}"
+
+
+def _hub(name: str, split: str, config: str | None, revision: str | None) -> Any:
+    datasets = require("datasets", "data")
+    where = f"source huggingface: {name}"
+    try:
+        return datasets.load_dataset(name, config, split=split, revision=revision)
+    except (ConnectionError, TimeoutError) as error:
+        offline = [
+            key for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(key, "0") not in ("", "0")
+        ]
+        how = f"{offline[0]} is set" if offline else "the hub cannot be reached"
+        raise SourceError(
+            f"{where}: {how}, and the dataset is not in the local cache. "
+            + (f"Unset {offline[0]}, or on" if offline else "On")
+            + f" a machine with a network run `hf download --repo-type dataset {name} --local-dir "
+            f"{name.rpartition('/')[2]}`, bring the folder here and name its path"
+        ) from error
+    except Exception as error:  # readers and the hub's client raise nearly anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "gated" in str(error).lower():
+            page = f"https://huggingface.co/datasets/{name}"
+            raise ConfigError(f"{where} is gated: accept its terms on {page}, then run `hf auth login`") from error
+        if type(error).__name__ in ("DatasetNotFoundError", "HFValidationError", "FileNotFoundError"):
+            raise ConfigError(
+                f"{where}: no such dataset on the hub, or it is private and you are not logged in (`hf auth login`), "
+                f"and no folder or file of that name here ({first})"
+            ) from error
+        raise ConfigError(f"{where}, split {split!r}: {first}") from error
+
+
+def _image_column(features: Mapping[str, Any], wanted: str | None, dataset: str) -> str:
+    """The column that holds images.
+
+    Raises:
+        ConfigError: the named one is not there, or none or several could be meant.
+    """
+    where = f"source huggingface: {dataset}"
+    listed = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+    if wanted is not None:
+        if wanted not in features:
+            near = difflib.get_close_matches(wanted, features, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{where} has no column {wanted!r}{hint} (columns: {listed})")
+        if _kind(features[wanted]) not in ("Image", "bytes", "path"):
+            raise ConfigError(f"{where}: column {wanted!r} cannot hold images (columns: {listed})")
+        return wanted
+    for kind in ("Image", "bytes"):
+        found = [name for name, feature in features.items() if _kind(feature) == kind]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ConfigError(f"{where}: columns {', '.join(found)} could all hold the images; name one as `column`")
+    raise ConfigError(f"{where} has no column of images; name the right one as `column` (columns: {listed})")
+
+
+def _kind(feature: Any) -> str:
+    """``Image``; ``bytes``: encoded images may be in it; ``path``: names of files may be; else its type for people."""
+    if type(feature).__name__ == "Image":
+        return "Image"
+    if isinstance(feature, Mapping):
+        return "bytes" if "bytes" in feature else f"struct of {', '.join(feature)}"
+    dtype = getattr(feature, "dtype", None)
+    if isinstance(feature, Sequence) or dtype is None:
+        return type(feature).__name__
+    known = {"binary": "bytes", "large_binary": "bytes", "string": "path", "large_string": "path"}
+    return known.get(dtype, str(dtype))

@@ -1,0 +1,152 @@
+"""NAVI: objects from several sides, with depth and exact cameras."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from agglo.sources._dataset import Files, Layout, normals_of, read_mask
+from agglo.sources._paths import expanded
+from agglo.types import ConfigError
+
+LAYOUT = Layout(
+    "navi",
+    "navidataset.github.io (navi_v1.0.tar.gz, 16 GB, or a later version)",
+    "<object>/<scene>/{annotations.json, images/*.jpg, depth/*.png, masks/*.png} with scenes multiview-* and wild_set",
+    ("navi_v1.5", "navi_v1.0", "navi_v1"),
+    ("custom_splits", "*/*/annotations.json"),
+)
+DISPARITY = 65535 * 10
+"""A stored value v is the depth ``DISPARITY / v`` in the data set's unit; 0 is unknown."""
+MILLIMETRE = 0.001
+TURN = np.diag([1.0, -1.0, -1.0, 1.0])
+"""From cameras that look along -z with y up to ours, which look along +z with y down."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScenePair:
+    """Two views of one object: indices of the first and the second image."""
+
+    first: int
+    second: int
+
+
+class Navi(Files):
+    """NAVI (Jampani et al. 2023): photographs aligned with scans of 36 objects.
+
+    ``annotation(index)`` has ``depth`` ``(H, W)`` in metres (0 unknown), ``normals`` ``(3, H, W)`` made of it,
+    ``instances`` (1 on the object), ``K`` and ``cam_from_world``, the world being the object's own frame. Cameras whose
+    object lies at negative z are turned into ours, which look along +z.
+
+    ``pairs()``: of each multi-view scene its images in order, each with the next one of the split; with ``apart: 3``,
+    with the third next one, and so on.
+
+    Args:
+        path: the folder of objects, or the one around it.
+        split: ``train``, ``val`` or ``all``, as ``annotations.json`` says.
+        scenes: ``multiview``, ``wild_set``, ``video`` or ``all``.
+        apart: places between the images of a pair.
+
+    Raises:
+        ConfigError: it is not there, or images, depths or masks are missing: they are counted.
+    """
+
+    def __init__(self, *, path: str, split: str = "val", scenes: str = "multiview", apart: int = 1) -> None:
+        if apart < 1:
+            raise ConfigError(f"source navi: apart is at least 1, got {apart}")
+        LAYOUT.split(split, ("train", "val", "all"))
+        if scenes not in ("multiview", "wild_set", "video", "all"):
+            raise ConfigError(f"source navi: scenes is multiview, wild_set, video or all, not {scenes!r}")
+        root = _root(path)
+        prefix = "" if scenes == "all" else scenes
+        self._entries = [
+            (folder, entry)
+            for file in sorted(root.glob(f"*/{prefix}*/annotations.json"))
+            for folder, entry in _entries(file, root)
+            if split in ("all", entry.get("split"))
+        ]
+        if not self._entries:
+            raise LAYOUT.nothing(root)
+        super().__init__("navi", root, [f"{folder}/images/{entry['filename']}" for folder, entry in self._entries])
+        LAYOUT.whole((self.file(i) for i in range(len(self))), "images")
+        LAYOUT.whole((self._png(i, "depth") for i in range(len(self))), "depth maps")
+        LAYOUT.whole((self._png(i, "masks") for i in range(len(self))), "masks")
+        self.classes = tuple(sorted({folder.split("/")[0] for folder, _ in self._entries}))
+        self._apart = apart
+
+    def _png(self, index: int, what: str) -> Path:
+        folder, entry = self._entries[index]
+        return self.root / folder / what / f"{Path(entry['filename']).stem}.png"
+
+    def label(self, index: int) -> int:
+        """Position of the object in ``classes``."""
+        return self.classes.index(self._entries[index][0].split("/")[0])
+
+    def annotation(self, index: int) -> SimpleNamespace:
+        """Everything known about a view."""
+        entry = self._entries[index][1]
+        stored = read_mask(self._png(index, "depth")).astype(np.float64)
+        with np.errstate(divide="ignore"):
+            depth = np.where(stored > 0, DISPARITY * MILLIMETRE / stored, 0.0).astype(np.float32)
+        height, width = (int(value) for value in entry["image_size"])
+        focal = float(entry["camera"]["focal_length"])
+        K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
+        K[:2] *= [[depth.shape[1] / width], [depth.shape[0] / height]]  # maps may be stored smaller than was annotated
+        return SimpleNamespace(
+            depth=depth,
+            normals=normals_of(depth, K),
+            instances=(read_mask(self._png(index, "masks")) > 0).astype(np.uint8),
+            K=K,
+            cam_from_world=_pose(entry["camera"]),
+        )
+
+    def pairs(self) -> list[ScenePair]:
+        """Neighbouring views of every scene."""
+        groups: dict[str, list[int]] = {}
+        for index, (folder, _) in enumerate(self._entries):
+            groups.setdefault(folder, []).append(index)
+        return [
+            ScenePair(first, second)
+            for group in groups.values()
+            for first, second in zip(group, group[self._apart :], strict=False)
+        ]
+
+
+def _root(path: str) -> Path:
+    """The folder of objects."""
+    try:
+        return LAYOUT.root(path)
+    except ConfigError:
+        base = Path(expanded(path)).expanduser()
+        for candidate in (base, *(base / name for name in LAYOUT.nested)):
+            if next(candidate.glob("*/*/annotations.json"), None) is not None:
+                return candidate
+        raise
+
+
+def _entries(file: Path, root: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        for entry in entries:
+            _ = entry["filename"], entry["camera"]["q"], entry["camera"]["t"], entry["image_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"source navi: {file} is damaged ({error!r}). Get it from {LAYOUT.get}") from error
+    return [(file.parent.relative_to(root).as_posix(), entry) for entry in entries]
+
+
+def _pose(camera: dict[str, Any]) -> np.ndarray:
+    """``(4, 4)``: from the object's frame to the camera's, metres."""
+    w, x, y, z = np.asarray(camera["q"], np.float64) / np.linalg.norm(camera["q"])
+    pose = np.eye(4)
+    pose[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    pose[:3, 3] = np.asarray(camera["t"], np.float64) * MILLIMETRE
+    return TURN @ pose if pose[2, 3] < 0 else pose  # the object is in front of the camera that saw it

@@ -1,0 +1,197 @@
+"""NYU Depth v2: rooms with depth, in the forms it comes in."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from agglo.extras import require
+from agglo.preprocess import decode
+from agglo.sources._dataset import Layout, listed, normals_of, read_mask
+from agglo.sources._paths import expanded
+from agglo.sources.base import Source
+from agglo.types import ConfigError, ImageError
+
+LAYOUT = Layout(
+    "nyu",
+    "cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html (nyu_depth_v2_labeled.mat, 2.8 GB, and splits.mat)",
+    "nyu_depth_v2_labeled.mat and splits.mat; or <split>/*_colors.png and <split>/*_depth.png (16 bits, millimetres); "
+    "or <split>/*.npz or <split>/*.h5 with image (or rgb) and depth (metres)",
+    ("nyu_depth_v2", "nyu"),
+    ("nyu_depth_v2_labeled.mat", "test", "train"),
+)
+FOCAL, CENTRE = (518.85790117450188, 519.46961112127485), (325.58244941119034, 253.73616633400465)
+"""Of the colour camera, from the data set's toolbox, for 640 x 480 pixels."""
+FULL = (480, 640)
+
+
+class _Entry(NamedTuple):
+    """An image and its depth: how to get them."""
+
+    name: str
+    image: Callable[[], Image.Image]
+    depth: Callable[[], np.ndarray]
+
+
+class Nyu(Source):
+    """NYU Depth v2 (Silberman et al. 2012): 795 labelled images to train on, 654 to test.
+
+    ``annotation(index)`` has ``depth`` ``(H, W)`` in metres (0 unknown), ``normals`` ``(3, H, W)`` made of it, and
+    ``K``.
+
+    Args:
+        path: the folder, or the labelled ``.mat`` file with ``splits.mat`` beside it.
+        split: ``train`` or ``test``.
+
+    Raises:
+        ConfigError: it is not there, or images have no depth: they are counted.
+        MissingExtraError: a ``.mat`` or ``.h5`` file, and h5py or scipy is not installed.
+    """
+
+    def __init__(self, *, path: str, split: str = "test") -> None:
+        LAYOUT.split(split, ("train", "test"))
+        base = Path(expanded(path)).expanduser()
+        root = base.parent if base.suffix == ".mat" and base.is_file() else LAYOUT.root(path)
+        mat = root / "nyu_depth_v2_labeled.mat"
+        self._entries = _labelled(mat, split) if mat.is_file() else _files(root / split)
+        if not self._entries:
+            raise LAYOUT.nothing(root / split)
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        """E.g. ``nyu/test/00012``."""
+        return f"nyu/{self._split}/{self._entries[index].name}"
+
+    def read(self, index: int) -> Image.Image:
+        return self._entries[index].image()
+
+    def annotation(self, index: int) -> SimpleNamespace:
+        """``depth``, ``normals`` and ``K``."""
+        depth = self._entries[index].depth().astype(np.float32)
+        K = intrinsics(depth.shape)
+        return SimpleNamespace(depth=depth, normals=normals_of(depth, K), K=K)
+
+
+def intrinsics(shape: tuple[int, ...]) -> np.ndarray:
+    """``(3, 3)`` of the colour camera for maps of this ``(H, W)``, pixel centres at +0.5."""
+    sx, sy = shape[1] / FULL[1], shape[0] / FULL[0]
+    x, y = CENTRE[0] - 0.5, CENTRE[1] - 0.5  # the toolbox counts pixels from 1 and puts their centres there
+    return np.array([[FOCAL[0] * sx, 0, x * sx], [0, FOCAL[1] * sy, y * sy], [0, 0, 1]])
+
+
+# --- one file for all -------------------------------------------------------------------------------------------------
+
+
+class _Mat:
+    """Picks one image of the labelled file; MATLAB's axes are the other way round."""
+
+    def __init__(self, path: Path, row: int, field: str) -> None:
+        self.path, self.row, self.field = path, row, field
+
+    def array(self) -> np.ndarray:
+        with require("h5py", "eval").File(self.path, "r") as file:
+            return np.asarray(file[self.field][self.row])
+
+    def __call__(self) -> Any:
+        array = self.array()
+        return Image.fromarray(array.transpose(2, 1, 0)) if self.field == "images" else array.T
+
+
+def _labelled(mat: Path, split: str) -> list[_Entry]:
+    splits = mat.with_name("splits.mat")
+    LAYOUT.whole([splits], "lists of splits")
+    key = "trainNdxs" if split == "train" else "testNdxs"
+    rows = require("scipy.io", "eval").loadmat(splits)[key].reshape(-1).astype(int) - 1
+    try:
+        with require("h5py", "eval").File(mat, "r") as file:
+            count = min(len(file["images"]), len(file["depths"]))
+    except (OSError, KeyError) as error:
+        raise ConfigError(f"source nyu: {mat} is cut off or damaged ({error}). Get it from {LAYOUT.get}") from error
+    lost = int((rows >= count).sum())
+    if lost:
+        raise ConfigError(
+            f"source nyu: {lost} of {len(rows)} images of {split} are not in {mat}. Get it from {LAYOUT.get}"
+        )
+    return [_Entry(f"{row:05d}", _Mat(mat, row, "images"), _Mat(mat, row, "depths")) for row in rows.tolist()]
+
+
+# --- a file an image --------------------------------------------------------------------------------------------------
+
+
+class _Arrays:
+    """One array of an ``.npz`` or ``.h5`` file."""
+
+    def __init__(self, path: Path, names: tuple[str, ...], picture: bool) -> None:
+        self.path, self.names, self.picture = path, names, picture
+
+    def __call__(self) -> Any:
+        try:
+            array = self._read()
+        except (OSError, KeyError, ValueError) as error:
+            raise ImageError(str(self.path), str(error)) from error
+        if not self.picture:
+            return array
+        return Image.fromarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array)
+
+    def _read(self) -> np.ndarray:
+        if self.path.suffix == ".npz":
+            with np.load(self.path, allow_pickle=False) as file:
+                return np.asarray(file[self._of(file.files)])
+        with require("h5py", "eval").File(self.path, "r") as file:
+            return np.asarray(file[self._of(list(file.keys()))])
+
+    def _of(self, there: list[str]) -> str:
+        found = next((name for name in self.names if name in there), None)
+        if found is None:
+            raise KeyError(f"holds {', '.join(there)} and none of {', '.join(self.names)}")
+        return found
+
+
+class _Picture:
+    """A picture in a file."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+
+    def __call__(self) -> Image.Image:
+        return decode(io.BytesIO(self.path.read_bytes()) if self.path.is_file() else self.path, self.name)
+
+
+class _Millimetres:
+    """A depth map of 16 bits."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self) -> np.ndarray:
+        return read_mask(self.path).astype(np.float64) / 1000
+
+
+def _files(folder: Path) -> list[_Entry]:
+    arrays = listed(folder, ".npz", ".h5")
+    if arrays:
+        return [
+            _Entry(
+                Path(name).stem,
+                _Arrays(folder / name, ("image", "rgb"), picture=True),
+                _Arrays(folder / name, ("depth",), picture=False),
+            )
+            for name in arrays
+        ]
+    names = [name for name in listed(folder, ".png", ".jpg") if Path(name).stem.endswith("_colors")]
+    stems = [Path(name).stem.removesuffix("_colors") for name in names]
+    depths = [folder / f"{stem}_depth.png" for stem in stems]
+    LAYOUT.whole(depths, "depth maps")
+    return [
+        _Entry(stem, _Picture(folder / name, f"nyu/{folder.name}/{stem}"), _Millimetres(depth))
+        for stem, name, depth in zip(stems, names, depths, strict=True)
+    ]

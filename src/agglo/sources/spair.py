@@ -1,0 +1,120 @@
+"""SPair-71k: key points of the same object in pairs of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agglo.sources._dataset import Files, Layout
+from agglo.types import ConfigError
+
+LAYOUT = Layout(
+    "spair",
+    "cvlab.postech.ac.kr/research/SPair-71k (SPair-71k.tar.gz, 230 MB)",
+    "JPEGImages/<category>/*.jpg, PairAnnotation/{trn,val,test}/*.json",
+    ("SPair-71k",),
+    ("PairAnnotation",),
+)
+SPLITS = {"train": "trn", "val": "val", "test": "test"}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPointPair:
+    """Two images of one category.
+
+    Attributes:
+        first: index of the source image.
+        second: index of the target image.
+        points: ``(N, 2, 2)`` float32: each key point's ``(x, y)`` in the first and in the second image.
+        box: ``xyxy`` of the object in the second image.
+        category: its class.
+    """
+
+    first: int
+    second: int
+    points: np.ndarray
+    box: tuple[float, float, float, float]
+    category: str
+
+
+class SPair(Files):
+    """SPair-71k (Min et al. 2019): 12 234 test pairs of 18 categories.
+
+    Of each category the ``pairs`` pairs whose names have the smallest SHA-256 are taken: a choice that is the same
+    everywhere. Published numbers draw theirs at random.
+
+    Args:
+        path: the folder ``SPair-71k``, or the one around it.
+        split: ``train``, ``val`` or ``test``.
+        pairs: pairs of each category; 0 for all.
+
+    Raises:
+        ConfigError: it is not there, or images of its pairs are missing: they are counted.
+    """
+
+    def __init__(self, *, path: str, split: str = "test", pairs: int = 0) -> None:
+        if pairs < 0:
+            raise ConfigError(f"source spair: pairs is a number, 0 for all; got {pairs}")
+        root = LAYOUT.root(path)
+        folder = root / "PairAnnotation" / SPLITS[LAYOUT.split(split, tuple(SPLITS))]
+        found = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        if not found:
+            raise LAYOUT.nothing(folder)
+        chosen = _chosen(found, pairs)
+        self._facts = [_facts(file) for file in chosen]
+        names = sorted({name for facts in self._facts for name in facts[:2]})
+        super().__init__("spair", root, names)
+        LAYOUT.whole((self.file(i) for i in range(len(self))), "images")
+        self._index = {name: i for i, name in enumerate(names)}
+        self.classes = tuple(sorted({name.split("/")[1] for name in names}))
+
+    def label(self, index: int) -> int:
+        """Position in ``classes``."""
+        return self.classes.index(self._files[index].split("/")[1])
+
+    def pairs(self) -> list[KeyPointPair]:
+        """The pairs, in the order of their files."""
+        return [
+            KeyPointPair(self._index[first], self._index[second], points, box, category)
+            for first, second, points, box, category in self._facts
+        ]
+
+
+_Facts = tuple[str, str, np.ndarray, tuple[float, float, float, float], str]
+
+
+def _chosen(files: list[Path], most: int) -> list[Path]:
+    """``most`` files of each category; ``000012-2008_01-2008_02:cat.json`` is of the category cat."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        category = file.stem.rpartition(":")[2] if ":" in file.stem else str(_read(file)["category"])
+        groups.setdefault(category, []).append(file)
+
+    def draw(file: Path) -> str:
+        return hashlib.sha256(file.name.encode()).hexdigest()
+
+    return sorted(file for group in groups.values() for file in (sorted(group, key=draw)[:most] if most else group))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"source spair: {file} is damaged ({error}). Get it from {LAYOUT.get}") from error
+
+
+def _facts(file: Path) -> _Facts:
+    entry = _read(file)
+    try:
+        category = str(entry["category"])
+        names = [f"JPEGImages/{category}/{entry[key]}" for key in ("src_imname", "trg_imname")]
+        points = np.stack([np.asarray(entry[key], np.float32) for key in ("src_kps", "trg_kps")], 1)
+        x0, y0, x1, y1 = (float(value) for value in entry["trg_bndbox"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"source spair: {file} is no pair ({error!r}). Get it from {LAYOUT.get}") from error
+    return names[0], names[1], points, (x0, y0, x1, y1), category

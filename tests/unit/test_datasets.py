@@ -1,0 +1,305 @@
+"""Data sets in the layouts people have: what they hold, and what is said when they are not there or only partly."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_datasets as tiny
+from PIL import Image
+
+from agglo.bundled import imagenet_classes, imagenet_wnids
+from agglo.config import build
+from agglo.evals._probe import truth_of
+from agglo.evals.correspondence import project
+from agglo.sources._dataset import normals_of
+from agglo.types import ConfigError, ImageError
+
+
+def source(kind: str, root: Path, **keys):
+    return build("sources", {"kind": kind, **tiny.MAKERS[kind](root), **keys})
+
+
+def refused(kind: str, **keys) -> str:
+    with pytest.raises(ConfigError) as error:
+        build("sources", {"kind": kind, **keys})
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", tiny.MAKERS)
+def test_a_missing_one_says_where_to_get_it_and_what_it_must_look_like(kind: str, tmp_path: Path) -> None:
+    line = refused(kind, path=str(tmp_path / "nowhere"))
+    assert "there is no" in line
+    assert "Get it from" in line
+    assert "must look like" in line
+    (tmp_path / "empty").mkdir()
+    assert "Get it from" in refused(kind, path=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("kind", tiny.MAKERS)
+def test_a_split_that_does_not_exist_lists_those_that_do(kind: str, tmp_path: Path) -> None:
+    keys = tiny.MAKERS[kind](tmp_path)
+    line = refused(kind, **{**keys, "split": "tset"})
+    assert "no split 'tset'; it has: " in line
+    assert keys["split"] in line
+
+
+@pytest.mark.parametrize("kind", tiny.MAKERS)
+def test_read_pickled_and_named_alike(kind: str, tmp_path: Path) -> None:
+    made = source(kind, tmp_path)
+    names = [made.name(i) for i in range(len(made))]
+    assert len(set(names)) == len(names) > 0
+    assert all(name.startswith(kind) and str(tmp_path) not in name for name in names)
+    copy = pickle.loads(pickle.dumps(made))
+    for i in range(len(made)):
+        assert copy.read(i).tobytes() == made.read(i).tobytes()
+        assert made.read(i).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("kind", "victim", "what"),
+    [
+        ("ade20k", "ADEChallengeData2016/annotations/validation/ADE_1.png", "1 of 2 masks are missing"),
+        ("ade20k", "ADEChallengeData2016/images/validation/ADE_1.jpg", "1 of 2 images are missing"),
+        ("voc", "VOCdevkit/VOC2012/SegmentationClass/2007_04.png", "1 of 2 masks are missing"),
+        ("voc", "VOCdevkit/VOC2012/JPEGImages/2007_04.jpg", "1 of 2 images are missing"),
+        ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", "val.txt is missing"),
+        ("camvid", "valannot/1.png", "1 of 2 masks are missing"),
+        ("cifar", "cifar-10-batches-bin/test_batch.bin", "1 of 1 batches are missing"),
+        ("spair", "SPair-71k/JPEGImages/cat/cat_0.jpg", "1 of 6 images are missing"),
+        ("navi", "navi_v1.0/wall/multiview-00-phone/depth/001.png", "1 of 3 depth maps are missing"),
+        ("navi", "navi_v1.0/wall/multiview-00-phone/masks/001.png", "1 of 3 masks are missing"),
+        ("nyu", "test/00001_depth.png", "1 of 2 depth maps are missing"),
+        ("coco", "val2017/1.jpg", "1 of 2 images are missing"),
+        ("coco", "annotations/instances_val2017.json", "1 of 1 annotation files are missing"),
+    ],
+)
+def test_half_a_download_is_counted(kind: str, victim: str, what: str, tmp_path: Path) -> None:
+    keys = tiny.MAKERS[kind](tmp_path)
+    build("sources", {"kind": kind, **keys})
+    (tmp_path / victim).unlink()
+    line = refused(kind, **keys)
+    assert what in line
+
+
+def test_imagenet_labels_are_among_all_thousand(tmp_path: Path) -> None:
+    made = source("imagenet", tmp_path)
+    assert len(made) == 6
+    assert {made.label(i) for i in range(6)} == {0, 7, 999}
+    assert made.classes == imagenet_classes()
+    assert made.name(0) == f"imagenet/val/{imagenet_wnids()[0]}/val_0.JPEG"
+
+
+def test_imagenet_classes_by_name_empty_ones_and_strange_ones(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("Tench", "great_white-shark"):
+            tiny.picture(tmp_path / split / name / "0.png")
+    made = build("sources", {"kind": "imagenet", "path": str(tmp_path)})
+    assert [made.classes[made.label(i)] for i in range(2)] == ["tench", "great white shark"]
+    (tmp_path / "val" / imagenet_wnids()[5]).mkdir()
+    assert "1 of 3 classes" in refused("imagenet", path=str(tmp_path))
+    (tmp_path / "val" / imagenet_wnids()[5]).rename(tmp_path / "val" / "unicorn")
+    assert "unicorn" in refused("imagenet", path=str(tmp_path))
+    assert "{kind: folder}" in refused("imagenet", path=str(tmp_path))
+
+
+def test_imagenet_val_without_classes_says_what_to_do(tmp_path: Path) -> None:
+    tiny.picture(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
+    assert "sort them" in refused("imagenet", path=str(tmp_path))
+
+
+def test_masks_follow_the_contract_of_segmentation(tmp_path: Path) -> None:
+    for kind, values, classes in (
+        ("ade20k", {1, 2, 3, 255}, 150),  # 0 is "not annotated"
+        ("voc", {0, 1, 2, 3, 255}, 20),
+        ("camvid", {*range(1, 12), 255}, 11),
+    ):
+        made = source(kind, tmp_path / kind)
+        assert len(made.classes) == classes
+        mask = made.annotation(0).semantic
+        assert mask.dtype == np.uint8
+        assert set(np.unique(mask)) == values
+        truth_of(made, 0, "semantic", (tiny.H, tiny.W), (16, 16))  # lies pixel on pixel
+    assert source("ade20k", tmp_path / "again").classes[2] == "thing 3"
+
+
+def test_camvid_in_folders_of_images_and_labels_and_masks_of_another_list(tmp_path: Path) -> None:
+    tiny.picture(tmp_path / "val" / "images" / "a.png")
+    mask = tiny.grey(tmp_path / "val" / "labels" / "a.png", tiny.stripes(12))
+    made = build("sources", {"kind": "camvid", "path": str(tmp_path)})
+    assert made.name(0) == "camvid/val/images/a.png"
+    tiny.grey(mask, tiny.stripes(20))
+    with pytest.raises(ConfigError, match="class 19"):
+        made.annotation(0)
+    tiny.picture(mask)
+    with pytest.raises(ImageError, match="picture"):
+        made.annotation(0)
+
+
+def test_cifar_in_every_form(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    ten = source("cifar", tmp_path / "a")
+    assert [ten.label(i) for i in range(4)] == [0, 3, 9, 3]
+    assert ten.read(0).size == (32, 32)
+    data = np.fromfile(tmp_path / "a" / "cifar-10-batches-bin" / "test_batch.bin", np.uint8)[1:3073]
+    assert np.array(ten.read(0))[0, 5].tolist() == [data[5], data[1024 + 5], data[2048 + 5]]
+    (tmp_path / "b").mkdir()
+    hundred = build("sources", {"kind": "cifar", **tiny.cifar100(tmp_path / "b")})
+    assert (len(hundred.classes), hundred.label(1), hundred.classes[5]) == (100, 99, "fine 5")
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "c.npz", x_test=images, y_test=[1, 0], names=["cat", "dog"])
+    small = build("sources", {"kind": "cifar", "path": str(tmp_path / "c.npz")})
+    assert [small.classes[small.label(i)] for i in range(2)] == ["dog", "cat"]
+    np.savez(tmp_path / "d.npz", x_test=images, y_test=[1, 2], names=["cat", "dog"])
+    assert "label 2" in refused("cifar", path=str(tmp_path / "d.npz"))
+
+
+def test_cifar_cut_off_and_malicious(tmp_path: Path) -> None:
+    keys = tiny.cifar(tmp_path)
+    file = tmp_path / "cifar-10-batches-bin" / "test_batch.bin"
+    file.write_bytes(file.read_bytes()[:-5])
+    assert "cut off" in refused("cifar", **keys)
+    (tmp_path / "b").mkdir()
+    keys = tiny.cifar100(tmp_path / "b")
+    (tmp_path / "b" / "cifar-100-python" / "test").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    )
+    assert "it asks for os.system" in refused("cifar", **keys)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_spair_pairs_hold_points_boxes_and_categories(tmp_path: Path) -> None:
+    made = source("spair", tmp_path)
+    pairs = made.pairs()
+    assert [pair.category for pair in pairs].count("cat") == 2
+    first = next(pair for pair in pairs if pair.category == "cat")
+    assert made.name(first.first) == "spair/JPEGImages/cat/cat_0.jpg"
+    assert first.points.tolist() == [[[3, 4], [6, 7]], [[10, 5], [12, 9]]]
+    assert first.box == (2, 3, 22, 13)
+    assert made.classes[made.label(first.first)] == "cat"
+    one = build("sources", {"kind": "spair", "path": str(tmp_path), "pairs": 1})
+    assert sorted(pair.category for pair in one.pairs()) == ["cat", "dog"]
+
+
+def test_navi_geometry_is_consistent_between_views(tmp_path: Path) -> None:
+    """A point of the wall, lifted with one view's depth and camera, falls where the other camera sees it."""
+    import torch
+
+    made = source("navi", tmp_path)
+    assert len(made) == 3  # one image is of the other split
+    assert [(pair.first, pair.second) for pair in made.pairs()] == [(0, 1), (1, 2)]
+    one, two = made.annotation(0), made.annotation(1)
+    assert np.allclose(one.depth, 0.5, atol=2e-4)
+    assert set(np.unique(one.instances)) == {0, 1}
+    inner = one.normals[:, 1:-1, 1:-1]
+    assert np.allclose(inner, np.array([0, 0, -1.0])[:, None, None], atol=1e-3)  # faces the camera
+    world = torch.tensor([[0.0, 0.0, 0.0]], dtype=torch.float64)  # the object's origin
+    assert torch.allclose(project(world, one), torch.tensor([[16.0, 12.0]], dtype=torch.float64))
+    assert torch.allclose(project(world, two), torch.tensor([[16.0 + 40 * 10 / 500, 12.0]], dtype=torch.float64))
+
+
+def test_navi_cameras_that_look_backwards_are_turned(tmp_path: Path) -> None:
+    from agglo.sources.navi import _pose
+
+    pose = _pose({"q": [2.0, 0, 0, 0], "t": [10, 20, -500]})
+    assert np.allclose(pose[:3, 3], [0.01, -0.02, 0.5])
+    assert np.isclose(np.linalg.det(pose[:3, :3]), 1)
+    turned = _pose({"q": [np.cos(0.3), 0, np.sin(0.3), 0], "t": [0, 0, 500]})
+    assert np.allclose(turned[:3, :3], [[np.cos(0.6), 0, np.sin(0.6)], [0, 1, 0], [-np.sin(0.6), 0, np.cos(0.6)]])
+
+
+def test_normals_of_a_slanted_plane_and_of_an_edge() -> None:
+    K = np.array([[50.0, 0, 16], [0, 50.0, 12], [0, 0, 1]])
+    normal = np.array([0.3, -0.2, -1.0]) / np.linalg.norm([0.3, -0.2, -1.0])
+    y, x = np.mgrid[0:24, 0:32] + 0.5
+    rays = np.stack(((x - 16) / 50, (y - 12) / 50, np.ones_like(x)))
+    depth = -2.0 / np.einsum("c,chw->hw", normal, rays)  # normal . X = -2
+    found = normals_of(depth, K)
+    assert np.abs(found[:, 1:-1, 1:-1] - normal[:, None, None]).max() < 1e-5
+    assert np.isnan(found[:, 0]).all()
+    depth[:, 16:] *= 2
+    depth[5, 5] = 0
+    broken = normals_of(depth, K)
+    assert np.isnan(broken[:, 1:-1, 15:17]).all()
+    assert np.isnan(broken[:, 4:7, 5]).all()
+    assert np.isfinite(broken[:, 10, 10]).all()
+
+
+def test_nyu_pairs_of_pictures_and_files_of_arrays(tmp_path: Path) -> None:
+    made = source("nyu", tmp_path)
+    known = made.annotation(0)
+    assert known.depth.dtype == np.float32
+    assert np.isclose(known.depth[0, 3], 1.03)
+    assert known.depth.shape == (tiny.H, tiny.W) == known.normals.shape[1:]
+    assert np.isclose(known.K[0, 0], 518.8579 * tiny.W / 640, atol=1e-3)
+    folder = tmp_path / "arrays" / "test"
+    folder.mkdir(parents=True)
+    np.savez(folder / "a.npz", image=np.zeros((8, 9, 3), np.uint8), depth=np.ones((8, 9), np.float32))
+    arrays = build("sources", {"kind": "nyu", "path": str(tmp_path / "arrays")})
+    assert arrays.read(0).size == (9, 8)
+    assert arrays.annotation(0).depth.max() == 1
+    np.savez(folder / "b.npz", picture=np.zeros((8, 9, 3), np.uint8))
+    with pytest.raises(ImageError, match="none of image, rgb"):
+        build("sources", {"kind": "nyu", "path": str(tmp_path / "arrays")}).read(1)
+
+
+def test_nyu_the_labelled_file(tmp_path: Path) -> None:
+    h5py, scipy_io = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
+    rng = np.random.default_rng(0)
+    images, depths = rng.integers(0, 256, (4, 3, 12, 8), dtype=np.uint8), rng.random((4, 12, 8)).astype(np.float32) + 1
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"], file["depths"] = images, depths
+    scipy_io.savemat(tmp_path / "splits.mat", {"trainNdxs": [[1], [3]], "testNdxs": [[2], [4]]})
+    made = build("sources", {"kind": "nyu", "path": str(tmp_path)})
+    assert [made.name(i) for i in range(2)] == ["nyu/test/00001", "nyu/test/00003"]
+    assert made.read(1).size == (12, 8)
+    assert np.array_equal(np.array(made.read(1))[2, 5], images[3, :, 5, 2])
+    assert np.isclose(made.annotation(1).depth[2, 5], depths[3, 5, 2])
+    scipy_io.savemat(tmp_path / "splits.mat", {"trainNdxs": [[1]], "testNdxs": [[2], [9]]})
+    assert "1 of 2 images of test are not in" in refused("nyu", path=str(tmp_path))
+
+
+def test_coco_small_things_are_on_top_and_crowds_have_no_class(tmp_path: Path) -> None:
+    made = source("coco", tmp_path)
+    known = made.annotation(0)
+    assert made.classes == ("car", "dog")
+    assert [(o.instance, o.category, o.box) for o in known.objects] == [
+        (1, "car", (4, 4, 20, 16)),
+        (2, "dog", (6, 6, 10, 10)),
+    ]
+    assert known.instances[5, 5] == 1 and known.instances[7, 7] == 2 and known.instances[20, 20] == 0
+    assert known.semantic[7, 7] == 2 and known.semantic[5, 5] == 1 and known.semantic[0, 30] == 0
+    assert (known.semantic[:, :2] == 255).all() and known.semantic[0, 2] == 0
+    assert int((known.instances == 2).sum()) == 16
+    assert int((known.instances == 1).sum()) == 192 - 16
+    assert made.annotation(1).captions == ("A dog in a car.",)
+    assert made.annotation(0).caption is None
+
+
+def test_coco_run_lengths_that_do_not_fit(tmp_path: Path) -> None:
+    from agglo.sources.coco import mask_of
+
+    column = mask_of({"size": [2, 3], "counts": [1, 2, 3]}, (2, 3), "x")
+    assert column.tolist() == [[False, True, False], [True, False, False]]
+    with pytest.raises(ConfigError, match="run lengths are of"):
+        mask_of({"size": [2, 2], "counts": [4]}, (2, 3), "x")
+    with pytest.raises(ConfigError, match="compressed"):
+        mask_of({"size": [2, 3], "counts": "abc"}, (2, 3), "x")
+
+
+def test_masks_of_another_size_than_their_image_are_refused_by_the_eval(tmp_path: Path) -> None:
+    keys = tiny.ade20k(tmp_path)
+    tiny.grey(tmp_path / "ADEChallengeData2016" / "annotations" / "validation" / "ADE_0.png", np.ones((5, 6), np.uint8))
+    made = build("sources", {"kind": "ade20k", **keys})
+    with pytest.raises(ConfigError, match="pixel on pixel"):
+        truth_of(made, 0, "semantic", (tiny.H, tiny.W), (16, 16))
+
+
+def test_a_damaged_image_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    made = source("voc", tmp_path)
+    made.file(0).write_bytes(b"nothing")
+    with pytest.raises(ImageError, match="2007_03"):
+        made.read(0)
+    assert isinstance(made.read(1), Image.Image)

@@ -1,0 +1,194 @@
+"""Hugging Face datasets: on disk, as parquet files, on the hub; the image column is found or asked for."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agglo.config import build
+from agglo.data.loader import Loader
+from agglo.data.views import Partition, ViewPolicy
+from agglo.sources import huggingface
+from agglo.sources.huggingface import HuggingFace
+from agglo.types import ConfigError, ImageError, MissingExtraError
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    datasets.disable_progress_bars()
+
+
+def jpeg(number, size=(40, 30)):
+    rng = np.random.default_rng(number)
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def rows(count=6, **columns):
+    cells = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(count)]
+    data = {"label": list(range(count)), "picture": cells}
+    features = {"label": datasets.Value("int64"), "picture": datasets.Image()}
+    for name, (feature, values) in columns.items():
+        data[name], features[name] = values, feature
+    return datasets.Dataset.from_dict(data, features=datasets.Features(features))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    rows().save_to_disk(tmp_path / "pets")
+    return tmp_path / "pets"
+
+
+def test_a_saved_dataset(saved):
+    source = HuggingFace(dataset=str(saved))
+    assert (len(source), source.column) == (6, "picture")
+    assert [source.name(i) for i in (0, 5, -1)] == ["pets/train/0", "pets/train/5", "pets/train/5"]
+    assert source.encoded(3) == jpeg(3)  # the file's own bytes, not what someone decoded
+    assert source.read(3).size == (40, 30)
+    copy = pickle.loads(pickle.dumps(source))
+    assert (copy.name(2), copy.encoded(2)) == ("pets/train/2", jpeg(2))
+    assert len(build("sources", {"kind": "huggingface", "dataset": str(saved)})) == 6
+
+
+def test_a_saved_dataset_of_splits(tmp_path, monkeypatch):
+    datasets.DatasetDict({"train": rows(4), "validation": rows(2)}).save_to_disk(tmp_path / "pets")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert len(HuggingFace(dataset="${PLACE}/pets", split="validation")) == 2
+    with pytest.raises(ConfigError, match=r"has no split 'test'; it has: train, validation"):
+        HuggingFace(dataset=str(tmp_path / "pets"), split="test")
+
+
+@pytest.mark.parametrize("form", ["one file", "a folder", "a glob"])
+def test_parquet_files(tmp_path, form):
+    folder = tmp_path / "pets"
+    (folder / "data").mkdir(parents=True)
+    for part in range(2):
+        rows().select(range(3 * part, 3 * part + 3)).to_parquet(folder / "data" / f"{part}.parquet")
+    paths = {"one file": "data/0.parquet", "a folder": "", "a glob": "data/*.parquet"}
+    source = HuggingFace(dataset=str(folder / paths[form]))
+    assert [source.encoded(i) for i in range(len(source))] == [jpeg(i) for i in range(3 if form == "one file" else 6)]
+
+
+def test_plain_parquet_with_bytes(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"id": [0, 1], "jpg": [jpeg(0), jpeg(1)], "caption": ["a", "b"]})
+    pq.write_table(table, tmp_path / "plain.parquet")
+    source = HuggingFace(dataset=str(tmp_path / "plain.parquet"))
+    assert (source.column, source.encoded(1), source.name(1)) == ("jpg", jpeg(1), "plain/train/1")
+
+
+def test_columns_are_found_named_or_asked_for(tmp_path):
+    two = [{"bytes": jpeg(9), "path": None}] * 6
+    rows(mask=(datasets.Image(), two)).save_to_disk(tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"columns picture, mask could all hold the images; name one as `column`"):
+        HuggingFace(dataset=str(tmp_path / "two"))
+    assert HuggingFace(dataset=str(tmp_path / "two"), column="mask").encoded(0) == jpeg(9)
+    with pytest.raises(ConfigError, match=r"no column 'pictures'; did you mean 'picture'\? \(columns: label \(int64\)"):
+        HuggingFace(dataset=str(tmp_path / "two"), column="pictures")
+    with pytest.raises(ConfigError, match=r"column 'label' cannot hold images"):
+        HuggingFace(dataset=str(tmp_path / "two"), column="label")
+    rows().remove_columns("picture").save_to_disk(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"has no column of images; .*label \(int64\)"):
+        HuggingFace(dataset=str(tmp_path / "none"))
+
+
+def test_rows_that_are_paths_or_empty(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    data = {"file": [str(tmp_path / "a.jpg"), str(tmp_path / "gone.jpg"), None]}
+    datasets.Dataset.from_dict(data).save_to_disk(tmp_path / "paths")
+    source = HuggingFace(dataset=str(tmp_path / "paths"), column="file")
+    assert source.encoded(0) == jpeg(0)
+    with pytest.raises(ImageError, match=r"paths/train/1: .*gone\.jpg cannot be read \(No such file"):
+        source.read(1)
+    with pytest.raises(ImageError, match=r"paths/train/2: its row holds no image in column file"):
+        source.read(2)
+
+
+def test_a_bad_row_never_stops_a_run(tmp_path):
+    cells = [{"bytes": jpeg(i)[: 300 if i == 2 else None], "path": None} for i in range(5)] + [None]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path / "bad")
+    loader = Loader([HuggingFace(dataset=str(tmp_path / "bad"))], None, [Partition([16], 3)], ViewPolicy(), workers=2)
+    assert len(list(loader.iterate(0, 6))) == 6
+    assert sorted(loader.skipped) == ["bad/train/2", "bad/train/5"]
+
+
+def test_what_is_not_there(tmp_path, saved):
+    with pytest.raises(ConfigError, match=r"there is no .*pet'; did you mean .*pets\?"):
+        HuggingFace(dataset=str(tmp_path / "pet"))
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ConfigError, match=r"neither .* nor parquet files; a folder of image files is `kind: folder`"):
+        HuggingFace(dataset=str(tmp_path / "photos"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(ConfigError, match=r"broken\.parquet cannot be read as parquet"):
+        HuggingFace(dataset=str(tmp_path / "broken.parquet"))
+    rows(0).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ConfigError, match="has no rows"):
+        HuggingFace(dataset=str(tmp_path / "empty.parquet"))
+
+
+def test_the_hub_without_a_network(monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach 'owner/pets' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(huggingface.SourceError) as caught:
+        HuggingFace(dataset="owner/pets")
+    assert "HF_HUB_OFFLINE is set" in str(caught.value)
+    assert "Unset HF_HUB_OFFLINE, or on a machine with a network" in str(caught.value)
+    assert "hf download --repo-type dataset owner/pets --local-dir pets" in str(caught.value)
+    for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(huggingface.SourceError, match=r"the hub cannot be reached.* On a machine with a network"):
+        HuggingFace(dataset="owner/pets")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'owner/pets' is a gated dataset on the Hub."),
+            "is gated: .*"
+            r"huggingface\.co/datasets/owner/pets, then run `hf auth login`",
+        ),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'owner/pets' doesn't exist"), "no such dataset on the hub"),
+        (
+            ValueError("Unknown split \"dev\". Should be one of ['train', 'test']."),
+            r"split 'dev': Unknown split .*'test'",
+        ),
+        (ValueError("Config name is missing.\nPlease pick one among ..."), "Config name is missing"),
+    ],
+)
+def test_the_hub_says_no(monkeypatch, error, why):
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ConfigError, match=why):
+        HuggingFace(dataset="owner/pets", split="dev")
+
+
+def test_the_hub_is_asked_for_what_was_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or rows())
+    source = HuggingFace(dataset="owner/pets", split="dev", config="small", revision="main")
+    assert asked == [(("owner/pets", "small"), {"split": "dev", "revision": "main"})]
+    assert source.name(0) == "pets/dev/0"
+
+
+def test_a_missing_package_is_named(monkeypatch, saved):
+    def absent(module, extra):
+        raise MissingExtraError(f'{module} is not installed: pip install "agglo[{extra}]"')
+
+    monkeypatch.setattr(huggingface, "require", absent)
+    with pytest.raises(MissingExtraError, match=r'datasets is not installed: pip install "agglo\[data\]"'):
+        HuggingFace(dataset=str(saved))

@@ -1,0 +1,425 @@
+"""WebDataset shards: any image at once, here or far away; bad shards and images are named and counted."""
+
+import functools
+import http.server
+import io
+import json
+import logging
+import os
+import pickle
+import random
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from agglo.config import build
+from agglo.data.loader import Loader
+from agglo.data.views import Partition, ViewPolicy
+from agglo.sources import _shards
+from agglo.sources._paths import braces
+from agglo.sources.base import SourceError
+from agglo.sources.webdataset import WebDataset
+from agglo.types import ConfigError, ImageError, MissingExtraError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("AGGLO_CACHE", str(folder))
+    monkeypatch.setattr(_shards, "PAUSE", 0.0)
+    return folder
+
+
+def jpeg(number, size=(40, 30)):
+    rng = np.random.default_rng(number)
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write(path, members, format=tarfile.PAX_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(first, count):
+    members = {}
+    for number in range(first, first + count):
+        members[f"{number:06d}.jpg"] = jpeg(number)
+        members[f"{number:06d}.json"] = json.dumps({"number": number}).encode()
+        members[f"{number:06d}.seg.png"] = b"no image of ours"
+    return members
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return [write(tmp_path / "data" / f"shard-{k:03d}.tar", samples(10 * k, 4 + k)) for k in range(3)]
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+EXPECTED = [f"shard-{k:03d}/{10 * k + i:06d}.jpg" for k in range(3) for i in range(4 + k)]
+
+
+@pytest.mark.parametrize("pattern", ["shard-{000..002}.tar", "*.tar", "", "shard-00{0,1,2}.tar", "shard-00[0-2].tar"])
+def test_shards_are_named_in_many_ways(shards, pattern):
+    source = WebDataset(shards=str(shards[0].parent / pattern))
+    assert names(source) == EXPECTED
+    assert len(source) == 15
+    assert source.encoded(4) == jpeg(10)
+    assert source.read(14).size == (40, 30)
+    assert source.name(-1) == EXPECTED[-1]
+    with pytest.raises(IndexError):
+        source.name(15)
+
+
+def test_a_list_of_shards_keeps_its_order_and_counts_each_once(shards, monkeypatch):
+    monkeypatch.setenv("SHARDS", str(shards[0].parent))
+    source = WebDataset(shards=["${SHARDS}/shard-001.tar", "${SHARDS}/*.tar"])
+    assert names(source)[:6] == [*EXPECTED[4:9], EXPECTED[0]]
+    assert len(source) == 15
+    assert len(build("sources", {"kind": "webdataset", "shards": str(shards[0])})) == 4
+
+
+def test_braces_are_those_of_a_shell():
+    assert braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert braces("{3..1}") == ["3", "2", "1"]
+    assert braces("{a,b{1,2}}-{x,y}") == ["a-x", "a-y", "b1-x", "b1-y", "b2-x", "b2-y"]
+    assert braces("{single}{}") == ["{single}{}"]
+    assert braces("{a,}b") == ["ab", "b"]
+    with pytest.raises(ConfigError, match=r"more than 1,000,000 paths"):
+        braces("{0..99999999}")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files open
+def test_the_webdataset_package_finds_the_same_images(tmp_path):
+    package = pytest.importorskip("webdataset")
+    path = tmp_path / "made.tar"
+    with package.TarWriter(str(path)) as sink:
+        for number in range(5):
+            sink.write({"__key__": f"folder/{number:04d}", "jpg": jpeg(number), "cls": number})
+    source = WebDataset(shards=str(path))
+    theirs = list(package.WebDataset(str(path), shardshuffle=False))
+    assert [f"made/{sample['__key__']}.jpg" for sample in theirs] == names(source)
+    assert [sample["jpg"] for sample in theirs] == [source.encoded(i) for i in range(5)]
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_and_odd_names(tmp_path, format):
+    long = "deep/" * 40 + "x" * 120 + ".JPG"
+    members = {long: jpeg(0), "ä/ö.Jpeg": jpeg(1), "a.b.jpg": b"", "folder/jpg": b""}
+    source = WebDataset(shards=str(write(tmp_path / "t.tar", members, format)))
+    assert names(source) == [f"t/{long}", "t/ä/ö.Jpeg"]
+    assert source.encoded(1) == jpeg(1)
+
+
+def test_endings_are_all_that_follows_the_first_dot(shards, tmp_path):
+    source = WebDataset(shards=str(shards[0]), extensions=("SEG.png",))
+    assert names(source)[0] == "shard-000/000000.seg.png"
+    odd = write(tmp_path / "odd.tar", {"img.1.jpg": jpeg(0), "img.2.jpg": jpeg(1)})
+    with pytest.raises(ConfigError, match=r"no image in 1 shards; looked for .*saw 1 \.1\.jpg.*first dot.*extensions"):
+        WebDataset(shards=str(odd))
+
+
+def test_shards_of_one_name_are_told_apart(tmp_path):
+    paths = [str(write(tmp_path / part / "000.tar", {"a.jpg": jpeg(0)})) for part in ("x", "y")]
+    assert names(WebDataset(shards=paths)) == ["x/000/a.jpg", "y/000/a.jpg"]
+
+
+def test_an_index_is_made_once_and_again_when_the_shard_changes(shards, monkeypatch, cache):
+    assert len(WebDataset(shards=str(shards[1]))) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(_shards, "survey", lambda *a: pytest.fail("indexed again"))
+        again = WebDataset(shards=str(shards[1]))
+        assert names(again) == EXPECTED[4:9]
+    write(shards[1], samples(50, 2))
+    assert names(WebDataset(shards=str(shards[1]))) == ["shard-001/000050.jpg", "shard-001/000051.jpg"]
+    with pytest.raises(SourceError, match=r"shard-001\.tar changed while it was in use; start again"):
+        again.encoded(0)
+    shards[1].unlink()
+    with pytest.raises(SourceError, match=r"shard-001\.tar cannot be read .*bring it back"):
+        again.encoded(0)
+
+
+def test_a_damaged_index_is_made_anew(shards, cache):
+    WebDataset(shards=str(shards[0]))
+    (file,) = (cache / "indices").iterdir()
+    file.write_bytes(file.read_bytes()[:-5])
+    assert names(WebDataset(shards=str(shards[0]))) == EXPECTED[:4]
+
+
+def test_sources_pickle(shards, tmp_path, monkeypatch):
+    source = pickle.loads(pickle.dumps(WebDataset(shards=str(shards[0].parent))))
+    assert names(source) == EXPECTED
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AGGLO_CACHE", str(tmp_path / "file"))  # no index can be kept
+    source = pickle.loads(pickle.dumps(WebDataset(shards=str(shards[0].parent))))
+    assert source.encoded(4) == jpeg(10)
+
+
+# ---------------------------------------------------------------------------------------------------- bad shards
+
+
+def test_a_truncated_shard_gives_its_whole_images(shards, caplog):
+    whole = shards[1].read_bytes()
+    offset = WebDataset(shards=str(shards[1]))._at(3)[1].columns["offset"][3]
+    for cut, images in ((int(offset) + 100, 3), (int(offset) - 300, 3), (int(offset) - 512, 3)):
+        shards[1].write_bytes(whole[:cut])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "agglo"):
+            source = WebDataset(shards=str(shards[0].parent))
+        assert len(source) == 4 + images + 6
+        assert list(source.damaged) == [str(shards[1])]
+        assert "truncated" in source.damaged[str(shards[1])]
+        assert "1 of 3 shards used as far as they are whole" in caplog.text and "shard-001.tar" in caplog.text
+        assert all(source.read(i).size == (40, 30) for i in range(len(source)))
+    shards[1].write_bytes(whole[: int(offset) + 100])
+    assert f"lacks {len(jpeg(13)) - 100} bytes" in WebDataset(shards=str(shards[1])).damaged[str(shards[1])]
+    WebDataset(shards=str(shards[1]))
+    assert WebDataset(shards=str(shards[1])).damaged  # said again when the index is read, not only when it is made
+
+
+def test_garbage_in_the_middle_is_found(shards):
+    data = bytearray(shards[0].read_bytes())
+    at = int(WebDataset(shards=str(shards[0]))._at(2)[1].columns["offset"][2]) - 512
+    data[at : at + 512] = b"\x55" * 512
+    shards[0].write_bytes(data)
+    source = WebDataset(shards=str(shards[0]))
+    assert len(source) == 2
+    assert f"is damaged: what stands at byte {at} is no member" in source.damaged[str(shards[0])]
+
+
+BAD = {
+    "text": (b"this is not a tar file" * 100, "is not a tar file .2200 bytes, beginning with b'this is "),
+    "empty": (b"", "is empty"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(600), "is compressed with gzip.*gunzip it once"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(600), "is compressed with zstd"),
+    "short": (b"abc", "is not a tar file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_shard_is_left_out_as_a_whole(shards, kind, caplog):
+    data, why = BAD[kind]
+    shards[1].write_bytes(data)
+    with caplog.at_level(logging.WARNING, "agglo"):
+        source = WebDataset(shards=str(shards[0].parent))
+    assert names(source) == EXPECTED[:4] + EXPECTED[9:]
+    assert "1 of 3 shards left out as a whole" in caplog.text
+    assert list(source.damaged) == [str(shards[1])]
+    with pytest.raises(ConfigError, match=rf"no image in 1 shards.*shard-001\.tar {why}"):
+        WebDataset(shards=str(shards[1]))
+
+
+def test_an_archive_of_nothing_is_no_damage_but_no_source(tmp_path):
+    path = write(tmp_path / "none.tar", {})
+    with pytest.raises(ConfigError, match=r"no image in 1 shards; looked for [^;]*$"):
+        WebDataset(shards=str(path))
+
+
+def test_missing_shards_are_named_and_counted(shards):
+    with pytest.raises(ConfigError, match=r"2 of 5 shards do not exist: .*shard-003\.tar, .*shard-004\.tar"):
+        WebDataset(shards=str(shards[0].parent / "shard-{000..004}.tar"))
+    with pytest.raises(ConfigError, match="no shard matches"):
+        WebDataset(shards=str(shards[0].parent / "*.tgz"))
+    with pytest.raises(ConfigError, match="not run"):
+        WebDataset(shards="pipe:cat x.tar")
+    with pytest.raises(ConfigError, match="no way to read nonsense://"):
+        WebDataset(shards="nonsense://x.tar")
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    def absent(protocol):
+        raise ImportError("Install s3fs to access S3")
+
+    import fsspec
+
+    monkeypatch.setattr(fsspec, "filesystem", absent)
+    _shards._connected.cache_clear()
+    with pytest.raises(MissingExtraError, match=r"s3:// shards need .* pip install s3fs"):
+        WebDataset(shards="s3://bucket/{0..3}.tar")
+    with pytest.raises(MissingExtraError, match=r"agglo\[data\]"):
+        WebDataset(shards="https://host/0.tar")
+    _shards._connected.cache_clear()
+
+
+def test_a_corrupt_image_is_skipped_named_and_counted(tmp_path):
+    members = {f"{i}.jpg": jpeg(i) for i in range(6)} | {"2.jpg": jpeg(2)[:300], "4.jpg": b"nothing"}
+    source = WebDataset(shards=str(write(tmp_path / "t.tar", members)))
+    with pytest.raises(ImageError, match=r"^t/2\.jpg: truncated"):
+        source.read(2)
+    loader = Loader([source], None, [Partition([16], 4)], ViewPolicy(), workers=0)
+    batches = list(loader.iterate(0, 6))
+    assert sorted(loader.skipped) == ["t/2.jpg", "t/4.jpg"]
+    assert not {n for b in batches for n in b.names} & set(loader.skipped)
+
+
+# ---------------------------------------------------------------------------------------------------- far away
+
+
+@pytest.fixture
+def remote(shards):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in shards:
+        memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    _shards._connected.cache_clear()
+    yield memory
+    memory.rm("/bucket", recursive=True)
+    _shards._connected.cache_clear()
+
+
+@pytest.mark.parametrize("pattern", ["memory://bucket/shard-{000..002}.tar", "memory://bucket/*.tar"])
+def test_remote_shards_are_read_in_ranges(remote, pattern, monkeypatch):
+    source = WebDataset(shards=pattern)
+    assert names(source) == EXPECTED
+    asked = []
+    cat = type(remote).cat_file
+    monkeypatch.setattr(type(remote), "cat_file", lambda s, p, **k: asked.append(k) or cat(s, p, **k))
+    assert [source.encoded(i) for i in (14, 0, 4)] == [jpeg(25), jpeg(0), jpeg(10)]
+    assert [k["end"] - k["start"] for k in asked] == [len(jpeg(n)) for n in (25, 0, 10)]
+    assert pickle.loads(pickle.dumps(source)).encoded(4) == jpeg(10)
+
+
+def test_a_remote_index_is_kept(remote, monkeypatch):
+    WebDataset(shards="memory://bucket/*.tar")
+    monkeypatch.setattr(_shards, "survey", lambda *a: pytest.fail("indexed again"))
+    assert len(WebDataset(shards="memory://bucket/*.tar")) == 15
+
+
+def test_trouble_on_the_way_is_tried_again_and_never_blamed_on_an_image(remote, monkeypatch):
+    source = WebDataset(shards="memory://bucket/*.tar")
+    cat, failures = type(remote).cat_file, [0]
+
+    def flaky(self, path, **options):
+        failures[0] += 1
+        if failures[0] % 3:
+            raise TimeoutError("slow")
+        return cat(self, path, **options)
+
+    monkeypatch.setattr(type(remote), "cat_file", flaky)
+    assert source.encoded(0) == jpeg(0)
+
+    def gone(self, path, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(type(remote), "cat_file", gone)
+    loader = Loader([source], None, [Partition([16], 4)], ViewPolicy(), workers=1)
+    with pytest.raises(SourceError, match=r"memory:///?bucket/shard-.* 4 times .*no route to host.*check the network"):
+        list(loader.iterate(0, 2))
+    assert not loader.skipped
+
+
+def test_some_remote_shards_may_be_kept_here(remote, cache, monkeypatch, shards):
+    sizes = [path.stat().st_size for path in shards]
+    source = WebDataset(shards="memory://bucket/*.tar", keep_gb=(sizes[0] + sizes[1]) / 1e9)
+    monkeypatch.setattr(type(remote), "cat_file", lambda *a, **k: b"")
+    assert [source.encoded(i) for i in (0, 5)] == [jpeg(0), jpeg(11)]
+    with pytest.raises(SourceError, match="does not give parts of files, or the file has changed"):
+        source.encoded(10)
+    copies = sorted(p.stat().st_size for p in (cache / "indices").glob("*.tar"))
+    assert copies == sorted(sizes[:2])
+    monkeypatch.setattr(type(remote), "get_file", lambda *a, **k: pytest.fail("copied again"))
+    assert names(WebDataset(shards="memory://bucket/*.tar", keep_gb=(sizes[0] + sizes[1]) / 1e9)) == EXPECTED
+
+
+def test_a_full_disk_keeps_no_copies_and_goes_on(remote, cache, monkeypatch, caplog):
+    monkeypatch.setattr(_shards.shutil, "disk_usage", lambda p: type("U", (), {"free": 10})())
+    with caplog.at_level(logging.WARNING, "agglo"):
+        source = WebDataset(shards="memory://bucket/*.tar", keep_gb=1)
+    assert "is not kept" in caplog.text and source.encoded(0) == jpeg(0)
+    assert not list((cache / "indices").glob("*.tar"))
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """A file server that gives parts of files."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        path, span = self.translate_path(self.path), self.headers.get("Range")
+        if span is None or not os.path.isfile(path):
+            return super().do_GET()
+        with open(path, "rb") as file:
+            data = file.read()
+        start, _, end = span.removeprefix("bytes=").partition("-")
+        part = data[int(start) : int(end) + 1 if end else None]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+
+def test_shards_on_a_web_server(shards):
+    pytest.importorskip("aiohttp")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Ranges, directory=str(shards[0].parent))
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}"
+        source = WebDataset(shards=base + "/shard-{000..002}.tar")
+        assert names(source) == EXPECTED
+        assert source.encoded(9) == jpeg(20)
+        with pytest.raises(ConfigError, match=r"1 of 1 shards do not exist: http://127"):
+            WebDataset(shards=base + "/absent.tar")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    with pytest.raises(SourceError, match="cannot be reached, 4 times"):
+        source.encoded(0)
+
+
+# ---------------------------------------------------------------------------------------------------- in training
+
+
+def test_batches_are_the_same_near_and_far_with_any_workers_and_after_a_resume(remote, shards):
+    partitions = [Partition([16, 24], batch=5)]
+
+    def batches(where, start, workers):
+        where = str(shards[0].parent) if where == "here" else where
+        loader = Loader([WebDataset(shards=where)], None, partitions, ViewPolicy(), 3, workers, cache_mb=0)
+        return list(loader.iterate(start, 7))
+
+    straight = batches("here", 0, 0)
+    for where, start, workers in (
+        (str(shards[0].parent), 0, 1),
+        ("memory://bucket/*.tar", 0, 2),
+        (str(shards[0].parent), 3, 2),
+    ):
+        for a, b in zip(batches(where, start, workers), straight[start:], strict=True):
+            assert torch.equal(a.images, b.images)
+            assert (a.names, a.views) == (b.names, b.views)
+
+
+def test_many_threads_read_at_once(shards):
+    source = WebDataset(shards=str(shards[0].parent))
+    wanted = [source.encoded(i) for i in range(15)]
+    wrong = []
+
+    def work(seed):
+        order = random.Random(seed).choices(range(15), k=60)
+        wrong.extend(i for i in order if source.encoded(i) != wanted[i])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
