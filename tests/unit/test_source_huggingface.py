@@ -192,3 +192,21 @@ def test_a_missing_package_is_named(monkeypatch, saved):
     monkeypatch.setattr(huggingface, "require", absent)
     with pytest.raises(MissingExtraError, match=r'datasets is not installed: pip install "agglo\[data\]"'):
         HuggingFace(dataset=str(saved))
+
+
+def test_classes_come_from_the_label_column(tmp_path):
+    kinds = datasets.ClassLabel(names=["cat", "dog"])
+    rows(3, species=(kinds, [1, 0, None]), colour=(datasets.Value("string"), ["red", "blue", "red"])).save_to_disk(
+        tmp_path / "pets"
+    )
+    named = HuggingFace(dataset=str(tmp_path / "pets"))  # the only ClassLabel, not the column called `label`
+    assert named.classes == ("cat", "dog")
+    assert [named.label(i) for i in range(3)] == [1, 0, None]
+    free = HuggingFace(dataset=str(tmp_path / "pets"), label="colour")
+    assert free.classes == ()
+    assert [free.label(i) for i in range(3)] == ["red", "blue", "red"]
+    plain = HuggingFace(dataset=str(tmp_path / "pets"), label="label")
+    assert plain.label(2) == "2"
+    assert named.read(1).size == (40, 30)
+    with pytest.raises(ConfigError, match=r"no column 'colur'; did you mean 'colour'"):
+        HuggingFace(dataset=str(tmp_path / "pets"), label="colur")

@@ -32,12 +32,14 @@ class Eval(ABC):
         lower_is_better: names of the metrics that are better when lower; all others are better when higher.
         deterministic: the same call gives the same numbers; False for evals that measure time.
         bundled: it runs on its defaults; False for evals that must be told of files from outside.
+        revision: goes up when the arithmetic changes: results of two revisions do not compare.
     """
 
     needs_text: bool = False
     lower_is_better: frozenset[str] = frozenset()
     deterministic: bool = True
     bundled: bool = True
+    revision: int = 1
 
     @abstractmethod
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:

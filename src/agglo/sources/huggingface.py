@@ -31,6 +31,7 @@ class HuggingFace(EncodedSource):
         split: which split; parquet files on this machine are one split, whatever it is called here.
         config: which configuration of a hub dataset, where it has several.
         column: the column that holds the images; null finds the only one that does.
+        label: the column of the images' classes; null takes the only one of type ClassLabel, or ``label``, or none.
         revision: branch, tag or commit of a hub dataset.
         min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
         skip_uniform: leave out images of one colour.
@@ -48,6 +49,7 @@ class HuggingFace(EncodedSource):
         split: str = "train",
         config: str | None = None,
         column: str | None = None,
+        label: str | None = None,
         revision: str | None = None,
         min_side: int = 0,
         skip_uniform: bool = False,
@@ -61,7 +63,10 @@ class HuggingFace(EncodedSource):
             rows = rows.cast_column(self.column, type(feature)(decode=False))
         if not len(rows):
             raise ConfigError(f"source huggingface: split {split!r} of {dataset} has no rows")
-        self._rows = rows.select_columns([self.column]).with_format("arrow")
+        self._label = _label_column(rows.features, label, dataset)
+        self.classes = tuple(getattr(rows.features[self._label], "names", ())) if self._label else ()
+        kept = [self.column, *([self._label] if self._label else [])]
+        self._rows = rows.select_columns(kept).with_format("arrow")
         self._prefix = f"{path.rstrip('/').rpartition('/')[2].removesuffix('.parquet')}/{split}"
 
     def __len__(self) -> int:
@@ -72,7 +77,7 @@ class HuggingFace(EncodedSource):
         return f"{self._prefix}/{index % len(self)}"
 
     def encoded(self, index: int) -> bytes:
-        cell = self._rows[index].column(0)[0].as_py()
+        cell = self._rows[index].column(self.column)[0].as_py()
         if isinstance(cell, str):
             cell = {"path": cell}
         if isinstance(cell, Mapping):
@@ -82,6 +87,15 @@ class HuggingFace(EncodedSource):
         if not isinstance(cell, bytes):
             raise ImageError(self.name(index), f"its row holds no image in column {self.column}")
         return cell
+
+    def label(self, index: int) -> int | str | None:
+        """The image's class: a position in ``classes``, else what its row says; None where there is no such column."""
+        if self._label is None:
+            return None
+        value = self._rows[index].column(self._label)[0].as_py()
+        if value is None or isinstance(value, str):
+            return value
+        return int(value) if self.classes else str(value)
 
     def _file(self, index: int, path: str) -> bytes:
         try:
@@ -183,6 +197,23 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, dataset: str)
         if found:
             raise ConfigError(f"{where}: columns {', '.join(found)} could all hold the images; name one as `column`")
     raise ConfigError(f"{where} has no column of images; name the right one as `column` (columns: {listed})")
+
+
+def _label_column(features: Mapping[str, Any], wanted: str | None, dataset: str) -> str | None:
+    """The column that holds the classes, if there is one.
+
+    Raises:
+        ConfigError: the named one is not there.
+    """
+    if wanted is not None:
+        if wanted not in features:
+            near = difflib.get_close_matches(wanted, features, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            there = ", ".join(features)
+            raise ConfigError(f"source huggingface: {dataset} has no column {wanted!r}{hint} (columns: {there})")
+        return wanted
+    found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    return found[0] if len(found) == 1 else "label" if "label" in features else None
 
 
 def _kind(feature: Any) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from agglo.config import find, kinds, nearest
-from agglo.evals._run import SUITES, evaluate
+from agglo.config import find
+from agglo.evals._run import evaluate
 from agglo.objectives.distill import build_teachers
 from agglo.recipe import load as load_recipe
 from agglo.types import ConfigError
@@ -58,20 +58,6 @@ def measure(
     record = {"models": results, "lower_is_better": sorted(lower_is_better(recipe.evals))}
     write_json(folder / "evals.json", record)
     return record
-
-
-def choose(text: str) -> list[dict[str, Any]]:
-    """``"quick"`` (a suite) or ``"knn,zero_shot"`` (kinds) as a recipe's list of evals.
-
-    Raises:
-        ConfigError: no such suite or kind; the message offers the nearest.
-    """
-    known = kinds("evals")
-    chosen = [dict(entry) for entry in SUITES.get(text, ())] or [{"kind": kind.strip()} for kind in text.split(",")]
-    for entry in chosen:
-        if entry["kind"] not in known:
-            raise ConfigError(f"no eval or suite {entry['kind']!r}{nearest(entry['kind'], [*known, *SUITES])}")
-    return chosen
 
 
 def lower_is_better(evals: Iterable[Mapping[str, Any]]) -> frozenset[str]:

@@ -1,0 +1,222 @@
+"""Measuring a model: what is there already is not measured again, what is new is kept as soon as it is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from agglo import __version__
+from agglo.config import build
+from agglo.evals._features import device_of, input_size
+from agglo.evals._run import Outcome, named, run_each
+from agglo.evals.base import Backbone, Eval, Progress
+from agglo.harness.protocols import PREFERRED, resolved
+from agglo.results.identity import data_hash, model_hash, portable, protocol_hash, settings, sources_of, takes_teachers
+from agglo.results.records import FILE, PerImage, Result, append, identifier, read
+from agglo.teachers.base import Teacher
+from agglo.train.folder import versions
+from agglo.types import AggloError
+
+MACHINE = ("processor", "threads", "platform")
+FEATURES = "features"
+"""The folder, beside ``results.jsonl``, of encoded images; it may be deleted at any time."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """What became of a suite.
+
+    Args:
+        model: what is known of the model, as in its results.
+        results: finished evals by name: those that were there and those that are new.
+        known: names of those that were there.
+        skipped: name → why the eval does not apply to this model.
+        failed: name → what went wrong.
+        seconds: it took.
+    """
+
+    model: dict[str, Any]
+    results: dict[str, Result] = field(default_factory=dict)
+    known: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """An eval to run, and all of its result that is known before."""
+
+    name: str
+    made: Eval
+    settings: dict[str, Any]
+    protocol: str
+    data: dict[str, dict[str, Any]]
+    view: tuple[int, int] | None
+
+
+def measure(
+    model: Backbone,
+    name: str,
+    entries: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    built_from: Mapping[str, Any] | None = None,
+    published: str | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
+    again: bool = False,
+    keep_features: bool = True,
+    workers: int = 0,
+    progress: Progress | None = None,
+    done: Callable[[Outcome], None] | None = None,
+) -> Measured:
+    """Run evals on a model and append each result to ``folder/results.jsonl`` when it is there.
+
+    A result of the same model, settings, data and version of agglo that is in the folder is taken as it is; so a suite
+    that was interrupted goes on where it stopped. Encoded images are kept in ``folder/features``.
+
+    Args:
+        model: a Model, a Teacher, anything that encodes images.
+        name: what people call it.
+        entries: from :func:`agglo.harness.protocols.plan`.
+        folder: of the results.
+        built_from: the options that made it, where its weights do not say all there is to know.
+        published: the name of the published protocol that the entries are of.
+        teachers: by name, for the evals that compare with them.
+        again: measure what is there already, too.
+        keep_features: keep encoded images.
+        workers: threads that read images ahead; the numbers do not depend on them.
+        progress: told what is going on.
+        done: called after each eval that was run.
+
+    Raises:
+        ConfigError: an eval's keys do not fit.
+        ResultError: the folder holds results of another format.
+    """
+    began = time.perf_counter()
+    if progress is not None:
+        progress("hashing the model")
+    identity = describe(model, name, built_from)
+    found = Measured(identity)
+    known = {result.id: result for result in read(folder)} if (folder / FILE).is_file() else {}
+    tasks = _tasks(model, entries, teachers, found, progress)
+    for task in list(tasks.values()):
+        there = known.get(identifier(identity["hash"], task.protocol, _data_hash(task.data), __version__))
+        if there is not None and task.made.deterministic and not again:
+            found.results[task.name] = there
+            found.known.append(task.name)
+            del tasks[task.name]
+
+    def keep(outcome: Outcome) -> None:
+        if outcome.metrics is None:
+            (found.failed if outcome.failed else found.skipped)[outcome.name] = outcome.why
+        else:
+            try:
+                result = _result(tasks[outcome.name], outcome, identity, published, model)
+                append(folder, result, PerImage(outcome.records.images, outcome.records.classes))
+                found.results[outcome.name] = result
+            except AggloError as error:
+                found.failed[outcome.name] = str(error)
+        if done is not None:
+            done(outcome)
+
+    features = (folder / FEATURES, identity["hash"]) if keep_features else None
+    todo = {task.name: task.made for task in tasks.values()}
+    run_each(model, todo, keep, progress, workers=workers, features=features)
+    order = [str(entry["name"]) for entry in entries]
+    found.results = {each: found.results[each] for each in order if each in found.results}
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+def describe(model: Backbone, name: str, built_from: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a result says of its model."""
+    spec = model.spec
+    parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
+    return {
+        "name": name,
+        "hash": model_hash(model, *([] if built_from is None else [dict(built_from)])),
+        "parameters": parameters,
+        "summary": spec.summary,
+        "spatial": spec.spatial,
+        "stride": spec.stride,
+    }
+
+
+def _tasks(
+    model: Backbone,
+    entries: Sequence[Mapping[str, Any]],
+    teachers: Mapping[str, Teacher] | None,
+    found: Measured,
+    progress: Progress | None,
+) -> dict[str, _Task]:
+    """What is to be run. Evals whose data are not there have failed already; keys that do not fit raise."""
+    tasks: dict[str, _Task] = {}
+    hashes: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name, options = str(entry["name"]), resolved(entry, model)
+        complete = settings(options)
+        more = {}
+        if takes_teachers(complete["kind"]) and teachers:
+            more["teachers"] = {each: model_hash(teacher) for each, teacher in teachers.items()}
+        made = next(iter(named([options], teachers).values()))
+        told = {**complete, "size": PREFERRED} if entry.get("size") == PREFERRED else complete
+        size = complete.get("size")
+        try:
+            data = {}
+            for split, source in sources_of(complete).items():
+                if progress is not None:
+                    progress(f"{name}: reading the names of {source.get('kind')}")
+                data[split] = _data(source, hashes)
+        except (AggloError, OSError) as error:
+            found.failed[name] = str(error)
+            continue
+        view = None if size is None else input_size(model, size)
+        tasks[name] = _Task(name, made, portable(told) | more, protocol_hash(told, **more), data, view)
+    return tasks
+
+
+def _data(options: Mapping[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    key = repr(sorted(options.items(), key=lambda item: item[0]))
+    if key not in known:
+        source = build("sources", options)
+        known[key] = {"source": dict(options), "images": len(source), "hash": data_hash(source)}
+    return known[key]
+
+
+def _data_hash(data: Mapping[str, Mapping[str, Any]]) -> str:
+    return Result("", "", {}, {}, "", data, {}).data_hash
+
+
+def _result(
+    task: _Task, outcome: Outcome, identity: Mapping[str, Any], published: str | None, model: Backbone
+) -> Result:
+    found = versions()
+    device = device_of(model)
+    return Result(
+        name=task.name,
+        kind=str(task.settings["kind"]),
+        model=dict(identity),
+        settings=task.settings,
+        protocol=task.protocol,
+        data=task.data,
+        metrics=dict(outcome.metrics or {}),
+        lower_is_better=tuple(sorted(outcome.made.lower_is_better)),
+        protocol_name=published,
+        view=task.view,
+        seconds=round(outcome.seconds, 3),
+        versions={key: value for key, value in found.items() if key not in (*MACHINE, "device")},
+        hardware={
+            **{key: found[key] for key in MACHINE if key in found},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        },
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        notes=outcome.warnings,
+    )

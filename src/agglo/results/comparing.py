@@ -1,0 +1,136 @@
+"""Two models on the same images: how sure a difference is, in which classes it lies, which images changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agglo.results.records import PerImage, Result, ResultError
+from agglo.results.tables import differences
+
+DRAWS = 10_000
+"""Bootstrap samples."""
+_BLOCK = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean difference ``b - a`` over images, and how far it may be off.
+
+    Args:
+        metric: of each image.
+        images: how many.
+        a, b: the two means.
+        difference: ``b - a``.
+        low, high: its 95 % interval by paired bootstrap over images.
+        better: share of the samples in which b is above a, ties counted half.
+    """
+
+    metric: str
+    images: int
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    better: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One eval of two models.
+
+    Args:
+        name: of the results.
+        metrics: metric → ``(a, b)``, of all that both have.
+        lower_is_better: of them.
+        intervals: of the metrics that are known image by image.
+        classes: metric → ``(class, a, b)``, the greatest change first.
+        changed: metric → ``(image, a, b)``, the greatest change first; images with equal values are left out.
+        why: they cannot be compared; everything else is empty then.
+        notes: what a reader must know.
+    """
+
+    name: str
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    lower_is_better: frozenset[str] = frozenset()
+    intervals: Sequence[Interval] = ()
+    classes: Mapping[str, list[tuple[str, float, float]]] = field(default_factory=dict)
+    changed: Mapping[str, list[tuple[str, float, float]]] = field(default_factory=dict)
+    why: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def compare(a: Result, b: Result, a_images: PerImage | None, b_images: PerImage | None, seed: int = 0) -> Compared:
+    """Compare one eval of two models; the same seed gives the same intervals.
+
+    Results of other settings or other data are not compared: ``why`` says what differs.
+    """
+    if a.column != b.column:
+        chosen = "; ".join(differences(a.settings, b.settings)) if a.protocol != b.protocol else ""
+        data = f"other data ({a.data_hash[:8]}, {b.data_hash[:8]})" if a.data_hash != b.data_hash else ""
+        return Compared(a.name, why=" and ".join(filter(None, (chosen, data))) or "another version of the eval")
+    metrics = {name: (a.metrics[name], b.metrics[name]) for name in a.metrics if name in b.metrics}
+    lower = frozenset(a.lower_is_better)
+    if a_images is None or b_images is None:
+        return Compared(a.name, metrics, lower, notes=("nothing is recorded image by image",))
+    intervals, changed, notes = [], {}, []
+    for metric, ours in a_images.images.items():
+        theirs = b_images.images.get(metric, {})
+        names = [name for name in ours if name in theirs]
+        alone = len(ours) + len(theirs) - 2 * len(names)
+        if alone:
+            notes.append(f"{metric}: {alone} images are known of one model only and left out")
+        if not names:
+            continue
+        x, y = (np.array([values[name] for name in names]) for values in (ours, theirs))
+        intervals.append(bootstrap(metric, x, y, seed))
+        changed[metric] = _sorted((name, float(p), float(q)) for name, p, q in zip(names, x, y, strict=True))
+    classes = {
+        metric: _sorted(
+            (kind, value, b_images.classes[metric][kind])
+            for kind, value in values.items()
+            if kind in b_images.classes.get(metric, {})
+        )
+        for metric, values in a_images.classes.items()
+    }
+    return Compared(a.name, metrics, lower, intervals, classes, changed, notes=tuple(notes))
+
+
+def _sorted(rows: Iterable[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    return sorted((row for row in rows if row[1] != row[2]), key=lambda row: (-abs(row[2] - row[1]), row[0]))
+
+
+def bootstrap(metric: str, a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
+    """Paired bootstrap (Efron 1979): images are drawn with replacement, both models on the same ones.
+
+    Args:
+        metric: for the result.
+        a, b: ``(N,)`` values of the same images.
+        seed: of the draws.
+        draws: how many samples.
+
+    Raises:
+        ResultError: there is no image, or the arrays differ in length.
+    """
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ResultError(f"{metric}: {a.shape} and {b.shape} are not two values of the same images")
+    gap = b.astype(np.float64) - a.astype(np.float64)
+    random = np.random.default_rng(seed)
+    means = []
+    for start in range(0, draws, block := max(1, _BLOCK // len(gap))):
+        rows = random.integers(0, len(gap), (min(block, draws - start), len(gap)))
+        means.append(gap[rows].mean(1))
+    mean = np.concatenate(means)
+    low, high = np.percentile(mean, (2.5, 97.5))
+    better = float((mean > 0).mean() + 0.5 * (mean == 0).mean())
+    return Interval(
+        metric, len(gap), float(a.mean()), float(b.mean()), float(gap.mean()), float(low), float(high), better
+    )

@@ -1,0 +1,138 @@
+"""What identifies a result: hashes of a model's weights, of the images it saw, of the settings it was measured with."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from agglo.config import NESTED, check_options, find
+from agglo.sources.base import Source
+from agglo.types import ImageError
+
+PLACES = frozenset({"path", "shards", "dataset", "revision"})
+"""Keys of sources that say where files lie on one machine. The files themselves are in the data's hash."""
+
+SAMPLE = 16
+"""Images whose content is part of a data set's hash; of all others name and label are."""
+
+
+def settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """An eval's ``{"kind": ..., **keys}`` with every default filled in, those of its sources too, as JSON data.
+
+    Raises:
+        ConfigError: the options do not fit.
+    """
+    complete = check_options("evals", {key: value for key, value in options.items() if key != "name"}, "evals")
+    for key, value in complete.items():
+        if key in NESTED and isinstance(value, Mapping):
+            complete[key] = check_options(NESTED[key], value, f"evals.{key}")
+        elif key in NESTED and isinstance(value, list | tuple):
+            complete[key] = [check_options(NESTED[key], each, f"evals.{key}") for each in value]
+    return json.loads(json.dumps(complete, default=str))
+
+
+def portable(complete: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the places of files: the same on every machine."""
+
+    def strip(value: Any, inside: bool) -> Any:
+        if isinstance(value, Mapping):
+            return {k: strip(v, inside) for k, v in value.items() if not (inside and k in PLACES)}
+        return [strip(v, inside) for v in value] if isinstance(value, list) else value
+
+    return {key: strip(value, key in NESTED) for key, value in complete.items()}
+
+
+def protocol_hash(complete: Mapping[str, Any], **more: Any) -> str:
+    """Of everything that was chosen: the settings, the eval's ``revision``, and what the program added.
+
+    Args:
+        complete: from :func:`settings`.
+        more: what else changes the numbers, JSON-able (the teachers of ``agreement``).
+    """
+    revision = getattr(find("evals", str(complete["kind"])), "revision", 1)
+    return _digest({"settings": portable(complete), "revision": revision, **more})
+
+
+def sources_of(complete: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The options of each source that an eval reads, by the name of its key (``train``, ``test``, ``sources.0``)."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for key, value in complete.items():
+        if NESTED.get(key) == "sources":
+            several = value if isinstance(value, list) else [value]
+            for index, each in enumerate(several):
+                if isinstance(each, Mapping):
+                    found[f"{key}.{index}" if isinstance(value, list) else key] = each
+    return found
+
+
+def data_hash(source: Source) -> str:
+    """Of a set of images: how many, their names and labels, and the content of :data:`SAMPLE` of them.
+
+    The root folder's own name is no part of it, so that a data set may lie anywhere.
+    """
+    label: Callable[[int], Any] | None = getattr(source, "label", None)
+    digest = hashlib.sha256(str(len(source)).encode())
+    for index in range(len(source)):
+        name = source.name(index)
+        if hasattr(source, "file"):  # the folder's own name comes first: the same data set may have another one
+            name = name.partition("/")[2]
+        digest.update(f"{name}\t{None if label is None else label(index)}\n".encode())
+    for index in sorted({i * len(source) // SAMPLE for i in range(SAMPLE)}) if len(source) else ():
+        try:
+            encoded: Callable[[int], bytes] | None = getattr(source, "encoded", None)
+            digest.update(source.read(index).tobytes() if encoded is None else encoded(index))
+        except ImageError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()[:16]
+
+
+def model_hash(model: object, *more: Any) -> str:
+    """Of a model's configuration and every number in it.
+
+    Args:
+        model: a Model, a Teacher, anything that encodes images.
+        more: what it was built from, JSON-able.
+    """
+    config: Callable[[], Mapping[str, Any]] | None = getattr(model, "config", None)
+    known = {k: v for k, v in config().items() if k != "provenance"} if callable(config) else _plain(model)
+    digest = hashlib.sha256(json.dumps([type(model).__qualname__, known, *more], sort_keys=True, default=str).encode())
+    tensors = model.state_dict() if isinstance(model, nn.Module) else {}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _plain(model: object) -> dict[str, Any]:
+    """What was given to the constructor and is still there under that name: numbers, words or lists of them."""
+    simple = (int, float, str, bool, type(None))
+    found = {name: vars(model).get(name) for name in inspect.signature(type(model).__init__).parameters}
+    return {
+        name: value
+        for name, value in found.items()
+        if all(isinstance(each, simple) for each in (value if isinstance(value, tuple | list) else [value]))
+    }
+
+
+def takes_teachers(kind: str) -> bool:
+    """Whether an eval of this kind compares with teachers."""
+    parameters = inspect.signature(find("evals", kind)).parameters.values()
+    return any(p.kind is p.POSITIONAL_ONLY for p in parameters)
+
+
+def file_name(text: str) -> str:
+    """A name of a model, a file or a repository as one part of a path."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "model"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

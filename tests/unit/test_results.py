@@ -1,0 +1,292 @@
+"""Results on disk, what identifies them, tables of them, and the comparison of two models."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from agglo.config import build
+from agglo.results import comparing, identity, tables
+from agglo.results.records import FILE, PerImage, Result, ResultError, append, read, read_images
+from agglo.types import ConfigError
+
+
+def result(name: str = "knn", top1: float = 0.5, **changes) -> Result:
+    made = Result(
+        name=name,
+        kind="knn",
+        model={"name": "one", "hash": "aaaa"},
+        settings={"kind": "knn", "k": 20, "size": 128},
+        protocol="p20",
+        data={"train": {"images": 2, "hash": "d1"}, "test": {"images": 2, "hash": "d2"}},
+        metrics={"top1": top1},
+        view=(128, 128),
+        versions={"agglo": "1"},
+    )
+    return replace(made, **changes)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_reads_back_as_it_was(tmp_path: Path) -> None:
+    first = result(lower_is_better=("rmse",), notes=("skipped one",), seconds=1.5, protocol_name="nvidia")
+    images = PerImage({"top1": {"a": 1.0, "b": 0.0}}, {"top1": {"cat": 0.5}})
+    append(tmp_path, first, images)
+    append(tmp_path, result("linear", protocol="q"))
+    found = read(tmp_path)
+    assert found == [first, result("linear", protocol="q")] == read(tmp_path / FILE)
+    assert read_images(tmp_path, found[0]) == images
+    assert read_images(tmp_path, found[1]) is None
+
+
+def test_of_one_id_the_newest_counts(tmp_path: Path) -> None:
+    append(tmp_path, result(top1=0.1))
+    append(tmp_path, result("other", protocol="q"))
+    append(tmp_path, result(top1=0.2))
+    assert [(r.name, r.metrics["top1"]) for r in read(tmp_path)] == [("other", 0.5), ("knn", 0.2)]
+
+
+def test_a_line_cut_off_loses_itself_only(tmp_path: Path) -> None:
+    append(tmp_path, result())
+    whole = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(whole + whole[:70])
+    append(tmp_path, result("linear", protocol="q"))
+    with pytest.warns(UserWarning, match="1 damaged line left out"):
+        assert [r.name for r in read(tmp_path)] == ["knn", "linear"]
+
+
+def test_a_number_that_is_none_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="top1 is not a finite number"):
+        append(tmp_path, result(top1=float("nan")))
+    assert not (tmp_path / FILE).exists()
+
+
+def test_older_and_newer_formats_say_what_to_do(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / FILE).write_text(json.dumps({"name": "knn", "metrics": {"top1": 0.5}}) + "\n")
+    with pytest.raises(ResultError, match=r"line 1 is of format 1.*measure again: `agglo eval"):
+        read(old)
+    (old / FILE).write_text(json.dumps({"format": 3}) + "\n")
+    with pytest.raises(ResultError, match="pip install --upgrade agglo"):
+        read(old)
+    (old / FILE).unlink()
+    (old / "evals.json").write_text('{"models": {}}')
+    with pytest.raises(ResultError, match="format 1"):
+        read(old)
+    with pytest.raises(ResultError, match="format 1"):
+        read(old / "evals.json")
+    with pytest.raises(ResultError, match="agglo eval MODEL"):
+        read(tmp_path / "nowhere")
+    (old / "evals.json").unlink()
+    with pytest.raises(ResultError, match=r"holds no results\.jsonl"):
+        read(old)
+    (old / FILE).write_text(json.dumps({"format": 2, "name": "knn"}) + "\n")
+    with pytest.raises(ResultError, match="is no result"):
+        read(old)
+
+
+def test_damaged_images_are_named(tmp_path: Path) -> None:
+    made = result()
+    append(tmp_path, made, PerImage({"top1": {"a": 1.0}}))
+    file = next((tmp_path / "images").iterdir())
+    file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(ResultError, match=r"damaged.*--again"):
+        read_images(tmp_path, made)
+
+
+def _many(folder: Path, name: str) -> None:
+    for number in range(25):
+        append(folder, result(name, protocol=f"{name}{number}"))
+
+
+def test_two_processes_may_append_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_many, args=(tmp_path, name)) for name in ("a", "b")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(r.protocol for r in read(tmp_path)) == sorted(f"{n}{i}" for n in "ab" for i in range(25))
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_changes_the_protocol_and_no_place_does() -> None:
+    def protocol(**keys) -> str:
+        return identity.protocol_hash(identity.settings({"kind": "knn", **keys}))
+
+    base = protocol()
+    assert protocol(k=20, temperature=0.07) == base  # said or not, the default is the same choice
+    assert protocol(name="other") == base
+    train = {"kind": "folder", "path": "/a", "min_side": 3}
+    changed = [protocol(k=10), protocol(size=224), protocol(vote="majority"), protocol(train=train)]
+    assert len({base, *changed}) == 5
+    assert protocol(train={**train, "path": "/b"}) == protocol(train=train)
+    assert protocol(train={**train, "min_side": 4}) != protocol(train=train)
+
+
+def test_a_revised_eval_is_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    from agglo.evals.knn import Knn
+
+    complete = identity.settings({"kind": "knn"})
+    before = identity.protocol_hash(complete)
+    monkeypatch.setattr(Knn, "revision", 2, raising=False)
+    assert identity.protocol_hash(complete) != before
+    assert identity.protocol_hash(complete, teachers={"a": "1"}) != identity.protocol_hash(complete)
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'size'"):
+        identity.settings({"kind": "knn", "sise": 3})
+    with pytest.raises(ConfigError, match="did you mean 'split'"):
+        identity.settings({"kind": "knn", "train": {"kind": "scenes", "splt": "test"}})
+
+
+def test_the_data_hash_knows_names_labels_and_content(tmp_path: Path) -> None:
+    import tiny_datasets as tiny
+
+    def hashed(root: Path) -> str:
+        return identity.data_hash(build("sources", {"kind": "folder", "path": str(root)}))
+
+    for root in ("one", "two"):
+        for i in range(3):
+            tiny.picture(tmp_path / root / "cat" / f"{i}.png", i)
+    base = hashed(tmp_path / "one")
+    assert hashed(tmp_path / "two") == base  # where it lies is no part of it
+    tiny.picture(tmp_path / "two" / "cat" / "1.png", 9)
+    content = hashed(tmp_path / "two")
+    (tmp_path / "one" / "cat").rename(tmp_path / "one" / "dog")
+    label = hashed(tmp_path / "one")
+    tiny.picture(tmp_path / "two" / "cat" / "4.png", 9)
+    assert len({base, content, label, hashed(tmp_path / "two")}) == 4
+
+
+def test_the_model_hash_knows_every_weight_and_setting() -> None:
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    base = identity.model_hash(one)
+    assert identity.model_hash(two) == base == identity.model_hash(one.eval())
+    with torch.no_grad():
+        two.weight[0, 0] += 1e-6
+    assert identity.model_hash(two) != base
+    assert identity.model_hash(one.half()) != base
+    hogs = [build("teachers", {"kind": "hog", "cell": cell}) for cell in (8, 16)]
+    assert identity.model_hash(hogs[0]) != identity.model_hash(hogs[1])
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_or_data_never_share_a_column() -> None:
+    other = {"name": "two", "hash": "bbbb"}
+    same = tables.columns([result(top1=0.4), result(top1=0.6, model=other)])
+    assert [(c.title, c.values) for c in same] == [("knn top1", {"one": 0.4, "two": 0.6})]
+    assert tables.notes(same) == []
+    apart = [result(), result(model=other, protocol="p10", settings={"kind": "knn", "k": 10, "size": 128})]
+    columns = tables.columns(apart)
+    assert [(c.title, list(c.values)) for c in columns] == [("knn top1 (a)", ["one"]), ("knn top1 (b)", ["two"])]
+    assert tables.notes(columns) == ["knn: (a) and (b) do not compare: k: 20, 10"]
+    data = [result(), result(model=other, data={"test": {"images": 2, "hash": "d9"}})]
+    assert "other data" in tables.notes(tables.columns(data))[0]
+    assert "do not compare" in tables.markdown(apart)
+
+
+def test_markdown_has_the_best_in_bold_as_printed() -> None:
+    models = [{"name": n, "hash": n} for n in ("one", "two", "three")]
+    text = tables.markdown([result(top1=v, model=m) for v, m in zip((0.5, 0.70004, 0.70001), models, strict=True)])
+    assert "| one | 0.500 |" in text
+    assert "| two | **0.700** |" in text
+    assert "| three | **0.700** |" in text
+    lower = [result(top1=v, model=m, lower_is_better=("top1",)) for v, m in zip((0.5, 0.7), models, strict=False)]
+    assert "| one | **0.500** |" in tables.markdown(lower)
+    assert "knn top1 ↓" in tables.markdown(lower)
+    assert "**" not in tables.markdown([result()])
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    pair = [result(), result(model={"name": "one", "hash": "bbbbbbbb"})]
+    assert list(tables.labels(pair).values()) == ["one (aaaa)", "one (bbbbbb)"]
+    assert len(tables.columns(pair)[0].values) == 2
+
+
+def test_curves_join_results_that_differ_in_size_alone() -> None:
+    def at(size: int, **changes) -> Result:
+        settings = {"kind": "knn", "k": 20, "size": size} | changes
+        return result(f"knn@{size}", size / 1000, settings=settings, view=(size, size), protocol=f"p{size}{changes}")
+
+    found = tables.curves([at(224), at(128), at(448, k=10)])
+    assert list(found.values()) == [{"one": [(128, 0.128), (224, 0.224)]}]
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    rng = np.random.default_rng(1)
+    a = rng.normal(0.5, 0.2, 400)
+    b = a + rng.normal(0.02, 0.1, 400)
+    found = comparing.bootstrap("x", a, b)
+    error = (b - a).std() / 20
+    assert found.difference == pytest.approx((b - a).mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert (found.low + found.high) / 2 == pytest.approx(found.difference, abs=error / 10)
+    assert found == comparing.bootstrap("x", a, b)
+    assert found.low != comparing.bootstrap("x", a, b, seed=1).low
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    inside = 0
+    for trial in range(200):
+        a = rng.random(60) < 0.5
+        b = rng.random(60) < 0.6
+        one = comparing.bootstrap("x", a.astype(float), b.astype(float), seed=trial, draws=500)
+        inside += one.low <= 0.1 <= one.high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_identical_models_differ_by_nothing() -> None:
+    a = np.random.default_rng(0).random(50)
+    found = comparing.bootstrap("x", a, a)
+    assert (found.difference, found.low, found.high, found.better, found.sure) == (0, 0, 0, 0.5, False)
+
+
+def test_a_pairing_is_stronger_than_none() -> None:
+    """The spread of the images cancels: that is what pairing is for."""
+    hard = np.random.default_rng(0).random(200)
+    found = comparing.bootstrap("x", hard, hard + 0.01)
+    assert found.sure
+    assert found.low == pytest.approx(0.01)
+
+
+def test_changed_images_and_classes_come_by_size_of_change() -> None:
+    one = PerImage({"top1": {"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.2}}, {"top1": {"cat": 0.5, "dog": 0.5, "cow": 1.0}})
+    two = PerImage({"top1": {"a": 1.0, "b": 1.0, "c": 0.0, "e": 0.3}}, {"top1": {"cat": 0.4, "dog": 1.0}})
+    found = comparing.compare(result(), result(top1=0.6), one, two)
+    assert found.changed["top1"] == [("b", 0.0, 1.0), ("c", 1.0, 0.0)]
+    assert found.classes["top1"] == [("dog", 0.5, 1.0), ("cat", 0.5, 0.4)]
+    assert found.metrics == {"top1": (0.5, 0.6)}
+    assert found.intervals[0].images == 3
+    assert "2 images are known of one model only" in found.notes[0]
+    assert comparing.compare(result(), result(), one, None).notes == ("nothing is recorded image by image",)
+
+
+def test_different_measurements_are_not_compared() -> None:
+    other = result(protocol="p10", settings={"kind": "knn", "k": 10, "size": 128})
+    found = comparing.compare(result(), other, PerImage(), PerImage())
+    assert found.why == "k: 20, 10"
+    assert not found.metrics
+    moved = result(data={"test": {"images": 2, "hash": "d9"}})
+    assert "other data" in comparing.compare(result(), moved, None, None).why
+    with pytest.raises(ResultError, match="same images"):
+        comparing.bootstrap("x", np.zeros(2), np.zeros(3))
