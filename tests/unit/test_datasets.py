@@ -67,11 +67,13 @@ def test_read_pickled_and_named_alike(kind: str, tmp_path: Path) -> None:
         ("voc", "VOCdevkit/VOC2012/JPEGImages/2007_04.jpg", "1 of 2 images are missing"),
         ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", "val.txt is missing"),
         ("camvid", "valannot/1.png", "1 of 2 masks are missing"),
+        ("camvid", "val/1.png", "1 of 1 images are missing"),
         ("cifar", "cifar-10-batches-bin/test_batch.bin", "1 of 1 batches are missing"),
         ("spair", "SPair-71k/JPEGImages/cat/cat_0.jpg", "1 of 6 images are missing"),
         ("navi", "navi_v1.0/wall/multiview-00-phone/depth/001.png", "1 of 3 depth maps are missing"),
         ("navi", "navi_v1.0/wall/multiview-00-phone/masks/001.png", "1 of 3 masks are missing"),
         ("nyu", "test/00001_depth.png", "1 of 2 depth maps are missing"),
+        ("nyu", "test/00001_colors.png", "1 of 2 images are missing"),
         ("coco", "val2017/1.jpg", "1 of 2 images are missing"),
         ("coco", "annotations/instances_val2017.json", "1 of 1 annotation files are missing"),
     ],
@@ -274,6 +276,7 @@ def test_coco_small_things_are_on_top_and_crowds_have_no_class(tmp_path: Path) -
     assert (known.semantic[:, :2] == 255).all() and known.semantic[0, 2] == 0
     assert int((known.instances == 2).sum()) == 16
     assert int((known.instances == 1).sum()) == 192 - 16
+    assert known.masks.sum((1, 2)).tolist() == [192, 16]  # the car is whole below the dog
     assert made.annotation(1).captions == ("A dog in a car.",)
     assert made.annotation(0).caption is None
 

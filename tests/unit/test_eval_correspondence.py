@@ -200,6 +200,13 @@ def test_a_grid_of_a_cropped_view() -> None:
     torch.testing.assert_close(view.at(points), view.on_grid(), atol=1e-5, rtol=1e-5)
 
 
+def test_the_grid_of_a_large_photograph_is_that_of_512_pixels() -> None:
+    frame = Frame.of((3024, 4032), (512, 512), 0.25)
+    assert frame.grid == (128, 128)
+    assert frame.points()[-1].tolist() == pytest.approx([504 + 3024 - 3024 / 256, 3024 - 3024 / 256])
+    assert Frame.of((400, 500), (800, 800), 1.0).grid == (400, 400)
+
+
 def test_pairs_are_needed_and_what_they_lack_is_said() -> None:
     with pytest.raises(ConfigError, match="Squares has no pairs"):
         run(Oracle(), Squares(3))

@@ -227,6 +227,10 @@ def test_masks_of_another_size_and_classes_out_of_range() -> None:
 
     with pytest.raises(ConfigError, match=r"squares/0/0 is 32x32 pixels \(HxW\) and its semantic map 20x32"):
         splits(Segmentation, Small).run(Oracle())
+    for probe in ("logistic", "adamw"):
+        slide = {"inference": "slide", "size": 16, "short": 32, "probe": probe}
+        with pytest.raises(ConfigError, match=r"squares/0/0 is 32x32 pixels \(HxW\) and its semantic map 20x32"):
+            splits(Segmentation, Small, **slide).run(Oracle())
 
     class Many(Squares):
         def annotation(self, index: int) -> Any:
@@ -262,6 +266,24 @@ def test_dpt_learns_depth_and_repeats_itself() -> None:
     options["epochs"] = 2
     short = splits(Depth, **options).run(Coarse())
     assert splits(Depth, **options).run(Coarse()) == short != splits(Depth, **options, seed=1).run(Coarse())
+
+
+@pytest.mark.parametrize(("kind", "source"), [(Depth, Squares), (Normals, Tilted)])
+def test_a_dpt_probe_that_ends_worse_than_it_began_gives_no_number(kind: Any, source: type[Squares]) -> None:
+    options: dict[str, Any] = {"probe": "dpt", "hidden": 8, "epochs": 2, "batch": 4, "side": 16}
+    with pytest.raises(ProbeError, match=r"probe diverged"):
+        splits(kind, source, lr=1e3, **options).run(Coarse())
+
+
+def test_maps_have_one_memory_layout_whatever_the_models() -> None:
+    class Last(Noise):
+        def forward(self, images: Tensor) -> Features:
+            out = super().forward(images)
+            assert out.spatial is not None
+            return Features(out.summary, out.spatial.to(memory_format=torch.channels_last))
+
+    found = encode(Last(), Squares(3), 32, want="spatial").spatial
+    assert found is not None and found.is_contiguous()
 
 
 @pytest.mark.parametrize("kind", [Depth, Normals])

@@ -139,6 +139,23 @@ def test_instances_and_their_boxes() -> None:
         instances(SimpleNamespace(), image, "a", 1)
 
 
+def test_instances_that_overlap_are_whole() -> None:
+    masks = np.zeros((2, 6, 8), bool)
+    masks[0, 1:5, 1:7], masks[1, 2:4, 2:4] = True, True
+    objects = [SimpleNamespace(box=(1, 1, 7, 5)), SimpleNamespace(box=(2, 2, 4, 4))]
+    instance = np.where(masks[1], 2, masks[0].astype(int))  # what a map keeps of them
+    known, image = SimpleNamespace(instances=instance, masks=masks, objects=objects), Image.new("RGB", (8, 6))
+    found = instances(known, image, "a", 1)
+    assert found is not None
+    assert found.masks.sum((1, 2)).tolist() == [24, 4]
+    assert found.boxes.tolist() == [[1, 1, 7, 5], [2, 2, 4, 4]]
+    large = instances(known, image, "a", 5)
+    assert large is not None and large.boxes.tolist() == [[1, 1, 7, 5]]
+    assert instances(known, image, "a", 25) is None
+    with pytest.raises(ConfigError, match=r"a is 8x6 pixels \(HxW\) and its masks \(6, 8\)"):
+        instances(known, Image.new("RGB", (6, 8)), "a", 1)
+
+
 def test_overlap_in_closed_form() -> None:
     a = torch.zeros(3, 2, 4, dtype=torch.bool)
     b = a.clone()

@@ -140,6 +140,19 @@ def test_one_that_fails_stops_no_other_and_gives_no_number(images: Path) -> None
     assert not (images / "other" / "results.jsonl").exists()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), OSError("no room"), MemoryError("no room")])
+def test_one_that_finds_no_room_stops_no_other(
+    images: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def full(*arguments: object) -> dict[str, float]:
+        raise error
+
+    monkeypatch.setattr(find("evals", "linear"), "run", full)
+    found = measure(Noise(), "noise", [linear(images), pets(images)], images / "out")
+    assert list(found.results) == ["knn"]
+    assert found.failed == {"linear": f"{type(error).__name__}: no room"}
+
+
 def test_wrong_keys_are_refused_before_anything_runs(images: Path) -> None:
     model = Noise()
     with pytest.raises(ConfigError, match="did you mean 'k'"):

@@ -123,7 +123,8 @@ def fit(
         progress: told of each epoch.
 
     Raises:
-        ProbeError: the loss is not finite, or no image has anything to learn from.
+        ProbeError: the loss is not finite, the trained head does worse than the untrained one on the images it began
+            with, or no image has anything to learn from.
     """
     standard = Standard.of(split.features)
     with torch.random.fork_rng(devices=[]):
@@ -133,7 +134,8 @@ def fit(
     order = torch.Generator().manual_seed(training.seed)
     optimiser = torch.optim.AdamW(head.parameters(), lr=training.lr, weight_decay=training.decay)
     per_epoch = -(-len(split.truth) // training.batch)
-    learned = step = 0
+    step = 0
+    began: tuple[Tensor, float] | None = None
     for epoch in range(training.epochs):
         for chosen in torch.randperm(len(split.truth), generator=order).split(training.batch):
             for group in optimiser.param_groups:
@@ -146,15 +148,24 @@ def fit(
                 continue
             if not bool(torch.isfinite(value)):
                 raise ProbeError(f"the {what} probe diverged in epoch {epoch + 1}: its loss is {float(value.detach())}")
+            began = began or (chosen, float(value.detach()))
             optimiser.zero_grad()
             value.backward()
             optimiser.step()
-            learned += 1
         if progress is not None:
             progress(f"{what} probe, epoch {epoch + 1}/{training.epochs}")
-    if not learned:
+    if began is None:
         raise ProbeError(f"the training split has no valid {what}: nothing to fit a probe on")
-    return head.eval(), standard
+    head.eval()
+    with torch.no_grad():
+        found = head(standard(split.features[began[0]]).to(device))
+        value = _mean_loss(found, [split.truth[i] for i in began[0].tolist()], loss)
+    end = math.nan if value is None else float(value)
+    if not end <= began[1] + 0.1 * abs(began[1]) + 0.1:
+        raise ProbeError(
+            f"the {what} probe diverged: its loss ends at {end:.4g}, where it began at {began[1]:.4g}; lower lr"
+        )
+    return head, standard
 
 
 def _mean_loss(found: Tensor, truths: Sequence[Tensor], loss: Loss) -> Tensor | None:

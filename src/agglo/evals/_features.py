@@ -327,8 +327,9 @@ def _encode(
     return Encoded(
         tuple(names),
         tuple(index),
-        torch.cat(summaries) if summaries else None,
-        torch.cat(maps) if maps else None,
+        # In one memory layout, as they come back from disk: layouts differ in the last bits of every sum over them.
+        torch.cat(summaries).contiguous() if summaries else None,
+        torch.cat(maps).contiguous() if maps else None,
         tuple(skipped),
         tuple(sizes),
     )

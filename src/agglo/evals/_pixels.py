@@ -107,8 +107,7 @@ class Split:
                 x0, y0, x1, y1 = place.box
                 total[:, y0:y1, x0:x1] += _upsampled(logits, (y1 - y0, x1 - x0))
                 seen[y0:y1, x0:x1] += 1
-            mask = windows.source.annotation(image).semantic  # type: ignore[attr-defined]
-            truth = truth_of(windows.source, image, "semantic", mask.shape, mask.shape)
+            truth = truth_of(windows.source, image, "semantic", places[0].full, places[0].full)
             yield _upsampled(total / seen, truth.shape).argmax(0), truth
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agglo.config import build, find, kinds, nearest, schema
 from agglo.evals._features import Inapplicable, _shared, shared_features
 from agglo.evals._reading import Opened
@@ -34,6 +36,10 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 """Named suites: ``quick`` needs no teacher and takes seconds; ``dense`` is about maps; ``demo`` is what the quickstart
 reports. ``full`` is every kind that can run without being told where its data lie."""
+
+
+_FAILURES = (OSError, MemoryError, torch.OutOfMemoryError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
+"""What one eval may run into while another need not: a disk, too little memory, a matrix without an answer."""
 
 
 def suites() -> list[str]:
@@ -158,6 +164,9 @@ def run_each(
                     why = str(error)
                 except AggloError as error:
                     why, failed = str(error), True
+                except _FAILURES as error:
+                    first = next(iter(str(error).strip().splitlines()), "")
+                    why, failed = f"{type(error).__name__}: {first}", True
             notes = tuple(dict.fromkeys(str(warning.message) for warning in said))
             done(Outcome(name, each, metrics, why, failed, records, time.perf_counter() - began, notes))
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from agglo.evals._probe import truth_of
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
 
@@ -21,11 +22,13 @@ class Window(NamedTuple):
         image: index in the source.
         box: ``xyxy`` in pixels of the scaled image.
         scaled: ``(H, W)`` of the scaled image.
+        full: ``(H, W)`` of the image as it is stored.
     """
 
     image: int
     box: tuple[int, int, int, int]
     scaled: tuple[int, int]
+    full: tuple[int, int]
 
 
 class Windows(Source):
@@ -55,13 +58,13 @@ class Windows(Source):
             try:
                 image = source.read(i)
             except ImageError:
-                self.windows.append(Window(i, (0, 0, crop[1], crop[0]), crop))  # read() names it
+                self.windows.append(Window(i, (0, 0, crop[1], crop[0]), crop, crop))  # read() names it
                 continue
-            scale = short / min(image.size)
+            scale, full = short / min(image.size), (image.height, image.width)
             size = max(crop[0], round(image.height * scale)), max(crop[1], round(image.width * scale))
             for y in _starts(size[0], crop[0], stride):
                 for x in _starts(size[1], crop[1], stride):
-                    self.windows.append(Window(i, (x, y, x + crop[1], y + crop[0]), size))
+                    self.windows.append(Window(i, (x, y, x + crop[1], y + crop[0]), size, full))
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -81,9 +84,13 @@ class Windows(Source):
         return last[1].crop(window.box)
 
     def annotation(self, index: int) -> SimpleNamespace:
-        """``semantic`` of the window, nearest neighbours of the full mask."""
+        """``semantic`` of the window, nearest neighbours of the full mask.
+
+        Raises:
+            ConfigError: the mask is of another size than its image.
+        """
         window = self.windows[index]
-        mask = np.asarray(self.source.annotation(window.image).semantic)  # type: ignore[attr-defined]
+        mask = truth_of(self.source, window.image, "semantic", window.full, window.full).numpy()
         rows, columns = (
             ((np.arange(low, high) + 0.5) * full / scaled).astype(int).clip(0, full - 1)
             for low, high, full, scaled in (

@@ -31,10 +31,11 @@ class Correspondence(Eval):
     """Correspondence without training: a point's match is where the other image's features are most alike (METHOD 7).
 
     A source gives ``pairs()``, objects with ``first`` and ``second`` (indices), and what it has of the following. Both
-    protocols run where the source has what they need; nothing is fitted.
+    protocols run where the source has what they need; nothing is fitted. The model sees the image cropped to the aspect
+    of ``size``: what lies outside does not count.
 
     **Geometric** (NAVI; El Banani et al. 2024), where ``annotation(index)`` has ``depth``, ``K`` and
-    ``cam_from_world``. Features are brought bilinearly to a grid of ``grid`` times the image's sides. Every grid point
+    ``cam_from_world``. Features are brought bilinearly to a grid of ``grid`` times the view's sides. Every grid point
     of the first image with a valid depth (and on an object, where the annotation has ``instances``) is matched to the
     one of the second with the greatest cosine. The ``matches`` best by Lowe's ratio of cosine distances, nearest to
     second nearest, are kept; with ``X`` the true world point of a grid point:
@@ -52,7 +53,7 @@ class Correspondence(Eval):
 
     Args:
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        grid: side of the grid relative to the image's.
+        grid: side of the grid relative to that of the view in the image; where that is longer than 512 pixels, to 512.
         matches: kept for each pair of the geometric protocol; all when there are fewer.
         metres: thresholds of distances in the world.
         pixels: thresholds of distances in the image.
@@ -60,6 +61,8 @@ class Correspondence(Eval):
         pck: thresholds relative to the box.
         source: the pairs.
     """
+
+    revision = 2
 
     def __init__(
         self,
@@ -135,6 +138,8 @@ class Frame(NamedTuple):
     def of(cls, full: tuple[int, int], view: tuple[int, int], scale: float) -> Frame:
         """Of an image of ``full`` pixels that a model sees as ``view``."""
         box = crop_box(full[1], full[0], view)
+        # A photograph of twelve megapixels would have a grid of 750 000 points; Probe3d's views are 512 pixels.
+        scale *= min(1.0, REFERENCE / max(box[2] - box[0], box[3] - box[1]))
         grid = max(1, round((box[3] - box[1]) * scale)), max(1, round((box[2] - box[0]) * scale))
         return cls(box, full, grid)
 

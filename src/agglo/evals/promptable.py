@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,10 +50,12 @@ class Promptable(Eval):
             heads (a SAM teacher, say).
         size: side of the square that the model sees; that of the decoder's own images when None.
         least: instances of fewer pixels are left out.
-        source: images with ``annotation(index).instances`` ``(H, W)``, 0 for background.
+        source: images with ``annotation(index).instances`` ``(H, W)``, 0 for background; or with ``masks``
+            ``(N, H, W)`` that may overlap and the ``box`` of each of its ``objects``.
     """
 
     bundled = False
+    revision = 2
 
     def __init__(
         self,
@@ -179,6 +181,9 @@ def instances(known: Any, image: Image.Image, name: str, least: int) -> Truth | 
     Raises:
         ConfigError: there is no instance mask, or it is of another size than the image.
     """
+    whole = getattr(known, "masks", None)
+    if whole is not None:
+        return _whole(np.asarray(whole), [each.box for each in known.objects], image, name, least)
     array = getattr(known, "instances", None)
     if array is None:
         raise ConfigError(f"{name} has no instances: prompt with a source such as {{kind: scenes}}")
@@ -193,6 +198,18 @@ def instances(known: Any, image: Image.Image, name: str, least: int) -> Truth | 
             found.append(torch.from_numpy(mask))
             boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
     return Truth(torch.stack(found), torch.tensor(np.array(boxes), dtype=torch.float32)) if found else None
+
+
+def _whole(
+    found: np.ndarray, boxes: Sequence[Sequence[float]], image: Image.Image, name: str, least: int
+) -> Truth | None:
+    """Of masks ``(N, H, W)`` that may overlap, each with its annotated box."""
+    if found.shape[1:] != (image.height, image.width):
+        raise ConfigError(f"{name} is {image.height}x{image.width} pixels (HxW) and its masks {found.shape[1:]}")
+    keep = [i for i, mask in enumerate(found) if int(mask.sum()) >= least]
+    if not keep:
+        return None
+    return Truth(torch.from_numpy(found[keep]), torch.tensor([boxes[i] for i in keep], dtype=torch.float32))
 
 
 def canvas(image: Image.Image, view: tuple[int, int], model: object) -> Tensor:

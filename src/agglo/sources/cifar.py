@@ -49,7 +49,8 @@ class Cifar(Source):
             root = LAYOUT.root(path)
             images, labels, names = (_binary if list(root.glob("*.txt")) else _python)(root, split)
         if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
-            raise ConfigError(f"source cifar: {path} holds label {int(labels.max())} and names {len(names)} classes")
+            wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+            raise ConfigError(f"source cifar: {path} holds label {wrong} and names {len(names)} classes")
         self._images, self._labels, self._split = images, labels, split
         self.classes = names
 

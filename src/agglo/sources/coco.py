@@ -43,7 +43,8 @@ class Coco(Files):
     """COCO 2017 (Lin et al. 2014): images with instances of 80 classes.
 
     ``annotation(index)`` has ``instances`` ``(H, W)`` (0 background; where two overlap the smaller one is on top),
-    ``semantic`` (0 background, class index + 1, 255 in crowds), ``objects``, and ``captions`` where there are any.
+    ``masks`` ``(N, H, W)`` bool, each of the ``objects`` in full, also where another one is on top, ``semantic`` (0
+    background, class index + 1, 255 in crowds), and ``captions`` where there are any.
 
     Args:
         path: the folder with ``annotations``, or the one around it.
@@ -82,7 +83,8 @@ class Coco(Files):
         instances, semantic = np.zeros(size, np.int32), np.zeros(size, np.uint8)
         # Crowds first, then from large to small: a crowd covers nothing, a small object is on top of a large one.
         ordered = sorted(self._objects[index], key=lambda each: (not each.get("iscrowd"), -each["area"], each["id"]))
-        objects = []
+        objects: list[CocoObject] = []
+        masks: list[np.ndarray] = []
         for each in ordered:
             where = mask_of(each["segmentation"], size, self.name(index))
             if each.get("iscrowd"):
@@ -95,9 +97,11 @@ class Coco(Files):
                 CocoObject(len(objects) + 1, self.classes[number], (x, y, x + w, y + h), float(each["area"]))
             )
             instances[where] = len(objects)
+            masks.append(where)
         captions = tuple(self._captions[index])
         return SimpleNamespace(
             instances=instances, semantic=semantic, objects=tuple(objects), captions=captions,
+            masks=np.stack(masks) if masks else np.zeros((0, *size), bool),
             caption=captions[0] if captions else None,
         )  # fmt: skip
 

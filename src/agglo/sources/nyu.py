@@ -191,6 +191,9 @@ def _files(folder: Path) -> list[_Entry]:
     stems = [Path(name).stem.removesuffix("_colors") for name in names]
     depths = [folder / f"{stem}_depth.png" for stem in stems]
     LAYOUT.whole(depths, "depth maps")
+    others = [name.removesuffix("_depth.png") for name in listed(folder, ".png") if name.endswith("_depth.png")]
+    known = {stem: folder / name for stem, name in zip(stems, names, strict=True)}
+    LAYOUT.whole([known.get(stem, folder / f"{stem}_colors.png") for stem in others], "images")
     return [
         _Entry(stem, _Picture(folder / name, f"nyu/{folder.name}/{stem}"), _Millimetres(depth))
         for stem, name, depth in zip(stems, names, depths, strict=True)
