@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -52,7 +52,7 @@ class Basis:
         return scaled.reshape(*array.shape[1:], 3)
 
 
-def pca_basis(maps: Sequence[Any]) -> Basis:
+def pca_basis(maps: Sequence[Any], *, limits: Literal["percentiles", "mad"] = "percentiles") -> Basis:
     """The principal components of all positions of several maps together.
 
     Each map counts alike, whatever its size. The sign of a component is fixed by making its largest loading positive,
@@ -60,6 +60,8 @@ def pca_basis(maps: Sequence[Any]) -> Basis:
 
     Args:
         maps: tensors or arrays ``(D, H, W)``, of one D and any H, W.
+        limits: what becomes 0 and full brightness: the first and last percentile, or ``mad`` (:func:`mad_limits`),
+            RADIO's choice.
 
     Raises:
         ValueError: no maps, maps of different D, or values that are not finite.
@@ -81,8 +83,26 @@ def pca_basis(maps: Sequence[Any]) -> Basis:
     mean = weight @ x
     centred = x - mean
     axes = _principal(centred * np.sqrt(weight)[:, None], _NOTHING * float(weight @ (x**2).sum(1)))
-    low, high = _limits(centred @ axes.T, weight)
+    projected = centred @ axes.T
+    low, high = mad_limits(projected) if limits == "mad" else _limits(projected, weight)
     return Basis(mean, axes, low, high)
+
+
+def mad_limits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest of those in each column of ``(N, K)`` that are no outliers: ``|c - median| < 2 MAD``.
+
+    MAD is the median of the absolute distances to the median. A column that has none within takes its extremes.
+    """
+    distance = np.abs(values - _median(values))
+    inside = distance < 2 * _median(distance)
+    inside |= ~inside.any(0)
+    low = np.where(inside, values, np.inf).min(0)
+    return low, np.where(inside, values, -np.inf).max(0)
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """Of each column: one of its values, the lower of the two in the middle."""
+    return np.sort(values, axis=0)[(len(values) - 1) // 2]
 
 
 def pca_picture(features: Any, basis: Basis, size: tuple[int, int], *, smooth: bool = True) -> Image.Image:

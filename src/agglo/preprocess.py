@@ -276,11 +276,27 @@ def _unit_range(values: Tensor, name: str) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- sizes
 
 
-def nearest_size(size: tuple[int, int], step: int) -> tuple[int, int]:
+def nearest_size(size: tuple[float, float], step: int) -> tuple[int, int]:
     """The legal ``(H, W)`` nearest to ``size``: each side ``max(step, round(side / step) * step)``, ties to even."""
     _check_step(step)
     height, width = (max(step, round(side / step) * step) for side in size)
     return height, width
+
+
+def aspect_size(size: tuple[int, int], target: tuple[int, int], step: int, *, inside: bool = False) -> tuple[int, int]:
+    """``(H, W)`` of an image scaled to cover ``target``, its aspect kept as far as ``step`` allows.
+
+    A square ``target`` is the rule "shorter side to r". Each side is ``max(step, round(n * scale / step) * step)``,
+    ties to even, as RADIO's evaluations scale images.
+
+    Args:
+        size: ``(H, W)`` of the image in pixels.
+        target: ``(H, W)`` to cover.
+        step: sides become multiples of it.
+        inside: fit into ``target`` instead ("longer side to r").
+    """
+    scale = (min if inside else max)(target[0] / size[0], target[1] / size[1])
+    return nearest_size((size[0] * scale, size[1] * scale), step)
 
 
 def legal_sizes_near(side: int, step: int) -> tuple[int, int]:

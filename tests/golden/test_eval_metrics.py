@@ -1,7 +1,6 @@
 """The reference implementation's evaluation numbers: ``golden/radio/eval_metrics`` of ``$AGGLO_SHARED``.
 
-Every metric stored there has its test below, but for two that agglo does not have: ``pca`` (its pictures are drawn
-between percentiles, with one basis for all) and ``resize`` (its evals crop, they do not keep the aspect).
+Every metric stored there has its test below.
 """
 
 import json
@@ -9,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +18,8 @@ from agglo.evals.knn import classify
 from agglo.evals.mode_switch import Pairs
 from agglo.evals.rank import lidar, rank_me
 from agglo.nn.linalg import Moments, hadamard, is_hadamard_order
+from agglo.picture import Basis, mad_limits
+from agglo.preprocess import aspect_size
 from agglo.types import Features
 
 ROOT = Path(__file__).parents[2]
@@ -98,3 +100,26 @@ def test_phi_s(stored: dict[str, Tensor]) -> None:
     torch.testing.assert_close(
         stored["phi_s/W"] @ covariance @ stored["phi_s/W"].T, stored["phi_s/Y_cov"], atol=1e-6, rtol=0
     )
+
+
+def test_pca(stored: dict[str, Tensor]) -> None:
+    """Colours of a map by stored axes, which are defined up to sign; the reference draws them bilinearly."""
+    axes = stored["pca/reduction"].double().numpy()
+    features = stored["pca/features"].double().numpy()
+    low, high = mad_limits(features @ axes)
+    assert low == pytest.approx(stored["pca/color_min"].numpy(), rel=1e-6)
+    assert high == pytest.approx(stored["pca/color_max"].numpy(), rel=1e-6)
+    h, w = METRICS["pca"]["grid"]
+    colours = Basis(np.zeros(len(axes)), axes.T, low, high).project(features.T.reshape(-1, h, w))
+    drawn = torch.from_numpy(colours.clip(0, 1)).permute(2, 0, 1)[None]
+    drawn = torch.nn.functional.interpolate(drawn, size=METRICS["pca"]["out"], mode="bilinear")[0].permute(1, 2, 0)
+    torch.testing.assert_close(drawn, stored["pca/map"].double(), atol=1e-6, rtol=0)
+
+
+def test_resize() -> None:
+    assert len(METRICS["resize"]) > 50
+    for row in METRICS["resize"]:
+        height, *width = row["resolution"]
+        target = height, (width or [height])[0]
+        size = row["height"], row["width"]
+        assert list(aspect_size(size, target, row["resize_multiple"], inside=row["max_dim"])) == row["out"], row

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from agglo.picture import fitted, pca_basis, pca_picture, side_by_side, stacked
+from agglo.picture import fitted, mad_limits, pca_basis, pca_picture, side_by_side, stacked
 
 
 def random_map(channels: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -122,3 +122,14 @@ def test_sheets_hold_their_pictures() -> None:
         side_by_side([red, blue], ["one"])
     with pytest.raises(ValueError, match="stack"):
         stacked([])
+
+
+def test_limits_by_the_median_leave_outliers_out() -> None:
+    values = np.stack([np.arange(9.0), np.zeros(9)], 1)
+    values[8, 0] = 100
+    low, high = mad_limits(values)
+    assert low.tolist() == [1, 0] and high.tolist() == [7, 0]  # 4 is the median and 2 the MAD: 0 is one of two too far
+    features = random_map(6, 8, 8)
+    features[0, 0, 0] = 1e4
+    basis = pca_basis([features], limits="mad")
+    assert (basis.high - basis.low < 100).all()

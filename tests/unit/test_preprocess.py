@@ -11,6 +11,7 @@ from PIL import Image
 
 from agglo.preprocess import (
     Conditioner,
+    aspect_size,
     check_size,
     legal_sizes_near,
     load_image,
@@ -187,3 +188,10 @@ def test_conditioner():
         Conditioner((0.5,), (0.5,))
     with pytest.raises(ValueError, match="positive"):
         Conditioner((0, 0, 0), (1, 0, 1))
+
+
+def test_sizes_that_keep_the_aspect() -> None:
+    assert aspect_size((300, 600), (224, 224), 16) == (224, 448)
+    assert aspect_size((300, 600), (224, 224), 16, inside=True) == (112, 224)
+    assert aspect_size((600, 300), (224, 448), 1) == (896, 448)  # covers both sides
+    assert aspect_size((10, 1000), (32, 32), 16, inside=True) == (16, 32)  # never less than a step
