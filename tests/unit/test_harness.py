@@ -100,6 +100,21 @@ def test_another_setting_model_or_image_is_measured_anew(images: Path) -> None:
     assert len(read(folder)) == 4
 
 
+def test_other_masks_are_other_data_and_the_same_features(images: Path) -> None:
+    camvid = {"kind": "camvid", "path": str(images / "camvid"), "split": "train"}
+    masks = {"kind": "segmentation", "name": "seg", "size": 16, "train": camvid, "val": camvid, "test": camvid}
+    model, folder = Noise(), images / "out"
+    first = measure(model, "noise", [masks], folder)
+    calls = model.calls
+    assert measure(model, "noise", [masks], folder).known == ["seg"]
+    for i in range(4):
+        tiny.grey(images / "camvid" / "trainannot" / f"{i}.png", np.full_like(tiny.stripes(12), i))
+    second = measure(model, "noise", [masks], folder)
+    assert second.known == []
+    assert second.results["seg"].column != first.results["seg"].column
+    assert model.calls == calls
+
+
 def test_a_result_says_everything(images: Path) -> None:
     found = measure(Noise(), "noise", [pets(images)], images / "out", published="nvidia").results["knn"]
     assert found.settings["temperature"] == 0.07

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evals_fakes import Squares
+from PIL import Image
 from torch import nn
 
 from agglo.config import build
@@ -169,6 +171,88 @@ def test_the_data_hash_knows_names_labels_and_content(tmp_path: Path) -> None:
     label = hashed(tmp_path / "one")
     tiny.picture(tmp_path / "two" / "cat" / "4.png", 9)
     assert len({base, content, label, hashed(tmp_path / "two")}) == 4
+
+
+TRUTHS = {
+    "ade20k": ("annotations/validation/*.png", ""),
+    "camvid": ("valannot/*.png", ""),
+    "voc": ("SegmentationClass/2007_03.png", ""),
+    "nyu": ("test/*_depth.png", ""),
+    "navi": ("depth/000.png", ""),
+    "navi#cameras": ("annotations.json", "500.0]"),
+    "spair": ("*:cat.json", "[3, 4]"),
+    "coco": ("instances_*.json", "[6, 6,"),
+    "coco#captions": ("captions_*.json", "A dog"),
+}
+"""Kind → a file of what is known beside the images, and words in it that may be others."""
+
+
+@pytest.mark.parametrize("kind", TRUTHS)
+def test_the_data_hash_knows_the_truth(kind: str, tmp_path: Path) -> None:
+    import tiny_datasets as tiny
+
+    maker, (pattern, words) = kind.partition("#")[0], TRUTHS[kind]
+    hashes = []
+    for root in ("one", "two", "three"):
+        (tmp_path / root).mkdir()
+        keys = tiny.MAKERS[maker](tmp_path / root)
+        if root == "three":
+            file = next(f for f in sorted((tmp_path / root).rglob("*.*")) if f.match(pattern))
+            if words:
+                file.write_text(file.read_text().replace(words, words.translate(str.maketrans("346ad5", "455oe6"))))
+            else:
+                tiny.grey(file, np.array(Image.open(file))[::-1] // 2)
+        hashes.append(identity.data_hash(build("sources", {"kind": maker, **keys})))
+    assert hashes[0] == hashes[1] != hashes[2]  # another place and other times are the same data
+
+
+def test_of_many_large_annotations_sizes_and_a_sample_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agglo.results import truth
+
+    class Masks(Squares):
+        def annotation_files(self, index: int) -> tuple[Path, ...]:
+            return (tmp_path / f"{index}",)
+
+    for i in range(100):
+        (tmp_path / f"{i}").write_bytes(bytes([i]) * 10)
+    base = identity.data_hash(Masks(100))
+    (tmp_path / "1").write_bytes(b"other text")
+    assert identity.data_hash(Masks(100)) != base  # small: every one is read
+    monkeypatch.setattr(truth, "ALL_BYTES", 0)
+    base = identity.data_hash(Masks(100))
+    (tmp_path / "2").write_bytes(b"other text")
+    assert identity.data_hash(Masks(100)) == base  # none of the 64
+    (tmp_path / "2").write_bytes(b"another text")
+    assert identity.data_hash(Masks(100)) != base
+    base = identity.data_hash(Masks(100))
+    (tmp_path / "3").write_bytes(b"other text")
+    assert identity.data_hash(Masks(100)) != base
+
+
+def test_annotations_without_files_pairs_and_queries_are_in_the_data_hash() -> None:
+    from types import SimpleNamespace
+
+    class Told(Squares):
+        def __init__(self, **changes: object) -> None:
+            super().__init__()
+            self.changes = changes
+
+        def annotation(self, index: int) -> SimpleNamespace:
+            found = super().annotation(index)
+            found.K = np.eye(3) * float(self.changes.get("focal", 1.0))  # type: ignore[arg-type]
+            found.objects = ({"box": (1, 2, 3, self.changes.get("edge", 4))}, None, "word")
+            return found
+
+        def pairs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(first=0, second=1, points=np.full((1, 2, 2), self.changes.get("point", 3)))]
+
+        def query(self, index: int) -> str | None:
+            return self.changes.get("query") if index == 8 else super().query(index)  # type: ignore[return-value]
+
+    assert identity.data_hash(Told()) == identity.data_hash(Told())
+    told = [Told(), Told(focal=2.0), Told(edge=5), Told(point=4), Told(query="a blue one")]
+    assert len({identity.data_hash(each) for each in told}) == 5
+    assert len({identity.images_hash(each) for each in told}) == 1
 
 
 def test_the_model_hash_knows_every_weight_and_setting() -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from agglo.evals._features import Encoded, open_source
-from agglo.results.identity import data_hash
+from agglo.results.identity import images_hash
 from agglo.sources.base import Source
 from agglo.types import AggloError
 
@@ -103,8 +103,8 @@ class Store(dict[Key, Encoded]):
 
 
 def _identity(source: Source) -> str:
-    """:func:`data_hash`, with size and time of each file: on this machine, a file that was replaced is another one."""
-    digest = hashlib.sha256(data_hash(source).encode())
+    """:func:`images_hash`, with size and time of each file: on this machine, a replaced file is another one."""
+    digest = hashlib.sha256(images_hash(source).encode())
     place = getattr(source, "file", None)
     for index in range(len(source)) if callable(place) else ():
         try:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from agglo.config import NESTED, check_options, find
+from agglo.results.truth import truth_hash
 from agglo.sources.base import Source
 from agglo.types import ImageError
 
@@ -73,7 +74,13 @@ def sources_of(complete: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def data_hash(source: Source) -> str:
-    """Of a set of images: how many, their names and labels, and the content of :data:`SAMPLE` of them.
+    """Of images and of what is known of them: :func:`images_hash`, and the ground truth where the source has any."""
+    images, truth = images_hash(source), truth_hash(source)
+    return images if truth is None else hashlib.sha256(f"{images} {truth}".encode()).hexdigest()[:16]
+
+
+def images_hash(source: Source) -> str:
+    """Of a set of images alone: how many, their names and labels, and the content of :data:`SAMPLE` of them.
 
     The root folder's own name is no part of it, so that a data set may lie anywhere.
     """

@@ -47,6 +47,10 @@ class Ade20k(Files):
         LAYOUT.whole([root / "images" / part / f"{Path(name).stem}.jpg" for name in masks], "images")
         self.classes = _names(root / "objectInfo150.txt")
 
+    def annotation_files(self, index: int) -> tuple[Path, ...]:
+        """Where the mask lies."""
+        return (self._masks[index],)
+
     def annotation(self, index: int) -> SimpleNamespace:
         """``semantic``, ``(H, W)`` uint8."""
         mask = read_mask(self._masks[index])

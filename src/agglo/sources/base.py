@@ -75,6 +75,8 @@ class Source(ABC):
       ``instances`` ``(H, W)`` (0 background), ``depth`` ``(H, W)`` in metres (0 or NaN unknown), ``normals``
       ``(3, H, W)`` (NaN unknown), ``K`` and ``cam_from_world`` (x right, y down, z forward; metres), ``captions``; maps
       lie pixel on pixel on the image;
+    - ``annotation_files(index)``: the files on this machine that it is made of, for hashes;
+    - ``query(index)`` or ``captions(index)``: what a person would type to find the image, or sentences about it;
     - ``pairs()``: pairs of images, ``first`` and ``second``, with ``points`` ``(N, 2, 2)``, ``box`` and ``category``
       where they are known;
     - ``file(index)``: where the image lies on this machine.

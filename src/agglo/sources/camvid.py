@@ -54,6 +54,10 @@ class Camvid(Files):
         )
         self.classes = CLASSES
 
+    def annotation_files(self, index: int) -> tuple[Path, ...]:
+        """Where the mask lies."""
+        return (self._masks[index],)
+
     def annotation(self, index: int) -> SimpleNamespace:
         """``semantic``, ``(H, W)`` uint8.
 

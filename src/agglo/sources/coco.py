@@ -77,6 +77,10 @@ class Coco(Files):
             if each["image_id"] in index:
                 self._captions[index[each["image_id"]]].append(each["caption"].strip())
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """What people wrote about an image; empty where ``annotations/captions_*.json`` is not there."""
+        return tuple(self._captions[index])
+
     def annotation(self, index: int) -> SimpleNamespace:
         """Everything known about an image."""
         size = self._sizes[index]
@@ -98,7 +102,7 @@ class Coco(Files):
             )
             instances[where] = len(objects)
             masks.append(where)
-        captions = tuple(self._captions[index])
+        captions = self.captions(index)
         return SimpleNamespace(
             instances=instances, semantic=semantic, objects=tuple(objects), captions=captions,
             masks=np.stack(masks) if masks else np.zeros((0, *size), bool),

@@ -87,6 +87,11 @@ class Navi(Files):
         """Position of the object in ``classes``."""
         return self.classes.index(self._entries[index][0].split("/")[0])
 
+    def annotation_files(self, index: int) -> tuple[Path, ...]:
+        """Where depth, mask and camera lie."""
+        cameras = self.root / self._entries[index][0] / "annotations.json"
+        return (self._png(index, "depth"), self._png(index, "masks"), cameras)
+
     def annotation(self, index: int) -> SimpleNamespace:
         """Everything known about a view."""
         entry = self._entries[index][1]

@@ -52,6 +52,10 @@ class Voc(Files):
         LAYOUT.whole(self._masks, "masks")
         self.classes = CLASSES
 
+    def annotation_files(self, index: int) -> tuple[Path, ...]:
+        """Where the mask lies."""
+        return (self._masks[index],)
+
     def annotation(self, index: int) -> SimpleNamespace:
         """``semantic``, ``(H, W)`` uint8: 0 background, class index + 1, 255 along borders."""
         return SimpleNamespace(semantic=read_mask(self._masks[index]).astype(np.uint8))
