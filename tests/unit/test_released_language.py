@@ -67,6 +67,6 @@ def test_search_embed_and_zero_shot_from_the_command_line(speaking: Path, tmp_pa
     with np.load(out) as arrays:
         widths = {name: array.shape[1] for name, array in arrays.items() if array.ndim == 2}
     assert TEXT_WIDTH in widths.values()
-    measured = run(app, ["eval", str(speaking), "--evals", "zero_shot"])
+    measured = run(app, ["eval", str(speaking), "--evals", "zero_shot", "--out", str(tmp_path / "evals")])
     assert measured.exit_code == 0, measured.output
     assert "top1" in measured.output
