@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-from agglo.types import ConfigError
 
 BENCHMARKS = ("vqav2", "textvqa", "gqa", "pope")
 
@@ -85,103 +81,18 @@ def binary(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
     }
 
 
-def read_answers(path: str | Path) -> dict[str, str]:
-    """Answers by question: JSON lines with ``question_id`` and ``text`` or ``answer``.
+def score(answers: Sequence[str], truths: Sequence[Any], benchmark: str) -> tuple[dict[str, float], list[float]]:
+    """Metrics, and each question's own accuracy.
 
-    Raises:
-        ConfigError: no such file, or a line of another form; names the line.
+    Args:
+        answers: what was said to each question.
+        truths: of the same questions: a list of people's answers (``vqav2``, ``textvqa``), the answer (``gqa``), or
+            whether it is yes (``pope``).
+        benchmark: one of :data:`BENCHMARKS`.
     """
-    found: dict[str, str] = {}
-    for number, entry in enumerate(_lines(path), 1):
-        text = entry.get("text", entry.get("answer")) if isinstance(entry, dict) else None
-        if text is None or "question_id" not in entry:
-            raise ConfigError(f"{path}, line {number}: one object with question_id and text is needed, got {entry!r}")
-        found[str(entry["question_id"])] = str(text)
-    if not found:
-        raise ConfigError(f"{path} holds no answer")
-    return found
-
-
-def read_truth(path: str | Path, benchmark: str) -> dict[str, Any]:
-    """The true answers of a benchmark's own file, by question.
-
-    - ``vqav2``: ``{"annotations": [{"question_id", "answers": [{"answer"}, ...]}, ...]}``;
-    - ``textvqa``: ``{"data": [{"question_id", "answers": [...]}, ...]}``;
-    - ``gqa``: ``{question: {"answer"}, ...}``;
-    - ``pope``: JSON lines with ``question_id`` and ``label``, yes or no.
-
-    Raises:
-        ConfigError: no such file, or one of another form.
-    """
-    readers: Mapping[str, Callable[[], dict[str, Any]]] = {
-        "vqav2": lambda: {
-            str(entry["question_id"]): [str(human["answer"]) for human in entry["answers"]]
-            for entry in _whole(path)["annotations"]
-        },
-        "textvqa": lambda: {
-            str(entry["question_id"]): [str(human) for human in entry["answers"]] for entry in _whole(path)["data"]
-        },
-        "gqa": lambda: {str(key): str(entry["answer"]) for key, entry in _whole(path).items()},
-        "pope": lambda: {str(entry["question_id"]): _yes(entry["label"]) for entry in _lines(path)},
-    }
-    try:
-        found = readers[benchmark]()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is no file of true answers of {benchmark}: {error!r}; give the one that the benchmark publishes"
-        ) from error
-    if not found:
-        raise ConfigError(f"{path} holds no question")
-    return found
-
-
-def score(answers: Mapping[str, str], truth: Mapping[str, Any], benchmark: str) -> tuple[dict[str, float], list[float]]:
-    """Metrics, and each question's own accuracy in the order of ``truth``.
-
-    Raises:
-        ConfigError: questions without an answer; counts them.
-    """
-    missing = [question for question in truth if question not in answers]
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of {len(truth)} questions of {benchmark} have no answer, {missing[0]} among them: answer "
-            "all of them, or cut the file of true answers to those that were asked"
-        )
     if benchmark == "pope":
-        pairs = [(polarity(answers[question]), bool(truth[question])) for question in truth]
+        pairs = [(polarity(answer), bool(truth)) for answer, truth in zip(answers, truths, strict=True)]
         return binary(pairs), [float(said == true) for said, true in pairs]
     judge = exact if benchmark == "gqa" else consensus
-    own = [judge(answers[question], truth[question]) for question in truth]
+    own = [judge(answer, truth) for answer, truth in zip(answers, truths, strict=True)]
     return {"accuracy": sum(own) / len(own)}, own
-
-
-def _yes(label: Any) -> bool:
-    text = str(label).strip().lower()
-    if text not in ("yes", "no"):
-        raise TypeError(f"label {label!r} is neither yes nor no")
-    return text == "yes"
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-
-
-def _whole(path: str | Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-
-
-def _lines(path: str | Path) -> list[Any]:
-    found = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from agglo.evals._features import (
 )
 from agglo.evals._probe import ProbeError
 from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import Backbone, Eval, Place, Progress
 from agglo.extras import require
 from agglo.types import AssetError, ConfigError, Features
 
@@ -56,6 +56,7 @@ class Promptable(Eval):
 
     bundled = False
     revision = 2
+    places: ClassVar[Mapping[str, Place]] = {"decoder": "weights"}
 
     def __init__(
         self,

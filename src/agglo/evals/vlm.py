@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agglo.evals._answers import BENCHMARKS, read_answers, read_truth, score
+from agglo.evals._answers import BENCHMARKS, score
 from agglo.evals._features import (
     FeatureError,
     check,
@@ -25,8 +25,9 @@ from agglo.evals._features import (
     read_batches,
 )
 from agglo.evals._probe import ProbeError
+from agglo.evals._questions import pair, read_answers, read_truth
 from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import Backbone, Eval, Place, Progress
 from agglo.types import ConfigError
 
 SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
@@ -53,8 +54,11 @@ class Vlm(Eval):
 
     Args:
         folder: where features go; None: none are written.
-        answers: JSON lines with ``question_id`` and ``text``, as LLaVA writes them.
-        truth: the benchmark's own file of true answers.
+        answers: JSON lines with ``question_id``, ``text`` and ``prompt``, as LLaVA writes them. Its ``question_id`` of
+            TextVQA is the image's: answers go by image and question then.
+        truth: the benchmark's own file of true answers; of ``pope`` the label file of one category.
+        questions: of ``pope``, the file that was asked (``llava_pope_test.jsonl``: ``question_id``, ``image``,
+            ``text``, ``category``), where the answers are to all categories at once.
         benchmark: ``vqav2``, ``textvqa``, ``gqa`` or ``pope``.
         size: longer side of an image in pixels.
         language_model: named in the configuration.
@@ -62,6 +66,13 @@ class Vlm(Eval):
     """
 
     bundled = False
+    revision = 2
+    places: ClassVar[Mapping[str, Place]] = {
+        "folder": "output",
+        "answers": "answers",
+        "truth": "data",
+        "questions": "answers",
+    }
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class Vlm(Eval):
         folder: str | None = None,
         answers: str | None = None,
         truth: str | None = None,
+        questions: str | None = None,
         benchmark: Literal["vqav2", "textvqa", "gqa", "pope"] = "textvqa",
         size: int = 432,
         language_model: str = "lmsys/vicuna-7b-v1.5",
@@ -78,6 +90,8 @@ class Vlm(Eval):
             raise ConfigError("evals.vlm: name a folder to write features to, or answers (and truth) to score")
         if (answers is None) != (truth is None):
             raise ConfigError("evals.vlm: answers and truth go together: what was answered, and what is true")
+        if questions is not None and (benchmark != "pope" or answers is None):
+            raise ConfigError("evals.vlm: questions goes with answers to pope, whose label files number anew")
         if benchmark not in BENCHMARKS:
             raise ConfigError(f"evals.vlm: benchmark is one of {', '.join(BENCHMARKS)}, not {benchmark!r}")
         if size < 1:
@@ -85,6 +99,7 @@ class Vlm(Eval):
         self.folder = folder
         self.answers = answers
         self.truth = truth
+        self.questions = questions
         self.benchmark = benchmark
         self.size = size
         self.language_model = language_model
@@ -95,13 +110,15 @@ class Vlm(Eval):
 
         Raises:
             TypeError: the model has no spatial features.
-            ConfigError: files of answers that cannot be read, or questions without an answer.
+            ConfigError: files of answers that cannot be read, questions without an answer, or answers of which it
+                cannot be told which question they are to.
         """
         found: dict[str, float] = {}
         if self.answers is not None and self.truth is not None:
-            truth = read_truth(self.truth, self.benchmark)
-            found, own = score(read_answers(self.answers), truth, self.benchmark)
-            record_images("accuracy", list(truth), own)
+            asked = read_truth(self.truth, self.benchmark)
+            said = pair(read_answers(self.answers), asked, self.benchmark, self.questions)
+            found, own = score(said, [question.truth for question in asked], self.benchmark)
+            record_images("accuracy", [question.id for question in asked], own)
         if self.folder is not None:
             written = self._write(model, Path(self.folder), progress)
             found = found or written

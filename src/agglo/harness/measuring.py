@@ -19,6 +19,7 @@ from agglo.evals._run import Outcome, named, run_each
 from agglo.evals.base import Backbone, Eval, Progress
 from agglo.harness.protocols import PREFERRED, resolved
 from agglo.results.identity import data_hash, model_hash, portable, protocol_hash, settings, sources_of, takes_teachers
+from agglo.results.places import answers_of, data_of, writes
 from agglo.results.records import FILE, PerImage, Result, append, identifier, read
 from agglo.teachers.base import Teacher
 from agglo.train.folder import versions
@@ -60,6 +61,8 @@ class _Task:
     protocol: str
     data: dict[str, dict[str, Any]]
     view: tuple[int, int] | None
+    inputs: dict[str, str]
+    writes: bool
 
 
 def measure(
@@ -79,8 +82,9 @@ def measure(
 ) -> Measured:
     """Run evals on a model and append each result to ``folder/results.jsonl`` when it is there.
 
-    A result of the same model, settings, data and version of agglo that is in the folder is taken as it is; so a suite
-    that was interrupted goes on where it stopped. Encoded images are kept in ``folder/features``.
+    A result of the same model, settings, data, answers and version of agglo that is in the folder is taken as it is; so
+    a suite that was interrupted goes on where it stopped. An eval that writes files is always run. Encoded images are
+    kept in ``folder/features``.
 
     Args:
         model: a Model, a Teacher, anything that encodes images.
@@ -108,8 +112,8 @@ def measure(
     known = {result.id: result for result in read(folder)} if (folder / FILE).is_file() else {}
     tasks = _tasks(model, entries, teachers, found, progress)
     for task in list(tasks.values()):
-        there = known.get(identifier(identity["hash"], task.protocol, _data_hash(task.data), __version__))
-        if there is not None and task.made.deterministic and not again:
+        there = known.get(identifier(identity["hash"], task.protocol, _data_hash(task.data), __version__, task.inputs))
+        if there is not None and task.made.deterministic and not task.writes and not again:
             found.results[task.name] = there
             found.known.append(task.name)
             del tasks[task.name]
@@ -175,11 +179,14 @@ def _tasks(
                 if progress is not None:
                     progress(f"{name}: reading the names of {source.get('kind')}")
                 data[split] = _data(source, hashes)
+            data |= data_of(complete, made)
+            inputs, protocol = answers_of(complete), protocol_hash(told, **more)
         except (AggloError, OSError) as error:
             found.failed[name] = str(error)
             continue
         view = None if size is None else input_size(model, size)
-        tasks[name] = _Task(name, made, portable(told) | more, protocol_hash(told, **more), data, view)
+        kept = portable(told) | more
+        tasks[name] = _Task(name, made, kept, protocol, data, view, inputs, writes(complete))
     return tasks
 
 
@@ -219,4 +226,5 @@ def _result(
         },
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         notes=outcome.warnings,
+        inputs=task.inputs,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from agglo.config import NESTED, check_options, find
+from agglo.results.places import without_places
 from agglo.results.truth import truth_hash
 from agglo.sources.base import Source
 from agglo.types import ImageError
@@ -47,7 +48,7 @@ def portable(complete: Mapping[str, Any]) -> dict[str, Any]:
             return {k: strip(v, inside) for k, v in value.items() if not (inside and k in PLACES)}
         return [strip(v, inside) for v in value] if isinstance(value, list) else value
 
-    return {key: strip(value, key in NESTED) for key, value in complete.items()}
+    return {key: strip(value, key in NESTED) for key, value in without_places(complete).items()}
 
 
 def protocol_hash(complete: Mapping[str, Any], **more: Any) -> str:

@@ -40,7 +40,7 @@ class Result:
         model: ``name``, ``hash``, ``parameters`` and whatever else is known of it.
         settings: every key of the eval, defaults filled in, without the places of files.
         protocol: hash of the settings.
-        data: split → ``{source, images, hash}`` of each data set it read.
+        data: split → ``{source, images, hash}`` of each data set it read, ``{source, hash}`` of each file.
         metrics: metric → finite number.
         lower_is_better: the metrics that are better when lower.
         protocol_name: the published protocol that it was run as (``nvidia``), if any.
@@ -50,6 +50,7 @@ class Result:
         hardware: the processor, its threads, the device.
         time: when it ended, ISO 8601, UTC.
         notes: what a reader must know, e.g. images that were skipped.
+        inputs: key → hash of each file of answers that was measured in the model's place.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Result:
     hardware: Mapping[str, str] = field(default_factory=dict)
     time: str = ""
     notes: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def data_hash(self) -> str:
@@ -77,9 +79,9 @@ class Result:
 
     @property
     def id(self) -> str:
-        """Same model, protocol, data and version of agglo: same id. The file of its images has this name."""
+        """Same model, protocol, data, answers and version of agglo: same id. The file of its images has this name."""
         agglo = self.versions.get("agglo", "")
-        return identifier(str(self.model["hash"]), self.protocol, self.data_hash, agglo)
+        return identifier(str(self.model["hash"]), self.protocol, self.data_hash, agglo, self.inputs)
 
     @property
     def column(self) -> tuple[str, str]:
@@ -100,9 +102,9 @@ class PerImage:
     classes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def identifier(model: str, protocol: str, data: str, agglo: str) -> str:
-    """The id of a result, known before it is there."""
-    return _digest([model, protocol, data, agglo])[:16]
+def identifier(model: str, protocol: str, data: str, agglo: str, inputs: Mapping[str, str] | None = None) -> str:
+    """The id of a result, known before it is there; without ``inputs`` it is that of the other four."""
+    return _digest([model, protocol, data, agglo, *([dict(inputs)] if inputs else [])])[:16]
 
 
 def _digest(value: Any) -> str:
