@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,63 @@ def test_batches_do_not_change_features(monkeypatch: pytest.MonkeyPatch) -> None
     assert whole.spatial is not None
     assert parts.spatial is not None
     assert torch.equal(whole.spatial, parts.spatial)
+
+
+class Tracked(Noise):
+    """Knows how many of its batches are still held by anybody."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__(spatial=False)
+        self.scale = scale
+        self.alive: list[int] = []
+        self._given: list[weakref.ref[np.ndarray]] = []
+
+    def forward(self, images: Tensor) -> Features:
+        self.alive.append(sum(ref() is not None for ref in self._given))
+        summary = super().forward(images).summary
+        assert summary is not None
+        array = self.scale * summary.numpy()
+        self._given.append(weakref.ref(array))
+        return Features(torch.from_numpy(array), None)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_features_are_held_once(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was encoded is written into its place: nobody keeps the batches to join them at the end."""
+    monkeypatch.setattr("agglo.evals._features.BATCH", 4)
+    model = Tracked()
+    with pytest.warns(UserWarning, match="squares/0/7"):
+        found = encode(model, Squares(30, bad=(7,)), 16, want="summary", precision=precision)
+    assert len(model.alive) == 8
+    assert max(model.alive) <= 1
+    assert found.summary is not None
+    assert (found.summary.dtype, found.summary.shape, len(found.names)) == (precision, (29, 8), 29)
+
+
+def test_half_precision_rounds_the_same_features_whichever_came_first() -> None:
+    source = Squares(9)
+    plain = encode(Tracked(), source, 16, want="summary").summary
+    assert plain is not None
+    first = encode(Tracked(), source, 16, want="summary", precision=torch.float16).summary
+    with shared_features():
+        model = Tracked()
+        encode(model, source, 16, want="summary")
+        second = encode(model, source, 16, want="summary", precision=torch.float16).summary
+        third = encode(model, source, 16, want="summary").summary
+        assert len(model.alive) == 1
+    assert first is not None and second is not None and third is not None
+    assert torch.equal(first, plain.half()) and torch.equal(second, first) and torch.equal(third, plain)
+    with pytest.raises(FeatureError, match=r"squares/0/0 are beyond 65504.*precision: float32"):
+        Knn(k=1, size=16, precision="float16", train=source, test=source).run(Tracked(1e6))  # type: ignore[arg-type]
+
+
+def test_neighbours_in_half_precision() -> None:
+    def top1(precision: str) -> dict[str, float]:
+        return Knn(k=3, size=16, precision=precision, train=Squares(30), test=Squares(30, 1)).run(Oracle())  # type: ignore[arg-type]
+
+    assert top1("float16") == top1("float32") == {"top1": 1.0}
+    with pytest.raises(ConfigError, match="float32 or float16"):
+        top1("float8")
 
 
 def test_large_maps_are_kept_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

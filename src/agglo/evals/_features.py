@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from agglo.config import build
+from agglo.evals._rows import FeatureError, Rows, rounded
 from agglo.evals.base import Backbone, Progress
 from agglo.preprocess import nearest_size
 from agglo.sources.base import Source
@@ -33,13 +34,9 @@ class Inapplicable(AggloError, TypeError):
     """This model lacks what the eval needs (a text tower, a summary, a spatial map). A suite leaves the eval out."""
 
 
-class FeatureError(AggloError, ValueError):
-    """A model returned something that cannot be measured (NaN, infinity, a wrong shape); names the image."""
-
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A set of images, encoded. All tensors are float32 on the CPU.
+    """A set of images, encoded. All tensors are on the CPU; float32, the summary in whatever ``encode`` was asked for.
 
     Args:
         names: the N images that could be read, in the source's order.
@@ -265,6 +262,7 @@ def encode(
     want: str,
     progress: Progress | None = None,
     share: bool = True,
+    precision: torch.dtype = torch.float32,
 ) -> Encoded:
     """Encode every image of a source once, in eval and inference mode; deterministic.
 
@@ -275,18 +273,27 @@ def encode(
         want: ``"summary"``, ``"spatial"``, or ``"text"`` (``encode_image``, unit norm, returned as the summary).
         progress: told of each batch.
         share: keep the features for the other evals of a suite; False for images that no other eval will ask for.
+        precision: in which summaries are kept. They are rounded as batches come in and never held twice; what is kept
+            in another precision than float32 has no maps.
 
     Raises:
-        FeatureError: NaN or infinity; the image is named.
+        FeatureError: NaN or infinity, in ``precision`` too; the image is named.
         ImageError: no image of the source could be read.
     """
     grid, shared = input_size(model, size), _shared.get() if share else None
-    key = (_source_key(options), grid, id(model), want == "text")
-    if shared is not None and key in shared.encoded:
-        known = shared.encoded[key]
-        if want == "text" or getattr(known, want) is not None:
-            return known
-    encoded = _encode(model, open_source(options), grid, want, progress, spare=share)
+    full = (_source_key(options), grid, id(model), want == "text", torch.float32)
+    key = (*full[:-1], precision)
+    if shared is not None:
+        for there in dict.fromkeys((key, full)):
+            if there not in shared.encoded:
+                continue
+            known = shared.encoded[there]
+            if there != key and known.summary is not None:  # the same numbers, whichever eval came first
+                summary = rounded(known.summary, precision, known.names)
+                known = shared.encoded[key] = replace(known, summary=summary, spatial=None)
+            if want == "text" or getattr(known, want) is not None:
+                return known
+    encoded = _encode(model, open_source(options), grid, want, progress, spare=share, precision=precision)
     if shared is not None:
         shared.models[id(model)] = model
         shared.models[id(options)] = options
@@ -295,17 +302,24 @@ def encode(
 
 
 def _encode(
-    model: Backbone, source: Source, size: tuple[int, int], want: str, progress: Progress | None, *, spare: bool
+    model: Backbone,
+    source: Source,
+    size: tuple[int, int],
+    want: str,
+    progress: Progress | None,
+    *,
+    spare: bool,
+    precision: torch.dtype,
 ) -> Encoded:
     """Encode; maps that nobody asked for are kept where they are ``spare`` and small."""
     forward = _text_features(model) if want == "text" else model
     device = device_of(model)
     keep = want == "spatial"
+    spare = spare and precision == torch.float32
     names: list[str] = []
     index: list[int] = []
     skipped: list[str] = []
-    summaries: list[Tensor] = []
-    maps: list[Tensor] = []
+    summaries, maps = Rows(len(source)), Rows(len(source))
     sizes: list[tuple[int, int]] = []
     with frozen(model):
         for where, batch_names, images in read_batches(source, skipped, progress):
@@ -318,18 +332,17 @@ def _encode(
             if summary is None and spatial is not None:
                 summary = spatial.mean((2, 3))
             if summary is not None:
-                summaries.append(summary)
+                summaries.add(rounded(summary, precision, batch_names))
             if spatial is not None and (keep or (spare and spatial[0].numel() * 4 * len(source) <= KEEP_BYTES)):
-                maps.append(spatial)
+                maps.add(spatial)
     if not names:
         why = f"no image of this {type(source).__name__} could be read; {len(skipped)} of {len(source)} skipped"
         raise ImageError(skipped[0] if skipped else "empty source", why)
     return Encoded(
         tuple(names),
         tuple(index),
-        # In one memory layout, as they come back from disk: layouts differ in the last bits of every sum over them.
-        torch.cat(summaries).contiguous() if summaries else None,
-        torch.cat(maps).contiguous() if maps else None,
+        summaries.all(),
+        maps.all(),
         tuple(skipped),
         tuple(sizes),
     )

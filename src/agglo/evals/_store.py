@@ -32,8 +32,8 @@ class Store(dict[Key, Encoded]):
     """Image sets as one suite keeps them, each also in a file of a folder.
 
     A file is named by what its content depends on: the model, the images (names, labels, sizes and times of their
-    files, where there are any), the size, whether it is the text-aligned embedding. What cannot be named so (a source
-    that is an object, not options) stays in memory.
+    files, where there are any), the size, whether it is the text-aligned embedding, the precision. What cannot be named
+    so (a source that is an object, not options) stays in memory.
 
     Args:
         folder: of the files; made when the first is written.
@@ -84,13 +84,14 @@ class Store(dict[Key, Encoded]):
             return None
 
     def _path(self, key: Key) -> Path | None:
-        source, size, model, text = key
+        source, size, model, text, precision = key
         name = self._name(model)
         if name is None or str(source).startswith(_OBJECT):
             return None
         if source not in self._data:
             self._data[source] = _identity(open_source(json.loads(source)))
-        parts = json.dumps([VERSION, name, self._data[source], list(size), bool(text)])
+        kept = [] if precision == torch.float32 else [str(precision)]
+        parts = json.dumps([VERSION, name, self._data[source], list(size), bool(text), *kept])
         return self.folder / self._hash / f"{hashlib.sha256(parts.encode()).hexdigest()[:24]}.safetensors"
 
     def _name(self, model: int) -> str | None:

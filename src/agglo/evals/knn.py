@@ -20,6 +20,7 @@ SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 _QUERIES = 2048
 _BANK = 32768
 _GROUP = 32
+_PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Knn(Eval):
@@ -39,6 +40,8 @@ class Knn(Eval):
         k: neighbours that vote; at most the size of the bank.
         temperature: the smaller, the more the nearest decides.
         vote: ``weighted``; or ``majority``, one vote each (EUPE's protocol, with k = 10).
+        precision: in which summaries are kept: ``float32``, or ``float16``, which takes half the memory. Products are
+            summed in float32 either way.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
         train: a labelled source, for the bank.
         test: a labelled source, for the queries.
@@ -50,6 +53,7 @@ class Knn(Eval):
         k: int = 20,
         temperature: float = 0.07,
         vote: Literal["weighted", "majority"] = "weighted",
+        precision: Literal["float32", "float16"] = "float32",
         size: int | tuple[int, int] = 128,
         train: Mapping[str, Any] = SCENES_TRAIN,
         test: Mapping[str, Any] = SCENES_TEST,
@@ -60,15 +64,20 @@ class Knn(Eval):
             raise ConfigError(f"evals.knn: temperature must be positive, got {temperature}; 0.07 is RADIO's")
         if vote not in ("weighted", "majority"):
             raise ConfigError(f"evals.knn: vote is weighted or majority, not {vote!r}")
+        if precision not in _PRECISIONS:
+            raise ConfigError(f"evals.knn: precision is float32 or float16, not {precision!r}")
         self.k = k
+        self.precision = precision
         self.temperature = temperature if vote == "weighted" else float("inf")
         self.size = size
         self.train = train
         self.test = test
 
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
-        bank = encode(model, self.train, self.size, want="summary", progress=progress)
-        test = encode(model, self.test, self.size, want="summary", progress=progress)
+        bank, test = (
+            encode(model, each, self.size, want="summary", progress=progress, precision=_PRECISIONS[self.precision])
+            for each in (self.train, self.test)
+        )
         if bank.summary is None or test.summary is None:
             raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
         test_names = class_names(open_source(self.test), test.index)
@@ -159,7 +168,8 @@ def neighbours(
 def _directions(x: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     """Rows of unit norm, float32; or the rows as they are with 1 / norm, which rounds nothing."""
     if not half:
-        return F.normalize(x.float(), dim=1), x.new_ones(())
+        full = x.float()
+        return F.normalize(full, dim=1, out=None if full is x else full), x.new_ones(())
     return x, torch.linalg.vector_norm(x.float(), dim=1).clamp_min(1e-12).reciprocal()
 
 
