@@ -22,7 +22,7 @@ from agglo.harness.protocols import plan, protocol, protocols, resolved
 from agglo.results.identity import settings
 from agglo.results.records import read, read_images
 from agglo.teachers.toy import Toy
-from agglo.types import ConfigError, Features
+from agglo.types import ConfigError, Features, MissingExtraError
 
 
 @pytest.fixture
@@ -166,6 +166,52 @@ def test_one_that_finds_no_room_stops_no_other(
     found = measure(Noise(), "noise", [linear(images), pets(images)], images / "out")
     assert list(found.results) == ["knn"]
     assert found.failed == {"linear": f"{type(error).__name__}: no room"}
+
+
+def test_memory_that_the_cpu_has_not_stops_no_other(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain RuntimeError in torch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(find("evals", "linear"), "run", lambda *_: {"x": float(torch.empty(10**15)[0])})
+        found = measure(Noise(), "noise", [linear(images), pets(images)], images / "out")
+    assert list(found.results) == ["knn"]
+    assert "memory" in found.failed["linear"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fails"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.", True),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
+    ],
+)
+def test_only_memory_is_taken_for_a_failure(
+    images: Path, monkeypatch: pytest.MonkeyPatch, words: str, fails: bool
+) -> None:
+    def run(*arguments: object) -> dict[str, float]:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(find("evals", "linear"), "run", run)
+    if fails:
+        assert words in measure(Noise(), "noise", [linear(images)], images / "out").failed["linear"]
+    else:
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            measure(Noise(), "noise", [linear(images)], images / "out")
+
+
+def test_a_package_that_one_eval_lacks_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str, extra: str) -> object:
+        raise MissingExtraError(f'{name} is not installed: pip install "agglo[{extra}]"')
+
+    for room in ("evals.zero_shot", "sources.imagenet"):
+        monkeypatch.setattr(f"agglo.{room}.require", absent)
+    tiny.imagenet(tmp_path / "imagenet")
+    entries = plan("imagenet-zero-shot,imagenet-knn", published="nvidia", data=tmp_path)
+    found = measure(Noise(), "noise", entries, tmp_path / "out")
+    assert list(found.results) == ["imagenet-knn"]
+    assert "pip install" in found.failed["imagenet-zero-shot"]
 
 
 def test_wrong_keys_are_refused_before_anything_runs(images: Path) -> None:

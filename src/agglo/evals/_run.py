@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,12 @@ reports. ``full`` is every kind that can run without being told where its data l
 
 _FAILURES = (OSError, MemoryError, torch.OutOfMemoryError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
 """What one eval may run into while another need not: a disk, too little memory, a matrix without an answer."""
+
+_NO_ROOM = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|failed to|unable to) allocate|alloc_failed|bad_alloc", re.IGNORECASE
+)
+"""What torch says of too little memory where it raises a plain RuntimeError: the allocator of each system's CPU, CUDA,
+cuBLAS, cuDNN."""
 
 
 def suites() -> list[str]:
@@ -164,7 +171,9 @@ def run_each(
                     why = str(error)
                 except AggloError as error:
                     why, failed = str(error), True
-                except _FAILURES as error:
+                except (*_FAILURES, RuntimeError) as error:
+                    if not isinstance(error, _FAILURES) and not _NO_ROOM.search(str(error)):
+                        raise
                     first = next(iter(str(error).strip().splitlines()), "")
                     why, failed = f"{type(error).__name__}: {first}", True
             notes = tuple(dict.fromkeys(str(warning.message) for warning in said))

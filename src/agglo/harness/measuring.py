@@ -23,7 +23,7 @@ from agglo.results.places import answers_of, data_of, writes
 from agglo.results.records import FILE, PerImage, Result, append, identifier, read
 from agglo.teachers.base import Teacher
 from agglo.train.folder import versions
-from agglo.types import AggloError
+from agglo.types import AggloError, MissingExtraError
 
 MACHINE = ("processor", "threads", "platform")
 FEATURES = "features"
@@ -161,7 +161,7 @@ def _tasks(
     found: Measured,
     progress: Progress | None,
 ) -> dict[str, _Task]:
-    """What is to be run. Evals whose data are not there have failed already; keys that do not fit raise."""
+    """What is to be run. Evals whose data or packages are not there have failed; keys that do not fit raise."""
     tasks: dict[str, _Task] = {}
     hashes: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -170,7 +170,11 @@ def _tasks(
         more = {}
         if takes_teachers(complete["kind"]) and teachers:
             more["teachers"] = {each: model_hash(teacher) for each, teacher in teachers.items()}
-        made = next(iter(named([options], teachers).values()))
+        try:
+            made = next(iter(named([options], teachers).values()))
+        except MissingExtraError as error:  # the package of one eval; the others do without it
+            found.failed[name] = str(error)
+            continue
         told = {**complete, "size": PREFERRED} if entry.get("size") == PREFERRED else complete
         size = complete.get("size")
         try:
