@@ -100,13 +100,16 @@ def _check(folder: Path) -> None:
     from agglo.cache.reading import read_coding
     from agglo.cache.records import inspect
 
-    read_manifest(folder)
-    bad = 0
-    for path in sorted(folder.glob(f"*/{TEACHER}")):
-        name = path.parent.name
-        read_coding(path.parent, read_teacher(folder, name))
-        whole, damages = inspect(path.parent)
-        typer.echo(f"{name}: {whole} records are whole")
+    manifest = read_manifest(folder)
+    records: dict[str, int] = manifest["records"] if manifest["finished"] else {}
+    bad, lost = 0, []
+    for name in sorted({path.parent.name for path in folder.glob(f"*/{TEACHER}")} | set(records)):
+        if known := read_teacher(folder, name):
+            read_coding(folder / name, known)
+        whole, damages = inspect(folder / name)
+        typer.echo(f"{name}: {whole} records are whole" + (f", of {records[name]}" if name in records else ""))
+        if whole < records.get(name, 0):
+            lost.append(f"{records[name] - whole} of the {records[name]} records of {name}")
         for damage in damages:
             bad += 1
             typer.echo(f"  {damage.file} is damaged at byte {damage.offset}; {damage.whole} records are whole in it")
@@ -115,6 +118,13 @@ def _check(folder: Path) -> None:
             f"{bad} damaged file{'s' if bad > 1 else ''} in {folder}: delete them and run the same `agglo cache` "
             "again; only what was in them is computed anew"
         )
+    if lost:
+        raise ConfigError(
+            f"{folder} has lost {', '.join(lost)}: run the same `agglo cache` again; only what is missing is computed"
+        )
+    if not manifest["finished"]:
+        typer.echo(f"{folder} is sound as far as it goes, and unfinished: run the same `agglo cache` again to go on")
+        return
     typer.echo(f"{folder} is sound")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from agglo import recipe
-from agglo.cache import identity, lessons, writing
+from agglo.cache import identity, lessons, room
 from agglo.cache.coding import DTYPES, Coding
 from agglo.cache.crops import CropLoader, crop_chance, draw_roam
 from agglo.cache.lessons import Lessons, find_teachers, loader_for, under
@@ -372,6 +372,95 @@ def test_other_weights_and_other_preprocessing_of_the_same_name_are_refused(
         write(tiny(data, *ONE), tmp_path / "cache")
 
 
+def saved_dino(folder: Path, **changes) -> Path:
+    """A tiny DINOv3, or DINOv2 with patches of 14, as the hub has it."""
+    transformers = pytest.importorskip("transformers")
+    net = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    if changes.get("patch") == 14:
+        transformers.Dinov2Model(transformers.Dinov2Config(**net, patch_size=14, image_size=56)).save_pretrained(folder)
+    else:
+        config = transformers.DINOv3ViTConfig(**net, intermediate_size=64, patch_size=16, image_size=64)
+        transformers.DINOv3ViTModel(config).save_pretrained(folder)
+    stated = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(stated))
+    return folder
+
+
+def with_dino(folder: Path) -> str:
+    return f"teachers={{toy: {{kind: transformers, model: {folder}}}}}"
+
+
+def restate(folder: Path, **changes) -> None:
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"height": 96, "width": 96}}, r"its processor changed: size: 64 then, 96 now"),
+        (
+            {"image_mean": [0.4, 0.5, 0.5]},
+            r"its processor changed: mean: \[0\.5, 0\.5, 0\.5\] then, \[0\.4, 0\.5, 0\.5\] now",
+        ),
+        ({"image_std": [0.2] * 3}, r"its processor changed: std: \[0\.5, 0\.5, 0\.5\] then"),
+    ],
+)
+def test_what_a_processors_file_says_is_told_by_name(data: Path, tmp_path: Path, change: dict, message: str) -> None:
+    cache, dino = tmp_path / "cache", saved_dino(tmp_path / "dino")
+    write(tiny(data, *ONE, with_dino(dino)), cache)
+    cached = (*ONE, with_dino(dino), f"data.feature_cache={cache}")
+    opened(tiny(data, *cached))
+    restate(dino, **change)
+    with pytest.raises(ConfigError, match=f"{cache} is from another teachers\\.toy.*{message}.*OTHER_FOLDER"):
+        opened(tiny(data, *cached))
+    picture(data / "new.png", 9)
+    before = entries(cache)
+    with pytest.raises(ConfigError, match=f"begun with another teachers\\.toy.*{message}"):
+        write(tiny(data, *ONE, with_dino(dino)), cache)
+    assert entries(cache) == before
+
+
+def test_another_input_size_is_refused_though_nothing_else_shows_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, two = tmp_path / "cache", (*ONE, "partitions.0.sizes=[32, 48]")
+    write(tiny(data, *ONE), cache)
+    write(tiny(data, *two), cache)  # a size that was added is compared too
+    before = Toy.input_size
+    monkeypatch.setattr(
+        Toy, "input_size", lambda self, size, stride: (160, 160) if size[0] == 144 else before(self, size, stride)
+    )
+    message = (
+        r"canvases of 48 px views at 144x144 pixels on a grid of 9x9 then, at 160x160 pixels on a grid of 10x10 now"
+    )
+    for changes in (ONE, two):
+        with pytest.raises(ConfigError, match=message):
+            opened(tiny(data, *changes, f"data.feature_cache={cache}"))
+        with pytest.raises(ConfigError, match=message):
+            write(tiny(data, *changes), cache)
+
+
+def test_another_model_is_named_and_not_asked_about_an_image_it_cannot_take(data: Path, tmp_path: Path) -> None:
+    """Patches of 14 do not divide the old test image: what differs must be found before it is shown."""
+    cache, three, two = tmp_path / "cache", saved_dino(tmp_path / "three"), saved_dino(tmp_path / "two", patch=14)
+    write(tiny(data, *ONE, with_dino(three)), cache)
+    other = tiny(data, *ONE, with_dino(two), f"data.feature_cache={cache}")
+    for action in (lambda: opened(other), lambda: write(other, cache)):
+        with pytest.raises(ConfigError, match=rf"{cache}.*teachers\.toy.*model: '{three}' then, '{two}' now"):
+            action()
+    (tmp_path / "kept").mkdir()
+    for file in three.iterdir():  # the same folder, with another model in it
+        file.rename(tmp_path / "kept" / file.name)
+    for file in two.iterdir():
+        file.rename(three / file.name)
+    same = tiny(data, *ONE, with_dino(three), f"data.feature_cache={cache}")
+    for action in (lambda: opened(same), lambda: write(same, cache)):
+        with pytest.raises(ConfigError, match=rf"{cache}.*teachers\.toy \(its output changed: step: 16 then, 14 now"):
+            action()
+
+
 def test_changed_and_new_images_are_refused_and_fewer_are_fine(data: Path, tmp_path: Path) -> None:
     write(tiny(data, *ONE), tmp_path / "cache")
     cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
@@ -425,6 +514,7 @@ def test_recipes_that_cannot_be_cached_say_what_to_set(data: Path, tmp_path: Pat
         opened(tiny(data, f"data.feature_cache={data}"))
     with pytest.raises(ConfigError, match="in use and is no feature cache"):
         write(tiny(data), data)
+    assert not list(data.glob(".*"))  # nothing of ours is left in another's folder
 
 
 def test_two_images_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
@@ -513,10 +603,48 @@ def test_a_full_disk_stops_cleanly_and_says_how_much_is_missing(
     assert {key: canvas for key, (canvas, _) in again.items()} == {key: canvas for key, (canvas, _) in one.items()}
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "teacher.json", "statistics.safetensors", ".lock"])
+def test_a_disk_that_is_full_at_the_beginning_says_as_much(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    cache, real, opening = tmp_path / "cache", Path.write_bytes, os.open
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name.startswith(file):
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    def locked(path, *arguments):
+        if str(path).endswith(file):
+            raise OSError(13, "Permission denied")
+        return opening(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "open", locked)
+        with pytest.raises(StorageError, match="0 of 12 canvases are written and whole; about") as caught:
+            write(tiny(data, *ONE), cache)
+    written = write(tiny(data, *ONE), cache)
+    size = 12 * written.bytes_an_image
+    assert str(caught.value).startswith(f"{cache}: ") and f"about {size / 1e3:.1f} kB more are needed" in str(
+        caught.value
+    )
+    why = "(Permission denied)" if file == ".lock" else "the disk is full"
+    assert why in str(caught.value) and "run the same command again" in str(caught.value)
+    assert written.done == 12
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    if file in ("manifest.json", "teacher.json"):  # what is there already is counted, not forgotten
+        with pytest.raises(StorageError, match=r"12 of 24 canvases are written and whole"):
+            write(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache)
+        monkeypatch.setattr(Path, "write_bytes", real)
+        assert write(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache).records == 12
+
+
 def test_what_will_not_fit_is_said_before_it_begins(data: Path, tmp_path: Path, monkeypatch) -> None:
     said: list[str] = []
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage)
     write(tiny(data, *ONE), tmp_path / "cache", say=said.append)
     size = sum(len(payload) + 32 for _, payload in entries(tmp_path / "cache").values())
     assert f"{size / 1e3:.1f} kB to write, 1.0 kB free" in said[0]

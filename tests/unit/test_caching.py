@@ -1,6 +1,7 @@
 """`agglo cache` as a person meets it: progress, stopping, going on, verifying."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -80,11 +81,14 @@ def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tiny: Path, monkeypatch: pyte
     monkeypatch.setattr(writing._Job, "_write", interrupting)
     result = agglo("cache", tiny, CROPS, "--batch", 3)
     assert result.exit_code == 130
+    unfinished = agglo("cache", "--check", "features/tiny")
+    assert unfinished.exit_code == 0 and "6 records are whole" in unfinished.stdout
+    assert "is sound as far as it goes, and unfinished: run the same `agglo cache` again" in unfinished.stdout
     command = result.stderr.split("Go on with: ")[1].splitlines()[0]
     assert command == f"agglo cache {tiny} {CROPS} --out features/tiny --dtype fp16"
     monkeypatch.setattr(writing._Job, "_write", real)
     assert "6 records written" in agglo(*command.split()[1:]).stdout
-    assert "features/tiny is sound" in agglo("cache", "--check", "features/tiny").stdout
+    assert "features/tiny is sound\n" in agglo("cache", "--check", "features/tiny").stdout
 
 
 def test_check_names_the_damaged_file_and_the_next_move_repairs_it(tiny: Path) -> None:
@@ -101,6 +105,26 @@ def test_check_names_the_damaged_file_and_the_next_move_repairs_it(tiny: Path) -
     index_file(file.parent, 0).unlink(missing_ok=True)
     assert "12 records written" in agglo("cache", tiny, CROPS).stdout
     assert agglo("cache", "--check", "features/tiny").exit_code == 0
+
+
+def test_check_misses_what_was_there(tiny: Path) -> None:
+    both = "teachers={toy: {kind: toy}, other: {kind: toy, seed: 1}}"
+    agglo("cache", tiny, CROPS, both)
+    for path in Path("features/tiny/other").glob("000000.*"):
+        path.unlink()
+    result = agglo("cache", "--check", "features/tiny")
+    assert result.exit_code == 2
+    assert "toy: 12 records are whole, of 12" in result.stdout and "other: 0 records are whole, of 12" in result.stdout
+    assert "lost 12 of the 12 records of other: run the same `agglo cache` again" in result.stderr
+    assert "12 records written" in agglo("cache", tiny, CROPS, both).stdout
+    assert agglo("cache", "--check", "features/tiny").exit_code == 0
+    shutil.rmtree("features/tiny/other")
+    assert "lost 12 of the 12 records of other" in refused("cache", "--check", "features/tiny")
+
+
+def test_a_folder_of_something_else_is_left_as_it_was(tiny: Path) -> None:
+    assert "in use and is no feature cache" in refused("cache", tiny, CROPS, "--out", "images")
+    assert sorted(path.name for path in Path("images").iterdir()) == [f"{index}.png" for index in range(6)]
 
 
 def test_a_full_disk_ends_with_the_command_that_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

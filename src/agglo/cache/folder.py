@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from agglo.cache import identity
 from agglo.types import ConfigError
 
 LOCK = ".lock"
+_OWN = {LOCK, identity.MANIFEST + identity.PARTIAL}
+"""What a writer that was killed may have left in a folder that was new."""
 
 
 def size_text(count: float) -> str:
@@ -26,10 +29,14 @@ def alone(folder: Path) -> Iterator[None]:
     """See that no other process writes; the lock goes with the process, however it ends.
 
     Raises:
-        ConfigError: another one does.
+        ConfigError: another one does; or the folder holds something else, and nothing is left in it.
+        OSError: it cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name another folder with --out")
+    new = not (folder / identity.MANIFEST).is_file()
+    if new and folder.is_dir() and any(path.name not in _OWN for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is in use and is no feature cache: name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:

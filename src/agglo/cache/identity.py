@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from agglo.recipe import Recipe, TeacherEntry, Views
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, TEACHER, STATISTICS = "manifest.json", "teacher.json", "statistics.safetensors"
+PARTIAL = ".partial"
+"""What is behind the name of a file that is being written."""
 
 _STUDENTS = {"summary_weight", "spatial_weight", "summary_head", "spatial_head"}
 """Keys of a teacher's entry that are about what the student makes of it."""
@@ -73,19 +75,41 @@ def pixels_crc(pixels: Tensor) -> int:
 # ---------------------------------------------------------------------------------------------------- teachers
 
 
-def fingerprint(entry: TeacherEntry, teacher: Teacher, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
-    """Who a teacher is: its keys in the recipe, its weights, and what it says of a test image.
+def fingerprint(
+    entry: TeacherEntry, teacher: Teacher, inputs: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Who a teacher is: its keys in the recipe, processor, output, input sizes, weights, and words on a test image.
 
-    The last catches what neither keys nor weights show, such as other means in a processor's file.
+    The last catches what none of the others shows, such as another version of the library that runs it.
 
     Args:
-        size: ``(H, W)`` of the test image, legal for the teacher.
+        inputs: as :func:`inputs_of` finds them; the test image has the smallest of these sizes.
     """
+    size = min((tuple(each["input"]) for each in inputs.values()), key=math.prod)
     return {
         "config": config_of(entry),
+        "processor": dict(teacher.processor),
+        "spec": spec_to(teacher.spec),
+        "inputs": dict(inputs),
         "weights": weights_hash(teacher),
         "probe": {"size": list(size), "values": probe(teacher, size, device)},
     }
+
+
+def inputs_of(teacher: Teacher, sizes: Iterable[int], views: Views, stride: int) -> dict[str, Any]:
+    """At which ``(H, W)`` a teacher sees the canvases of each of the student's sizes, and the grid of its map of them.
+
+    Args:
+        sizes: sides of the student's view in pixels; the keys are these.
+        stride: the student's.
+    """
+    found = {}
+    for size in sizes:
+        height, width = teacher.input_size(outer_size((size, size), views, stride), stride)
+        cell = teacher.spec.stride
+        grid = [0, 0] if teacher.spec.spatial is None else [height // cell, width // cell]
+        found[str(size)] = {"input": [height, width], "grid": grid}
+    return found
 
 
 def config_of(entry: TeacherEntry) -> dict[str, Any]:
@@ -120,26 +144,54 @@ def probe(teacher: Teacher, size: tuple[int, int], device: torch.device) -> list
     return [float(f"{value:.6g}") for value in torch.cat(picked).tolist()]
 
 
-def changes(written: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words."""
-    told = [
-        f"{key}: {written['config'].get(key)!r} then, {now['config'].get(key)!r} now"
-        for key in sorted({*written["config"], *now["config"]})
-        if written["config"].get(key) != now["config"].get(key)
-    ]
-    if told:
+def changes(
+    written: Mapping[str, Any], entry: TeacherEntry, teacher: Teacher | None, views: Views, stride: int,
+    device: torch.device,
+) -> list[str]:  # fmt: skip
+    """What differs between a fingerprint and a teacher, in words; nothing where they are one.
+
+    What is cheap is compared first and the teacher is asked last, when all else is equal: another teacher may not even
+    run at the size of the test image.
+
+    Args:
+        teacher: None where only its keys in the recipe are known.
+        views, stride: of the recipe and the student; the canvases are those of the cache.
+    """
+    told = _unlike(written["config"], config_of(entry))
+    if told or teacher is None:
         return told
-    if written["weights"] != now["weights"]:
+    if told := _unlike(written["processor"], teacher.processor):
+        return [f"its processor changed: {each}" for each in told]
+    if told := _unlike(written["spec"], spec_to(teacher.spec)):
+        return [f"its output changed: {each}" for each in told]
+    now = inputs_of(teacher, map(int, written["inputs"]), views, stride)
+    for size, then in written["inputs"].items():
+        if then != now[size]:
+            return [f"it sees canvases of {size} px views {_seen(then)} then, {_seen(now[size])} now"]
+    if written["weights"] != weights_hash(teacher):
         return ["other weights"]
-    if written["probe"]["size"] != now["probe"]["size"]:
-        return []  # measured at sizes of their own: not comparable
-    then, today = (np.array(each["probe"]["values"]) for each in (written, now))
+    size = tuple(written["probe"]["size"])
+    then, today = np.array(written["probe"]["values"]), np.array(probe(teacher, size, device))
     off = np.linalg.norm(then - today) if then.shape == today.shape else np.inf
     if off > _TOLERANCE * np.linalg.norm(then):
         return [
-            "keys and weights are the same, but it says something else of the same image: its preprocessing changed"
+            "keys, processor and weights are the same, but it says something else of the same image: its preprocessing "
+            "changed"
         ]
     return []
+
+
+def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _seen(inputs: Mapping[str, Any]) -> str:
+    (height, width), (rows, columns) = inputs["input"], inputs["grid"]
+    return f"at {height}x{width} pixels on a grid of {rows}x{columns}"
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -147,9 +199,14 @@ def changes(written: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file whole."""
-    partial = path.with_name(path.name + ".partial")
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file whole: at every moment what is there is the old one or the new one."""
+    partial = path.with_name(path.name + PARTIAL)
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ class Lessons:
             self.cache = FeatureCache(recipe.data.feature_cache)
             self.cache.check_geometry(recipe, stride)
             for name, teacher in teachers.items():
-                self.cache.check_teacher(recipe, name, teacher, device)
+                self.cache.check_teacher(recipe, name, teacher, stride, device)
                 self.cache.coding(name).to(device)
             self.teachers = {name: self.cache.absent(name) for name in teachers}
 

@@ -28,7 +28,7 @@ class Absent(Teacher):
 
     def __init__(self, known: Mapping[str, Any]) -> None:
         super().__init__()
-        self.spec = identity.spec_from(known["spec"])
+        self.spec = identity.spec_from(known["fingerprint"]["spec"])
         self.licence = known["licence"]
 
     def forward(self, images: torch.Tensor) -> Features:
@@ -104,22 +104,20 @@ class FeatureCache:
         """
         check_geometry(self.folder, self.manifest, recipe, stride)
 
-    def check_teacher(self, recipe: Recipe, name: str, teacher: Teacher, device: torch.device) -> None:
-        """Refuse a teacher that is not the one whose words these are.
+    def check_teacher(self, recipe: Recipe, name: str, teacher: Teacher, stride: int, device: torch.device) -> None:
+        """Refuse a teacher that is not the one whose words these are; :meth:`check_geometry` comes before.
 
         Args:
             teacher: the real one, on its device; a stand-in is compared by its keys in the recipe alone.
+            stride: the student's.
 
         Raises:
             ConfigError: says what changed.
         """
         self.absent(name)
+        real = None if isinstance(teacher, Absent) else teacher
         known, entry = self.known[name]["fingerprint"], recipe.teachers[name]
-        if isinstance(teacher, Absent):
-            now = {**known, "config": identity.config_of(entry)}
-        else:
-            now = identity.fingerprint(entry, teacher, tuple(known["probe"]["size"]), device)
-        if told := identity.changes(known, now):
+        if told := identity.changes(known, entry, real, recipe.data.views, stride, device):
             raise ConfigError(
                 f"{self.folder} is from another teachers.{name} ({'; '.join(told)}): name the folder of a cache that "
                 f"was written with this teacher, or write one with `agglo cache RECIPE --out OTHER_FOLDER`"
@@ -231,7 +229,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def read_coding(folder: Path, known: Mapping[str, Any]) -> Coding:
     """See :meth:`FeatureCache.coding`."""
-    coding = Coding(identity.spec_from(known["spec"]), known["dtype"])
+    coding = Coding(identity.spec_from(known["fingerprint"]["spec"]), known["dtype"])
     if coding.needs_statistics:
         path = folder / identity.STATISTICS
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known["statistics"]:

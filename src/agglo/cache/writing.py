@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 import agglo
-from agglo.artefact import write_tensors
 from agglo.cache import identity
 from agglo.cache.coding import DTYPES, Coding
 from agglo.cache.crops import CropLoader
-from agglo.cache.folder import LOCK, alone, size_text
+from agglo.cache.folder import alone, size_text
 from agglo.cache.lessons import ask, stride_of
 from agglo.cache.reading import check_geometry, check_names, read_coding
-from agglo.cache.records import SHARD_BYTES, Pen, Record, key_of, shard_numbers
+from agglo.cache.records import SHARD_BYTES, Pen, Record, Shelf, key_of, shard_numbers
+from agglo.cache.room import outlook, record_bytes, writing_to
 from agglo.config import build
 from agglo.data.loader import Batch
 from agglo.data.views import Partition, ViewPolicy
@@ -33,12 +32,10 @@ from agglo.objectives.inspection import named
 from agglo.objectives.wrapping import begin_step
 from agglo.recipe import Recipe, Views
 from agglo.teachers.base import Teacher
-from agglo.types import ConfigError, Features, StorageError
+from agglo.types import ConfigError, Features
 
 STATISTICS = 256
 """Images from which the PHI-S map of the coding is estimated, and on some of which its error is measured."""
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass
@@ -125,7 +122,9 @@ def write(
         raise ConfigError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     place, tell = Path(folder).expanduser(), say or (lambda _: None)
     job = _Job(recipe, place, dtype, batch, torch.device(device), shard_bytes, tell)
-    with alone(job.folder):
+    with contextlib.ExitStack() as stack:
+        with job.disk():
+            stack.enter_context(alone(job.folder))
         return job.run(progress or (lambda done, total: None))
 
 
@@ -148,6 +147,15 @@ class _Job:
         self.written = Written(sum(map(len, names)) * self.views.crops * len(self.sizes))
         self.teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
         self.stride = stride_of(recipe, self.teachers)
+        self.inputs = {
+            name: identity.inputs_of(teacher, self.sizes, self.views, self.stride)
+            for name, teacher in self.teachers.items()
+        }
+        self.speakers: dict[str, Speaker] = {}
+        self.written.bytes_an_image = sum(
+            record_bytes(teacher, dtype, [tuple(each["grid"]) for each in self.inputs[name].values()])
+            for name, teacher in self.teachers.items()
+        )
 
     def run(self, progress: Callable[[int, int], None]) -> Written:
         written = self.written
@@ -155,8 +163,9 @@ class _Job:
         began = time.perf_counter()
         self.speakers = self._speakers()
         written.done = self._count()
-        written.bytes_an_image = self._bytes_an_image()
-        self._warn_of_space()
+        for line in outlook(self.folder, written.total, written.bytes_an_image, self._left(), self.dtype):
+            self.say(line)
+        self._keep(manifest, finished=False)
         progress(written.done, written.total)
         try:
             for loader, size in self._loaders():
@@ -165,21 +174,18 @@ class _Job:
                         self._write(loader, batch)
                         progress(written.done, written.total)
                 written.unreadable += [name for name in loader.skipped if name not in written.unreadable]
-            self._finish()
+            with self.disk():
+                for speaker in self.speakers.values():
+                    speaker.pen.finish()
         finally:
             for speaker in self.speakers.values():
                 with contextlib.suppress(OSError):
                     speaker.pen.close()
         written.seconds = time.perf_counter() - began
         self._note_absent(manifest)
+        manifest["records"] |= {name: len(speaker.pen.keys) for name, speaker in self.speakers.items()}
+        self._keep(manifest, finished=True)
         return written
-
-    def _finish(self) -> None:
-        try:
-            for speaker in self.speakers.values():
-                speaker.pen.finish()
-        except OSError as error:
-            raise self._stopped(error) from error
 
     def _note_absent(self, manifest: dict[str, Any]) -> None:
         """After all was gone through: keep which images are not there because they cannot be read or are not wanted."""
@@ -188,7 +194,12 @@ class _Job:
         absent = {name for name in names if not all(self._whole(key_of(name, *key)) for key in keys)}
         self.written.left_out = len(absent - set(self.written.unreadable))
         manifest["absent"] = sorted(absent | set(manifest["absent"]) - set(names))
-        identity.write_json(self.folder / identity.MANIFEST, manifest)
+
+    def _keep(self, manifest: dict[str, Any], *, finished: bool) -> None:
+        """Write the manifest; while records are added it says that the cache is not finished."""
+        manifest["finished"] = finished
+        with self.disk():
+            identity.write_json(self.folder / identity.MANIFEST, manifest)
 
     # ------------------------------------------------------------------------------------------------ beginning
 
@@ -198,15 +209,14 @@ class _Job:
             manifest = identity.read_manifest(self.folder)
             check_geometry(self.folder, manifest, self.recipe, self.stride)
             return manifest
-        if any(path.name != LOCK for path in self.folder.iterdir()):
-            raise ConfigError(f"{self.folder} is in use and is no feature cache: name another folder with --out")
         manifest = {
             "format": identity.FORMAT,
             "agglo": agglo.__version__,
             "geometry": identity.geometry(self.recipe, self.stride),
             "absent": [],
+            "records": {},
         }
-        identity.write_json(self.folder / identity.MANIFEST, manifest)
+        self._keep(manifest, finished=False)
         return manifest
 
     def _speakers(self) -> dict[str, Speaker]:
@@ -223,16 +233,16 @@ class _Job:
         made = {}
         for name, teacher in self.teachers.items():
             coding = read_coding(self.folder / name, known[name]).to(self.device)
-            made[name] = Speaker(teacher, coding, Pen(self.folder / name, self.shard_bytes))
+            with self.disk():
+                made[name] = Speaker(teacher, coding, Pen(self.folder / name, self.shard_bytes))
             self.written.recovered += made[name].pen.lost
             self.written.errors[name] = known[name]["error"]
         return made
 
     def _check(self, name: str, known: dict[str, Any]) -> None:
-        """Refuse to add to the words of another teacher."""
-        size = tuple(known["fingerprint"]["probe"]["size"])
-        now = identity.fingerprint(self.recipe.teachers[name], self.teachers[name], size, self.device)
-        told = identity.changes(known["fingerprint"], now)
+        """Refuse to add to the words of another teacher; note the sizes that are new."""
+        entry, teacher, inputs = self.recipe.teachers[name], self.teachers[name], known["fingerprint"]["inputs"]
+        told = identity.changes(known["fingerprint"], entry, teacher, self.views, self.stride, self.device)
         if known["dtype"] != self.dtype:
             told.append(f"written as {known['dtype']}, {self.dtype} is asked for")
         if told:
@@ -240,6 +250,10 @@ class _Job:
                 f"{self.folder / name} was begun with another teachers.{name} ({'; '.join(told)}): name another folder "
                 "with --out, or delete that one"
             )
+        if any(size not in inputs for size in self.inputs[name]):
+            inputs |= self.inputs[name]
+            with self.disk():
+                identity.write_json(self.folder / name / identity.TEACHER, known)
 
     def _begin(self, new: dict[str, Teacher]) -> dict[str, dict[str, Any]]:
         """Fit the codings of new teachers, and write who they are: from then on their records mean something."""
@@ -252,23 +266,22 @@ class _Job:
         known = {}
         for name, teacher in new.items():
             named(name, codings[name].freeze)
-            place = self.folder / name
-            place.mkdir(exist_ok=True)
-            digest = None
+            place, statistics = self.folder / name, None
             if codings[name].needs_statistics:
-                path = place / identity.STATISTICS
-                write_tensors({k: v.cpu().contiguous() for k, v in codings[name].state_dict().items()}, path)
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            size = teacher.input_size(self._outer(min(self.sizes)), self.stride)
+                statistics = save({k: v.cpu().contiguous() for k, v in codings[name].state_dict().items()})
+            entry, inputs = self.recipe.teachers[name], self.inputs[name]
             known[name] = {
-                "fingerprint": identity.fingerprint(self.recipe.teachers[name], teacher, size, self.device),
-                "spec": identity.spec_to(teacher.spec),
+                "fingerprint": identity.fingerprint(entry, teacher, inputs, self.device),
                 "licence": teacher.licence,
                 "dtype": self.dtype,
-                "statistics": digest,
+                "statistics": None if statistics is None else hashlib.sha256(statistics).hexdigest(),
                 "error": asdict(codings[name].measure(last[name])),
             }
-            identity.write_json(place / identity.TEACHER, known[name])
+            with self.disk():
+                place.mkdir(exist_ok=True)
+                if statistics is not None:
+                    identity.write_bytes(place / identity.STATISTICS, statistics)
+                identity.write_json(place / identity.TEACHER, known[name])
         return known
 
     def _samples(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -314,37 +327,35 @@ class _Job:
         return runs
 
     def _whole(self, key: int) -> bool:
-        return all(key in speaker.pen for speaker in self.speakers.values())
+        return all(key in each for each in self._held())
+
+    def _held(self) -> list[Container[int]]:
+        """What is there of each teacher; before the pens are taken up, as a reader would find it."""
+        if self.speakers:
+            return [speaker.pen for speaker in self.speakers.values()]
+        return [Shelf(self.folder / name) for name in self.teachers]
 
     def _count(self) -> int:
         """Canvases of this recipe that are there already."""
-        crops = range(self.views.crops)
-        names = [name for each in self.names for name in each]
-        return sum(self._whole(key_of(n, crop, (size, size))) for size in self.sizes for crop in crops for n in names)
-
-    def _bytes_an_image(self) -> float:
-        return sum(self._bytes(size) for size in self.sizes) / len(self.sizes)
-
-    def _bytes(self, size: int) -> int:
-        """Of one canvas's records."""
-        total = 0
-        for each in self.speakers.values():
-            height, width = each.teacher.input_size(self._outer(size), self.stride)
-            total += 32 + each.coding.bytes((height // each.teacher.spec.stride, width // each.teacher.spec.stride))
-        return total
+        crops, held = range(self.views.crops), self._held()
+        keys = (key_of(n, c, (s, s)) for s in self.sizes for c in crops for names in self.names for n in names)
+        return sum(all(key in each for each in held) for key in keys)
 
     def _left(self) -> int:
         """Bytes that are still to be written."""
         return round((self.written.total - self.written.done) * self.written.bytes_an_image)
 
-    def _warn_of_space(self) -> None:
-        free = shutil.disk_usage(self.folder).free
-        self.say(
-            f"{self.written.total} canvases, about {self.written.bytes_an_image / 1e3:.1f} kB each as {self.dtype}: "
-            f"{size_text(self._left())} to write, {size_text(free)} free in {self.folder}"
-        )
-        if self._left() > free:
-            self.say(f"{size_text(self._left() - free)} more are needed than are free: it will stop when that is full")
+    def disk(self) -> contextlib.AbstractContextManager[None]:
+        """Around whatever writes: a disk that takes no more is told of in full."""
+        return writing_to(self.folder, self._state)
+
+    def _state(self) -> str:
+        """What is there and what is missing, for a run that has to stop."""
+        if not self.speakers:  # it stops before it has begun
+            with contextlib.suppress(OSError):
+                self.written.done = self._count()
+        done = f"{self.written.done} of {self.written.total} canvases are written and whole"
+        return f"{done}; about {size_text(self._left())} more are needed"
 
     # ------------------------------------------------------------------------------------------------ doing it
 
@@ -381,18 +392,7 @@ class _Job:
         self.written.done += len(fresh)
 
     def _append(self, pen: Pen, record: Record, row: Any) -> None:
-        try:
+        with self.disk():
             pen.append(record, [row])
-        except OSError as error:
-            raise self._stopped(error) from error
         self.written.records += 1
         self.written.bytes += row.nbytes
-
-    def _stopped(self, error: OSError) -> StorageError:
-        """What to tell of a disk that takes no more."""
-        why = "the disk is full" if error.errno in _FULL else f"it cannot be written to ({error.strerror})"
-        return StorageError(
-            f"{self.folder}: {why}. {self.written.done} of {self.written.total} canvases are written and whole; about "
-            f"{size_text(self._left())} more are needed. Make room and run the same command again: it goes on where it "
-            "stopped"
-        )

@@ -70,12 +70,12 @@ def begin_step(teachers: Iterable[Teacher], seed: int, step: int) -> None:
 
 
 class _Wrapper(Teacher):
-    """What both have: the teacher inside, its licence, and its language."""
+    """What both have: the teacher inside, its licence, its processor, and its language."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.teacher = teacher
-        self.licence = teacher.licence
+        self.licence, self.processor = teacher.licence, teacher.processor
 
     def vocabulary(self) -> Vocabulary | None:
         return self.teacher.vocabulary() if self.spec.summary is not None else None

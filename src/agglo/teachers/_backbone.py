@@ -33,6 +33,7 @@ class Backbone(nn.Module):
         side: the only legal side length in pixels, or None where any size runs.
         default_side: the side length of the images the weights were trained on, or ``side``.
         licence: licence of the weights.
+        processor: mean, standard deviation and :attr:`default_side` by name.
         patch: side of a token in pixels where all stages have tokens of one side (a plain vision transformer), or None.
 
     Raises:
@@ -67,6 +68,7 @@ class Backbone(nn.Module):
         self.layout = _layout(self.net)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.processor = {"mean": [*config["mean"]], "std": [*config["std"]], "size": self.default_side}
         self.requires_grad_(False).eval()
 
     def condition(self, images: Tensor) -> Tensor:

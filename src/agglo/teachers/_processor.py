@@ -29,6 +29,11 @@ class Pixels:
     std: RGB
     side: int | None = None
 
+    @property
+    def processor(self) -> dict[str, Any]:
+        """The same by name, as JSON has it (:attr:`agglo.teachers.base.Teacher.processor`)."""
+        return {"mean": list(self.mean), "std": list(self.std), "size": self.side}
+
 
 class Conditioner(nn.Module):
     """The normalisation as a module, so that its numbers are where the network is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class Teacher(nn.Module, ABC):
         canvas: side in pixels of the square canvas on which it sees every view, whatever the student sees; None for
             teachers that follow the student.
         fill: the RGB colour in [0, 1] that its normalisation turns into zero: what empty canvas is painted with.
+        processor: what the files beside its weights say of preprocessing: ``mean`` and ``std`` for pixels in [0, 1],
+            ``size`` in pixels or None; empty for teachers that come without such files.
     """
 
     spec: FeatureSpec
@@ -49,6 +52,7 @@ class Teacher(nn.Module, ABC):
     native: int | None = None
     canvas: int | None = None
     fill: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    processor: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def fixed(self) -> bool:

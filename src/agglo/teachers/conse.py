@@ -59,6 +59,7 @@ class Conse(Teacher):
         if not temperature > 0:
             raise ConfigError(f"teachers.conse: temperature must be positive, got {temperature}")
         self.backbone = Backbone(model, weights, size)
+        self.processor = self.backbone.processor
         names = bundled.imagenet_classes()
         if self.backbone.net.num_classes != len(names):
             raise ConfigError(f"{model} has {self.backbone.net.num_classes} classes; conse needs ImageNet-1k's 1000")

@@ -77,7 +77,7 @@ class OpenCLIPTeacher(Teacher):
             _assign(self.net, _read(found.file()))
         self.licence = found.licence if weights == "pretrained" else "none (random weights)"
         self.condition = Conditioner(found.pixels)
-        self.fill = found.pixels.mean
+        self.fill, self.processor = found.pixels.mean, found.pixels.processor
         self.normalises = getattr(self.net, "attn_pool", None) is None
         self.unseen = 0
         self.spec, self.patch, self.unseen = _measure(self, summary is not False, model)

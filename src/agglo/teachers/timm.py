@@ -64,6 +64,7 @@ class TimmTeacher(Teacher):
         self.native = self.backbone.default_side
         self.canvas = self.backbone.side
         self.fill = tuple(self.backbone.net.pretrained_cfg["mean"])
+        self.processor = self.backbone.processor
         self.spec = self._probe(model, summary)
         self.dtype: Precision = dtype
         halve(self.backbone.net, dtype)

@@ -77,7 +77,8 @@ class TransformersTeacher(Teacher):
         self.size, self.text = size, text
         self.dtype: Precision = dtype
         self.patch = self.family.patch if self.family.tokens else None
-        self.fill = tuple(self.family.config.norm_mean) if self.family.conditions else pixels.mean
+        stated = _stated(self.family, pixels)
+        self.fill, self.processor = stated.mean, stated.processor
         self.licence = _licence(source, published, random=weights == "random")
         self.spec = _spec(self.family, self.canvas, summary, model)
         self.net: Any
@@ -161,6 +162,14 @@ def _pixels(family: Family, source: Source, published: Published | None, *, rand
     if published is not None and random:
         return Pixels(published.mean, published.std, published.side)
     return read_pixels(source)
+
+
+def _stated(family: Family, pixels: Pixels) -> Pixels:
+    """The normalisation, whoever does it: the processor, or a network that conditions its own input."""
+    if not family.conditions:
+        return pixels
+    config = family.config
+    return Pixels(tuple(config.norm_mean), tuple(config.norm_std), pixels.side)
 
 
 def _native(family: Family, pixels: Pixels, model: str) -> int | None:
