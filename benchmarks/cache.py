@@ -65,7 +65,8 @@ def setting() -> dict[str, Any]:
     """What the speed was measured on."""
     return {
         "student": "ViT, width 192, depth 4, at 128 px, batch 8",
-        "teachers": "random ViT-B/16, EfficientNet-Lite2, HOG, on canvases of 192 px (margin: two patches)",
+        "teachers": "ViT-B/16 with random weights, EfficientNet-Lite2, HOG, "
+        "on canvases of 192 px (margin: two patches)",
         "images": IMAGES,
         "threads": 1,
     }
