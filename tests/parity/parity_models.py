@@ -85,7 +85,7 @@ def official(*, layer_scale: bool, patch: int = 16, v3: bool = False) -> tuple[d
     state["input_conditioner.norm_std"] = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     args = {
         "model": "vit_base_patch16_v2_224" if layer_scale else "vit_huge_patch16_224",
-        "model_kwargs": {"num_heads": 4},
+        "model_kwargs": {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4},
         "cpe_max_size": GRID * patch,
         "cls_token_per_teacher": True,
         "register_multiple": 8 if v3 else 10,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
+from agglo.checkpoints._sizes import SIZES, UNUSED, check, is_gated
 from agglo.checkpoints._spectral import MARK
 from agglo.config import nearest
 from agglo.students._eradio import VARIANTS
@@ -17,45 +18,8 @@ from agglo.students._vit_1d_official import FACTORIES as RADIO1D
 from agglo.students._vit_1d_official import options_from_official as radio1d_options
 from agglo.types import AssetError, ConfigError
 
-
-class Size(NamedTuple):
-    """A ViT's size under its official name."""
-
-    width: int
-    depth: int
-    heads: int
-    hidden: int
-    layer_scale: float | None = None
-    mlp_norm: bool = False
-
-
-SIZES = {
-    "vit_tiny_patch14_224": Size(192, 12, 3, 768),
-    "vit_small_patch14_224": Size(384, 12, 6, 1536),
-    "vit_base_patch14_224": Size(768, 12, 12, 3072),
-    "vit_small_patch16_224": Size(384, 12, 6, 1536),
-    "vit_base_patch16_224": Size(768, 12, 12, 3072),
-    "vit_base_patch16_v2_224": Size(768, 12, 12, 3072, 1e-5),
-    "vit_large_patch14_224": Size(1024, 24, 16, 4096),
-    "vit_large_patch16_224": Size(1024, 24, 16, 4096),
-    "vit_large_patch16_v2_224": Size(1024, 24, 16, 4096, 1e-5),
-    "vit_so400m_patch16_224": Size(1152, 27, 16, 4304),
-    "vit_so400m_v2_patch16_224": Size(1152, 27, 16, 4320),
-    "vit_huge_patch14_224": Size(1280, 32, 16, 5120),
-    "vit_huge_patch16_224": Size(1280, 32, 16, 5120),
-    "vit_huge_patch16_224_mlpnorm": Size(1280, 32, 16, 5120, None, True),
-    "vit_giant_patch16_224": Size(1536, 40, 24, 6144),
-    "vit_bigG_patch14_224": Size(1664, 48, 16, 6656, 1e-6),
-    "dino_v2_l_student": Size(1024, 24, 16, 4096, 1e-5),
-    "dino_v2_g_student": Size(1536, 40, 24, 4096, 1e-5),
-}
-"""Official ViTs. Of a checkpoint only the number of heads is taken from here: its tensors tell the rest."""
-
 NOMINAL_V2 = 592
 """The nominal image of the ``*_v2_224`` architectures, in pixels; others have 224."""
-
-_UNUSED = ("reg_token", "mask_token", "head.", "fc_norm.", "norm.", "norm_pre.", "input_conditioner.", "_iter_count",
-           "dynamic_rate_vec", "dynamic_rate_projector")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,18 +46,23 @@ def published(model: str, patch: int, registers: int, largest: int) -> dict[str,
     size, dino = SIZES[model], model.startswith("dino_v2")
     return {
         "kind": "vit", "width": size.width, "depth": size.depth, "heads": size.heads, "mlp_hidden": size.hidden,
-        "layer_scale": size.layer_scale, "mlp_norm": size.mlp_norm, "mlp": "swiglu" if "_g_" in model else "gelu",
+        "layer_scale": size.layer_scale, "mlp_norm": size.mlp_norm, "mlp": "swiglu" if is_gated(model) else "gelu",
         "patch": patch, "max_grid": 146 if dino else largest // patch, "registers": registers,
         "patch_bias": dino, "final_norm": dino,
     }  # fmt: skip
 
 
-def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> Trunk:
+def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any], source: str = "the checkpoint") -> Trunk:
     """The trunk of a checkpoint in the hub's key names.
+
+    Args:
+        tensors: by the hub's names.
+        args: the official training arguments.
+        source: what they come from, for messages.
 
     Raises:
         ConfigError: an architecture that no release has.
-        AssetError: its tensors are not there.
+        AssetError: its tensors are not there, or are those of another architecture than ``args.model``.
     """
     model, kwargs = str(args.get("model", "")), dict(args.get("model_kwargs") or {})
     names = tuple(dict.fromkeys(str(t["name"]) for t in args.get("teachers") or ())) or ("all",)
@@ -107,11 +76,16 @@ def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> Trunk:
     if "eradio" in model:
         options = eradio_options(kwargs, model if model in VARIANTS else None)
         return Trunk({"kind": "hybrid", **options}, _eradio_names, ("all",))
-    return _vit(tensors, args, model, kwargs, tokens)
+    return _vit(tensors, args, model, kwargs, tokens, source)
 
 
 def _vit(
-    tensors: Mapping[str, Tensor], args: Mapping[str, Any], model: str, kwargs: Mapping[str, Any], tokens: Sequence[str]
+    tensors: Mapping[str, Tensor],
+    args: Mapping[str, Any],
+    model: str,
+    kwargs: Mapping[str, Any],
+    tokens: Sequence[str],
+    source: str,
 ) -> Trunk:
     below = "base_model.inner." if any(key.startswith("base_model.inner.") for key in tensors) else "base_model."
     dino = below == "base_model.inner."
@@ -128,6 +102,7 @@ def _vit(
     if not depth:
         found = ", ".join(sorted(tensors)[:10]) or "nothing"
         raise AssetError(f"a checkpoint of {model} holds {below}blocks.0.*; this one holds {found}, ...")
+    check(shapes, model, args, below, source=source)
     options: dict[str, Any] = {"kind": "vit", "depth": depth, "heads": int(heads), "pos_dropout": 0.1}
     options |= _block_options(shapes)
     final_norm = dino or bool(args.get("model_norm"))
@@ -200,7 +175,7 @@ def _plain_names(final_norm: bool, below: str = "base_model.") -> Callable[[str]
         name = key.removeprefix(below)
         if name.startswith("norm.") and final_norm:
             return name
-        if name.startswith(_UNUSED):
+        if name.startswith(UNUSED):
             return None
         return name.replace("patch_generator.cls_token.token", "patch_generator.token").replace(".grandma", ".gamma")
 

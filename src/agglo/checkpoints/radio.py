@@ -122,7 +122,7 @@ def _from_checkpoint(
     canonical = Renamed(checkpoint.tensors, _canonical)
     # An average is saved with its reparametrisations undone; materialising is then a matter of nothing.
     plain = materialized(canonical, args)
-    trunk = recognize(canonical, args)
+    trunk = recognize(canonical, args, checkpoint.source)
     options = {**trunk.options, **_windows(trunk.options["kind"], release), **_student_options(trunk.options, student)}
     found = {n: _head(plain, checkpoint, args, n, len(trunk.tokens)) for n in _wanted(heads, plain, args)}
     trunk = _with_slots(trunk, 1 + max((config.slot for config, _ in found.values()), default=0))
