@@ -27,15 +27,19 @@ def choose(blocks: int | Sequence[int], depth: int) -> list[int]:
         depth: how many there are.
 
     Raises:
-        ValueError: none, or one that does not exist.
+        ConfigError: none, one that does not exist, or no number at all.
     """
-    if isinstance(blocks, Iterable):
-        wanted = [operator.index(index) for index in blocks]
-        found = sorted({index + depth if index < 0 else index for index in wanted})
-    else:
-        found = list(range(depth - operator.index(blocks), depth))
+    has = f"this model has {depth} blocks, 0 to {depth - 1} (or -{depth} to -1)"
+    try:
+        if isinstance(blocks, Iterable):
+            wanted = [operator.index(index) for index in blocks]
+            found = sorted({index + depth if index < 0 else index for index in wanted})
+        else:
+            found = list(range(depth - operator.index(blocks), depth))
+    except TypeError:
+        raise ConfigError(f"blocks: how many of the last ones, or their indices, got {blocks!r}; {has}") from None
     if not found or found[0] < 0 or found[-1] >= depth:
-        raise ValueError(f"blocks {blocks}: this model has {depth} blocks, 0 to {depth - 1} (or -{depth} to -1)")
+        raise ConfigError(f"blocks {blocks}: {has}")
     return found
 
 

@@ -8,23 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from agglo import artefact
 from agglo.config import build, check_options, find, nearest
 from agglo.heads._pair import HeadConfig, Heads
+from agglo.intake import ImageLike, prepare
 from agglo.intermediates import Aggregation, Alpha, choose, collect
 from agglo.nn.feature_norm import FeatureNormalizer, IntermediateNormalizer
 from agglo.nn.windows import check_side
-from agglo.preprocess import Conditioner, check_size, load_image, snap, to_batch
+from agglo.preprocess import Conditioner
 from agglo.types import ConfigError, Features, FeatureSpec, ImageError, Output
-
-ImageLike = Tensor | Image.Image | np.ndarray | str | Path
-
 
 _OPTIONAL = ("tokens", "summary_slots", "normalizers", "preferred_size", "provenance")
 
@@ -122,20 +118,23 @@ class Model(nn.Module):
             heads: names of the heads to run; None or ``"all"`` for all, ``()`` for none.
             resize: bring sides that are no multiple of :meth:`step` to the nearest that are; False raises instead.
             window: side, in patches, of the windows most blocks look through (ViTDet); 0 for none, None for the
-                model's own setting.
+                model's own setting. It must divide the patches of a tensor whose sides are whole patches; images that
+                have to be resized anyway (files, arrays, lists, other sides) come to whole windows, unless one of
+                their sides is less than half a window.
 
         Returns:
             ``summary (B, D)``, ``spatial (B, D', H / stride, W / stride)``, and the chosen heads' features; for clips
             ``(B, T, ...)``; for a list, a list of outputs of one image each.
 
         Raises:
-            ValueError: not images in [0, 1]; or ``resize=False`` and an illegal size (the legal ones are named).
+            ValueError: not images in [0, 1]; or ``resize=False`` and an illegal size (the legal ones are named); or a
+                window that does not divide, or that is too large (those that do, and that fit, are named).
             KeyError: no such head.
             TypeError: windows are asked of a student that has none.
         """
         names = self._chosen(heads)
         if isinstance(images, list | tuple):
-            batches = [self.prepare(image, resize=resize, window=window) for image in images]
+            batches = [prepare(self, image, resize=resize, window=window, listed=True) for image in images]
             for index, batch in enumerate(batches):
                 if len(batch) != 1:
                     raise ImageError(f"images[{index}]", f"is a batch of {len(batch)}: a list holds single images")
@@ -169,28 +168,8 @@ class Model(nn.Module):
         return self.spec.step * (window or 1)
 
     def prepare(self, images: ImageLike, *, resize: bool = True, window: int | None = None) -> Tensor:
-        """Any image-like to a float batch of legal size on the model's device."""
-        weight = next(self.student.parameters())
-        if isinstance(self.conditioner, nn.Identity):
-            if not isinstance(images, Tensor) or images.ndim != 4:
-                raise TypeError("this model's conditioner was taken: pass conditioned images, a tensor (B, 3, H, W)")
-            batch = images.to(weight.device)
-        else:
-            if isinstance(images, Tensor) and images.dtype == torch.uint8:
-                self._say_once("images are a uint8 tensor: divided by 255, as floats in [0, 1] are meant")
-            batch = to_batch(images) if isinstance(images, Tensor) and images.ndim == 4 else load_image(images)[None]
-            batch = batch.to(weight.device, torch.float32)
-        if min(batch.shape[-2:]) < self.spec.step and resize:
-            self._say_once(f"images with a side below one patch are stretched to its {self.spec.step} pixels")
-        largest = self.provenance.get("max_size")
-        if largest is not None and max(batch.shape[-2:]) > largest:
-            self._say_once(
-                f"images larger than the {largest} pixels this model was made for: it runs, but was not tried"
-            )
-        if resize:
-            return snap(batch, self.step(window))
-        check_size(batch.shape[-2], batch.shape[-1], self.spec.step)
-        return batch
+        """Any image-like to a float batch of legal size on the model's device; see :meth:`forward`."""
+        return prepare(self, images, resize=resize, window=window)
 
     def encode(self, images: Tensor, *, window: int | None = None) -> Features:
         """The student alone, on ``(B, 3, H, W)`` of a legal size: all its class tokens, in their order."""
@@ -218,7 +197,7 @@ class Model(nn.Module):
         """Features after chosen blocks; blocks after the last chosen one are not run.
 
         Args:
-            images: as in :meth:`forward`, no list.
+            images: as in :meth:`forward`, no list and no clips.
             blocks: how many of the last blocks; or their indices, negative ones from the end.
             aggregation: ``sparse``: of those blocks; ``dense``: averaged over the blocks since the one before.
             alpha: how the checkpoint's intermediate normalizer, if it has one, scales them (RADIO.md 1.6).
@@ -229,11 +208,15 @@ class Model(nn.Module):
             One for each block, ascending: ``summary (B, D)`` and ``spatial (B, D', H / stride, W / stride)``.
 
         Raises:
-            ValueError: no such block.
+            ValueError: no such block; a list or clips.
             TypeError: this model's student is no stack of blocks.
         """
         if not self.student.depth:
             raise TypeError(f"a {self.student_config['kind']} student is no stack of blocks: it has no intermediates")
+        if isinstance(images, list | tuple):
+            raise ImageError("images", "a list has no intermediates: call intermediates for each of its images")
+        if isinstance(images, Tensor) and images.ndim == 5:
+            raise ImageError("images", "clips (B, T, 3, H, W) have no intermediates: pass clips.flatten(0, 1)")
         batch = self._condition(self.prepare(images, resize=resize, window=window))
         found = collect(
             self.student, batch, choose(blocks, self.student.depth), self.intermediate_normalizer,
@@ -242,14 +225,21 @@ class Model(nn.Module):
         return [Features(self._summary(features), features.spatial) for features in found]
 
     def take_conditioner(self) -> nn.Module:
-        """Detach the conditioner, for use in a data loader; from now on the model takes conditioned tensors only."""
+        """Detach the conditioner, for use in a data loader; from now on the model takes conditioned tensors only.
+
+        Raises:
+            ConfigError: it was taken before; give it back with ``model.conditioner = conditioner``.
+        """
+        if isinstance(self.conditioner, nn.Identity):
+            raise ConfigError("this model's conditioner was taken before: keep the one that the first call returned")
         taken, self.conditioner = self.conditioner, nn.Identity()
         return taken
 
     def _condition(self, images: Tensor) -> Tensor:
         return self.conditioner(images).to(next(self.student.parameters()).dtype)
 
-    def _say_once(self, text: str) -> None:
+    def say_once(self, text: str) -> None:
+        """Warn, unless this model has said so before."""
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=4)

@@ -77,6 +77,8 @@ class Features:
     Args:
         summary: ``(B, D)``, or None where the model's spec says so.
         spatial: ``(B, D', H, W)``, or None where the model's spec says so.
+
+    Of clips, a model returns both with the frames behind the batch: ``(B, T, D)`` and ``(B, T, D', H, W)``.
     """
 
     summary: Tensor | None
@@ -91,10 +93,10 @@ class Features:
         )
 
     def tokens(self) -> Tensor:
-        """The spatial map as a row-major sequence ``(B, H*W, D')``."""
+        """The spatial map as a row-major sequence ``(B, H*W, D')``; of clips ``(B, T, H*W, D')``."""
         if self.spatial is None:
             raise ValueError("these features have no spatial map")
-        return self.spatial.flatten(2).transpose(1, 2)
+        return self.spatial.flatten(-2).transpose(-1, -2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from PIL import Image
 import agglo
 from agglo.model import HeadConfig, Model
 from agglo.preprocess import Conditioner
+from agglo.types import ConfigError, ImageError
 
 STUDENT = {"kind": "vit", "width": 32, "depth": 4, "heads": 2, "patch": 8, "max_grid": 8, "registers": 1,
            "num_global": 2, "layer_scale": 1.0}  # fmt: skip
@@ -43,14 +44,52 @@ def test_a_list_of_anything_is_what_each_would_be_alone(model: Model, tmp_path: 
 
 
 @torch.no_grad()
-def test_sides_are_snapped_to_whole_windows(model: Model) -> None:
-    images = torch.rand(1, 3, 40, 56)
-    assert model(images).spatial.shape[-2:] == (5, 7)
-    assert model(images, window=2).spatial.shape[-2:] == (4, 8)  # 2.5 windows: ties to even, as the reference rounds
-    assert model(images, window=3).spatial.shape[-2:] == (6, 6)
-    with pytest.raises(ValueError, match="does not divide the 5x7 patches"):
-        model(images, window=2, resize=False)
-    assert [out.spatial.shape[-1] for out in model([images], window=2)] == [8]
+@pytest.mark.parametrize("at", ["call", "load"])
+def test_a_grid_that_was_chosen_is_not_resized_to_windows(model: Model, at: str, tmp_path: Path) -> None:
+    """A tensor of whole patches: the window divides them, or those that do are named, with resizing and without."""
+    images = torch.rand(2, 3, 64, 96)  # 8x12 patches
+
+    def run(window: int, images: torch.Tensor, **options: bool) -> torch.Tensor:
+        if at == "call":
+            return model(images, window=window, **options).spatial
+        return agglo.load(model.save(tmp_path / "saved"), window=window)(images, **options).spatial
+
+    assert run(4, images).shape[-2:] == (8, 12)
+    for window in (3, 5, 32):
+        for tensor in (images, images[0], images[None]):
+            with pytest.raises(ConfigError, match=f"window {window} does not divide the 8x12 patches.*do: 2, 4; or"):
+                run(window, tensor)
+        with pytest.raises(ConfigError, match="does not divide the 8x12 patches"):
+            run(window, images, resize=False)
+    with pytest.raises(ConfigError, match="no window of 2 patches or more does"):
+        run(2, torch.rand(1, 3, 40, 56))
+    with pytest.raises(ConfigError, match="does not divide the 8x12 patches"):
+        model.intermediates(images, 1, window=5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at", ["call", "load"])
+def test_what_has_to_be_resized_anyway_comes_to_whole_windows(model: Model, at: str) -> None:
+    photo = np.zeros((40, 56, 3), np.uint8)  # 5x7 patches, if patches were all that mattered
+
+    def size(window: int, images: object) -> tuple[int, ...]:
+        if at == "load":
+            model.student.window = window
+        out = model(images, window=window if at == "call" else None)
+        return tuple((out[0] if isinstance(out, list) else out).spatial.shape[-2:])
+
+    assert size(0, photo) == (5, 7)
+    assert size(2, photo) == (4, 8)  # 2.5 windows: ties to even, as the reference rounds
+    assert size(3, photo) == (6, 6)
+    assert size(2, torch.rand(1, 3, 41, 56)) == (6, 8)
+    assert size(2, [torch.rand(1, 3, 40, 56)]) == (4, 8)
+    assert size(2, [photo, torch.rand(3, 40, 56)]) == (4, 8)
+    assert size(10, photo) == (10, 10)  # both sides are half a window at least
+    for image in (photo, [photo], [torch.rand(3, 40, 56)], torch.rand(1, 3, 41, 56)):
+        with pytest.raises(ConfigError, match=r"do not fill half a window of 32 patches, 256 .*fit: 2, 3, 4, .*10; or"):
+            size(32, image)
+    with pytest.raises(ConfigError, match="no window does; or pass window=0"):
+        size(6, np.zeros((7, 56, 3), np.uint8))  # not said to be stretched: it is refused
 
 
 def test_windows_are_refused_where_there_are_none() -> None:
@@ -69,6 +108,16 @@ def test_clips_keep_their_shape(model: Model) -> None:
     assert out.spatial.shape == (2, 3, 32, 4, 4)
     assert out.heads["a"].summary.shape == (2, 3, 10)
     torch.testing.assert_close(out.summary[1, 2], model(clips[1, 2]).summary[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_of_clips_are_places(model: Model) -> None:
+    clips = torch.rand(2, 3, 3, 32, 48)
+    out, alone = model(clips), model(clips[1, 2]).tokens()
+    assert out.tokens().shape == (2, 3, 24, 32)
+    assert torch.equal(out.tokens()[1, 2, 6 * 2 + 5], out.spatial[1, 2, :, 2, 5])
+    torch.testing.assert_close(out.tokens()[1, 2], alone[0], rtol=1e-4, atol=1e-5)
+    assert out.heads["b"].tokens().shape == (2, 3, 4 * 24, 9)
 
 
 def test_frames_of_a_clip_share_their_viewport_in_training(model: Model) -> None:
@@ -94,9 +143,12 @@ def test_intermediates_are_the_blocks_outputs(model: Model) -> None:
     torch.testing.assert_close(averaged[0].spatial, (each[0].spatial + each[1].spatial) / 2)
     torch.testing.assert_close(averaged[1].summary, (each[2].summary + each[3].summary) / 2)
     assert len(model.intermediates(images, [3, 3, -1])) == 1
-    for wrong in ([4], [-5], 0, 5, []):
-        with pytest.raises(ValueError, match="4 blocks, 0 to 3"):
-            model.intermediates(images, wrong)
+    for wrong in ([4], [-5], 0, 5, [], None, [None], "last", 1.5):
+        with pytest.raises(ConfigError, match="4 blocks, 0 to 3"):
+            model.intermediates(images, wrong)  # type: ignore[arg-type]
+    for several, instead in (([images[0]], "for each of its images"), (images[None], r"clips\.flatten\(0, 1\)")):
+        with pytest.raises(ImageError, match=instead):
+            model.intermediates(several, 1)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -116,6 +168,15 @@ def test_the_conditioner_can_live_in_the_loader(model: Model) -> None:
     torch.testing.assert_close(model(conditioner(images)).summary, before)
     with pytest.raises(TypeError, match="conditioner was taken"):
         model(np.zeros((32, 32, 3), np.uint8))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        wrong = conditioner(images)
+        wrong[0, 1, 2, 3] = bad
+        with pytest.raises(ImageError, match="NaN or infinity"):
+            model(wrong)
+    with pytest.raises(ConfigError, match="taken before: keep the one that the first call returned"):
+        model.take_conditioner()
+    model.conditioner = conditioner
+    assert model.take_conditioner() is conditioner
 
 
 @torch.no_grad()

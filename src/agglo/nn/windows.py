@@ -44,16 +44,38 @@ def check_window(grid: tuple[int, int], window: int, patch: int) -> None:
     """Raise unless the window divides both sides of a grid of patches.
 
     Raises:
-        ValueError: names the windows that do.
+        ConfigError: names the windows that do.
     """
     height, width = grid
     if window >= 1 and height % window == 0 and width % window == 0:
         return
     legal = [side for side in USUAL if height % side == 0 and width % side == 0]
     some = f"windows that do: {', '.join(map(str, legal))}" if legal else "no window of 2 patches or more does"
-    raise ValueError(
+    raise ConfigError(
         f"window {window} does not divide the {height}x{width} patches of {height * patch}x{width * patch} pixels; "
         f"{some}; or bring the sides to multiples of {max(window, 1) * patch} pixels"
+    )
+
+
+def check_room(size: tuple[int, int], window: int, patch: int) -> None:
+    """Raise where an image would have to be more than doubled to hold one window.
+
+    Args:
+        size: ``(H, W)`` of the image in pixels.
+        window: side in patches.
+        patch: pixels a patch.
+
+    Raises:
+        ConfigError: names the windows that fit.
+    """
+    least = min(size)
+    if 2 * least >= window * patch:
+        return
+    widest = 2 * least // patch
+    some = f"windows that fit: {', '.join(map(str, range(2, widest + 1)))}" if widest >= 2 else "no window does"
+    raise ConfigError(
+        f"images of {size[0]}x{size[1]} pixels (HxW) do not fill half a window of {window} patches, "
+        f"{window * patch} pixels; {some}; or pass window=0, or larger images"
     )
 
 
