@@ -97,6 +97,13 @@ def test_unit() -> None:
     assert torch.allclose(x.grad, torch.tensor([[(1 - 2.2 * 0.6) / 5, (2 - 2.2 * 0.8) / 5], [0.0, 0.0]]), atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_unit_hides_nothing_that_is_not_finite(bad: float) -> None:
+    out = unit(torch.tensor([[3.0, bad], [3.0, 4.0]]))
+    assert out[0].isnan().any()
+    assert torch.allclose(out[1], torch.tensor([0.6, 0.8]))
+
+
 def _data(rows: int, channels: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.normal(size=(rows, channels)) @ rng.normal(size=(channels, channels)) + 50 * rng.normal(size=channels)

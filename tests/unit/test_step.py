@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,6 +298,55 @@ def test_an_update_that_is_not_good_changes_nothing(late: bool) -> None:
     assert float(optimizer.state[layer.weight]["step"]) == 2
 
 
+def overflow(run: Run, monkeypatch: pytest.MonkeyPatch, scale: float, *steps: int) -> None:
+    """Let the first BatchNorm of the student meet values that are so much larger, in these steps."""
+    norm = next(m for m in run.model.student.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+    real = step_module.forward
+
+    def forward(run, batch, watch):
+        grow = lambda module, given: (given[0] * scale,) if batch.step in steps else None  # noqa: E731
+        with contextlib.ExitStack() as stack:
+            stack.callback(norm.register_forward_pre_hook(grow).remove)
+            return real(run, batch, watch)
+
+    monkeypatch.setattr(step_module, "forward", forward)
+
+
+@pytest.mark.parametrize(("scale", "why"), [(1e38, "loss|is not finite"), (1e30, "running statistics")])
+@pytest.mark.parametrize("how", [build_optimizer, fused])
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_running_statistics_forget_a_step_that_was_left_out(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how, ema: float, scale: float, why: str
+) -> None:
+    monkeypatch.setattr(loop, "build_optimizer", how)
+    run = started(
+        data, tmp_path, "student={kind: timm, model: test_efficientnet, stages: [3]}", f"train.ema={ema}",
+        "train.steps=3", "partitions=[{sizes: [64], batch: 4}]",
+    )  # fmt: skip
+    overflow(run, monkeypatch, scale, 1)
+    seen = {}
+    real = loop.one_step
+
+    def step(run, batch, watch):
+        taken = real(run, batch, watch)
+        seen[batch.step] = {name: buffer.clone() for name, buffer in run.model.named_buffers()}, bool(taken.good)
+        return taken
+
+    monkeypatch.setattr(loop, "one_step", step)
+    said = []
+    with Progress(run.folder, 3, quiet=True) as progress:
+        progress.say = said.append
+        loop.train(run, progress, [])
+        model = loop.export(run, progress)
+    assert [seen[step][1] for step in range(3)] == [True, False, True]
+    assert re.match(f"step 1: .*({why})", said[0])
+    moved = [name for name, value in seen[0][0].items() if not torch.equal(value, seen[2][0][name])]
+    assert any(name.endswith("running_var") for name in moved)
+    for name, value in seen[0][0].items():
+        assert torch.equal(seen[1][0][name], value), name
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
 def test_a_fused_update_takes_gradients_of_any_layout() -> None:
     """Its kernel walks memory; a gradient may come in another order than its channels-last weight."""
     start, gradient = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
@@ -339,6 +389,8 @@ def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
         "the gradient is not finite",
         "the loss is not finite",
     ]
+    assert "train.lr" in found[1].remedy
+    assert "train.lr" not in found[2].remedy and "teachers.a.dtype=float32" in found[2].remedy
     assert [known.constant for known in found] == [(), (), (), ("a/spatial",), (), ()]
     assert found[0].terms == {"a/spatial": 0.5}
     assert ledger.read() == []
@@ -420,6 +472,33 @@ def test_training_names_a_teacher_that_says_nothing_and_the_step(
         "other/summary",
         "other/spatial",
     ]
+
+
+@pytest.mark.parametrize("loss", ["angular", "cosine"])
+@pytest.mark.parametrize("part", ["summary", "spatial"])
+def test_a_teacher_that_stays_nan_stops_the_run_and_is_what_the_advice_is_about(
+    data: Path, tmp_path: Path, loss: str, part: str
+) -> None:
+    made = (f"losses.summary.kind={loss}", "train.steps=9", "train.patience=2", "train.save_every=100")
+    run = started(data, tmp_path, *made)
+    nan = float("nan")
+    one = lambda x: x.index_fill(0, torch.tensor([1]), nan)  # noqa: E731  # of one image of the batch
+    saying(run, "other", lambda features: replace(features, **{part: one(getattr(features, part))}))
+    why = rf"step 2: {part} features of teacher 'other'.*3\. step in a row"
+    with Progress(run.folder, 9, quiet=True) as progress, pytest.raises(loop.DivergenceError, match=why) as e:
+        loop.train(run, progress, [])
+    assert "teachers.other.dtype=float32" in str(e.value)
+    assert "lr" not in str(e.value)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "skipped_step" in line] == [1, 2, 3]
+    assert all(line["images"] for line in lines)
+    assert [path.name for path in checkpoints(run.folder / "checkpoints")] == ["step_00000000"]
+
+
+def test_a_part_that_nobody_learns_from_may_be_nan(data: Path, tmp_path: Path) -> None:
+    run = started(data, tmp_path)
+    saying(run, "dense", lambda features: replace(features, summary=features.summary * float("nan")))
+    assert bool(one_step(run, run.loader.batch(0), Stopwatch()).good)
 
 
 def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from agglo import dist
+
 # Rows that are centred at once in float64: bounds the temporary of `Moments.update` at 16384 * C * 8 bytes.
 _CHUNK = 16384
 
@@ -30,10 +32,12 @@ class Rotation(NamedTuple):
 def unit(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """``x / ||x||`` along ``dim``; vectors shorter than ``eps`` have no direction: they become 0 and get no gradient.
 
-    (Dividing by ``max(||x||, eps)`` alone would send a gradient of order ``1 / eps`` into a zero vector.)
+    (Dividing by ``max(||x||, eps)`` alone would send a gradient of order ``1 / eps`` into a zero vector.) A vector that
+    holds NaN or infinity stays visible: NaN comes out.
     """
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    directed = norm > eps
+    # Not `norm > eps`, which is False for NaN too and would make a harmless 0 of it.
+    directed = ~(norm <= eps)
     return torch.where(directed, x / norm.clamp(min=eps), 0.0)
 
 
@@ -238,6 +242,16 @@ class Moments:
         if other.count:
             self._m2 += other._m2.to(self._m2.device)
             self._shift(other.count, other.mean.to(self.mean.device))
+
+    def unite(self) -> None:
+        """Add what the other processes of the run have seen; all hold the same sums then."""
+        if dist.world() == 1:
+            return
+        counts = dist.gather(self.count)
+        mean = dist.total(self.mean * (self.count / sum(counts)))
+        apart = self.mean - mean
+        self._m2 = dist.total(self._m2.addr_(apart, apart, alpha=self.count))
+        self.mean, self.count = mean, sum(counts)
 
     def _shift(self, count: int, mean: Tensor) -> None:
         """Move the mean to include ``count`` rows around ``mean`` whose scatter is in ``M2`` already."""

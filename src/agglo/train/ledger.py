@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from agglo import dist
 from agglo.objectives.inspection import CONSTANT
+
+DIVERGED = (
+    "nothing of these steps was kept. Start again with a lower train.lr or with train.clip=1 (--overwrite); the "
+    "checkpoints before them are sound"
+)
+TEACHER = (
+    "nothing of these steps was kept, and no learning rate would change that. Mend the teacher's weights or its input "
+    "and go on with --resume, or set {keys} and start again (--overwrite)"
+)
+"""The next move after too many steps in a row that were left out: what diverged was the student, or a teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +37,7 @@ class Taken:
         labels: of ``numbers``: ``loss``, ``norm`` (of the gradient), ``term:<name>``, ``target:<teacher>/<part>`` (the
             spread of what the teacher said, :func:`agglo.objectives.inspection.spread`).
         numbers: float32 ``(K,)`` on the device.
-        good: bool scalar on the device: loss and gradient are finite, and the update was made.
+        good: bool scalar on the device: all that the step rests on is finite, and the update was made.
     """
 
     step: int
@@ -37,8 +48,9 @@ class Taken:
 
 
 def pack(step: int, images: Sequence[str], numbers: Mapping[str, Tensor], good: Tensor) -> Taken:
-    """A step's scalars, stacked on their device."""
-    return Taken(step, images, tuple(numbers), torch.stack([n.detach().float() for n in numbers.values()]), good)
+    """A step's scalars, stacked on their device: the means over all processes."""
+    stacked = dist.average(torch.stack([n.detach().float() for n in numbers.values()]))
+    return Taken(step, images, tuple(numbers), stacked, good)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class Known:
         terms: the loss terms.
         norm: of the gradient, before clipping.
         why: what was not finite, if anything; the step was then left out.
+        remedy: what to do about it.
         row: how many steps up to and with this one were left out without a good one between.
         constant: ``<teacher>/<part>`` whose features were the same everywhere.
     """
@@ -59,6 +72,7 @@ class Known:
     terms: Mapping[str, float]
     norm: float
     why: str | None
+    remedy: str
     row: int
     constant: tuple[str, ...]
 
@@ -100,12 +114,14 @@ class Ledger:
         self.skipped += not good
         if good:
             self.done = taken.step + 1
+        why, remedy = (None, "") if good else _why(numbers)
         return Known(
             taken.step,
             taken.images,
             _part(numbers, "term:"),
             numbers["norm"],
-            None if good else _why(numbers),
+            why,
+            remedy,
             self.row,
             tuple(name for name, spread in _part(numbers, "target:").items() if spread < CONSTANT),
         )
@@ -115,13 +131,21 @@ def _part(numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
 
 
-def _why(numbers: Mapping[str, float]) -> str:
-    """What was not finite, nearest to the cause: a teacher, a term, the sum, the gradient."""
+def _why(numbers: Mapping[str, float]) -> tuple[str, str]:
+    """What was not finite, nearest to the cause (a teacher, a term, the sum, the gradient), and what to do about it."""
     targets = [name for name, spread in _part(numbers, "target:").items() if math.isnan(spread)]
     if targets:
         said = ", ".join(f"{part} features of teacher {teacher!r}" for teacher, part in (t.split("/") for t in targets))
-        return f"{said}: NaN or infinity; run it in float32, and look at its weights and its input"
+        return f"{said}: NaN or infinity; run it in float32, and look at its weights and its input", TEACHER.format(
+            keys=" and ".join(
+                f"teachers.{name}.dtype=float32" for name in dict.fromkeys(t.split("/")[0] for t in targets)
+            )
+        )
     terms = [name for name, value in _part(numbers, "term:").items() if not math.isfinite(value)]
     if terms:
-        return f"{', '.join(terms)} is not finite"
-    return "the loss is not finite" if not math.isfinite(numbers["loss"]) else "the gradient is not finite"
+        return f"{', '.join(terms)} is not finite", DIVERGED
+    if not math.isfinite(numbers["loss"]):
+        return "the loss is not finite", DIVERGED
+    if not math.isfinite(numbers["norm"]):
+        return "the gradient is not finite", DIVERGED
+    return "the running statistics of the student's norms are not finite", DIVERGED

@@ -44,12 +44,6 @@ PREPASS_OFFSET = 1 << 40
 """Steps of the pre-pass are numbered from here, so that they draw other views than training does."""
 
 
-DIVERGED = (
-    "; nothing of this step was kept. Start again with a lower train.lr or with train.clip=1 (--overwrite); "
-    "the checkpoints before it are sound"
-)
-
-
 class DivergenceError(AggloError, RuntimeError):
     """The loss is not a number; the run folder still holds the last good checkpoint."""
 
@@ -309,7 +303,7 @@ def judge(run: Run, progress: Progress, ledger: Ledger, known: Known) -> None:
     if known.row > run.recipe.train.patience:
         run.optimizer.zero_grad(set_to_none=True)
         checkpoint.save(run.folder / "checkpoints", ledger.done, run.parts, run.optimizer)
-        raise DivergenceError(f"step {known.step}: {known.why}, the {known.row}. step in a row{DIVERGED}")
+        raise DivergenceError(f"step {known.step}: {known.why}, the {known.row}. step in a row; {known.remedy}")
 
 
 def export(run: Run, progress: Progress) -> Model:

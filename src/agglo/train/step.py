@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from agglo import dist
 from agglo.cache.crops import draw_roam
 from agglo.data.loader import Batch
 from agglo.data.shifts import Canvas, draw_shifts
@@ -21,6 +22,7 @@ from agglo.recipe import Train
 from agglo.train.checks import fits
 from agglo.train.ledger import Taken, pack
 from agglo.train.optim import deferred, update
+from agglo.train.parallel import average_gradients, average_statistics
 from agglo.train.upsampling import sharpen
 
 if TYPE_CHECKING:
@@ -74,8 +76,14 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> Taken:
 
     On CUDA nothing here waits for the device: what became of the step is in the result, to be read later.
     """
+    before = statistics(run.model, run.recipe.train)
     result, told = (sharpen if run.recipe.objective.kind == "upsample" else forward)(run, batch, watch)
-    return learn(run, batch, result, told, watch)
+    taken = learn(run, batch, result, sound(result, told, before), told, watch)
+    average_statistics(buffer for buffer, _ in before)
+    # BatchNorm has counted the batch while it was encoded, good or not; the averaged model's, in eval mode, has not.
+    for buffer, was in before:
+        buffer.copy_(torch.where(taken.good, buffer, was))
+    return taken
 
 
 def forward(run: Run, batch: Batch, watch: Stopwatch) -> tuple[Result, dict[str, Tensor]]:
@@ -102,16 +110,32 @@ def forward(run: Run, batch: Batch, watch: Stopwatch) -> tuple[Result, dict[str,
     return result, told
 
 
-def learn(run: Run, batch: Batch, result: Result, told: Mapping[str, Tensor], watch: Stopwatch) -> Taken:
-    """Backward and update."""
-    config = run.recipe.train
+def sound(result: Result, told: Mapping[str, Tensor], statistics: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Whether a step may be made, as a bool scalar on the device: loss, targets and running statistics are finite.
+
+    A finite loss does not say so of the others: masked positions have no part in it, nor has a teacher that was
+    dropped; and BatchNorm makes zeros of values whose variance is infinite.
+    """
     good = torch.isfinite(result.loss.detach())
+    heard = [spread.isnan() for name, spread in told.items() if name in result.terms]
+    if heard:
+        good = good & ~torch.stack(heard).any()
+    if statistics:
+        good = good & torch.cat([buffer.flatten().float() for buffer, _ in statistics]).isfinite().all()
+    return good
+
+
+def learn(run: Run, batch: Batch, result: Result, good: Tensor, told: Mapping[str, Tensor], watch: Stopwatch) -> Taken:
+    """Backward and update, where the step is good."""
+    config = run.recipe.train
     norm = torch.zeros_like(result.loss.detach())
+    good = dist.everywhere(good)
     if deferred(run.optimizer) or bool(good):
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         watch.lap("backward")
         parameters = [p for p in (*run.model.parameters(), *run.objective.parameters()) if p.grad is not None]
+        average_gradients(parameters)
         if config.clip is not None:
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         else:
@@ -133,9 +157,11 @@ def _sent(images: Tensor, device: torch.device) -> Tensor:
 def _shift(run: Run, batch: Batch, view: int) -> Tensor:
     """Where a view of this step looks: 0 is the student's, 1 the averaged student's, then the teachers'."""
     seed, views, count = run.recipe.train.seed, run.recipe.data.views, len(batch.images)
-    shifts = draw_shifts(seed, batch.step, view, count, views.shift)
-    # The student and its average roam together, or they would see too little in common.
-    return shifts + draw_roam(seed, batch.step, count, views.roam) if view < 2 and views.roam else shifts
+    shifts = draw_shifts(seed, batch.step, view, dist.world() * count, views.shift)
+    if view < 2 and views.roam:
+        # The student and its average roam together, or they would see too little in common.
+        shifts = shifts + draw_roam(seed, batch.step, dist.world() * count, views.roam)
+    return shifts[dist.own(count)]
 
 
 @torch.no_grad()
@@ -159,6 +185,17 @@ def draw_window(config: Train, model: Model, batch: Batch) -> int | None:
     if not legal or rng.random() >= config.window_share:
         return None
     return legal[int(rng.integers(len(legal)))]
+
+
+def statistics(model: nn.Module, config: Train) -> list[tuple[Tensor, Tensor]]:
+    """The running statistics that a step may move, and copies of them as they are."""
+    if config.freeze_norm_statistics:
+        return []
+    found = []
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            found += [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+    return found
 
 
 def set_training(model: nn.Module, freeze_norm_statistics: bool) -> None:
