@@ -21,7 +21,7 @@ from agglo.evals._records import recording
 from agglo.evals.fixed_pattern import FixedPattern, Locked
 from agglo.evals.knn import Knn
 from agglo.evals.mode_switch import ModeSwitch
-from agglo.evals.rank import Rank, lidar, rank_me, smooth_rank
+from agglo.evals.rank import Rank, lidar, rank_me, smooth_rank, unit_views
 from agglo.evals.robustness import Robustness
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
@@ -228,6 +228,33 @@ def test_lidar_against_numpy() -> None:
     assert lidar(torch.tensor(x)) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
     with pytest.raises(ProbeError, match="two images and two views"):
         lidar(torch.zeros(5, 1, 3))
+
+
+class Scaled(Noise):
+    """More channels than there are images."""
+
+    def __init__(self, scale: float, offset: float = 0.0) -> None:
+        super().__init__(spatial=False)
+        self.scale, self.offset = scale, offset
+
+    def forward(self, images: Tensor) -> Features:
+        draw = torch.randn(images[0].numel(), 100, generator=torch.Generator().manual_seed(0))
+        return Features(self.scale * (images.flatten(1) @ draw) + self.offset, None)
+
+
+def test_lidar_has_no_scale_and_is_bounded() -> None:
+    def of(model: Any) -> float:
+        return Rank(size=16, views=3, source=Squares(12)).run(model)["lidar"]  # type: ignore[arg-type]
+
+    whole = of(Scaled(1.0))
+    assert 1 < whole <= 11
+    for scale in (2.0**-7, 2.0**-14, 2.0**10):
+        assert of(Scaled(scale)) == pytest.approx(whole, rel=1e-9)
+    same = torch.randn(12, 1, 100, generator=torch.Generator().manual_seed(1)).expand(12, 4, 100)
+    assert lidar(unit_views(same)) == pytest.approx(lidar(unit_views(1e-3 * same)), rel=1e-5)
+    assert lidar(1e-6 * same) <= 11
+    with pytest.raises(ProbeError, match="all images are the same"):
+        of(Scaled(0.0, offset=0.1))
 
 
 def test_rank_of_a_model() -> None:

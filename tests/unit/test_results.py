@@ -297,6 +297,22 @@ def test_markdown_has_the_best_in_bold_as_printed() -> None:
     assert "**" not in tables.markdown([result()])
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("robustness", ["top1_corrupted", "kept"]),  # not the clean top-1 that comes first
+        ("rank", ["rank_me", "lidar"]),
+        ("retrieval", ["mrr"]),
+        ("elsewhere", ["top1"]),
+    ],
+)
+def test_headlines_are_what_an_eval_is_about(kind: str, shown: list[str]) -> None:
+    names = ("top1", "top1_corrupted", "kept", "cosine", "rank_me", "rank_me_spatial", "lidar", "mrr")
+    made = result(kind, metrics=dict.fromkeys(names, 0.5), kind=kind)
+    assert [column.metric for column in tables.columns([made], headlines=True)] == shown
+    assert all(f"{kind} {metric}" in tables.markdown([made]) for metric in shown)
+
+
 def test_models_of_one_name_are_told_apart() -> None:
     pair = [result(), result(model={"name": "one", "hash": "bbbbbbbb"})]
     assert list(tables.labels(pair).values()) == ["one (aaaa)", "one (bbbbbb)"]

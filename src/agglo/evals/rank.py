@@ -21,6 +21,8 @@ SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
 
 _EPS = 1e-7
 _RIDGE = 1e-8
+_ROUNDING = 1e-12
+"""Of float64 means, relative to what they are of, with room to spare: variation below is none."""
 
 
 class Rank(Eval):
@@ -32,12 +34,14 @@ class Rank(Eval):
     - ``rank_me`` (Garrido et al. 2023): ``s`` are the singular values of the summaries, not centred;
       ``rank_me_spatial`` the same of all cells of all maps;
     - ``lidar`` (Thilak et al. 2024): ``s`` are the eigenvalues of ``Sw^-1/2 Sb Sw^-1/2 + 1e-8 I``, with ``Sb`` the
-      covariance of the images' means over ``1 + views`` views of each, and ``Sw = cov(x - its image's mean) + 1e-8 I``.
+      covariance of the images' means over ``1 + views`` views of each, and ``Sw = cov(x - its image's mean) + 1e-8 I``,
+      of features in units in which the mean variance of a channel within an image is 1: without that, the ridge makes
+      features of another scale another rank. Only as many eigenvalues count as ``Sb`` can have, the images less one.
       The views are random crops of half the area or more, with three operations of RandAugment at magnitude 9.
 
-    A rank is at most the number of images and at most the width, and grows with both: compare models on the same
-    images only. RADIO's protocol is 1000 images, 99 views, 336 pixels. A model without a summary is measured by its
-    mean-pooled map.
+    A rank is at most the number of images (or cells) and at most the width, and grows with both: compare models on the
+    same images only. RADIO's protocol is 1000 images, 99 views, 336 pixels. A model without a summary is measured by
+    its mean-pooled map.
 
     Args:
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
@@ -45,6 +49,8 @@ class Rank(Eval):
         seed: of the views.
         source: the images.
     """
+
+    revision = 2
 
     def __init__(
         self,
@@ -84,7 +90,7 @@ class Rank(Eval):
                 if again is None or len(again) != len(plain.summary):
                     raise FeatureError(f"{type(model).__name__} returned no summary of view {number}")
                 stack.append(again)
-            found["lidar"] = lidar(torch.stack(stack, 1))
+            found["lidar"] = lidar(unit_views(torch.stack(stack, 1)))
         return found
 
     def _view(self, size: tuple[int, int], number: int) -> Callable[[Image.Image, int], Image.Image]:
@@ -117,8 +123,26 @@ def rank_me(x: Tensor) -> float:
     return smooth_rank(torch.linalg.svdvals(triangle))
 
 
+def unit_views(x: Tensor) -> Tensor:
+    """``(N, V, D)`` in float64, divided so that the mean variance of a channel within an image is 1.
+
+    Where all views of each image are the same, it is the variance over everything that becomes 1.
+
+    Raises:
+        ProbeError: all features are the same.
+    """
+    x = x.double()
+    for mean in (x.mean(1, keepdim=True), x.mean((0, 1), keepdim=True)):
+        variance = (x - mean).square().mean()
+        if variance > (_ROUNDING * x.square().mean().sqrt()) ** 2:
+            return x / variance.sqrt()
+    raise ProbeError("the features of all images are the same: they have no rank")
+
+
 def lidar(x: Tensor) -> float:
-    """LiDAR of ``(N, V, D)``: N images, V views of each.
+    """LiDAR of ``(N, V, D)``: N images, V views of each; at most N - 1 and at most D.
+
+    The ridge is absolute, as in RADIO's arithmetic: see :func:`unit_views`.
 
     Raises:
         ProbeError: fewer than two images or views.
@@ -132,4 +156,5 @@ def lidar(x: Tensor) -> float:
     within = torch.cov((x - means[:, None]).flatten(0, 1).T).reshape(eye.shape) + _RIDGE * eye
     values, vectors = torch.linalg.eigh(within)
     root = vectors * values.clamp_min(_RIDGE).rsqrt() @ vectors.T
-    return smooth_rank(torch.linalg.eigvalsh(root @ between @ root + _RIDGE * eye))
+    strengths = torch.linalg.eigvalsh(root @ between @ root + _RIDGE * eye)
+    return smooth_rank(strengths[-min(x.shape[0] - 1, x.shape[2]) :])  # all others are the ridge's alone

@@ -18,6 +18,8 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "normals": ("recall", "mean_angle"),
     "correspondence": ("3d", "2d", "pck@0.10"),
     "retrieval": ("mrr",),
+    "robustness": ("top1_corrupted", "kept"),
+    "rank": ("rank_me", "lidar"),
 }
 """The metrics of each kind that a paper's table shows; the first one of a kind that is not here."""
 
