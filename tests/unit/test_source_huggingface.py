@@ -56,6 +56,24 @@ def test_a_saved_dataset(saved):
     assert len(build("sources", {"kind": "huggingface", "dataset": str(saved)})) == 6
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbage", "state"])
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_damaged_saved_dataset_is_named_with_what_to_do(tmp_path, damage, splits):
+    saved = rows() if not splits else datasets.DatasetDict({"train": rows()})
+    saved.save_to_disk(tmp_path / "pets")
+    arrow = next((tmp_path / "pets").glob("**/*.arrow"))
+    if damage == "cut":
+        arrow.write_bytes(arrow.read_bytes()[:300])
+    elif damage == "gone":
+        arrow.unlink()
+    elif damage == "garbage":
+        arrow.write_bytes(b"no table" * 100)
+    else:
+        (arrow.parent / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"pets is a damaged dataset \(.*\): copy or download.*`save_to_disk`"):
+        HuggingFace(dataset=str(tmp_path / "pets"))
+
+
 def test_a_saved_dataset_of_splits(tmp_path, monkeypatch):
     datasets.DatasetDict({"train": rows(4), "validation": rows(2)}).save_to_disk(tmp_path / "pets")
     monkeypatch.setenv("PLACE", str(tmp_path))

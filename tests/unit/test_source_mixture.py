@@ -13,7 +13,8 @@ from PIL import Image
 
 from agglo.data.loader import Loader, evaluation_batches
 from agglo.data.views import Partition, ViewPolicy
-from agglo.sources.base import Unwanted
+from agglo.sources import _encoded
+from agglo.sources.base import Need, Unwanted
 from agglo.sources.folder import Folder
 from agglo.sources.webdataset import WebDataset
 from agglo.types import ConfigError, ImageError
@@ -86,6 +87,41 @@ def test_filters_leave_out_what_they_say(folder):
     error = Unwanted("a", "b", "c")
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.name, copy.why, copy.rule, str(copy)) == ("a", "b", "c", "a: b")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_area_and_aspect_are_filtered_by_the_header_alone(tmp_path, monkeypatch, ending):
+    sizes = {"square": (60, 60), "wide": (121, 40), "tall": (40, 120), "small": (30, 59)}
+    for name, size in sizes.items():
+        noise(1).resize(size).save(tmp_path / f"{name}.{ending}")
+    order = sorted(sizes)
+    rules = {
+        "max_aspect: 3": ({"max_aspect": 3}, {"wide"}),
+        "max_aspect: 1.5": ({"max_aspect": 1.5}, {"wide", "tall", "small"}),
+        "min_pixels: 3600": ({"min_pixels": 3600}, {"small"}),
+        "min_pixels: 4800": ({"min_pixels": 4800}, {"small", "square"}),
+        "min_side: 40": ({"min_side": 40, "min_pixels": 3600, "max_aspect": 100}, {"small"}),
+    }
+    monkeypatch.setattr(_encoded, "decode", lambda data, name: Image.new("RGB", sizes[name.split("/")[1][:-4]]))
+    for rule, (keys, left) in rules.items():
+        source, met = Folder(path=str(tmp_path), **keys), {}
+        for index, name in enumerate(order):
+            for read in (source.read, lambda i, s=source: s.read_part(i, lambda size: Need(1, size[0]))):
+                try:
+                    read(index)
+                except Unwanted as error:
+                    met[name] = error.rule
+        assert met == dict.fromkeys(left, rule)
+
+    def refuse(data, name):
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(_encoded, "decode", refuse)
+    with pytest.raises(Unwanted, match=r"121x40 pixels, its sides are 3\.02 to 1, beyond 3"):
+        Folder(path=str(tmp_path), max_aspect=3).read(order.index("wide"))
+    for keys in ({"max_aspect": 0.5}, {"max_aspect": -1}, {"min_pixels": -1}):
+        with pytest.raises(ConfigError, match=next(iter(keys))):
+            Folder(path=str(tmp_path), **keys)
 
 
 def test_two_levels_in_one_pixel_are_no_single_colour(tmp_path):

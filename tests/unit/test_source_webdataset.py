@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import random
+import socket
 import tarfile
 import threading
 
@@ -384,6 +385,53 @@ def test_shards_on_a_web_server(shards):
         thread.join()
     with pytest.raises(SourceError, match="cannot be reached, 4 times"):
         source.encoded(0)
+
+
+class Ill(http.server.BaseHTTPRequestHandler):
+    """A server that answers with the status its path names."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        self.send_error(int(self.path[1:4]))
+
+    def do_HEAD(self):
+        self.do_GET()
+
+
+def test_a_web_server_that_does_not_answer_is_not_a_missing_shard(monkeypatch):
+    pytest.importorskip("aiohttp")
+    pauses = []
+    monkeypatch.setattr(_shards.time, "sleep", pauses.append)
+    with socket.socket() as taken:  # bound and not listening: nobody else gets the port, and nobody answers
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/0.tar"
+        with pytest.raises(SourceError, match=rf"{url} cannot be reached, 4 times \(ClientConnect.*check the network"):
+            WebDataset(shards=url)
+    assert len(pauses) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "why"),
+    [
+        (404, ConfigError, "1 of 1 shards do not exist"),
+        (403, SourceError, "access is denied .*credentials"),
+        (503, SourceError, "cannot be reached, 4 times .*503"),
+    ],
+)
+def test_what_a_web_server_answers_is_told_as_it_is(status, kind, why):
+    pytest.importorskip("aiohttp")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ill)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(kind, match=why):
+            WebDataset(shards=f"http://127.0.0.1:{server.server_port}/{status}.tar")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 # ---------------------------------------------------------------------------------------------------- in training

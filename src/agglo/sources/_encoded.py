@@ -26,15 +26,22 @@ class EncodedSource(Source):
         min_side: images whose shorter side is below so many pixels, as stored, are left out; 0 for none.
         skip_uniform: leave out images of one colour: those whose range (largest minus least value, of 255, as a vector
             of three channels) has length 1 or less.
+        min_pixels: images of fewer pixels, height times width as stored, are left out; 0 for none.
+        max_aspect: images whose longer side is more than so many times the shorter are left out; 0 for none.
 
     Raises:
-        ConfigError: a negative side.
+        ConfigError: a negative number, or an aspect that no image has.
     """
 
-    def __init__(self, min_side: int = 0, skip_uniform: bool = False) -> None:
-        if min_side < 0:
-            raise ConfigError(f"min_side is a number of pixels, 0 for any; not {min_side}")
-        self.min_side = min_side
+    def __init__(
+        self, min_side: int = 0, skip_uniform: bool = False, min_pixels: int = 0, max_aspect: float = 0.0
+    ) -> None:
+        for key, value in (("min_side", min_side), ("min_pixels", min_pixels)):
+            if value < 0:
+                raise ConfigError(f"{key} is a number of pixels, 0 for any; not {value}")
+        if max_aspect and not max_aspect >= 1:
+            raise ConfigError(f"max_aspect is longer side over shorter, so at least 1, or 0 for any; not {max_aspect}")
+        self.min_side, self.min_pixels, self.max_aspect = min_side, min_pixels, max_aspect
         self.skip_uniform = skip_uniform
 
     @abstractmethod
@@ -61,7 +68,7 @@ class EncodedSource(Source):
         return part
 
     def _part(self, head: Frame, index: int, need: Callable[[tuple[int, int]], Need]) -> Pixels | None:
-        if min(head.size) < self.min_side:
+        if self._unfit(head.size) is not None:
             self._check_size(head.size, self.name(index))
         part = head.decode(need(head.size))
         if part is None or not self.skip_uniform or not _within(part.array, _NEARLY_BLANK):
@@ -73,7 +80,7 @@ class EncodedSource(Source):
         return part
 
     def _whole(self, data: bytes, name: str) -> Image.Image:
-        if self.min_side:
+        if self.min_side or self.min_pixels or self.max_aspect:
             size = _peek(data)  # before the pixels are decoded
             if size is not None:
                 self._check_size(size, name)
@@ -84,9 +91,23 @@ class EncodedSource(Source):
         return image
 
     def _check_size(self, size: tuple[int, int], name: str) -> None:
-        if min(size) < self.min_side:
-            why = f"{size[1]}x{size[0]} pixels, its shorter side is below {self.min_side}"
-            raise Unwanted(name, why, f"min_side: {self.min_side}")
+        if (unfit := self._unfit(size)) is not None:
+            why, rule = unfit
+            raise Unwanted(name, f"{size[1]}x{size[0]} pixels, {why}", rule)
+
+    def _unfit(self, size: tuple[int, int]) -> tuple[str, str] | None:
+        """Which filter leaves out an image of this ``(H, W)``: why, and the rule; None where none does."""
+        short, long = min(size), max(size)
+        if short < self.min_side:
+            return f"its shorter side is below {self.min_side}", f"min_side: {self.min_side}"
+        if short * long < self.min_pixels:
+            return f"{short * long} in all, below {self.min_pixels}", f"min_pixels: {self.min_pixels}"
+        if self.max_aspect and long > self.max_aspect * short:
+            return (
+                f"its sides are {long / short:.3g} to 1, beyond {self.max_aspect:g}",
+                f"max_aspect: {self.max_aspect:g}",
+            )
+        return None
 
 
 def _blank(name: str) -> Unwanted:

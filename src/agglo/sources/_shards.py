@@ -31,6 +31,9 @@ PAUSE = 0.5
 _SIGNS = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash", "generation")
 """What tells that a remote file has changed, in the words of several stores."""
 
+_GONE, _DENIED = (404, 410), (401, 403)
+"""What a web server answers where there is no such file, and where it gives it to others only."""
+
 Result = TypeVar("Result")
 
 
@@ -207,19 +210,31 @@ def reach(path: str, action: Callable[[], Result]) -> Result:
     while True:
         try:
             return action()
-        except (FileNotFoundError, ShardError):
+        except ShardError:
             raise
-        except PermissionError as error:
-            raise SourceError(f"{path}: access is denied ({error}); give the store's usual credentials") from error
-        except ImportError as error:
-            raise _not_installed(path, error) from error
         except Exception as error:
+            trouble = _trouble(path, error)
+            if isinstance(trouble, FileNotFoundError):
+                raise
+            if isinstance(trouble, PermissionError) or getattr(trouble, "status", None) in _DENIED:
+                denied = f"{path}: access is denied ({trouble}); give the store's usual credentials"
+                raise SourceError(denied) from error
+            if isinstance(trouble, ImportError):
+                raise _not_installed(path, trouble) from error
             if attempt == TRIES:
-                why = f"{type(error).__name__}: {error}".strip(": ")
+                why = f"{type(trouble).__name__}: {trouble}".strip(": ")
                 advice = "check the network, or copy the shards here and name the copy"
                 raise SourceError(f"{path} cannot be reached, {TRIES} times ({why}); {advice}") from error
         time.sleep(PAUSE * 2 ** (attempt - 1))
         attempt += 1
+
+
+def _trouble(path: str, error: BaseException) -> BaseException:
+    """What really went wrong: fsspec calls whatever it does not get from a web server a file that does not exist."""
+    found: BaseException | None = error
+    while isinstance(found, FileNotFoundError) and path.startswith("http"):
+        found = found.__cause__ or found.__context__
+    return error if found is None or getattr(found, "status", None) in _GONE else found
 
 
 _LOCK = threading.Lock()

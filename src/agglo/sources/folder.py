@@ -32,6 +32,8 @@ class Folder(EncodedSource):
         share: keep the images whose names hash into ``[low, high)`` of [0, 1): a split that does not depend on the
             machine, the order or what else is in the folder. ``[0, 0.5]`` and ``[0.5, 1]`` are disjoint and complete.
         min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
+        min_pixels: leave out images of fewer pixels, height times width; 0 for none.
+        max_aspect: leave out images whose longer side is more than so many times the shorter; 0 for none.
         skip_uniform: leave out images of one colour.
 
     Raises:
@@ -46,9 +48,11 @@ class Folder(EncodedSource):
         extensions: tuple[str, ...] = EXTENSIONS,
         share: tuple[float, float] = (0.0, 1.0),
         min_side: int = 0,
+        min_pixels: int = 0,
+        max_aspect: float = 0.0,
         skip_uniform: bool = False,
     ) -> None:
-        super().__init__(min_side, skip_uniform)
+        super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         root = Path(expanded(path)).expanduser()
         if not 0 <= share[0] < share[1] <= 1:
             raise ConfigError(f"sources.folder: share is a range (low, high) in [0, 1], not {list(share)}")
@@ -92,6 +96,18 @@ class Folder(EncodedSource):
     def label(self, index: int) -> str | None:
         """The image's class: its parent folder relative to the root, ``"a/b"``; None for an image in the root."""
         return self._table.name(index).rpartition("/")[0] or None
+
+    def empty_folders(self) -> list[str]:
+        """Sub-folders without an image of this source in them or below: classes that there are none of."""
+        held: set[str] = set()
+        for index in range(len(self)):
+            parent = self.label(index) or ""
+            while parent and parent not in held:
+                held.add(parent)
+                parent = parent.rpartition("/")[0]
+        walked = (str(name).rstrip("/") for name, _ in self._table.facts.get("stamps", ()))
+        # Of folders in folders the outer one says it all.
+        return sorted(name for name in walked if name not in {*held, ""} and name.rpartition("/")[0] in {*held, ""})
 
     def labels(self) -> list[str] | None:
         """The class of each image, or None unless every image lies in a sub-folder."""

@@ -34,6 +34,8 @@ class HuggingFace(EncodedSource):
         label: the column of the images' classes; null takes the only one of type ClassLabel, or ``label``, or none.
         revision: branch, tag or commit of a hub dataset.
         min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
+        min_pixels: leave out images of fewer pixels, height times width; 0 for none.
+        max_aspect: leave out images whose longer side is more than so many times the shorter; 0 for none.
         skip_uniform: leave out images of one colour.
 
     Raises:
@@ -52,9 +54,11 @@ class HuggingFace(EncodedSource):
         label: str | None = None,
         revision: str | None = None,
         min_side: int = 0,
+        min_pixels: int = 0,
+        max_aspect: float = 0.0,
         skip_uniform: bool = False,
     ) -> None:
-        super().__init__(min_side, skip_uniform)
+        super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         path = os.path.expanduser(expanded(dataset))
         rows = _local(path, split) if _is_local(path) else _hub(dataset, split, config, revision)
         self.column = _image_column(rows.features, column, dataset)
@@ -113,7 +117,14 @@ def _is_local(path: str) -> bool:
 def _local(path: str, split: str) -> Any:
     datasets = require("datasets", "data")
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(path)
+        try:
+            found = datasets.load_from_disk(path)
+        except Exception as error:  # missing, cut or foreign Arrow files surface as one of many
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"source huggingface: {path} is a damaged dataset ({first}): copy or download that folder again, or "
+                "write it anew with `save_to_disk`"
+            ) from error
         if not isinstance(found, Mapping):
             return found
         if split not in found:

@@ -49,6 +49,8 @@ class WebDataset(EncodedSource):
             dot of its file name, as WebDataset has it: ``0001.seg.png`` is no ``png``.
         keep_gb: keep copies of so many GB of remote shards in the cache folder.
         min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
+        min_pixels: leave out images of fewer pixels, height times width; 0 for none.
+        max_aspect: leave out images whose longer side is more than so many times the shorter; 0 for none.
         skip_uniform: leave out images of one colour.
 
     Attributes:
@@ -67,9 +69,11 @@ class WebDataset(EncodedSource):
         extensions: tuple[str, ...] = EXTENSIONS,
         keep_gb: float = 0.0,
         min_side: int = 0,
+        min_pixels: int = 0,
+        max_aspect: float = 0.0,
         skip_uniform: bool = False,
     ) -> None:
-        super().__init__(min_side, skip_uniform)
+        super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         found = locate([shards] if isinstance(shards, str) else shards)
         self._wanted = frozenset(e.lower().removeprefix(".") for e in extensions)
         self.damaged: dict[str, str] = {}
