@@ -14,12 +14,14 @@ from evals_fakes import COLOURS, Broken, Noise, Oracle, Squares, Student
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._features import FeatureError, class_names, crop_box, crop_truth, encode, shared_features, to_tensor
+from agglo.evals._features import FeatureError, crop_box, crop_truth, encode, shared_features, to_tensor
+from agglo.evals._labels import class_names
 from agglo.evals._run import evaluate
 from agglo.evals.agreement import Agreement
 from agglo.evals.base import Eval
 from agglo.evals.depth import Depth
 from agglo.evals.knn import Knn
+from agglo.evals.linear import Linear
 from agglo.evals.retrieval import Retrieval
 from agglo.evals.segmentation import Segmentation
 from agglo.evals.zero_shot import ZeroShot
@@ -304,6 +306,26 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     paint(tmp_path, "train/root.png", "red")
     with pytest.raises(ConfigError, match=r"train/root\.png has no class: .*sub-folder"):
         class_names(Folder(path=str(tmp_path / "train")), range(4))
+
+
+def test_class_folders_without_images_are_named(tmp_path: Path) -> None:
+    for colour in COLOURS:
+        paint(tmp_path, f"{colour}/deep/one.png", colour)
+    for name in ("cyan", "grey", "olive", "pink/inner", "red/other"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "cyan" / "notes.txt").write_text("no image")
+    source = {"kind": "folder", "path": str(tmp_path)}
+    made = (
+        Knn(k=1, size=20, train=source, test=source),
+        Linear(size=20, train=source, val=source, test=source, steps=2),
+        ZeroShot(size=20, source=source),
+    )
+    for each in made:
+        with pytest.warns(UserWarning, match=r"5 class folders of .* without an image \(cyan, grey, olive, \.\.\.\)"):
+            each.run(Oracle())
+    assert Folder(path=str(tmp_path)).empty_folders() == ["cyan", "grey", "olive", "pink", "red/other"]
+    assert Folder(path=str(tmp_path / "red" / "deep")).empty_folders() == []
+    assert Folder(path=str(tmp_path / "red" / "deep" / "one.png")).empty_folders() == []
 
 
 def test_imagenet_labels_come_from_file_names(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class Source(ABC):
     - ``query(index)`` or ``captions(index)``: what a person would type to find the image, or sentences about it;
     - ``pairs()``: pairs of images, ``first`` and ``second``, with ``points`` ``(N, 2, 2)``, ``box`` and ``category``
       where they are known;
+    - ``empty_folders()``: class folders without images;
     - ``file(index)``: where the image lies on this machine.
     """
 
