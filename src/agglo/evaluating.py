@@ -59,7 +59,7 @@ def eval_command(
         raise ConfigError("--suite excludes --evals and --protocol: name one of them")
     what = evals if protocol else (evals or suite or "quick")
     entries = plan(what, published=protocol, data=data, sizes=_sides(sizes), changes=changes or [])
-    loaded, name, options = load(model, device)
+    loaded, name, options = load(model, device, heads=_heads(entries))
     folder = out or default_folder(model)
     found = _measure(
         loaded, name, entries, folder, built_from=options, published=protocol, again=again, workers=workers,
@@ -142,7 +142,14 @@ def compare(
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def load(model: str, device: str | None) -> tuple[Any, str, dict[str, Any] | None]:
+def _heads(entries: list[dict[str, Any]]) -> str:
+    """The heads to load: those of released models are large, so all of them only where an eval reads them."""
+    from agglo.config import find
+
+    return "all" if any(getattr(find("evals", str(e["kind"])), "needs_heads", False) for e in entries) else "text"
+
+
+def load(model: str, device: str | None, heads: str = "text") -> tuple[Any, str, dict[str, Any] | None]:
     """A model by name or path, or a teacher by its options as YAML; what to call it; and those options."""
     where = checked_device(device) or "cpu"
     if model.lstrip().startswith("{"):
@@ -154,7 +161,7 @@ def load(model: str, device: str | None) -> tuple[Any, str, dict[str, Any] | Non
         return teacher, " ".join([str(options.get("kind")), *rest]), options
     from agglo.zoo import load as load_model
 
-    return load_model(model, heads="text", device=where), model, None
+    return load_model(model, heads=heads, device=where), model, None
 
 
 def checked_device(device: str | None) -> str | None:

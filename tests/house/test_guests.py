@@ -10,7 +10,13 @@ import pytest
 HOSTS: dict[str, set[str]] = {
     "timm": {"bundled.py", "students/timm.py", "teachers/_backbone.py", "teachers/timm.py", "teachers/conse.py"},
     "torchvision": set(),
-    "transformers": {"evals/promptable.py", "teachers/_family.py", "text/minilm.py", "text/siglip2.py"},
+    "transformers": {
+        "evals/_sam3.py",
+        "evals/promptable.py",
+        "teachers/_family.py",
+        "text/minilm.py",
+        "text/siglip2.py",
+    },
     "tokenizers": {"text/minilm.py", "text/siglip2.py"},
     "open_clip": {"sources/imagenet.py", "evals/zero_shot.py", "teachers/open_clip.py", "text/open_clip.py"},
     "sentence_transformers": set(),
@@ -18,7 +24,7 @@ HOSTS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"train/progress.py"},
     "skimage": set(),  # photographs are read where the package is installed; its code is not imported
     "sklearn": set(),
-    "scipy": {"sources/nyu.py"},
+    "scipy": {"evals/_concepts.py", "sources/nyu.py"},
     "h5py": {"sources/nyu.py"},
     "pyarrow": {"cli.py", "embedding.py"},
     "pandas": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,32 @@ def tiny_sam(folder: Path, channels: int = 12, side: int = 64, seed: int = 0) ->
                 parameter.normal_(0, 0.5)
     sam.save_pretrained(folder / "sam")
     return str(folder / "sam")
+
+
+def tiny_sam3(folder: Path, seed: int = 0) -> str:
+    """A random SAM 3 in a folder, with a tokenizer of single letters: a trunk of 32 channels on an 8 x 8 grid."""
+    transformers = pytest.importorskip("transformers")
+    from teacher_checkpoints import HALF, SAM3
+
+    marks = ["<|startoftext|>", "<|endoftext|>"]
+    letters = [chr(97 + i) for i in range(26)]
+    words = {word: i for i, word in enumerate([*marks, *letters, *(letter + "</w>" for letter in letters)])}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.Sam3Model(transformers.Sam3Config(**SAM3))
+        with torch.no_grad():  # as initialised, features and phrases hardly change anything
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.3)
+            model.detr_decoder.presence_head.layer3.bias.fill_(6)  # else hardly anything is ever found
+    place = folder / "sam3"
+    model.save_pretrained(place)
+    transformers.CLIPTokenizer(vocab=words, merges=[]).save_pretrained(place)
+    stated = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 112, "width": 112},
+    }
+    (place / "preprocessor_config.json").write_text(json.dumps(stated | HALF))
+    return str(place)

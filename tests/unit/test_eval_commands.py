@@ -100,6 +100,20 @@ def test_a_teacher_is_measured_by_its_options(home: Path, tmp_path: Path) -> Non
     assert [r.model["name"] for r in read(tmp_path)] == ["hog 8", "hog 16"]
 
 
+def test_heads_are_all_loaded_for_an_eval_that_reads_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of official checkpoints are large: only then. Without it no released model could be given a decoder."""
+    asked: list[object] = []
+
+    def load(*_: object, heads: object, **__: object) -> Model:
+        asked.append(heads)
+        return Model.load(home / "one")
+
+    monkeypatch.setattr("agglo.zoo.load", load)
+    agglo("eval", "one", *knn(home, "-o", str(home / "heads")))
+    agglo("eval", "one", "--evals", "promptable", "promptable.decoder=none", "-o", home / "heads")
+    assert asked == ["text", "all"]
+
+
 def test_a_protocol_says_what_differs(home: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     tiny.spair(data / "spair")

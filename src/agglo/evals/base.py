@@ -42,6 +42,7 @@ class Eval(ABC):
         needs_text: only models with ``encode_text`` and ``encode_image`` can be measured.
         lower_is_better: names of the metrics that are better when lower; all others are better when higher.
         deterministic: the same call gives the same numbers; False for evals that measure time.
+        needs_heads: it reads heads beside those that speak a text tower's language: all must be loaded.
         bundled: it runs on its defaults; False for evals that must be told of files from outside.
         revision: goes up when the arithmetic changes: results of two revisions do not compare.
         places: the keys that name files or folders (one, or a list), and what those are to the eval. Where they lie is
@@ -49,6 +50,7 @@ class Eval(ABC):
     """
 
     needs_text: bool = False
+    needs_heads: bool = False
     lower_is_better: frozenset[str] = frozenset()
     deterministic: bool = True
     bundled: bool = True

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from agglo.config import nearest
+from agglo.evals._decoder import features_for
 from agglo.evals._features import (
-    FeatureError,
-    check,
     device_of,
     frozen,
     input_size,
@@ -54,6 +52,7 @@ class Promptable(Eval):
             ``(N, H, W)`` that may overlap and the ``box`` of each of its ``objects``.
     """
 
+    needs_heads = True
     bundled = False
     revision = 2
     places: ClassVar[Mapping[str, Place]] = {"decoder": "weights"}
@@ -119,34 +118,14 @@ class Promptable(Eval):
 
     def _features(self, out: Features, sam: Any, name: str) -> Tensor:
         """The map for SAM's decoder, ``(1, D, h, w)`` on the decoder's grid."""
-        heads: Mapping[str, Features] = getattr(out, "heads", None) or {}
         widths = {int(sam.config.vision_config.hidden_size), int(sam.config.prompt_encoder_config.hidden_size)}
-        if self.head is not None and self.head not in heads:
-            raise ConfigError(f"evals.promptable: the model has no head {self.head!r}{nearest(self.head, heads)}")
-        known = {key: one.spatial for key, one in heads.items() if one.spatial is not None} or {"": out.spatial}
-        fitting = [key for key, one in known.items() if one is not None and one.shape[1] in widths]
-        if self.head is None and len(fitting) != 1:
-            had = ", ".join(
-                f"{key or 'the model itself'} ({0 if m is None else m.shape[1]})" for key, m in known.items()
-            )
-            raise ConfigError(
-                f"evals.promptable: the decoder takes {' or '.join(map(str, sorted(widths)))} channels, and "
-                f"{'several heads have' if fitting else 'none has'} them: {had}; name one as `head`, of a SAM teacher"
-            )
-        features = known.get(fitting[0] if self.head is None else self.head)
-        if features is None or features.shape[1] not in widths:
-            raise ConfigError(
-                f"evals.promptable: head {self.head!r} has {0 if features is None else features.shape[1]} channels; "
-                f"the decoder takes {' or '.join(map(str, sorted(widths)))}"
-            )
-        if check(features, "spatial", [name], 4) is None:
-            raise FeatureError(f"{name}: no spatial features")
+        features = features_for(out, self.head, widths, "promptable", name)
         side = int(sam.config.prompt_encoder_config.image_embedding_size)
         if features.shape[-2:] != (side, side):
-            features = F.interpolate(features.float(), size=(side, side), mode="bilinear", align_corners=False)
+            features = F.interpolate(features, size=(side, side), mode="bilinear", align_corners=False)
         if features.shape[1] == int(sam.config.prompt_encoder_config.hidden_size):
-            return features.float()
-        return sam.vision_encoder.neck(features.float().permute(0, 2, 3, 1))
+            return features
+        return sam.vision_encoder.neck(features.permute(0, 2, 3, 1))
 
 
 class Truth(NamedTuple):
