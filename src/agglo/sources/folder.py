@@ -32,6 +32,8 @@ class Folder(EncodedSource):
         share: keep the images whose names hash into ``[low, high)`` of [0, 1): a split that does not depend on the
             machine, the order or what else is in the folder. ``[0, 0.5]`` and ``[0.5, 1]`` are disjoint and complete.
         min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
+        min_pixels: leave out images of fewer pixels, height times width; 0 for none.
+        max_aspect: leave out images whose longer side is more than so many times the shorter; 0 for none.
         skip_uniform: leave out images of one colour.
 
     Raises:
@@ -46,9 +48,11 @@ class Folder(EncodedSource):
         extensions: tuple[str, ...] = EXTENSIONS,
         share: tuple[float, float] = (0.0, 1.0),
         min_side: int = 0,
+        min_pixels: int = 0,
+        max_aspect: float = 0.0,
         skip_uniform: bool = False,
     ) -> None:
-        super().__init__(min_side, skip_uniform)
+        super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         root = Path(expanded(path)).expanduser()
         if not 0 <= share[0] < share[1] <= 1:
             raise ConfigError(f"sources.folder: share is a range (low, high) in [0, 1], not {list(share)}")
