@@ -79,7 +79,7 @@ def eval_command(
         metrics |= {"skipped": found.skipped} if found.skipped else {}
         write_json(target, {"models": {name: metrics}, "lower_is_better": lower})
         typer.echo(f"wrote {target}", err=True)
-    if found.failed:
+    if found.failed or not found.results:
         raise typer.Exit(1)
 
 
@@ -249,14 +249,17 @@ def _paint(loaded: Any, found: Measured, folder: Path) -> None:
 def _tell(found: Measured, folder: Path) -> None:
     name = str(found.model["name"])
     lower = frozenset(metric for result in found.results.values() for metric in result.lower_is_better)
-    print_numbers({name: {each: dict(result.metrics) for each, result in found.results.items()}}, lower)
+    if found.results:
+        print_numbers({name: {each: dict(result.metrics) for each, result in found.results.items()}}, lower)
     if found.known:
         typer.echo(f"already measured: {', '.join(found.known)} (--again measures anew)", err=True)
     for each, why in found.skipped.items():
         typer.echo(f"{each} left out: {why}", err=True)
     for each, why in found.failed.items():
         typer.echo(f"{each} failed: {why}", err=True)
-    if found.results:
+    if not found.results:
+        typer.echo(f"nothing was measured on {name}: every eval was left out or failed", err=True)
+    else:
         typer.echo(f"results: {folder / 'results.jsonl'}; look at them with `agglo report {shlex.quote(str(folder))}`")
 
 
@@ -305,13 +308,15 @@ def _results(place: str) -> tuple[dict[str, Result], Path]:
     """A model's results by name, and the folder they lie in.
 
     Raises:
-        ConfigError: the folder holds several models and none is named, or none of that name.
+        ConfigError: the folder holds no results, or several models and none is named, or none of that name.
     """
-    from agglo.results.records import read
+    from agglo.results.records import read, results_file
     from agglo.results.tables import labels
 
     path, _, wanted = (place, "", "") if os.path.exists(place) else place.rpartition("#")
     found = read(path or place)
+    if not found:
+        raise ConfigError(f"{results_file(path or place)} holds no results: measure first, with `agglo eval MODEL`")
     called = labels(found)
     names = list(dict.fromkeys(called.values()))
     if not wanted and len(names) > 1:

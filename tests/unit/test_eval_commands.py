@@ -93,6 +93,16 @@ def test_a_failed_eval_is_told_and_the_exit_says_so(home: Path, tmp_path: Path) 
     assert "cs.toronto.edu" in result.stderr
 
 
+def test_nothing_measured_is_told_and_the_exit_says_so(home: Path, tmp_path: Path) -> None:
+    result = agglo("eval", home / "one", "--evals", "zero_shot", "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "zero_shot left out: " in result.stderr
+    assert f"nothing was measured on {home / 'one'}: every eval" in result.stderr
+    assert result.stdout == ""  # no empty table
+    both = agglo("eval", home / "one", *knn(home, "-o", str(tmp_path), "--no-pictures", "--evals", "knn,zero_shot"))
+    assert both.exit_code == 0, both.output  # one that does not apply is no failure
+
+
 def test_a_teacher_is_measured_by_its_options(home: Path, tmp_path: Path) -> None:
     for cell in (8, 16):
         result = agglo("eval", f"{{kind: hog, cell: {cell}}}", *knn(home, "-o", str(tmp_path), "--no-pictures"))
@@ -212,6 +222,21 @@ def test_failures_show_the_worst_images(measured: dict[str, Path]) -> None:
     assert all(each.thumb is not None and each.label in ("cat", "dog") for each in found[0].worst)
 
 
+def test_the_values_of_failures_can_be_read(measured: dict[str, Path], tmp_path: Path) -> None:
+    """Each on a line of its own that wraps: a cell of three is too narrow for a model's path and its number."""
+    out = tmp_path / "page.html"
+    assert agglo("report", *measured.values(), "-o", out).exit_code == 0
+    text = out.read_text()
+    section = text[text.index('id="failures"') :]
+    captions = re.findall(r"<figcaption[^>]*>(.*?)</figcaption>", section)
+    assert captions
+    for caption in captions:
+        assert re.fullmatch(r"(cat|dog)<div>[^<]* [\d.]+</div><div>[^<]* [\d.]+</div>", caption), caption
+    assert 'class="hits values"' in section
+    (rule,) = re.findall(r"\.hits\.values figcaption \{([^}]*)\}", text)
+    assert "white-space: normal" in rule and "overflow: visible" in rule and "overflow-wrap: anywhere" in rule
+
+
 def test_failures_without_their_images_are_still_named(measured: dict[str, Path], home: Path, tmp_path: Path) -> None:
     from agglo.report.failures import failures
 
@@ -271,3 +296,9 @@ def test_compare_refuses_other_settings_and_other_evals(home: Path, measured: di
     folder = tmp_path / "plain"
     assert agglo("eval", home / "two", *knn(home, "-o", str(folder), "--no-pictures")).exit_code == 0
     assert "no eval was run on both" in refused("compare", measured["one"], folder)
+
+
+def test_compare_names_the_file_that_is_empty(measured: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("\n")
+    for pair in ((tmp_path, measured["one"]), (measured["one"], tmp_path)):
+        assert f"{tmp_path / 'results.jsonl'} holds no results" in refused("compare", *pair)

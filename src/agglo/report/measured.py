@@ -229,12 +229,12 @@ def _failures(failed: Sequence[Failures]) -> list[Child]:
     for group in failed:
         hits = []
         for each in group.worst:
-            values = ", ".join(f"{model} {number(value)}" for model, value in each.values.items())
             name = each.name.rpartition("/")[2]
+            values = [tag("div", f"{model} {number(value)}") for model, value in each.values.items()]
             seen = tag("div", name, class_="gap") if each.thumb is None else picture(each.thumb, each.name, quality=78)
-            hits.append(tag("figure", seen, tag("figcaption", f"{each.label or name} · {values}", title=each.name)))
+            hits.append(tag("figure", seen, tag("figcaption", each.label or name, values, title=each.name)))
         title = f"{group.name} {group.metric}, the worst of {group.count}"
-        cards.append(tag("article", tag("h3", title), tag("div", hits, class_="hits"), class_="query"))
+        cards.append(tag("article", tag("h3", title), tag("div", hits, class_="hits values"), class_="query"))
     intro = "Images on which the models do worst on average, with each model's value."
     return [_intro(intro), tag("div", cards, class_="queries")]
 
