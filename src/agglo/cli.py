@@ -34,16 +34,24 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             if os.environ.get("AGGLO_TRACEBACK"):
                 raise
-            typer.echo("agglo: interrupted", err=True)
+            if _speaks():
+                typer.echo("agglo: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # `agglo models | head`
             raise
         except (AggloError, OSError) as error:
             if os.environ.get("AGGLO_TRACEBACK"):
                 raise
+            if type(error).__name__ == "ElsewhereError":  # the process that met it says so
+                raise typer.Exit(2) from None
             what = str(error) if isinstance(error, AggloError) or not error.strerror else _os_error(error)
             typer.echo(f"agglo: {what}", err=True)
             raise typer.Exit(2) from None
+
+
+def _speaks() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _os_error(error: OSError) -> str:
@@ -106,7 +114,10 @@ def train(
     report: bool = typer.Option(True, "--report/--no-report", help="Write report.html at the end."),
     evals: bool = typer.Option(True, "--evals/--no-evals", help="Run the recipe's evals at the end."),
 ) -> None:
-    """Distil a student from its teachers; then measure it and write a report."""
+    """Distil a student from its teachers; then measure it and write a report.
+
+    On several GPUs: torchrun --nproc_per_node 8 -m agglo train RECIPE
+    """
     from agglo.recipe import load
 
     resolved = load(recipe, overrides or [], smoke=smoke)
@@ -116,11 +127,16 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     folder = out or Path("runs") / (resolved.name + ("-smoke" if smoke else ""))
-    device = evaluating.checked_device(device)
+
+    from agglo.dist import own_device
+
+    device = evaluating.checked_device(own_device(device))
 
     from agglo.train.loop import distill
 
     distill(resolved, folder, resume=resume, overwrite=overwrite, device=device)
+    if not _speaks():  # the model is saved, and one process measures it
+        return
     if resolved.objective.kind == "upsample":
         typer.echo(
             f"\nNext, beside the teacher's keys in a recipe:\n  upsampler: {{kind: featsharp, weights: {folder}}}"
@@ -263,7 +279,10 @@ def view(
 
 @app.command()
 def export(
-    model: str = typer.Argument(metavar="MODEL", help="A released name, a saved model, or a run folder."),
+    model: str = typer.Argument(
+        metavar="MODEL",
+        help="A released name, a saved model, a run folder, an official file or folder, or owner/name on the hub.",
+    ),
     kind: str = typer.Option(..., "--to", help="A layout: transformers, timm (see `agglo kinds exports`)."),
     out: Path = typer.Option(..., "--out", "-o", help="A folder."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
+from agglo import dist
 from agglo.balancers.base import Balancer
 
 
@@ -77,9 +78,13 @@ class Weighted(Balancer):
         return torch.stack([self.weights[name] * factors[name] * term for name, term in terms.items()]).sum()
 
     def values(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Terms as one detached float32 vector in the order of ``names``, NaN where one is absent."""
+        """Terms as one detached float32 vector in the order of ``names``, NaN where one is absent.
+
+        Where several processes train these are the means over all, so that all remember the same.
+        """
         absent = next(iter(terms.values())).new_full((), float("nan"), dtype=torch.float32)
-        return torch.stack([terms[name].detach().float() if name in terms else absent for name in self.names])
+        mine = torch.stack([terms[name].detach().float() if name in terms else absent for name in self.names])
+        return dist.average(mine)
 
     def by_name(self, factors: Tensor) -> dict[str, Tensor]:
         """A vector in the order of ``names`` as scalars by name."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agglo import dist
 from agglo.balancers._weights import Weighted, teacher_of
 
 # Keeps the draws apart from others that are made of the same seed and step.
@@ -66,7 +67,7 @@ class TeacherDrop(Weighted):
         if not self.training or len(members) < 2:
             return self.weigh(terms)
         rows = _rows([name for names in members.values() for name in names], terms, per_image)
-        kept = self._kept(members, rows, step)
+        kept = self._kept(members, rows, step, 1 if per_image is None else dist.world())
         coefficients = len(members) * kept / kept.sum(0)
         balanced = dict(terms)
         for index, names in enumerate(members.values()):
@@ -76,8 +77,8 @@ class TeacherDrop(Weighted):
         return self.weigh(balanced)
 
     @torch.no_grad()
-    def _kept(self, members: Mapping[str, list[str]], rows: Mapping[str, Tensor], step: int) -> Tensor:
-        """Which teacher ``(T, B)`` stays for which image."""
+    def _kept(self, members: Mapping[str, list[str]], rows: Mapping[str, Tensor], step: int, parts: int) -> Tensor:
+        """Which teacher ``(T, B)`` stays for which image; of ``parts`` equal parts of a batch these are one."""
         # A teacher's loss: the mean of its terms by their weights.
         scores = torch.stack(
             [
@@ -89,7 +90,10 @@ class TeacherDrop(Weighted):
         worst = torch.where(scores.isfinite(), scores, float("-inf")).argmax(0, keepdim=True)
         seed = int(np.random.SeedSequence([_STREAM, self.seed, step]).generate_state(1)[0])
         # One row for each announced teacher: who is absent does not change the draws of the others.
-        draws = torch.rand(len(self.teachers), scores.shape[1], generator=torch.Generator().manual_seed(seed))
+        # For the images of all processes, of which this one takes its own.
+        images = scores.shape[1]
+        draws = torch.rand(len(self.teachers), parts * images, generator=torch.Generator().manual_seed(seed))
+        draws = draws[:, dist.own(images)] if parts > 1 else draws
         present = [self.teachers.index(teacher) for teacher in members]
         kept = (draws[present] >= self.p).to(scores.device, non_blocking=True)
         return kept.scatter(0, worst, True)

@@ -87,11 +87,12 @@ class CropLoader(Loader):
         self.crops, self.fetch = crops, fetch
 
     def planned(self, step: int) -> list[tuple[int, int, int]]:
-        """``(source, index, crop)`` of a step's samples; an image that cannot be read is replaced by another."""
+        """``(source, index, crop)`` of its samples of a step; another image replaces one that cannot be read."""
         draw = draw_resolution(self.seed, step, self.partitions)
+        first, count = self._share(draw)
         return [
             (source, image_at(self.seed, source, position, self._lengths[source]), self._crop(source, position))
-            for source, position in draw_positions(draw.start, draw.batch, self.weights)
+            for source, position in draw_positions(draw.start + first, count, self.weights)
         ]
 
     def _crop(self, source: int, position: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agglo import dist
 from agglo.cache import identity
 from agglo.cache.crops import CropLoader, TaughtBatch
 from agglo.cache.reading import FeatureCache
@@ -74,6 +75,7 @@ def loader_for(recipe: Recipe, margin: int, lessons: Lessons | None = None) -> L
         "canvas": recipe.data.views.canvas,
         "workers": recipe.data.workers,
         "cache_mb": recipe.data.cache_mb,
+        "part": (dist.rank(), dist.world()),
     }
     if lessons is None:
         return Loader(sources, weights, recipe.partitions, policy, recipe.train.seed, margin=margin, **given)

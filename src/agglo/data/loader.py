@@ -18,6 +18,7 @@ from torch import Tensor
 
 from agglo.data.pixels import Canvases, on_pixels
 from agglo.data.views import (
+    Draw,
     PartitionLike,
     Quota,
     ViewPolicy,
@@ -88,6 +89,7 @@ class Loader:
             the student; whoever wants fewer shrinks them.
         margin: pixels of the student's view that are rendered beyond each of its sides, for views that are shifted.
         max_side: images with a longer side in pixels are read whole and shrunk to it, always, cached or not.
+        part: ``(k, n)``: of every batch only the k-th of n equal parts, in the order of its samples.
 
     Attributes:
         skipped: name to reason of every bad image met so far.
@@ -110,6 +112,7 @@ class Loader:
         canvas: int | None = None,
         margin: int = 0,
         max_side: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if not sources:
             raise ConfigError("data.sources: at least one is needed")
@@ -128,6 +131,7 @@ class Loader:
         self.canvas = canvas
         self.margin = margin
         self.max_side = max_side
+        self.part = part
         self.skipped: dict[str, str] = {}
         self.filtered: Counter[str] = Counter()
         Quota(self.weights)
@@ -180,11 +184,12 @@ class Loader:
         """Runs in threads, so without torch kernels that would start threads of their own."""
         draw = draw_resolution(self.seed, step, self.partitions)
         size = self._rendered(draw.size)
-        shown = Canvases(draw.batch, size)
+        first, count = self._share(draw)
+        shown = Canvases(count, size)
         views: list[View] = []
         names: list[str] = []
         skipped: list[str] = []
-        for sample, (source, position) in enumerate(draw_positions(draw.start, draw.batch, self.weights)):
+        for sample, (source, position) in enumerate(draw_positions(draw.start + first, count, self.weights), first):
             if gone.is_set():
                 raise _StoppedError
             index, (part, view), bad = self._readable(size, step, sample, source, position)
@@ -194,6 +199,11 @@ class Loader:
             skipped.extend(bad)
         field = draw.size[0] / (draw.size[0] + 2 * self.margin), draw.size[1] / (draw.size[1] + 2 * self.margin)
         return Batch(shown.finish(), views, names, step, draw.partition, skipped, draw.size, field)
+
+    def _share(self, draw: Draw) -> tuple[int, int]:
+        """The first of a step's samples that this loader prepares, and how many."""
+        count = draw.batch // self.part[1]
+        return self.part[0] * count, count
 
     def _chance(self, step: int, sample: int, source: int, index: int, position: int) -> np.random.Generator:
         """What decides a sample's crop: here where in the run it comes, elsewhere which image it is."""

@@ -84,7 +84,7 @@ class Places:
         return out
 
 
-def draw_places(tiling: Tiling, batch: int, seed: int, step: int) -> Places:
+def draw_places(tiling: Tiling, batch: int, seed: int, step: int, part: int = 0) -> Places:
     """Random tiles for a batch, and a random place inside each: a pure function of its arguments.
 
     As many canvases as hold the batch, ``ceil(batch / tiles)``; tiles that stay empty are anywhere.
@@ -94,8 +94,9 @@ def draw_places(tiling: Tiling, batch: int, seed: int, step: int) -> Places:
         batch: images.
         seed: of the run.
         step: the step.
+        part: of the step's images, where several processes share them.
     """
-    rng, per_canvas = generator(seed, step, 0, _MOSAIC), tiling.count
+    rng, per_canvas = generator(seed, step, part, _MOSAIC), tiling.count
     canvases = -(-batch // per_canvas)
     # Where a canvas holds one view, an order would only decide the order of the pass.
     slots = (rng.permutation(canvases * per_canvas) if per_canvas > 1 else torch.arange(batch).numpy())[:batch]

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from agglo import dist
 from agglo.types import ConfigError, View
 
 _VIEWS, _ORDER, _SIZES, _MIX = range(4)
@@ -341,8 +342,10 @@ def mix(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
     Student and teachers must see the very same blend, so this comes before all of them. Each image has a lambda of its
     own: ``max(u, 1 - u)`` of a uniform u, i.e. Beta(1, 1) with the image itself as the stronger part.
 
+    Where several processes train, images are blended across all of them.
+
     Args:
-        images: float ``(B, 3, H, W)``, on any device.
+        images: float ``(B, 3, H, W)``, on any device: this process's part of the batch.
         seed: of the run.
         step: with the seed it decides everything here.
         probability: that the step is mixed, :attr:`ViewPolicy.mixup`.
@@ -353,8 +356,9 @@ def mix(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
     rng = generator(seed, step, 0, _MIX)
     if rng.random() >= probability:
         return images
-    order = torch.from_numpy(rng.permutation(len(images))).to(images.device, non_blocking=True)
-    u = rng.random(len(images))
+    count, mine = len(images) * dist.world(), dist.own(len(images))
+    order = torch.from_numpy(rng.permutation(count)[mine]).to(images.device, non_blocking=True)
+    u = rng.random(count)[mine]
     weight = torch.from_numpy(np.maximum(u, 1 - u)).to(images.dtype).to(images.device, non_blocking=True)
     weight = weight.view(-1, 1, 1, 1)
-    return torch.lerp(images[order], images, weight)
+    return torch.lerp(dist.rows(images)[order], images, weight)

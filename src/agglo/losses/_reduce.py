@@ -19,6 +19,8 @@ class Pointwise(Loss):
     0 where no position counts. Whatever a masked position holds, NaN included, has no effect.
     """
 
+    counts_positions = True
+
     @abstractmethod
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Float32 ``(B, D, ...)`` twice to a distance a position ``(B, ...)``.
@@ -46,6 +48,8 @@ class Relation(Loss):
     entries of its row; of maps ``(B, D, H, W)`` every image is a group, of at most :attr:`tokens` of its positions.
     Which positions is a pseudo-random function of their number and of the target: the same call always takes the same,
     the next batch others, the same ones in all of its images.
+
+    Where several processes train, each relates the vectors of its own part of the batch, and these means are averaged.
 
     0 where nothing counts. Whatever a masked position holds, NaN included, has no effect.
 

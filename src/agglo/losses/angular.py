@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agglo import dist
 from agglo.losses._reduce import Pointwise
 from agglo.nn.linalg import unit
 
@@ -66,33 +67,37 @@ class Angular(Pointwise):
     def fit(self, targets: Tensor) -> None:
         """Set the dispersion from raw teacher summaries ``(N, D)``, in float64, mean direction first.
 
+        Where several processes train, those of all of them count.
+
         Raises:
             ValueError: not ``(N, D)``, fewer than 2, not finite, or all of one direction.
         """
         if targets.ndim != 2 or 0 in targets.shape:
             raise ValueError(f"expected targets (N, D) with N and D positive, got {tuple(targets.shape)}")
-        if len(targets) < 2:
+        count = int(dist.total(torch.tensor(len(targets))))
+        if count < 2:
             raise ValueError(
                 f"a dispersion needs at least 2 targets, {ENOUGH} to mean something and hundreds to be exact, got "
-                f"{len(targets)}: raise `targets.estimate_images`"
+                f"{count}: raise `targets.estimate_images`"
             )
         if not bool(torch.isfinite(targets).all()):
             raise ValueError("the targets hold NaN or infinity: run the teacher in float32 or look at its input")
         chunks = targets.detach().cpu().split(_CHUNK)
-        mean = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0)[None] / len(targets)
-        squared = sum(float(_angle(chunk.double(), mean).square().sum()) for chunk in chunks)
-        if squared <= _CONSTANT * len(targets):
+        mean = dist.total(torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0)[None]) / count
+        squares = torch.stack([_angle(chunk.double(), mean).square().sum() for chunk in chunks]).sum()
+        squared = float(dist.total(squares))
+        if squared <= _CONSTANT * count:
             raise ValueError(
-                f"all {len(targets)} targets point the same way, so their dispersion is 0: check that the teacher's "
+                f"all {count} targets point the same way, so their dispersion is 0: check that the teacher's "
                 "weights are loaded and that the images differ, or set `dispersion: false`"
             )
-        if len(targets) < ENOUGH:
+        if count < ENOUGH:
             warnings.warn(
-                f"the dispersion was estimated from {len(targets)} targets and is about 1/{len(targets)} too small: at "
+                f"the dispersion was estimated from {count} targets and is about 1/{count} too small: at "
                 f"least {ENOUGH} are needed, hundreds are better; raise `targets.estimate_images`",
                 stacklevel=2,
             )
-        self.dispersion.fill_(squared / len(targets))
+        self.dispersion.fill_(squared / count)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

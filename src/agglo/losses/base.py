@@ -13,9 +13,12 @@ class Loss(nn.Module, ABC):
 
     Attributes:
         needs_statistics: :meth:`fit` must see a sample of targets before training.
+        counts_positions: :meth:`forward` is the mean over the positions that count. Where several processes train, such
+            means are then weighed by how many each has seen (METHOD D-13); others are averaged as they are.
     """
 
     needs_statistics: bool = False
+    counts_positions: bool = False
 
     @abstractmethod
     def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -60,11 +60,23 @@ def meet(a: Tensor, at: Placement, b: Tensor, bt: Placement) -> tuple[Tensor, Te
     for name, x, place in (("first", a, at), ("second", b, bt)):
         if tuple(x.shape[-2:]) != place.grid or len(x) != len(place.start):
             raise ValueError(f"the {name} map is {tuple(x.shape)}, its placement {len(place.start)} x {place.grid}")
-    if math.prod(at.cell) <= math.prod(bt.cell) * (1 + _WHOLE):
+    if _finer(at, bt):
         a, mask = bring(a, at, bt)
     else:
         b, mask = bring(b, bt, at)
     return a, b, mask
+
+
+def common(at: Placement, bt: Placement) -> int:
+    """How many cells of a batch :func:`meet` leaves to be compared: those that both maps have seen in full."""
+    source, target = (at, bt) if _finer(at, bt) else (bt, at)
+    rows, columns = (_Axis.between(source, target, axis).valid.sum(1) for axis in (0, 1))
+    return int((rows * columns).sum())
+
+
+def _finer(at: Placement, bt: Placement) -> bool:
+    """Whether the first is the one that is resampled."""
+    return math.prod(at.cell) <= math.prod(bt.cell) * (1 + _WHOLE)
 
 
 def bring(x: Tensor, source: Placement, target: Placement) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agglo import dist
+
 
 def eval_window(table: Tensor, grid: tuple[int, int], align_corners: bool = False) -> Tensor:
     """The embedding of a grid at inference: the table shrunk to the grid's longer side, then cropped top-left.
@@ -58,8 +60,8 @@ def train_window(table: Tensor, grid: tuple[int, int], batch: int, drop: float =
     if grid == tuple(table.shape[-2:]):
         return table
     device = table.device
-    u_scale, u_aspect = torch.rand(batch, 1, 1, device=device), torch.rand(batch, 1, 1, device=device)
-    u_place = torch.rand(batch, 1, 1, 2, device=device)
+    u_scale, u_aspect = dist.uniform((batch, 1, 1), device=device), dist.uniform((batch, 1, 1), device=device)
+    u_place = dist.uniform((batch, 1, 1, 2), device=device)
     scale = math.sqrt(0.1) + u_scale * (1 - math.sqrt(0.1))
     aspect = torch.exp(math.log(3 / 4) + u_aspect * (math.log(4 / 3) - math.log(3 / 4)))
     extent = torch.stack([scale * aspect, scale / aspect], dim=-1).clamp(0, 1)
@@ -71,5 +73,5 @@ def train_window(table: Tensor, grid: tuple[int, int], batch: int, drop: float =
     tall = F.grid_sample(table.float(), points.view(1, batch * height, width, 2), mode="bilinear", align_corners=True)
     window = tall.view(-1, batch, height, width).transpose(0, 1)
     if drop > 0:
-        window = window * (torch.rand(batch, 1, 1, 1, device=device) >= drop)
+        window = window * (dist.uniform((batch, 1, 1, 1), device=device) >= drop)
     return window.to(table.dtype)

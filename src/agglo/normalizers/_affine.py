@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agglo import dist
 from agglo.nn.linalg import Moments
 from agglo.normalizers.base import Normalizer
 
@@ -79,6 +80,7 @@ class AffineNormalizer(Normalizer):
         moments = self._moments
         if moments is None or moments.count < 2:
             raise RuntimeError("no statistics yet: call update() on batches of teacher features before freeze()")
+        moments.unite()
         mean, covariance = moments.mean.cpu(), moments.covariance().cpu()
         if covariance.diagonal().mean() <= _CONSTANT * mean.square().mean():
             raise ValueError(
@@ -86,13 +88,15 @@ class AffineNormalizer(Normalizer):
                 "that its weights are loaded and that the images differ, or set `normalizer: {kind: identity}`"
             )
         self.check_count(moments.count)
-        centre = self.centre(mean)
-        apart = mean - centre
-        whiten, unwhiten = self.solve(covariance + torch.outer(apart, apart))
-        self.mean.copy_(centre)
-        self.whiten.copy_(whiten)
-        self.unwhiten.copy_(unwhiten)
-        self.frozen.fill_(True)
+        if dist.is_main():  # eigen-solvers differ between machines, and one is enough
+            centre = self.centre(mean)
+            apart = mean - centre
+            whiten, unwhiten = self.solve(covariance + torch.outer(apart, apart))
+            self.mean.copy_(centre)
+            self.whiten.copy_(whiten)
+            self.unwhiten.copy_(unwhiten)
+            self.frozen.fill_(True)
+        dist.broadcast(self)
         self._moments = None
 
     def forward(self, features: Tensor) -> Tensor:

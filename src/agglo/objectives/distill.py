@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from agglo import dist
 from agglo.config import build
+from agglo.creation import weights_of
 from agglo.data.shifts import Canvas
 from agglo.losses.base import Loss
 from agglo.model import Model
-from agglo.nn.placement import Placement, meet
+from agglo.nn.placement import Placement, common, meet
 from agglo.normalizers.base import Normalizer
 from agglo.objectives.auxiliary import Ladder, shown
 from agglo.objectives.inspection import check_finite, named
@@ -94,11 +96,12 @@ class Distill(nn.Module):
         self.spatial_losses: dict[str, Loss] = nn.ModuleDict()  # type: ignore[assignment]
         for name, entry in recipe.teachers.items():
             spec = specs[name]
-            if spec.summary is not None and entry.summary_weight > 0:
-                weights[f"{name}/summary"] = entry.summary_weight
+            summary, spatial = weights_of(name, entry, spec)
+            if summary > 0:
+                weights[f"{name}/summary"] = summary
                 self.summary_losses[name] = build("losses", recipe.losses.summary, where="losses.summary")
-            if spec.spatial is not None and entry.spatial_weight > 0:
-                weights[f"{name}/spatial"] = entry.spatial_weight
+            if spec.spatial is not None and spatial > 0:
+                weights[f"{name}/spatial"] = spatial
                 self.spatial_losses[name] = build("losses", recipe.losses.spatial, where="losses.spatial")
                 self.normalizers[name] = build(
                     "normalizers", recipe.targets.normalizer, spec.spatial, where="targets.normalizer"
@@ -193,6 +196,9 @@ class Distill(nn.Module):
     ) -> Result:
         """The objective on one batch.
 
+        Where several processes train, each has a part of the batch, and the mean of what they return is the objective
+        on all of it: means over positions are weighed by the positions that each has seen (D-13).
+
         Args:
             model: the student with its heads, predicting in normalised space (D-2).
             images: ``(B, 3, H, W)`` in [0, 1], of a legal size: the student's view.
@@ -211,6 +217,7 @@ class Distill(nn.Module):
         mine = Seen(features, placement or Placement.whole(len(images), (1, 1), (images.shape[-2], images.shape[-1])))
         rows: dict[str, Tensor] = {}
         extra: dict[str, Tensor] = {}
+        places: dict[str, tuple[Loss, Placement, Placement]] = {}
         for name, heads in model.heads.items():
             if name not in targets:
                 continue
@@ -223,21 +230,29 @@ class Distill(nn.Module):
                 wanted = self.normalizers[name](_there(target.spatial, name))
                 theirs, loss = targets[name].cells(wanted), self.spatial_losses[name]
                 found = _there(predicted.spatial, name)
-                rows[f"{name}/spatial"] = compare(self._measure(loss), found, mine.cells(found), wanted, theirs)
+                at = mine.cells(found)
+                rows[f"{name}/spatial"] = compare(self._measure(loss), found, at, wanted, theirs)
+                if not self.balancer.weighs_images:
+                    places[f"{name}/spatial"] = loss, at, theirs
                 if name in shares:
                     early = _there(seen[self.auxiliary.blocks[name]].spatial, name)
                     found = self.auxiliary.predict(name, early)
-                    extra[name] = compare(loss, found, mine.cells(found), wanted, theirs)
+                    at = mine.cells(found)
+                    extra[f"{name}/auxiliary"] = compare(loss, found, at, wanted, theirs)
+                    places[f"{name}/auxiliary"] = loss, at, theirs
         terms = {name: row.mean() for name, row in rows.items()} if self.balancer.weighs_images else dict(rows)
         if self.mesa is not None and average is not None and mesa_share > 0:
             ours, theirs = _there(features.spatial, "student"), _there(average.features.spatial, "student")
-            terms[MESA] = mesa_share * compare(self.mesa, ours, mine.cells(ours), theirs, average.cells(theirs))
+            at, there = mine.cells(ours), average.cells(theirs)
+            terms[MESA] = mesa_share * compare(self.mesa, ours, at, theirs, there)
+            places[MESA] = self.mesa, at, there
+        terms, extra = weighed(terms, extra, places)
         total_loss = self.balancer(
             terms, step=step, total=total, per_image=rows if self.balancer.weighs_images else None
         )
         for name, term in extra.items():
-            total_loss = total_loss + shares[name] * term
-            terms[f"{name}/auxiliary"] = term
+            total_loss = total_loss + shares[name.removesuffix("/auxiliary")] * term
+            terms[name] = term
         return Result(total_loss, {name: term.detach() for name, term in terms.items()})
 
     def _measure(self, loss: Loss) -> Callable[..., Tensor]:
@@ -273,6 +288,28 @@ def compare(measure: Callable[..., Tensor], a: Tensor, at: Placement, b: Tensor,
     if not (torch.is_grad_enabled() and a.requires_grad):
         return on_common_cells(a, b)
     return checkpoint(on_common_cells, a, b, use_reentrant=False, preserve_rng_state=False)
+
+
+def weighed(
+    terms: dict[str, Tensor], extra: dict[str, Tensor], places: Mapping[str, tuple[Loss, Placement, Placement]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Terms whose mean over processes is the mean over the positions of all of them: ``W n_r / sum_r n_r`` times each.
+
+    How many positions a part has seen is known from where its views lie, so nobody waits for a device.
+
+    Args:
+        terms, extra: by name; those that are not in ``places`` come back as they are.
+        places: the loss of a term, and where the cells lie that it compares.
+    """
+    if dist.world() == 1:
+        return terms, extra
+    counted = {name: common(at, bt) for name, (loss, at, bt) in places.items() if loss.counts_positions}
+    if not counted:
+        return terms, extra
+    mine = torch.tensor([*counted.values()], dtype=torch.float64)
+    factors = dict(zip(counted, (mine / dist.average(mine).clamp(min=1 / dist.world())).tolist(), strict=True))
+    first, second = ({name: term * factors.get(name, 1.0) for name, term in some.items()} for some in (terms, extra))
+    return first, second
 
 
 def _there(tensor: Tensor | None, teacher: str) -> Tensor:

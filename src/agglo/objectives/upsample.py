@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from agglo import dist
 from agglo.data.shifts import Canvas
 from agglo.data.views import generator
 from agglo.nn.homography import CORNERS, from_corners, inside, warp
@@ -135,7 +136,8 @@ class Upsample(nn.Module):
         """
         upsampler.check(images)
         batch, count = len(images), self.keys.views
-        matrix = draw_views(self.keys, self.seed, step, batch * count).to(images.device)
+        matrix = draw_views(self.keys, self.seed, step, dist.world() * batch * count)[dist.own(batch * count)]
+        matrix = matrix.to(images.device)
         repeated = images.repeat_interleave(count, 0)
         with torch.no_grad():
             views = resize(warp(repeated, matrix, upsampler.larger), upsampler.size)
@@ -149,9 +151,10 @@ class Upsample(nn.Module):
         mask = (F.avg_pool2d(shown, factor) > 1 - 1e-3).to(error)
         weight = mask * F.avg_pool2d(warp(self.seams.expand(len(matrix), -1, -1, -1), matrix, upsampler.finer), factor)
         # Few cells that count must not make the loss larger than many would.
-        total = mask.sum().clamp(min=mask.numel() / 2)
+        counted = dist.average(mask.sum())
+        total = counted.clamp(min=mask.numel() / 2)
         loss = (weight * error).sum() / total
-        plain = (mask * error).sum().detach() / mask.sum().clamp(min=1)
+        plain = (mask * error).sum().detach() / counted.clamp(min=1)
         if self.uncertainty is not None:
             variance = self.uncertainty(found.detach())
             there = F.avg_pool2d(warp(variance.repeat_interleave(count, 0), matrix, upsampler.finer), factor)
@@ -199,7 +202,9 @@ class Downsampler(nn.Module):
                            groups=channels)  # fmt: skip
         logits = self.logits(F.pad(blurred, (edge,) * 4, mode="replicate")) + self.taps
         if self.training:
-            logits = logits.masked_fill(torch.rand_like(logits) < self.drop, -1e4)
+            logits = logits.masked_fill(
+                dist.uniform(logits.shape, device=logits.device, dtype=logits.dtype) < self.drop, -1e4
+            )
         padded = F.pad(x, (edge,) * 4, mode="replicate")
         # A neighbour at a time: all of them at once would be side^2 maps.
         out, weights = torch.zeros_like(x[:, :, :: self.factor, :: self.factor]), logits.softmax(1)

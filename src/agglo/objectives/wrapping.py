@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agglo import dist
 from agglo.config import build
 from agglo.data.mosaic import Tiling, cut_back, draw_places, pack
 from agglo.recipe import TeacherEntry
@@ -41,7 +42,7 @@ def wrap(teacher: Teacher, entry: TeacherEntry, name: str, *, untrained: bool = 
     if entry.mosaic and entry.upsampler is not None:
         raise ConfigError(f"teachers.{name}: mosaic packs small views, upsampler looks at large ones: keep one of them")
     if entry.mosaic:
-        if entry.summary_weight > 0:
+        if entry.summary_weight != 0:
             raise ConfigError(
                 f"teachers.{name}.mosaic: the images of a canvas share one forward pass, so that none has a summary of "
                 "its own: set summary_weight: 0"
@@ -89,7 +90,7 @@ class Mosaic(_Wrapper):
 
     It sees each view at the scale at which one of its cells is one of the student's, whatever the student's size. A
     view that fills the canvas is the plain pass, bit for bit. What no view covers has the teacher's mean colour. Tiles
-    and places in them belong to the step (:meth:`begin_step`).
+    and places in them belong to the step (:meth:`begin_step`). Where several processes train, each packs its own views.
 
     Args:
         teacher: has one size only.
@@ -142,7 +143,7 @@ class Mosaic(_Wrapper):
                 f"{self.whole[0]}x{self.whole[1]}"
             )
         tiling = Tiling(self.cells, (height // cell, width // cell))
-        places = draw_places(tiling, len(images), self._seed, self._step)
+        places = draw_places(tiling, len(images), self._seed, self._step, dist.rank())
         spatial = self.teacher(pack(images, places, cell, self.empty)).spatial
         return Features(None, cut_back(spatial, places))
 

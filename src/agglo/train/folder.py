@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from agglo import dist
 from agglo.recipe import Recipe, load
 from agglo.types import ConfigError
 
@@ -61,8 +63,12 @@ def differences(one: Recipe, two: Recipe) -> list[str]:
 
 
 def resume_command(folder: Path) -> str:
-    """What to type to go on with a run."""
-    return f"agglo train {shlex.quote(str(folder / 'recipe.yaml'))} --out {shlex.quote(str(folder))} --resume"
+    """What to type to go on with a run, with as many processes as there are now."""
+    start = ""
+    if dist.launched()[1] > 1:
+        here, all_ = os.environ.get("LOCAL_WORLD_SIZE"), os.environ["WORLD_SIZE"]
+        start = f"torchrun {f'--nproc_per_node {all_}' if here == all_ else '...'} -m "
+    return f"{start}agglo train {shlex.quote(str(folder / 'recipe.yaml'))} --out {shlex.quote(str(folder))} --resume"
 
 
 def begin_folder(folder: Path, recipe: Recipe, *, overwrite: bool) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agglo import dist
 from agglo.artefact import CONFIG
 from agglo.cache.lessons import Lessons, find_teachers, loader_for
 from agglo.creation import create
@@ -34,9 +33,11 @@ from agglo.train.ema import Ema
 from agglo.train.folder import begin_folder, check_folder, resume_command, versions
 from agglo.train.ledger import Known, Ledger
 from agglo.train.optim import build_optimizer, deferred, set_learning_rate
+from agglo.train.parallel import check_batches, everyones, one_voice
 from agglo.train.progress import Progress
 from agglo.train.stages import adopt, stage_folder, translate
 from agglo.train.step import Stopwatch, one_step
+from agglo.train.stopping import interruptible
 from agglo.train.upsampling import assemble
 from agglo.types import AggloError, ConfigError
 
@@ -111,12 +112,16 @@ def distill(
     ``checkpoints/``, ``initial/`` (the model before its first step) and ``model/`` (the averaged weights with the
     normalizers folded in: the artefact). Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
 
+    Several processes that torchrun started share each batch and train one model; the first of them writes. A signal to
+    any of them stops all after the same step.
+
     Args:
         recipe: what to do.
         folder: the run folder.
         resume: go on from the newest checkpoint in it.
         overwrite: throw away what it holds.
-        device: ``"cpu"``, ``"cuda"``, ...; the best there is when None.
+        device: ``"cpu"``, ``"cuda"``, ...; the best there is when None. Of several processes, ``"cuda"`` gives each
+            the GPU of its local rank.
         quiet: no progress on the terminal.
 
     Returns:
@@ -125,18 +130,32 @@ def distill(
     Raises:
         ConfigError: the folder is in use and neither flag is given; a size the student cannot take.
         DivergenceError: the loss became NaN or infinite.
+        ElsewhereError: another process of the run met one of these and raised it.
     """
     folder = Path(folder)
-    if recipe.stages:
-        return distill_stages(recipe, folder, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
-    check_folder(folder, recipe, resume=resume, overwrite=overwrite)
-    run = prepare(recipe, folder, torch.device(device or _best_device()), resume=resume)
-    begin_folder(folder, recipe, overwrite=overwrite)  # only now: a recipe that does not fit must not cost a run
-    with Progress(folder, recipe.train.steps, quiet=quiet) as progress, _interruptible() as interrupted:
+    with dist.joined(device) as device, one_voice():
+        if recipe.stages:
+            return distill_stages(recipe, folder, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
+        return distill_one(recipe, folder, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
+
+
+def distill_one(
+    recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, device: str | None, quiet: bool
+) -> Model:
+    """A recipe without stages."""
+    dist.by_main(lambda: check_folder(folder, recipe, resume=resume, overwrite=overwrite))
+    run = dist.together(lambda: prepare(recipe, folder, torch.device(device or _best_device()), resume=resume))
+    # Only now: a recipe that does not fit must not cost a run.
+    dist.by_main(lambda: begin_folder(folder, recipe, overwrite=overwrite))
+    with (
+        Progress(folder, recipe.train.steps, quiet=quiet, writes=dist.is_main()) as progress,
+        interruptible() as interrupted,
+    ):
         start(run, progress, interrupted)
         train(run, progress, interrupted)
         model = export(run, progress)
-        if interrupted:  # during the last save: the model is there, and what would follow was not wanted
+        # During the last save: the model is there, and what would follow was not wanted.
+        if dist.anywhere(bool(interrupted)):
             raise KeyboardInterrupt
         return model
 
@@ -149,29 +168,33 @@ def distill_stages(
     The folder gets the whole recipe, and the last stage's model as ``model/``. A resumed run skips the stages that are
     finished and goes on in the one that is not.
     """
-    check_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    dist.by_main(lambda: check_folder(folder, recipe, resume=resume, overwrite=overwrite))
     stages = [recipe.stage(index) for index in range(len(recipe.stages))]  # all of them must fit before one is run
-    begin_folder(folder, recipe, overwrite=overwrite)
+    dist.together(lambda: [check_batches(stage, dist.world()) for stage in stages])
+    dist.by_main(lambda: begin_folder(folder, recipe, overwrite=overwrite))
     model, before = None, recipe.train.start_from
     for index, stage in enumerate(stages):
         place = stage_folder(folder, index, recipe.stages[index].name)
-        if resume and (place / "model" / CONFIG).is_file():
+        finished = dist.by_main(lambda place=place: resume and (place / "model" / CONFIG).is_file())
+        if finished:
             model = Model.load(place / "model")
         else:
-            begun = resume and place.is_dir()
+            begun = dist.by_main(lambda place=place: resume and place.is_dir())
             train = stage.train.model_copy(update={"start_from": before})
             stage = stage.model_copy(update={"train": train})
-            model = distill(stage, place, resume=begun, device=device, quiet=quiet)
+            model = distill_one(stage, place, resume=begun, overwrite=False, device=device, quiet=quiet)
         before = str(place / "model")
     if model is None:
         raise ConfigError("stages: there are none")
-    model.save(folder / "model")
+    last = model
+    dist.by_main(lambda: last.save(folder / "model"))
     return model
 
 
 def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool) -> Run:
     """Build everything, and find out whatever can be wrong before anything is written."""
     torch.manual_seed(recipe.train.seed)
+    check_batches(recipe, dist.world())
     if recipe.objective.kind == "upsample":
         return Run(recipe, folder, device, **assemble(recipe, device))
     teachers = {name: teacher.to(device) for name, teacher in find_teachers(recipe).items()}
@@ -198,16 +221,21 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
 
 def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
     """Go on from the newest checkpoint, or fit the statistics and keep the untrained model."""
-    if checkpoint.checkpoints(run.folder / "checkpoints"):
-        run.start = checkpoint.restore(run.folder / "checkpoints", run.parts, run.optimizer)
+    found = dist.gather([path.name for path in checkpoint.checkpoints(run.folder / "checkpoints")])
+    if any(each != found[0] for each in found):
+        raise ConfigError(f"{run.folder} is not the same folder for all processes: name one that all machines share")
+    if found[0]:
+        run.start = dist.together(lambda: checkpoint.restore(run.folder / "checkpoints", run.parts, run.optimizer))
         progress.rewind(run.start)
         progress.say(f"resumed at step {run.start} of {run.recipe.train.steps}")
         return
+    dist.broadcast(run.model)
+    dist.broadcast(run.objective)
     if run.objective.needs_statistics:
         run.objective.fit(prepass(run, progress, interrupted))
     translate(run.model, run.objective, run.adopted)
     run.ema.reset(run.model)
-    plain(run, run.model).save(run.folder / "initial")
+    dist.by_main(lambda: plain(run, run.model).save(run.folder / "initial"))
 
 
 def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[dict[str, Any]]:
@@ -215,7 +243,7 @@ def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[di
     wanted, seen = run.recipe.targets.estimate_images, dict.fromkeys(run.teachers, 0)
     progress.say(f"pre-pass: the teachers look at {wanted} images to fit the normalizers")
     for batch in run.loader.iterate(PREPASS_OFFSET, 2 * PREPASS_OFFSET):
-        if interrupted:
+        if dist.anywhere(bool(interrupted)):
             progress.say(
                 f"stopped in the pre-pass, before the first step; begin again with: {resume_command(run.folder)}"
             )
@@ -224,7 +252,7 @@ def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[di
         told = run.teach(batch, canvas)
         yield told
         for name in told:
-            seen[name] += len(batch.images)
+            seen[name] += dist.world() * len(batch.images)
         least = min(seen.values())
         progress.note(f"pre-pass: {min(least, wanted)} of {wanted} images")
         if least >= wanted:
@@ -250,10 +278,10 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
         elif bool(taken.good):
             run.ema.update(run.model, step)
         watch.lap("ema")
-        images_seen += len(batch.images)
-        done = step + 1
+        images_seen += dist.world() * len(batch.images)
+        done, stops = step + 1, dist.anywhere(bool(interrupted))
         logs = done % config.log_every == 0 or done == config.steps
-        saves = bool(interrupted) or done % config.save_every == 0 or done == config.steps
+        saves = stops or done % config.save_every == 0 or done == config.steps
         last = None
         if logs or saves or not deferred(run.optimizer):
             for last in ledger.read():
@@ -267,14 +295,14 @@ def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
             progress.record(done, {
                 "terms": dict(last.terms), "lr": rate, "grad_norm": last.norm, "images_per_second": speed,
                 "size": max(batch.size), "seconds": watch.take(), "elapsed": elapsed,
-                "skipped_images": len(run.loader.skipped), "skipped_steps": ledger.skipped,
+                "skipped_images": len(skipped_images(run)), "skipped_steps": ledger.skipped,
             })  # fmt: skip
             watch.lap("log")
         # A step that was left out is no place to begin again, unless the run ends there.
-        if saves and (ledger.row == 0 or interrupted or done == config.steps):
-            checkpoint.save(run.folder / "checkpoints", done, run.parts, run.optimizer)
+        if saves and (ledger.row == 0 or stops or done == config.steps):
+            save(run, done)
             watch.lap("checkpoint")
-        if interrupted:
+        if stops:
             progress.say(
                 f"stopped at step {done} of {config.steps} and saved; go on with: {resume_command(run.folder)}"
             )
@@ -295,22 +323,37 @@ def judge(run: Run, progress: Progress, ledger: Ledger, known: Known) -> None:
                 f"step {known.step}: the {part} features of teacher {teacher!r} are the same everywhere in the batch: "
                 "check that its weights are loaded and that the images differ"
             )
-            progress.record(known.step + 1, {"constant_target": name, "images": list(known.images)})
+            progress.record(known.step + 1, {"constant_target": name, "images": everyones(known.images)})
     if known.why is None:
         return
-    progress.record(known.step + 1, {"skipped_step": known.why, "images": list(known.images)})
+    progress.record(known.step + 1, {"skipped_step": known.why, "images": everyones(known.images)})
     progress.say(f"step {known.step}: {known.why}; the step is left out (its images are named in metrics.jsonl)")
     if known.row > run.recipe.train.patience:
         run.optimizer.zero_grad(set_to_none=True)
-        checkpoint.save(run.folder / "checkpoints", ledger.done, run.parts, run.optimizer)
-        raise DivergenceError(f"step {known.step}: {known.why}, the {known.row}. step in a row; {known.remedy}")
+        save(run, ledger.done)
+        error = DivergenceError(f"step {known.step}: {known.why}, the {known.row}. step in a row; {known.remedy}")
+        dist.by_main(lambda: _raise(error))
+
+
+def save(run: Run, done: int) -> None:
+    """A checkpoint after so many steps: the main process writes it, the others wait."""
+    dist.by_main(lambda: checkpoint.save(run.folder / "checkpoints", done, run.parts, run.optimizer))
+
+
+def skipped_images(run: Run) -> dict[str, str]:
+    """Name to reason of every bad image that any process has met."""
+    return {name: why for part in dist.gather(run.loader.skipped) for name, why in part.items()}
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def export(run: Run, progress: Progress) -> Model:
     """The averaged weights with the normalizers folded in, saved as ``model/``."""
     model = plain(run, run.ema.model)  # type: ignore[arg-type]
-    model.save(run.folder / "model")
-    for name, why in run.loader.skipped.items():
+    dist.by_main(lambda: model.save(run.folder / "model"))
+    for name, why in skipped_images(run).items():
         progress.say(f"skipped {name}: {why}")
     progress.say(f"saved {run.folder / 'model'}")
     return model
@@ -347,25 +390,3 @@ def provenance(recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, Any]:
 
 def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step; a second one is taken at its word."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

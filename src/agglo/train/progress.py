@@ -21,15 +21,15 @@ class Progress:
         folder: where ``metrics.jsonl`` is appended and TensorBoard's files go (``folder/tensorboard``).
         total: steps of the whole run.
         quiet: print nothing.
+        writes: whether this process is the one that prints and logs; the others of a run keep silent.
     """
 
-    def __init__(self, folder: Path, total: int, *, quiet: bool = False) -> None:
-        self.total, self.quiet = total, quiet
-        self.console = Console(stderr=True, quiet=quiet)
+    def __init__(self, folder: Path, total: int, *, quiet: bool = False, writes: bool = True) -> None:
+        self.total, self.console = total, Console(stderr=True, quiet=quiet or not writes)
         self._live = Live(console=self.console, refresh_per_second=4, transient=False)
         self._metrics = folder / "metrics.jsonl"
-        self._jsonl = self._metrics.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard")
+        self._jsonl = self._metrics.open("a", encoding="utf-8") if writes else None
+        self._board = _tensorboard(folder / "tensorboard") if writes else None
         self._printed = 0.0
 
     def __enter__(self) -> Progress:
@@ -40,7 +40,8 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self.console.is_terminal:
             self._live.stop()
-        self._jsonl.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
         if self._board is not None:
             self._board.close()
 
@@ -66,6 +67,8 @@ class Progress:
 
     def rewind(self, step: int) -> None:
         """Forget the records of steps after ``step``, which a resumed run takes again."""
+        if self._jsonl is None:
+            return
         self._jsonl.close()
         lines = self._metrics.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _step(line) <= step]
@@ -74,6 +77,8 @@ class Progress:
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Append one JSON line, and the same numbers to TensorBoard."""
+        if self._jsonl is None:
+            return
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
         self._jsonl.flush()
         if self._board is not None:
