@@ -8,13 +8,31 @@ from typing import TYPE_CHECKING
 from agglo.config import build
 from agglo.heads._pair import HeadConfig
 from agglo.model import Model
-from agglo.recipe import Recipe
+from agglo.recipe import Recipe, TeacherEntry
 from agglo.recipe import load as load_recipe
 from agglo.teachers.base import spec_of
 from agglo.types import ConfigError, FeatureSpec
 
 if TYPE_CHECKING:
     from agglo.teachers.base import Teacher
+
+
+def weights_of(name: str, entry: TeacherEntry, spec: FeatureSpec) -> tuple[float, float]:
+    """The weights of a teacher's summary and spatial term, given what it returns.
+
+    Raises:
+        ConfigError: the recipe asks for one, and the teacher has nothing for it.
+    """
+    found = []
+    for key, part, width in (("summary_weight", "summary", spec.summary), ("spatial_weight", "map", spec.spatial)):
+        weight = getattr(entry, key)
+        if weight and width is None:
+            raise ConfigError(
+                f"teachers.{name}.{key} is {weight:g}, but this teacher has no {part} to learn from: set `{key}: 0`, "
+                "or leave the key out"
+            )
+        found.append(float(width is not None) if weight is None else weight)
+    return found[0], found[1]
 
 
 def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, HeadConfig]:
@@ -26,8 +44,7 @@ def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, 
     configs = {}
     for slot, (name, entry) in enumerate(recipe.teachers.items()):
         spec = specs[name]
-        summary = spec.summary is not None and entry.summary_weight > 0
-        spatial = spec.spatial is not None and entry.spatial_weight > 0
+        summary, spatial = (weight > 0 for weight in weights_of(name, entry, spec))
         if not summary and not spatial:
             raise ConfigError(
                 f"teachers.{name}: nothing to learn; it has "

@@ -44,16 +44,17 @@ class TeacherEntry(Strict):
 
     Args:
         teacher: the kind and its keys (written flat in YAML: ``{kind: timm, model: ..., spatial_weight: 1}``).
-        summary_weight: weight of the summary term; 0 switches it off (METHOD 2.11).
-        spatial_weight: weight of the spatial term; 0 switches it off.
+        summary_weight: weight of the summary term; 0 switches it off (METHOD 2.11). null: 1 where the teacher has a
+            summary, else 0; what is asked of a teacher that does not have it is refused.
+        spatial_weight: weight of the spatial term, likewise.
         summary_head, spatial_head: override the recipe's ``heads:`` for this teacher.
         mosaic: for a teacher of one size: many small views on one canvas, maps cut back (METHOD 3.4).
         upsampler: for a teacher of one size: a larger image, a finer map (``{kind: featsharp, weights: runs/...}``).
     """
 
     teacher: Kind
-    summary_weight: float = Field(default=1.0, ge=0)
-    spatial_weight: float = Field(default=1.0, ge=0)
+    summary_weight: float | None = Field(default=None, ge=0)
+    spatial_weight: float | None = Field(default=None, ge=0)
     summary_head: Kind | None = None
     spatial_head: Kind | None = None
     mosaic: bool = False

@@ -101,6 +101,25 @@ def test_the_exported_heads_answer_in_the_teachers_own_space(data: Path, tmp_pat
     torch.testing.assert_close(initial, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_term_that_a_teacher_has_nothing_for_is_refused_where_it_was_asked_for(data: Path, tmp_path: Path) -> None:
+    silent = tiny(data, "teachers={toy: {kind: toy}, dense: {kind: hog, cell: 8}}", "train.steps=2")
+    assert silent.flat()["teachers"]["dense"]["summary_weight"] is None
+    run = tmp_path / "run"
+    loop.distill(silent, run, quiet=True)
+    assert set(trace(run)[0]["terms"]) == {"toy/summary", "toy/spatial", "dense/spatial"}
+    again = recipe.load(str(run / "recipe.yaml"))  # with every default written out
+    assert again == silent
+    loop.distill(again, run, resume=True, quiet=True)
+    conse = "{kind: conse, model: tf_efficientnet_lite0, size: 64}"
+    for teacher, key, part in ((conse, "spatial", "map"), ("{kind: hog, cell: 8}", "summary", "summary")):
+        asked = tiny(data, f"teachers.dense={teacher}", f"teachers.dense.{key}_weight=0.5")
+        with pytest.raises(
+            ConfigError, match=rf"teachers\.dense\.{key}_weight is 0\.5.*no {part}.*set `{key}_weight: 0`, or leave"
+        ):
+            loop.distill(asked, tmp_path / key, quiet=True)
+        assert not (tmp_path / key / "metrics.jsonl").exists()
+
+
 def test_same_seed_same_numbers_another_seed_others(data: Path, tmp_path: Path) -> None:
     loop.distill(tiny(data), tmp_path / "a", quiet=True)
     loop.distill(tiny(data, "data.workers=2"), tmp_path / "b", quiet=True)

@@ -196,8 +196,8 @@ def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, I
 
 
 def _dense_teachers(models: Models, recipe: Recipe | None) -> list[str]:
-    weights = {name: entry.spatial_weight for name, entry in recipe.teachers.items()} if recipe else {}
-    return [name for name, t in models.teachers.items() if t.spec.spatial is not None and weights.get(name, 1) > 0]
+    off = {name for name, entry in recipe.teachers.items() if entry.spatial_weight == 0} if recipe else set()
+    return [name for name, t in models.teachers.items() if t.spec.spatial is not None and name not in off]
 
 
 def _column(title: str, note: str, maps: Tensor | None, *, basis: Tensor | None = None) -> Column:
