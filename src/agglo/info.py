@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from agglo import artefact
 from agglo.checkpoints import radio
 from agglo.checkpoints._trunks import published
-from agglo.checkpoints.hub import cached
+from agglo.checkpoints.hub import INDEX, cached
 from agglo.model import Model
-from agglo.releases import HUB, RELEASED, HubModel
+from agglo.releases import HUB, RELEASED, SPEAKING, HubModel
 from agglo.types import ConfigError
+from agglo.zoo import Found, find, read_checkpoint
 from agglo.zoo import load as load_model
-from agglo.zoo import locate, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,13 @@ def describe(
     if entry is not None and not _is_local(entry):
         model, heads = _from_table(entry), dict.fromkeys(entry.teachers)
         licence, largest = entry.licence, entry.release.max_size
+        text = tuple(name for name in entry.teachers if name in SPEAKING)
     else:
-        model = _model(name_or_path)
+        found = find(name_or_path)
+        model = _model(found)
         heads = {name: _widths(model, name) for name in model.heads}
-        licence = _licence(name_or_path, model, entry)
+        text = tuple(n for n, c in model.head_configs.items() if c.text is not None)
+        licence = _licence(name_or_path, model, found.entry)
         largest = model.provenance.get("max_size")
     spec, student = model.spec, model.student
     side = size or model.preferred_size
@@ -115,7 +118,7 @@ def describe(
         tokens=model.tokens if student.spec.slots > 1 else ("all",),
         registers=int(getattr(student, "registers", 0)),
         heads=heads,
-        text=tuple(n for n, c in model.head_configs.items() if c.text is not None),
+        text=text,
         windows=student.windows,
         size=(height, width),
         flops=flops,
@@ -128,18 +131,18 @@ _TOLD = ("kind", "model", "width", "depth", "heads", "mlp_hidden", "patch", "max
 
 def _is_local(entry: HubModel) -> bool:
     """Whether a release's files are in the hub client's cache."""
-    return cached(entry.repo, entry.file or artefact.WEIGHTS)
+    return any(cached(entry.repo, name) for name in ([entry.file] if entry.file else [artefact.WEIGHTS, INDEX]))
 
 
-def _model(name_or_path: str | Path) -> Model:
-    """A model without its weights where its layout allows, else the model."""
-    path = locate(name_or_path)
+def _model(found: Found) -> Model:
+    """A model without its weights where its layout allows, else the model; with the facts that loading it uses."""
+    path = found.path
     config = artefact.read_json(path / artefact.CONFIG) if path.is_dir() else {}
     if "format" in config and config["student"].get("kind") != "timm":
         with torch.device("meta"):
             return Model.from_config(config).eval()
     if "format" not in config and (path.is_file() or radio.is_official(config)):
-        return radio.from_checkpoint(read_checkpoint(path), heads="all", fill=False)
+        return radio.from_checkpoint(read_checkpoint(path), heads="all", release=found.release, fill=False)
     return load_model(path)
 
 

@@ -90,9 +90,19 @@ class HubModel:
 
     @property
     def megabytes(self) -> float:
-        """What the download is about, in MB: half precision, trunk only."""
-        return 2 * self.params
+        """What the download is about, in MB: see :data:`SIZES_ASSUME`."""
+        half = any(mark in (self.pickle or "") for mark in ("half", "bf16"))
+        return (2 if half else 4) * self.params
 
+
+SIZES_ASSUME = (
+    "Downloads are estimated: the trunk with its position table, 2 bytes a weight where the name of the release's "
+    "torch.hub file says half or bf16, else 4; heads come on top."
+)
+"""What :attr:`HubModel.megabytes` is computed from."""
+
+SPEAKING = ("clip", "siglip", "siglip2-g")
+"""Teachers of NVIDIA's releases that have a text tower."""
 
 _V2 = ("clip", "dino_v2", "sam")
 _V25 = ("clip", "siglip", "dino_v2", "sam")

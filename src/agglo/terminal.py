@@ -38,16 +38,17 @@ def table(*columns: str, title: str | None = None, right: int | None = None) -> 
 
 def models_table() -> Table:
     """The released models."""
-    from agglo.releases import HubModel
+    from agglo.releases import SIZES_ASSUME, HubModel
     from agglo.zoo import list_models
 
     made = table("model", "params", "size", "licence", "what for")
     for model in list_models():
         size = f"{model.megabytes:.1f} MB" if model.bundled else "not bundled"
         if isinstance(model, HubModel):
-            size = f"{model.megabytes / 1000:.1f} GB download"
+            size = f"about {model.megabytes / 1000:.1f} GB"
         params = f"{model.params:.1f} M" if model.params is not None else ""
         made.add_row(Text(model.name, "bold"), params, size, model.licence, Text(model.what_for))
+    made.caption, made.caption_justify = SIZES_ASSUME, "left"
     return made
 
 

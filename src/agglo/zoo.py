@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,29 @@ from agglo.weights.reading import fetch as fetch_files
 
 DEFAULT = "agglo-lite"
 """The model that ``embed``, ``search`` and ``view`` use unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a model lies, and what is known of it.
+
+    Args:
+        path: a folder, or an official file.
+        entry: the release it is, if any.
+        copied: it is to behave as the code copied into its repository does, and not as torch.hub's.
+    """
+
+    path: Path
+    entry: HubModel | None = None
+    copied: bool = False
+
+    @property
+    def release(self) -> radio.Release | None:
+        """What its checkpoint does not say."""
+        if self.entry is None:
+            return None
+        release = self.entry.release
+        return replace(release, align_corners=True) if self.copied and self.entry.copy_aligns else release
 
 
 def list_models() -> list[ReleasedModel | HubModel]:
@@ -72,10 +96,11 @@ def load(
     """
     dtype, device = _dtype(dtype), _device(device)
     options = {"window": window, "align_corners": align_corners, "neck": neck, "num_tokens": num_tokens}
-    path, entry = _find(name_or_path, revision)
+    heads = _names(heads)
+    found = find(name_or_path, revision)
     if sha256 is not None:
-        verify_sha256(path / WEIGHTS if path.is_dir() else path, sha256.lower())
-    model = _read(path, entry, heads, dtype, device, options)
+        _verify_sha256(found.path, sha256.lower())
+    model = _read(found, heads, dtype, device, options)
     if compile:
         # Block by block: one graph serves all, and lists and intermediates run through it too.
         for part in getattr(model.student, "blocks", None) or [model.student]:
@@ -85,7 +110,7 @@ def load(
 
 def locate(name_or_path: str | Path) -> Path:
     """Where a model lies: a folder or an official file, fetched if need be. Arguments and errors as :func:`load`."""
-    return _find(name_or_path, None)[0]
+    return find(name_or_path).path
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -94,23 +119,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read(
-    path: Path,
-    entry: HubModel | None,
+    found: Found,
     heads: Iterable[str] | None,
     dtype: torch.dtype,
     device: torch.device,
     options: dict[str, Any],
 ) -> Model:
+    path = found.path
     config = read_json(path / CONFIG) if path.is_dir() else {}
-    by_name = entry is not None
-    entry = entry or HUB.get(str(config.get("version", "")).lower())
     given = {key: value for key, value in options.items() if value is not None}
     if "format" in config:
         return Model.load(path, heads=heads, student=given, dtype=dtype, device=device)
     checkpoint = read_checkpoint(path)
     if path.is_file() or radio.is_official(config):
-        release = _release(entry, copied=path.is_dir() and not by_name)
-        return radio.from_checkpoint(checkpoint, heads=heads, release=release, dtype=dtype, device=device, **given)
+        return radio.from_checkpoint(
+            checkpoint, heads=heads, release=found.release, dtype=dtype, device=device, **given
+        )
     from agglo.checkpoints import timm, transformers
 
     if transformers.is_native(config):
@@ -122,11 +146,22 @@ def _read(
     )
 
 
-def _release(entry: HubModel | None, *, copied: bool) -> radio.Release | None:
-    """What is known of a release; ``copied``: it is to behave as the code copied into its repository does."""
-    if entry is None:
-        return None
-    return replace(entry.release, align_corners=True) if copied and entry.copy_aligns else entry.release
+def _names(heads: Iterable[str] | None) -> str | list[str] | None:
+    if heads is None or isinstance(heads, str):
+        return heads
+    names: list[Any] = list(heads) if isinstance(heads, Iterable) else [heads]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"heads: None, 'all', 'text', or names of teachers, heads=['siglip2-g']; got {heads!r}")
+    return names
+
+
+def _verify_sha256(path: Path, sha256: str) -> None:
+    if path.is_dir() and not (path / WEIGHTS).is_file():
+        raise ConfigError(
+            f"{path} holds its weights in shards, which have no single sha256: leave sha256 out, and compare each "
+            f"shard with its repository's page (`sha256sum {path}/model-*.safetensors`)"
+        )
+    verify_sha256(path / WEIGHTS if path.is_dir() else path, sha256)
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -156,28 +191,55 @@ def _without_heads(heads: Iterable[str] | None, path: Path) -> None:
 # --- where ------------------------------------------------------------------------------------------------------------
 
 
-def _find(name_or_path: str | Path, revision: str | None) -> tuple[Path, HubModel | None]:
-    """The path, and what is known of the release it is."""
+def find(name_or_path: str | Path, revision: str | None = None) -> Found:
+    """Where a model lies, fetched if need be, and which release it is. Arguments and errors as :func:`load`."""
     text = str(name_or_path)
     if text in RELEASED:
-        return _verified(RELEASED[text]), None
+        return Found(_verified(RELEASED[text]))
     path = Path(name_or_path).expanduser()
     if path.exists():
         found = _folder_or_file(path)
-        return found, _by_file(found)
+        if found.is_file():
+            return Found(found, next((model for model in HUB.values() if model.pickle == found.name), None))
+        return _copied(found, found.name)
     entry = HUB.get(text.lower())
     if entry is not None and entry.file is not None:
-        return fetch_files(entry.repo, [entry.file], revision) / entry.file, entry
+        return Found(fetch_files(entry.repo, [entry.file], revision) / entry.file, entry)
     if entry is not None:
-        return fetch_model(entry.repo, revision), entry
+        return Found(fetch_model(entry.repo, revision), entry)
     if text.count("/") == 1 and not path.parent.is_dir():
-        return fetch_model(text, revision), None
-    raise ConfigError(f"no model {text!r}{nearest(text, {*RELEASED, *HUB, *_neighbours(path)})}")
+        return _copied(fetch_model(text, revision), text)
+    raise ConfigError(f"no model {text!r}{_nearest(text, path)}")
 
 
-def _by_file(path: Path) -> HubModel | None:
-    """The release that a local pickle is, by its file name."""
-    return next((model for model in HUB.values() if model.pickle == path.name), None)
+def _copied(folder: Path, name: str) -> Found:
+    """A folder in some repository's layout: the release its ``version`` names, or that repository's.
+
+    Args:
+        folder: with a ``config.json``.
+        name: ``owner/name`` of the repository; or the folder's own name, as a download calls it.
+    """
+    config = read_json(folder / CONFIG)
+    if not radio.is_official(config):
+        return Found(folder)
+    entry = HUB.get(str(config.get("version", "")).lower())
+    by_name = (m for m in HUB.values() if m.file is None and name.lower() in _repository(m))
+    return Found(folder, entry or next(by_name, None), copied=True)
+
+
+def _repository(model: HubModel) -> tuple[str, str]:
+    """What the repository of a release is called, with its owner and without."""
+    repo = model.repo.lower()
+    return repo, repo.rpartition("/")[2]
+
+
+def _nearest(text: str, path: Path) -> str:
+    """The nearest name in whatever case, repositories' own names included."""
+    known = {*RELEASED, *HUB, *_neighbours(path)}
+    spelt = {_repository(model)[1]: model.name for model in HUB.values() if model.file is None}
+    spelt |= {name.lower(): name for name in known}
+    close = difflib.get_close_matches(text.lower(), spelt, n=1, cutoff=0.6)
+    return nearest(spelt[close[0]] if close else text, known)
 
 
 def _folder_or_file(path: Path) -> Path:
@@ -205,6 +267,10 @@ def _folder_or_file(path: Path) -> Path:
         raise ConfigError(
             f"{path} is a run that is not finished: "
             f"go on with `agglo train {path / 'recipe.yaml'} --out {path} --resume`"
+        )
+    if pickles:
+        raise ConfigError(
+            f"{path} holds {len(pickles)} checkpoints ({', '.join(sorted(p.name for p in pickles)[:10])}): name one"
         )
     raise ConfigError(f"{path} holds no model: it needs {CONFIG} and {WEIGHTS}, or model/ with both")
 

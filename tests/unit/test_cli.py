@@ -141,7 +141,11 @@ def test_recipes_and_models_are_listed() -> None:
     assert all(name in out for name in recipe.names())
     assert "agglo train quickstart" in agglo("recipes", "quickstart").stdout
     assert "did you mean 'quickstart'" in refused("recipes", "quikstart")
-    assert "agglo-lite" in agglo("models").stdout
+    models = " ".join(agglo("models").stdout.split())
+    assert "agglo-lite" in models
+    assert "c-radio_v4-h 652.0 M about 1.3 GB NVIDIA" in models
+    assert "radio_v2.5-h 652.0 M about 2.6 GB" in models
+    assert "2 bytes a weight where the name of the release's torch.hub file says half or bf16, else 4" in models
 
 
 # --- embed ------------------------------------------------------------------------------------------------------------
@@ -363,6 +367,8 @@ def test_export_writes_for_others_and_refuses_what_does_not_fit(model: Path, tmp
     assert "did you mean 'timm'" in refused("export", model, "--to", "tim", "-o", tmp_path / "other")
     assert "RadioModel" in refused("export", "agglo-lite", "--to", "transformers", "-o", tmp_path / "third")
     assert not (tmp_path / "third").exists()
+    told = " ".join(agglo("export", "--help").output.replace("│", " ").split())
+    assert "an official file or folder, or owner/name on the hub" in told
 
 
 def test_push_names_what_is_wrong(model: Path) -> None:

@@ -8,6 +8,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub import errors
 
 import agglo
 from agglo import zoo
@@ -61,6 +62,38 @@ def test_what_is_in_the_cache_needs_no_network(cache: Path, model: Model) -> Non
 def test_without_a_network_the_files_to_fetch_are_named(cache: Path, name: str, files: str) -> None:
     with pytest.raises(AssetError, match=files):
         agglo.load(name)
+
+
+def test_no_network_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """The client tries a dead network again and again, for half a minute a file."""
+    asked: list[str] = []
+
+    def dead(repo: str, file: str, revision: str | None = None) -> str:
+        asked.append(file)
+        raise errors.LocalEntryNotFoundError("the hub cannot be reached")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", dead)
+    with pytest.raises(AssetError, match=r"config\.json, model\.safetensors from there on another machine"):
+        agglo.load("c-radio_v4-so400m")
+    assert asked == ["config.json"]
+
+
+def test_the_index_is_asked_for_where_a_repository_has_no_single_file(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there" / COMMIT
+    there.mkdir(parents=True)
+    (there / "config.json").write_text("{}")
+    (there / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    (there / "one.safetensors").touch()
+
+    def remote(repo: str, file: str, revision: str | None = None) -> str:
+        if not (there / file).is_file():
+            raise errors.EntryNotFoundError(f"404 {file}")
+        return str(there / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", remote)
+    assert hub.fetch_model("someone/sharded") == there
 
 
 def test_an_index_that_points_outside_is_refused(cache: Path) -> None:

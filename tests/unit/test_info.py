@@ -1,13 +1,20 @@
 """What `agglo info` tells: published releases without a download, our own, and official files by their headers."""
 
+import argparse
+import io
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+from rich.console import Console
+from test_radio_checkpoints import ARGS, official_state
 
+from agglo import load
 from agglo.info import describe
 from agglo.model import HeadConfig, Model
 from agglo.releases import HUB
+from agglo.terminal import info_table
 from agglo.types import ConfigError
 
 
@@ -51,6 +58,45 @@ def test_a_saved_model(tmp_path: Path) -> None:
     assert info.heads == {"one": (5, 6, 2)}
     assert info.text == ("one",)
     assert sum(info.params) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["c-radio_v4-h", "c-radio_v3-b", "radio_v2.5-b", "radio_v2.1"])
+def test_heads_that_speak_are_told_before_the_download(name: str) -> None:
+    assert set(describe(name, size=64).text) == {"clip", "siglip", "siglip2-g"} & set(HUB[name].teachers)
+    shown = Console(width=200, file=io.StringIO())
+    shown.print(info_table(describe(name, size=64)))
+    lines = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for head in HUB[name].teachers:
+        line = next(line for line in lines if line.startswith(f"head {head} "))
+        assert (", text" in line) == (head in ("clip", "siglip", "siglip2-g"))
+
+
+@pytest.mark.parametrize("how", ["cached", "copied", "folder"])
+def test_a_download_is_described_as_it_is_loaded(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """radio_v2.1 has another preferred size, licence and rule for its windows than files that nobody knows."""
+    entry = HUB["radio_v2.1"]
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    home = cache / "models--nvidia--RADIO"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
+    folder = home / "snapshots" / "0123456789abcdef0123456789abcdef01234567" if how == "cached" else tmp_path
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": official_state(), "args": argparse.Namespace(**ARGS)}, folder / str(entry.file))
+    if how == "folder":
+        (tmp_path / "alone").mkdir()
+        (tmp_path / str(entry.file)).rename(tmp_path / "alone" / str(entry.file))
+    where = {"cached": entry.name, "copied": folder / str(entry.file), "folder": tmp_path / "alone"}[how]
+    info, model = describe(where, size=64), load(where, heads="all")
+    assert info.params == (sum(p.numel() for p in model.student.parameters()),
+                           sum(p.numel() for p in model.heads.parameters()))  # type: ignore[attr-defined]  # fmt: skip
+    assert (info.preferred, info.largest, info.licence) == (432, 2048, "NSCLv1, non-commercial")
+    assert (info.preferred, info.largest) == (model.preferred_size, model.provenance["max_size"])
+    assert info.licence == model.provenance["license"]
+    # Five windowed blocks to a global one; of an unknown file's four blocks, none would be windowed.
+    assert model.student_config["num_windowed"] == 5
+    assert describe(where, size=64, window=2).flops < info.flops
 
 
 def test_what_cannot_be_described() -> None:

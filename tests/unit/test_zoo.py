@@ -106,6 +106,44 @@ def test_unknown_names_get_the_nearest(saved: Path) -> None:
         load(saved.parent / "tinny")
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("C-RADIOv4-H", "c-radio_v4-h"), ("c-radiov3-b", "c-radio_v3-b"), ("C-RADIOv4-SO400", "c-radio_v4-so400m"),
+     ("AGGLO-LITE", "agglo-lite"), ("E-Radio-v2", "e-radio_v2")],
+)  # fmt: skip
+def test_repositories_own_names_and_capitals_are_understood(written: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"no model '{written}'; did you mean '{meant}'"):
+        load(written)
+
+
+def test_heads_that_are_no_names_do_not_blame_the_file(saved: Path) -> None:
+    for heads in (3, [3], [None]):
+        with pytest.raises(ConfigError, match=r"heads: None, 'all', 'text', or names of teachers.*got .*(3|None)"):
+            load(saved, heads=heads)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_checkpoints_asks_for_one(tmp_path: Path) -> None:
+    for name in ("b.pth.tar", "a.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"holds 2 checkpoints \(a\.pth, b\.pth\.tar\): name one"):
+        load(tmp_path)
+
+
+def test_a_sharded_folder_has_no_single_sum(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"in shards, which have no single sha256: leave sha256 out.*sha256sum"):
+        load(tmp_path, sha256="0" * 64)
+
+
+def test_downloads_are_counted_in_the_precision_their_files_name() -> None:
+    sizes = {name: zoo.HUB[name].megabytes / zoo.HUB[name].params for name in zoo.HUB}
+    halves = {"c-radio_v4-h", "c-radio_v4-so400m", "c-radio_v3-b", "c-radio_v3-l", "c-radio_v3-h", "c-radio_v3-g",
+              "c-radio_v2-g", "radio_v2.5-b", "radio_v2.5-l", "radio_v2.1"}  # fmt: skip
+    assert {name for name, size in sizes.items() if size == 2} == halves
+    assert {size for name, size in sizes.items() if name not in halves} == {4}
+
+
 def test_what_is_no_model_says_what_is_missing(saved: Path, tmp_path: Path) -> None:
     assert torch.equal(weights(load(saved / "model.safetensors")), weights(load(saved)))  # its config lies beside it
     lone = tmp_path / "lone"

@@ -27,6 +27,9 @@ def fetch_model(repo: str, revision: str | None = None) -> Path:
     try:
         return fetch(repo, [CONFIG, WEIGHTS], revision)
     except AssetError as whole:
+        # The client tries again and again where there is no network: nobody shall wait for that twice.
+        if not (_lacks_a_file(whole) or cached(repo, INDEX, revision)):
+            raise
         try:
             folder = fetch(repo, [CONFIG, INDEX], revision)
         except AssetError:
@@ -74,8 +77,19 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, message: str 
     return str(pushed)
 
 
-def cached(repo: str, file: str) -> bool:
+def cached(repo: str, file: str, revision: str | None = None) -> bool:
     """Whether a file of a repository is in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, file), str)
+    try:
+        return isinstance(try_to_load_from_cache(repo, file, revision=revision), str)
+    except errors.HFValidationError:
+        return False
+
+
+def _lacks_a_file(error: AssetError) -> bool:
+    """Whether a repository was reached and had no such file."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    return isinstance(cause, errors.EntryNotFoundError) and not isinstance(cause, errors.LocalEntryNotFoundError)
