@@ -172,7 +172,7 @@ HALVES = [
 def test_half_precision_stays_close(name: str, case: dict[str, Any], dtype: torch.dtype) -> None:
     for output, actual, expected in compared(name, case, dtype):
         cosine = torch.cosine_similarity(actual.float(), expected, dim=1 if actual.ndim == 4 else -1)
-        assert cosine.mean() >= 0.999, output
+        assert cosine.min() >= 0.999, (output, float(cosine.min()))
 
 
 @pytest.mark.parametrize("name", MODELS)

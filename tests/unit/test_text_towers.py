@@ -189,6 +189,23 @@ def test_siglip2_without_a_network_says_what_to_fetch(monkeypatch, tmp_path: Pat
             SigLIP2(repo=name)
         assert all(word in str(caught.value) for word in (repo, "config.json", "tokenizer.json", "model.safetensors"))
         assert "repo: FOLDER" in str(caught.value)
+        home = f"models--{repo.replace('/', '--')}"
+        assert f"copy {home} from its cache to {tmp_path}" in str(caught.value)
+        assert f"`hf download {repo} --include '*.json' 'model*.safetensors'`" in str(caught.value)
+
+
+def test_siglip2_is_found_where_the_advice_puts_it(monkeypatch, tmp_path: Path) -> None:
+    """What `hf download` leaves in the hub's cache, copied there, serves RADIO's own name without a network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    home, commit = tmp_path / "models--google--siglip2-giant-opt-patch16-384", "0" * 40
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "snapshots" / commit).mkdir(parents=True)
+    tiny_siglip2(home / "snapshots" / commit, "siglip")
+    assert SigLIP2(repo="siglip2-g-384").encode(["a cat"]).shape == (1, 40)
 
 
 def test_siglip2_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def _from_checkpoint(
                 "license": release.licence,
                 "max_size": release.max_size,
                 "teachers": {str(t["name"]): str(t.get("model") or t.get("type")) for t in args.get("teachers") or ()},
+                "available_heads": _available(plain, args),
             },
         )
     if not fill:

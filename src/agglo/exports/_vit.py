@@ -60,8 +60,10 @@ def fitting(model: Model, where: str) -> ViT:
 def left_out(model: Model, where: str) -> list[str]:
     """What the foreign layout has no place for, warned of and returned as phrases for the card."""
     parts = []
-    if model.heads:
-        parts.append(f"the heads ({', '.join(model.heads)})")
+    # An official checkpoint is loaded without its heads, and they stay behind all the same.
+    heads = dict.fromkeys([*model.heads, *model.provenance.get("available_heads", ())])
+    if heads:
+        parts.append(f"the heads ({', '.join(heads)})")
     if model.intermediate_normalizer is not None:
         parts.append("the normalizers of intermediate features")
     if parts:

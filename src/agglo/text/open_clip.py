@@ -153,9 +153,11 @@ def _fetch(tag: dict[str, Any], name: str) -> Path:
     except Exception as error:  # each way to fetch fails in its own way
         where = str(tag.get("hf_hub") or tag.get("url"))
         what = f"open_clip_model.safetensors (or open_clip_pytorch_model.bin) of {where.rstrip('/')}"
+        repo = "/".join(str(tag.get("hf_hub") or "").split("/")[:2])
+        cache = f"run `hf download {repo}`, which fills the hub's cache, or " if repo else ""
         raise AssetError(
-            f"text.open_clip: the weights of {name} cannot be fetched ({error}). Where there is a network, fetch "
-            f"{what if where.endswith('/') else where}, and name the file: `pretrained: PATH`"
+            f"text.open_clip: the weights of {name} cannot be fetched ({error}). Where there is a network, "
+            f"{cache}fetch {what if where.endswith('/') else where}, and name the file in a recipe: `pretrained: PATH`"
         ) from error
 
 

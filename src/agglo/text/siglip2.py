@@ -184,10 +184,12 @@ class _Source:
         if self.local:
             move = f"put config.json, tokenizer.json and model.safetensors (or its index and shards) into {self.folder}"
         else:
+            cache = require("huggingface_hub.constants", "teachers").HF_HUB_CACHE
             move = (
                 "where there is a network, fetch config.json, tokenizer.json and model.safetensors (or its index and "
-                f"shards): `hf download {self.repo} --include '*.json' 'model*.safetensors' --local-dir FOLDER`; "
-                "then name that folder: `repo: FOLDER`"
+                f"shards) into the hub's cache: `hf download {self.repo} --include '*.json' 'model*.safetensors'`; on "
+                f"another machine, copy models--{self.repo.replace('/', '--')} from its cache to {cache} here. A "
+                "recipe may name a folder of these files instead: `repo: FOLDER`"
             )
         return f"text.siglip2: {self.repo} gives no {name} ({why}). To go on, {move}"
 

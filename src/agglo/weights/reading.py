@@ -8,6 +8,7 @@ much more memory than its own weights. No reader runs code from a file.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -41,6 +42,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _Slot = tuple[nn.Module, str, Tensor]
 """A module, the name of one of its parameters or buffers, and what stands there now."""
+
+SAMPLE = 1024
+"""How many numbers of each tensor are looked at for NaN and infinity."""
 
 FIRST = 10
 """How many names an error lists."""
@@ -164,7 +168,7 @@ def assign(
             filled in part and is of no use.
         NotImplementedError: a non-persistent buffer is left on the meta device.
     """
-    device = torch.device(device)
+    device, unsound = torch.device(device), []
     slots = dict(_slots(module))
     _check_names(slots, tensors, source)
     lazy = tensors if isinstance(tensors, LazyTensors) else None
@@ -184,6 +188,8 @@ def assign(
                 continue  # only shapes matter from here on
             tied[id(old)] = _converted(tensor, old, dtype, device, share, room.pop(id(old), None))
             touched += tensor.nbytes
+            if not _is_sound(tensor):
+                unsound.append(key)
             del tensor
             if lazy is not None and not share and touched > window:
                 lazy.release()
@@ -193,6 +199,12 @@ def assign(
         lazy.release()
     if wrong:
         raise AssetError(f"{source} is of another size: {len(wrong)} shapes differ ({_first(wrong, '; ')})")
+    if unsound:
+        warnings.warn(
+            f"{source}: NaN or infinity in {len(unsound)} of {len(slots)} tensors ({_first(unsound)}), and so in what "
+            "it computes: fetch it again, or take a checkpoint from before its training went wrong",
+            stacklevel=2,
+        )
     _fill_buffers(module, device)
 
 
@@ -225,6 +237,17 @@ def _converted(
     if not isinstance(old, nn.Parameter):
         return new
     return nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
+
+
+def _is_sound(tensor: Tensor) -> bool:
+    """Whether the first numbers are finite: a training that went wrong leaves NaN everywhere.
+
+    To look at all of them would be another pass over the weights, and would read what lies in a mapped file.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    start = tensor.detach().flatten()[:SAMPLE] if tensor.is_contiguous() else tensor.detach()[:1].flatten()[:SAMPLE]
+    return bool(start.isfinite().all())
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, _Slot]]:
