@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_datasets as tiny
 import torch
 from evals_fakes import COLOURS, Broken, Noise, Oracle, Squares, Student
 from PIL import Image
@@ -21,10 +23,11 @@ from agglo.evals.base import Eval
 from agglo.evals.depth import Depth
 from agglo.evals.knn import Knn
 from agglo.evals.linear import Linear
-from agglo.evals.retrieval import Retrieval
+from agglo.evals.retrieval import Retrieval, first_right
 from agglo.evals.segmentation import Segmentation
 from agglo.evals.zero_shot import ZeroShot
 from agglo.sources.folder import Folder
+from agglo.sources.scenes import Scenes
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec, ImageError
 
@@ -47,7 +50,7 @@ def test_oracle_is_perfect() -> None:
     assert depth["delta1"] == 1
     assert depth["rmse"] < 1e-3
     assert depth["abs_rel"] < 1e-3
-    assert squares(Retrieval).run(model) == {"recall@1": 1.0, "recall@5": 1.0, "mrr": 1.0}
+    assert squares(Retrieval).run(model) == {"recall@1": 1.0, "recall@5": 1.0, "recall@10": 1.0, "mrr": 1.0}
 
 
 def test_noise_is_at_chance() -> None:
@@ -410,9 +413,59 @@ def test_recall_of_a_model_that_mixes_up_colours() -> None:
     assert found["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
 
 
+class Captioned(Squares):
+    """A sentence of the colour and one of the image's own, or one alone."""
+
+    query = None  # type: ignore[assignment]
+
+    def annotation(self, index: int) -> SimpleNamespace:
+        both = (f"it is {self.classes[self.label(index)]}", f"number {index}, {self.classes[self.label(index)]}")
+        return SimpleNamespace(captions=both if index % 2 else (), caption=both[0] if index != 4 else None)
+
+
+def test_captions_are_searched_by_where_there_are_no_queries() -> None:
+    """COCO's way: each caption asks for its image; one that several images share may find any of them."""
+    answers = {a.query: a for a in Retrieval(size=32, source=Captioned(7)).rank(Oracle())}  # type: ignore[arg-type]
+    assert set(answers) == {
+        "it is red", "it is green", "it is blue", "number 1, green", "number 3, red", "number 5, blue",
+    }  # fmt: skip
+    assert answers["it is red"].right == {f"squares/0/{i}" for i in (0, 3, 6)}
+    assert answers["it is green"].right == {"squares/0/1"}  # image 4 has no caption and competes
+    assert answers["number 5, blue"].right == {"squares/0/5"}
+    found = Retrieval(size=32, source=Captioned(7)).run(Oracle())  # type: ignore[arg-type]
+    ranks = np.array([answer.rank for answer in answers.values()])
+    assert found == {
+        **{f"recall@{k}": pytest.approx(np.mean(ranks <= k)) for k in (1, 5, 10)},
+        "mrr": pytest.approx(np.mean(1 / ranks)),
+    }
+    assert found["recall@1"] < 1  # some of the images are of one colour
+
+
+def test_captions_of_coco_and_scenes(tmp_path: Path) -> None:
+    (tmp_path / "coco").mkdir()
+    coco = {"kind": "coco", **tiny.coco(tmp_path / "coco")}
+    (answer,) = Retrieval(size=16, source=coco).rank(Oracle())
+    assert (answer.query, answer.right) == ("A dog in a car.", {"coco/val2017/1.jpg"})
+    scenes = Scenes(split="val")
+    wanted = {caption for i in range(len(scenes)) for caption in scenes.annotation(i).captions}
+    assert {a.query for a in Retrieval(size=16, source={"kind": "scenes", "split": "val"}).rank(Oracle())} == wanted
+
+
+def test_the_first_right_one_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (40, 9), generator=draw).float()  # many ties
+    right = [sorted(torch.randperm(9, generator=draw)[: 1 + i % 3].tolist()) for i in range(40)]
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    wanted = [1 + min(row.tolist().index(j) for j in own) for row, own in zip(order, right, strict=True)]
+    assert first_right(scores, right).tolist() == wanted
+    whole = Retrieval(size=32, source=Captioned(7)).run(Oracle())  # type: ignore[arg-type]
+    monkeypatch.setattr("agglo.evals.retrieval._TEXTS", 2)
+    assert Retrieval(size=32, source=Captioned(7)).run(Oracle()) == whole  # type: ignore[arg-type]
+
+
 def test_retrieval_needs_queries(tmp_path: Path) -> None:
     paint(tmp_path, "a.png", "red")
-    with pytest.raises(ConfigError, match="Folder has no queries"):
+    with pytest.raises(ConfigError, match=r"Folder has no queries or captions.*coco"):
         Retrieval(source={"kind": "folder", "path": str(tmp_path)}).run(Oracle())
 
 

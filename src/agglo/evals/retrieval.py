@@ -1,8 +1,8 @@
-"""Text search: does a plain query find its picture?"""
+"""Text search: does a plain query, or a caption, find its picture?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from agglo.evals._features import FeatureError, encode, encode_texts, open_source
 from agglo.evals._records import record_images
 from agglo.evals.base import Backbone, Eval, Progress
+from agglo.sources.base import Source
 from agglo.types import ConfigError
 
 HELD_OUT: dict[str, Any] = {"kind": "photos", "split": "heldout"}
+
+_TEXTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +45,18 @@ class Ranking:
 class Retrieval(Eval):
     """Text-to-image search: each query ranks all images of the source by cosine (as in CLIP, Radford et al. 2021).
 
-    Images that share a query (near duplicates) are all right answers to it, and the query counts once. Images without
-    a query only compete. Equal scores keep the source's order.
+    The texts are the source's queries (``photos``), else all captions of its images (the five of each of COCO's, those
+    of ``scenes``). Images that share a text (near duplicates) are all right answers to it, and the text counts once.
+    Images without a text only compete. Equal scores keep the source's order.
 
-    Metrics: ``recall@1`` and ``recall@5``, the share of queries with a right image among the first; ``mrr``, the mean
-    of 1 / rank of the first right one. All in [0, 1].
+    Metrics: ``recall@1``, ``recall@5`` and ``recall@10``, the share of texts with a right image among the first;
+    ``mrr``, the mean of 1 / rank of the first right one. All in [0, 1].
 
     Args:
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        template: what is asked; ``{}`` stands for the query.
-        source: images with ``query(index) -> str | None``.
+        template: what is asked; ``{}`` stands for the query or caption.
+        source: images with ``query(index) -> str | None``, with ``captions(index)``, or whose ``annotation(index)`` has
+            ``captions`` or ``caption``.
     """
 
     needs_text = True
@@ -70,45 +75,112 @@ class Retrieval(Eval):
         self.source = source
 
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
-        answers = self.rank(model, progress)
-        ranks = torch.tensor([answer.rank for answer in answers], dtype=torch.float64)
-        record_images("mrr", [answer.query for answer in answers], 1 / ranks)
-        return {
-            "recall@1": float((ranks <= 1).double().mean()),
-            "recall@5": float((ranks <= 5).double().mean()),
-            "mrr": float((1 / ranks).mean()),
-        }
+        found = self._encoded(model, progress)
+        ranks = torch.cat([
+            first_right(found.scores(rows), found.right[rows.start : rows.stop]) for rows in found.blocks()
+        ]).double()  # fmt: skip
+        record_images("mrr", found.asked, 1 / ranks)
+        recalls = {f"recall@{k}": float((ranks <= k).double().mean()) for k in (1, 5, 10)}
+        return {**recalls, "mrr": float((1 / ranks).mean())}
 
     def rank(self, model: Backbone, progress: Progress | None = None) -> list[Ranking]:
-        """Every query's ranking, for reports.
+        """Every text's ranking of all images, for reports of few.
 
         Raises:
             TypeError: the model has no text tower.
-            ConfigError: the source has no queries.
+            ConfigError: the source has neither queries nor captions.
         """
+        found = self._encoded(model, progress)
+        answers = []
+        for rows in found.blocks():
+            values, order = found.scores(rows).sort(dim=1, descending=True, stable=True)
+            for i, scores, places in zip(rows, values.tolist(), order.tolist(), strict=True):
+                names = tuple(found.names[j] for j in places)
+                right = frozenset(found.names[j] for j in found.right[i])
+                answers.append(Ranking(found.asked[i], names, tuple(scores), right))
+        return answers
+
+    def _encoded(self, model: Backbone, progress: Progress | None) -> _Search:
         source = open_source(self.source)
-        query: Callable[[int], str | None] | None = getattr(source, "query", None)
-        if query is None:
-            raise ConfigError(
-                f"{type(source).__name__} has no queries: use a source such as {{kind: photos, split: heldout}}"
-            )
+        texts = _texts(source)
         encode_texts(model, [self.template], "retrieval")  # a model without text says so before images are encoded
         images = encode(model, self.source, self.size, want="text", progress=progress)
-        right: dict[str, set[str]] = {}
-        for name, index in zip(images.names, images.index, strict=True):
-            text = query(index)
-            if text:
-                right.setdefault(text, set()).add(name)
+        right: dict[str, list[int]] = {}
+        for place, index in enumerate(images.index):
+            for text in dict.fromkeys(texts(index)):
+                right.setdefault(text, []).append(place)
         if not right:
-            raise ConfigError(f"no image of this {type(source).__name__} has a query")
-        texts = encode_texts(model, [self.template.replace("{}", text) for text in right], "retrieval")
-        if images.summary is None or images.summary.shape[1] != texts.shape[1]:
+            raise ConfigError(f"no image of this {type(source).__name__} has a query or a caption")
+        bank = encode_texts(model, [self.template.replace("{}", text) for text in right], "retrieval")
+        if images.summary is None or images.summary.shape[1] != bank.shape[1]:
             raise FeatureError(f"{type(model).__name__} puts texts and images into spaces of different width")
-        scores: Tensor = texts @ images.summary.T
-        values, order = scores.sort(dim=1, descending=True, stable=True)
-        return [
-            Ranking(
-                text, tuple(images.names[j] for j in order[i].tolist()), tuple(values[i].tolist()), frozenset(found)
-            )
-            for i, (text, found) in enumerate(right.items())
-        ]
+        return _Search(images.names, images.summary, tuple(right), bank, tuple(right.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Texts and images in one space.
+
+    Args:
+        names: of the N images.
+        images: ``(N, D)``, unit norm.
+        asked: the M texts.
+        texts: ``(M, D)``, unit norm.
+        right: the images that each text means, as positions, rising.
+    """
+
+    names: tuple[str, ...]
+    images: Tensor
+    asked: tuple[str, ...]
+    texts: Tensor
+    right: tuple[list[int], ...]
+
+    def blocks(self) -> list[range]:
+        """The texts, some at a time: their scores with all images are never held at once."""
+        count = len(self.asked)
+        return [range(start, min(start + _TEXTS, count)) for start in range(0, count, _TEXTS)]
+
+    def scores(self, rows: range) -> Tensor:
+        """Cosines ``(len(rows), N)`` of some texts with all images."""
+        return self.texts[rows.start : rows.stop] @ self.images.T
+
+
+def first_right(scores: Tensor, right: Sequence[Sequence[int]]) -> Tensor:
+    """The place ``(M,)``, from 1, of the first right image when each row of ``(M, N)`` is sorted, falling.
+
+    Equal scores keep their order.
+    """
+    places = []
+    for row, own in zip(scores, right, strict=True):
+        index = torch.tensor(own)
+        best = row[index].max()
+        first = int(index[row[index] == best][0])
+        places.append(1 + int((row > best).sum()) + int((row[:first] == best).sum()))
+    return torch.tensor(places)
+
+
+def _texts(source: Source) -> Callable[[int], tuple[str, ...]]:
+    """What is asked for an image: its query, or its captions; empty where it has none.
+
+    Raises:
+        ConfigError: the source knows neither.
+    """
+    query: Callable[[int], str | None] | None = getattr(source, "query", None)
+    captions: Callable[[int], Sequence[str]] | None = getattr(source, "captions", None)
+    annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
+
+    def annotated(index: int) -> tuple[str, ...]:
+        known = None if annotation is None else annotation(index)
+        one = getattr(known, "caption", None)
+        return tuple(getattr(known, "captions", None) or ([one] if one else ()))
+
+    if query is not None:
+        return lambda index: (text,) if (text := query(index)) else ()
+    if captions is not None:
+        return lambda index: tuple(captions(index))
+    if annotation is None:
+        raise ConfigError(
+            f"{type(source).__name__} has no queries or captions: use a source such as "
+            "{kind: photos, split: heldout}, {kind: coco} or {kind: scenes}"
+        )
+    return annotated
