@@ -507,6 +507,17 @@ def test_a_misspelt_name_is_offered_its_neighbour(monkeypatch: pytest.MonkeyPatc
         make("google/siglip2-giant-opt-patch16-385")
 
 
+def test_a_name_like_no_other_is_told_what_to_do_first_and_three_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    _hub_says(monkeypatch, "RepositoryNotFoundError")
+    with pytest.raises(ConfigError) as caught:
+        make("a/nothere")
+    advice, _, names = str(caught.value).partition("; the nearest names that agglo knows: ")
+    assert advice.endswith("If it is private, set the environment variable HF_TOKEN (or run `hf auth login`)")
+    assert len(names.split(", ")) == 3 and set(names.split(", ")) <= set(PUBLISHED)
+    with pytest.raises(ConfigError, match="did you mean 'facebook/sam3'"):
+        make("facebook/sam33")
+
+
 def test_a_repository_without_weights(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration comes, the weights are not there; every file is asked for at the commit of the first."""
     from huggingface_hub import errors

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from agglo.config import nearest
 from agglo.extras import require
 from agglo.types import AssetError, ConfigError
 
@@ -52,8 +51,7 @@ class Source:
         self.revision = revision or self.revision
         if not _NAME.fullmatch(self.name) or self.name.startswith("."):
             raise ConfigError(
-                f"{where}: {name!r} is neither a folder that exists nor OWNER/NAME on the hub"
-                f"{nearest(self.name, self.known)}"
+                f"{where}: {name!r} is neither a folder that exists nor OWNER/NAME on the hub{self._nearest()}"
             )
 
     def _check_folder(self) -> None:
@@ -158,8 +156,8 @@ class Source:
             )
         if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
             return ConfigError(
-                f"{self.where}: there is no repository {self.name!r} on the hub{nearest(self.name, self.known)}. If it "
-                "is private, set the environment variable HF_TOKEN (or run `hf auth login`)"
+                f"{self.where}: there is no repository {self.name!r} on the hub. If it is private, set the environment "
+                f"variable HF_TOKEN (or run `hf auth login`){self._nearest()}"
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return ConfigError(f"{self.where}: {self.name} has no revision {self.revision!r}; leave `revision:` out")
@@ -169,6 +167,15 @@ class Source:
             f"{self.where}: {file} of {self.name} cannot be fetched ({type(error).__name__}: {error}). "
             f"{self._advice((file,))}"
         )
+
+    def _nearest(self) -> str:
+        """The published names that come nearest, three at most: there are too many to list them all."""
+        close = difflib.get_close_matches(self.name, self.known, n=3, cutoff=0.0)
+        if not close:
+            return ""
+        if difflib.get_close_matches(self.name, close, n=1, cutoff=0.6):
+            return f"; did you mean {close[0]!r}? (near it: {', '.join(close[1:])})"
+        return f"; the nearest names that agglo knows: {', '.join(close)}"
 
     def _unreachable(self, file: str) -> str:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

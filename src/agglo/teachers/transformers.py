@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -19,6 +22,8 @@ from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
 
 _WHERE = "teachers.transformers"
+_OFFICIAL = re.compile(r"(?:hf-hub:)?((?:nvidia/)?(?:[ce]-)?radio(?:[-_]?v?\d|[-_/@]|$)[^/]*)", re.IGNORECASE)
+"""How NVIDIA's repositories are called, and the releases that are known by shorter names."""
 
 
 class TransformersTeacher(Teacher):
@@ -144,6 +149,9 @@ class TransformersTeacher(Teacher):
 
 def _located(model: str, revision: str | None) -> tuple[Source, Published | None]:
     gated = [name for name, each in PUBLISHED.items() if each.gated]
+    official = _OFFICIAL.fullmatch(model)
+    if official is not None and official[1] not in PUBLISHED and not Path(model).expanduser().exists():
+        raise ConfigError(_foreign(official[1]))
     source = Source(model, _WHERE, revision, known=PUBLISHED, gated=gated)
     return source, None if source.local else PUBLISHED.get(source.name)
 
@@ -153,7 +161,18 @@ def _config(source: Source, published: Published | None, *, random: bool) -> Map
     if published is not None and random:
         return published.config
     source.need("config.json")
-    return source.json("config.json")
+    content = source.json("config.json")
+    if "model_type" not in content and isinstance(content.get("args"), Mapping):
+        raise ConfigError(_foreign(source.label))
+    return content
+
+
+def _foreign(model: str) -> str:
+    """What to do with RADIO as NVIDIA publishes it: transformers would read it by running the repository's own code."""
+    return (
+        f"{_WHERE}: {model} is a RADIO in NVIDIA's own layout, which this kind does not read. Convert it once, with "
+        f"`agglo export {shlex.quote(model)} --to transformers -o FOLDER`, and name that folder: `model: FOLDER`"
+    )
 
 
 def _pixels(family: Family, source: Source, published: Published | None, *, random: bool) -> Pixels:
