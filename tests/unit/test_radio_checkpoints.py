@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import agglo
+from agglo import zoo
 from agglo.checkpoints.radio import available_heads, from_checkpoint, read
 from agglo.config import build
 from agglo.teachers.base import spec_of
@@ -334,6 +335,50 @@ def test_a_local_copy_of_a_release_keeps_its_facts(state: dict[str, Tensor], fol
         found = agglo.load(copy).student_config
         assert (found["num_global"], found["align_corners"]) == expected
         assert agglo.load(copy, align_corners=False).student_config["align_corners"] is False
+
+
+def test_a_repository_is_the_release_it_is_named_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its config.json calls itself: by owner/name, and as a download of it is called."""
+    download = tmp_path / "C-RADIOv3-B"
+    download.mkdir()
+    for file in folder.iterdir():
+        (download / file.name).symlink_to(file)
+    monkeypatch.setattr(zoo, "fetch_model", lambda repo, revision: folder)
+    for name, expected in {
+        "nvidia/C-RADIOv3-B": ("NVIDIA Open Model License", 2048, True),
+        "nvidia/c-radiov2-g": ("NVIDIA Open Model License", 2048, False),
+        "someone/else": ("unknown", 1024, False),
+        str(download): ("NVIDIA Open Model License", 2048, True),
+        "c-radio_v3-b": ("NVIDIA Open Model License", 2048, False),  # by version name: as torch.hub's code does
+    }.items():
+        model = agglo.load(name)
+        facts = (model.provenance["license"], model.provenance["max_size"], model.student_config["align_corners"])
+        assert facts == expected, name
+    assert agglo.load("nvidia/C-RADIOv2-g").student_config["num_global"] == 8
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm"])
+def test_an_export_says_which_heads_stay_behind(pickle: Path, kind: str, tmp_path: Path) -> None:
+    """Though none of them was loaded."""
+    with pytest.warns(UserWarning, match=r"no place for the heads \(siglip2-g, dino_v3, sam3\): left out"):
+        agglo.export(pickle, kind, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Left out, because" in card
+    assert "the heads (siglip2-g, dino_v3, sam3)" in card
+
+
+def test_weights_that_are_not_finite_are_named(state: dict[str, Tensor], tmp_path: Path) -> None:
+    key = "base_model.blocks.1.mlp.fc1.weight"
+    broken = state[key].clone()
+    broken[0, 3] = float("nan")
+    torch.save({"state_dict": {**state, key: broken}, "args": argparse.Namespace(**ARGS)}, tmp_path / "nan.pth.tar")
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.warns(
+            UserWarning, match=r"NaN or infinity in 1 of \d+ tensors \(student\.blocks\.1\.mlp\.fc1\.weight"
+        ):
+            agglo.load(tmp_path / "nan.pth.tar", dtype=dtype)
 
 
 def test_damaged_args_are_an_error_with_the_source(state: dict[str, Tensor]) -> None:
