@@ -19,7 +19,8 @@ from agglo.evals import depth as depth_eval
 from agglo.evals import knn as knn_eval
 from agglo.evals import normals as normals_eval
 from agglo.evals._dpt import Dpt, Training, _rate
-from agglo.evals._features import FeatureError, class_names, encode, shared_features
+from agglo.evals._features import FeatureError, encode, shared_features
+from agglo.evals._labels import class_names
 from agglo.evals._layers import layered
 from agglo.evals._pixels import PixelTraining
 from agglo.evals._probe import ProbeError

@@ -16,7 +16,8 @@ from evals_fakes import COLOURS, Broken, Noise, Oracle, Squares, Student
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._features import FeatureError, class_names, crop_box, crop_truth, encode, shared_features, to_tensor
+from agglo.evals._features import FeatureError, crop_box, crop_truth, encode, shared_features, to_tensor
+from agglo.evals._labels import class_names
 from agglo.evals._run import evaluate
 from agglo.evals.agreement import Agreement
 from agglo.evals.base import Eval

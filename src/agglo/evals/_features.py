@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from agglo.config import build
-from agglo.evals._classes import warn_of_empty
 from agglo.evals._rows import FeatureError, Rows, rounded
 from agglo.evals.base import Backbone, Progress
 from agglo.preprocess import nearest_size
@@ -102,54 +101,6 @@ def open_source(options: Mapping[str, Any] | Source) -> Source:
     if shared is not None:
         shared.sources[key] = source
     return source
-
-
-def class_names(source: Source, index: Sequence[int]) -> list[str]:
-    """The class of each image: what the source's ``label(index)`` says, a name or a position in its ``classes``.
-
-    Raises:
-        ConfigError: an image has no label, or a number that is none of the source's classes.
-    """
-    label: Callable[[int], int | str | None] | None = getattr(source, "label", None)
-    labels = [None if label is None else label(i) for i in index]
-    missing = next((i for i, value in zip(index, labels, strict=True) if value is None), None)
-    if missing is not None:
-        raise ConfigError(
-            f"{source.name(missing)} has no class: use a source with labels, such as {{kind: scenes}}, or a "
-            "folder with one sub-folder a class"
-        )
-    warn_of_empty(source)
-    classes: Sequence[str] = getattr(source, "classes", ())
-    for i, value in zip(index, labels, strict=True):
-        if not isinstance(value, str) and not 0 <= int(value or 0) < len(classes):
-            raise ConfigError(
-                f"{source.name(i)} has label {value}, but the source names {len(classes)} classes: labels are 0 to "
-                f"{len(classes) - 1}; count them from 0, and leave images without a class out of the folder"
-            )
-    return [value if isinstance(value, str) else classes[int(value or 0)] for value in labels]
-
-
-def number_classes(train: Sequence[str], test: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:
-    """Classes by number: those that occur in ``train``, in the order of their names.
-
-    An image of ``test`` whose class has no image in ``train`` gets -1, which no answer equals: it counts as wrong, and
-    a warning names its class.
-
-    Returns:
-        the names, the numbers of ``train`` and of ``test``.
-    """
-    names = sorted(set(train))
-    number = {name: i for i, name in enumerate(names)}
-    absent = sorted(set(test) - number.keys())
-    if absent:
-        lost = sum(name not in number for name in test)
-        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-        warnings.warn(
-            f"{len(absent)} of the test images' classes have no image to learn from ({shown}): {lost} of {len(test)} "
-            "test images count as wrong; add training images of them, or leave them out of the test source",
-            stacklevel=2,
-        )
-    return names, torch.tensor([number[name] for name in train]), torch.tensor([number.get(n, -1) for n in test])
 
 
 def input_size(model: Backbone, size: int | Sequence[int]) -> tuple[int, int]:
@@ -282,25 +233,48 @@ def encode(
         FeatureError: NaN or infinity, in ``precision`` too; the image is named.
         ImageError: no image of the source could be read.
     """
-    grid, shared = input_size(model, size), _shared.get() if share else None
-    full = (_source_key(options), grid, id(model), want == "text", torch.float32)
+    grid = input_size(model, size)
+
+    def make() -> Encoded:
+        return _encode(model, open_source(options), grid, want, progress, spare=share, precision=precision)
+
+    return encoded_once(model, options, grid, want, precision, make) if share else make()
+
+
+def encoded_once(
+    model: Backbone,
+    options: Mapping[str, Any] | Source,
+    size: tuple[Any, ...],
+    want: str,
+    precision: torch.dtype,
+    make: Callable[[], Encoded],
+) -> Encoded:
+    """What ``make`` returns; within a suite once for each image set, model, size and precision."""
+    shared = _shared.get()
+    if shared is None:
+        return make()
+    full = (_source_key(options), size, id(model), want == "text", torch.float32)
     key = (*full[:-1], precision)
-    if shared is not None:
-        for there in dict.fromkeys((key, full)):
-            if there not in shared.encoded:
-                continue
-            known = shared.encoded[there]
-            if there != key and known.summary is not None:  # the same numbers, whichever eval came first
-                summary = rounded(known.summary, precision, known.names)
-                known = shared.encoded[key] = replace(known, summary=summary, spatial=None)
-            if want == "text" or getattr(known, want) is not None:
-                return known
-    encoded = _encode(model, open_source(options), grid, want, progress, spare=share, precision=precision)
-    if shared is not None:
-        shared.models[id(model)] = model
-        shared.models[id(options)] = options
-        shared.encoded[key] = encoded
+    for there in dict.fromkeys((key, full)):
+        if there not in shared.encoded:
+            continue
+        known = shared.encoded[there]
+        if there != key and known.summary is not None:  # the same numbers, whichever eval came first
+            summary = rounded(known.summary, precision, known.names)
+            known = shared.encoded[key] = replace(known, summary=summary, spatial=None)
+        if want == "text" or getattr(known, want) is not None:
+            return known
+    encoded = make()
+    shared.models[id(model)] = model
+    shared.models[id(options)] = options
+    shared.encoded[key] = encoded
     return encoded
+
+
+def nothing_read(source: Source, skipped: Sequence[str]) -> ImageError:
+    """The error of a source none of whose images could be read."""
+    why = f"no image of this {type(source).__name__} could be read; {len(skipped)} of {len(source)} skipped"
+    return ImageError(skipped[0] if skipped else "empty source", why)
 
 
 def _encode(
@@ -338,8 +312,7 @@ def _encode(
             if spatial is not None and (keep or (spare and spatial[0].numel() * 4 * len(source) <= KEEP_BYTES)):
                 maps.add(spatial)
     if not names:
-        why = f"no image of this {type(source).__name__} could be read; {len(skipped)} of {len(source)} skipped"
-        raise ImageError(skipped[0] if skipped else "empty source", why)
+        raise nothing_read(source, skipped)
     return Encoded(
         tuple(names),
         tuple(index),

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import FeatureError, class_names, device_of, encode, number_classes, open_source
+from agglo.evals._aspect import check_aspect, encode_summaries
+from agglo.evals._features import FeatureError, device_of, open_source
+from agglo.evals._labels import class_names, number_classes
 from agglo.evals._records import record_by_class
 from agglo.evals.base import Backbone, Eval, Progress
 from agglo.types import ConfigError
@@ -43,6 +45,8 @@ class Knn(Eval):
         precision: in which summaries are kept: ``float32``, or ``float16``, which takes half the memory. Products are
             summed in float32 either way.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
+        aspect: ``crop``: the middle of each image, in the aspect of ``size``; ``keep``: the whole image, scaled so that
+            it covers ``size``, RADIO's way.
         train: a labelled source, for the bank.
         test: a labelled source, for the queries.
     """
@@ -55,6 +59,7 @@ class Knn(Eval):
         vote: Literal["weighted", "majority"] = "weighted",
         precision: Literal["float32", "float16"] = "float32",
         size: int | tuple[int, int] = 128,
+        aspect: Literal["crop", "keep"] = "crop",
         train: Mapping[str, Any] = SCENES_TRAIN,
         test: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
@@ -70,12 +75,14 @@ class Knn(Eval):
         self.precision = precision
         self.temperature = temperature if vote == "weighted" else float("inf")
         self.size = size
+        self.aspect = check_aspect("knn", aspect)
         self.train = train
         self.test = test
 
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+        precision = _PRECISIONS[self.precision]
         bank, test = (
-            encode(model, each, self.size, want="summary", progress=progress, precision=_PRECISIONS[self.precision])
+            encode_summaries(model, each, self.size, aspect=self.aspect, progress=progress, precision=precision)
             for each in (self.train, self.test)
         )
         if bank.summary is None or test.summary is None:

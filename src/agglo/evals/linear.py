@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import Encoded, FeatureError, class_names, encode, number_classes, open_source
+from agglo.evals._features import Encoded, FeatureError, encode, open_source
+from agglo.evals._labels import class_names, number_classes
 from agglo.evals._logistic import fit_logistic
 from agglo.evals._probe import ProbeError, Standard, rank_of
 from agglo.evals._records import record_by_class

@@ -14,16 +14,8 @@ from torch import Tensor
 
 from agglo.config import nearest
 from agglo.evals._corrupt import CORRUPTIONS, corrupt
-from agglo.evals._features import (
-    FeatureError,
-    class_names,
-    device_of,
-    encode,
-    input_size,
-    number_classes,
-    open_source,
-    view_of,
-)
+from agglo.evals._features import FeatureError, device_of, encode, input_size, open_source, view_of
+from agglo.evals._labels import class_names, number_classes
 from agglo.evals._records import record_by_class
 from agglo.evals._windows import Changed
 from agglo.evals.base import Backbone, Eval, Progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from agglo.bundled import imagenet_classes, imagenet_wnids
 from agglo.config import nearest
-from agglo.evals._features import Encoded, FeatureError, class_names, encode, encode_texts, open_source
+from agglo.evals._aspect import check_aspect, encode_summaries
+from agglo.evals._features import Encoded, FeatureError, encode_texts, open_source
+from agglo.evals._labels import class_names
 from agglo.evals._probe import rank_of
 from agglo.evals._records import record_by_class
 from agglo.evals.base import Backbone, Eval, Progress
@@ -42,6 +44,8 @@ class ZeroShot(Eval):
             each image's label is the WordNet id that its file name begins with (``n01440764_tench.jpg``); or a list of
             names, which must hold every label of the source.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
+        aspect: ``crop``: the middle of each image, in the aspect of ``size``; ``keep``: the whole image, scaled so that
+            it covers ``size``, RADIO's way.
         source: the images.
     """
 
@@ -53,6 +57,7 @@ class ZeroShot(Eval):
         templates: str | list[str] | tuple[str, ...] = ("a photo of a {}",),
         classes: str | list[str] = "source",
         size: int | tuple[int, int] = 128,
+        aspect: Literal["crop", "keep"] = "crop",
         source: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if isinstance(templates, str):
@@ -69,12 +74,13 @@ class ZeroShot(Eval):
         self.templates = tuple(templates)
         self.classes = classes
         self.size = size
+        self.aspect = check_aspect("zero_shot", aspect)
         self.source = source
 
     def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
         # Text first: a model without it must say so before any image is encoded.
         encode_texts(model, [self.templates[0].replace("{}", "thing")], "zero_shot")
-        images = encode(model, self.source, self.size, want="text", progress=progress)
+        images = encode_summaries(model, self.source, self.size, aspect=self.aspect, want="text", progress=progress)
         if images.summary is None:
             raise FeatureError(f"{type(model).__name__} returned no image embeddings")
         names, truth = self.labels(images)
