@@ -44,9 +44,21 @@ def real(folder: Path) -> list[dict[str, Any]]:
 
 
 def on_scenes() -> list[dict[str, Any]]:
-    """What there is to measure on ``scenes`` without teachers and clocks."""
-    kinds = ("knn", "zero_shot", "linear", "segmentation", "depth", "normals", "correspondence", "robustness", "rank")
-    return [{"kind": kind, "name": kind} for kind in kinds]
+    """Everything there is to measure on ``scenes``: all kinds but clocks and those that need another model or data."""
+    kinds = (
+        "knn", "zero_shot", "linear", "segmentation", "depth", "normals", "correspondence", "robustness", "rank",
+        "fixed_pattern", "mode_switch", "agreement",
+    )  # fmt: skip
+    captions = {"kind": "retrieval", "name": "retrieval", "source": {"kind": "scenes", "split": "test"}}
+    return [*({"kind": kind, "name": kind} for kind in kinds), captions]
+
+
+def teachers() -> dict[str, Any]:
+    """Those of agglo-lite's recipe, which its heads agree with or not."""
+    from agglo import recipe
+    from agglo.config import build
+
+    return {name: build("teachers", entry.teacher) for name, entry in recipe.load("agglo_lite").teachers.items()}
 
 
 def models() -> dict[str, Any]:
@@ -56,14 +68,14 @@ def models() -> dict[str, Any]:
     import agglo
     from agglo.config import build
 
-    untrained = agglo.load("agglo-lite", heads="text")
+    untrained = agglo.load("agglo-lite", heads="all")
     torch.manual_seed(0)
     for module in untrained.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
     return {
-        "agglo-lite": agglo.load("agglo-lite", heads="text"),
+        "agglo-lite": agglo.load("agglo-lite", heads="all"),
         "untrained student": untrained,
         "EfficientNet-Lite0 (ConSE)": build("teachers", {"kind": "conse", "model": "tf_efficientnet_lite0"}),
         "EfficientNet-Lite0, stride 16": build(
@@ -75,13 +87,16 @@ def models() -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Every eval on every model, one protocol; then the speed of the neighbours."""
+    import agglo
     from agglo.harness.measuring import measure
     from agglo.results.records import read
 
     entries = [*real(SHARED / "data"), *on_scenes()]
     seconds = {}
+    taught = teachers()
     for name, model in models().items():
-        found = measure(model, name, entries, FOLDER, progress=None)
+        asked = taught if isinstance(model, agglo.Model) else None
+        found = measure(model, name, entries, FOLDER, teachers=asked, progress=None)
         seconds[name] = round(found.seconds, 1)
         for each, why in found.failed.items():
             print(f"{name}, {each}: {why}", flush=True)

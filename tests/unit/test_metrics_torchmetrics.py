@@ -14,7 +14,6 @@ from agglo.evals.promptable import overlap
 from agglo.evals.segmentation import confusion, miou
 from agglo.evals.zero_shot import rank_of
 
-
 DRAW = torch.Generator().manual_seed(0)
 
 
