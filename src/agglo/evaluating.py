@@ -159,9 +159,10 @@ def load(model: str, device: str | None, heads: str = "text") -> tuple[Any, str,
         teacher = build("teachers", options, where="MODEL").requires_grad_(False).eval().to(where)
         rest = [str(value) for key, value in options.items() if key != "kind"]
         return teacher, " ".join([str(options.get("kind")), *rest]), options
-    from agglo.zoo import load as load_model
+    from agglo import zoo
 
-    return load_model(model, heads=heads, device=where), model, None
+    # Heads of ours are small, and a model is one model, whatever is measured.
+    return zoo.load(model, heads=None if zoo.is_ours(model) else heads, device=where), model, None
 
 
 def checked_device(device: str | None) -> str | None:

@@ -113,6 +113,12 @@ def locate(name_or_path: str | Path) -> Path:
     return find(name_or_path).path
 
 
+def is_ours(name_or_path: str | Path) -> bool:
+    """Whether it is a folder that :meth:`Model.save` wrote. Arguments and errors as :func:`load`."""
+    path = find(name_or_path).path
+    return path.is_dir() and "format" in read_json(path / CONFIG)
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """An official file, or a folder of any foreign layout."""
     return radio.read(path)

@@ -119,9 +119,11 @@ def test_heads_are_all_loaded_for_an_eval_that_reads_them(home: Path, monkeypatc
         return Model.load(home / "one")
 
     monkeypatch.setattr("agglo.zoo.load", load)
+    monkeypatch.setattr("agglo.zoo.is_ours", lambda name: name == "ours")
     agglo("eval", "one", *knn(home, "-o", str(home / "heads")))
     agglo("eval", "one", "--evals", "promptable", "promptable.decoder=none", "-o", home / "heads")
-    assert asked == ["text", "all"]
+    agglo("eval", "ours", *knn(home, "-o", str(home / "heads")))  # one hash, whatever is measured
+    assert asked == ["text", "all", None]
 
 
 def test_a_protocol_says_what_differs(home: Path, tmp_path: Path) -> None:

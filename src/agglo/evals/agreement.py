@@ -50,6 +50,8 @@ class Agreement(Eval):
         sources: the images; taken together.
     """
 
+    needs_heads = True
+
     def __init__(
         self,
         teachers: Mapping[str, Teacher] | None = None,

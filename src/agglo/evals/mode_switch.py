@@ -60,6 +60,8 @@ class ModeSwitch(Eval):
         source: the images.
     """
 
+    needs_heads = True
+
     def __init__(
         self,
         teachers: Mapping[str, Teacher] | None = None,
