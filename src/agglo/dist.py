@@ -190,9 +190,9 @@ def rows(tensor: Tensor) -> Tensor:
     """``(B, ...)`` of every process, in their order, as ``(world() * B, ...)``."""
     if world() == 1:
         return tensor
-    gathered = tensor.new_empty(world() * len(tensor), *tensor.shape[1:])
-    distributed.all_gather_into_tensor(gathered, tensor.contiguous())
-    return gathered
+    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world())]
+    distributed.all_gather(gathered, tensor.contiguous())
+    return torch.cat(gathered)
 
 
 def gather(thing: T) -> list[T]:

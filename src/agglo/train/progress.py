@@ -47,7 +47,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """A line that stays."""
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, soft_wrap=True)  # a command in it can be copied
 
     def show(self, step: int, terms: dict[str, float], images_per_second: float, seconds_left: float) -> None:
         """Redraw the live line: loss by term, speed, time left."""
