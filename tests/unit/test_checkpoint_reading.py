@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -611,6 +612,30 @@ def test_peak_memory_is_the_weights_and_little_more(tmp_path, stored, suffix):
     command = [sys.executable, "-c", MEASURE, *files, str(layers), "float32"]
     ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.5 < ratio < 1.15
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/fd")
+def test_only_files_that_are_wanted_nearly_whole_are_read_ahead(tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *_: asked.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    state = {f"x.{i}.weight": torch.rand(64, 64) for i in range(8)}
+    save_file(state, tmp_path / "one.safetensors")
+    save_hub(tmp_path / "two.pth.tar", {"state_dict": state})
+    for file, read in (("one.safetensors", read_safetensors), ("two.pth.tar", read_hub)):
+        tensors = read(tmp_path / file).tensors
+        assert not asked, "a file that is opened may never be read"
+        for count in (8, 4):
+            with torch.device("meta"):
+                module = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(count))
+            wanted = {f"{i}.weight" for i in range(count)}
+
+            def ours(key, wanted=wanted):
+                return name if (name := key.removeprefix("x.")) in wanted else None
+
+            assign(module, Renamed(tensors, ours))
+            assert asked == ([file] if count == 8 else []), "half of a file is not all of it"
+            asked.clear()
+        tensors.release()
 
 
 def test_paths_of_other_systems_are_only_names(tmp_path):

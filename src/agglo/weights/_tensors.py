@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +29,16 @@ class LazyTensors(Mapping[str, Tensor]):
     def shareable(self, dtype: torch.dtype | None) -> bool:
         """Whether every tensor can be used where it lies in the file, floating-point ones as ``dtype`` (None: any)."""
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Ask the system to begin reading what holds these tensors, as far as that is nearly all that it holds.
+
+        Files whose other tensors nobody wants, and systems that cannot be asked, are read as their values are.
+        """
+
+
+MOST = 0.8
+"""The share of a file that has to be wanted before all of it is read ahead."""
+
 
 class Mapped(LazyTensors):
     """The tensors of one memory-mapped file.
@@ -36,6 +49,7 @@ class Mapped(LazyTensors):
         names: the keys.
         open_file: maps the file and returns what gets a tensor by name; called again after :meth:`release`.
         opened: what ``open_file`` has returned already, if it was called.
+        path: the file, to be read ahead; None where it cannot be.
     """
 
     def __init__(
@@ -43,7 +57,9 @@ class Mapped(LazyTensors):
         names: Iterable[str],
         open_file: Callable[[], Callable[[str], Tensor]],
         opened: Callable[[str], Tensor] | None = None,
+        path: Path | None = None,
     ) -> None:
+        self._path = path
         self._names = dict.fromkeys(names)
         self._open = open_file
         self._get = opened
@@ -69,6 +85,14 @@ class Mapped(LazyTensors):
 
     def shareable(self, dtype: torch.dtype | None) -> bool:
         return dtype is None or all(t.dtype == dtype for t in self.values() if t.is_floating_point())
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        if self._path is None or not hasattr(os, "posix_fadvise"):
+            return
+        wanted = sum(self[name].nbytes for name in names)
+        with contextlib.suppress(OSError), self._path.open("rb") as file:  # not every file system takes advice
+            if wanted >= MOST * os.fstat(file.fileno()).st_size:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 class Joined(LazyTensors):
@@ -100,6 +124,11 @@ class Joined(LazyTensors):
 
     def shareable(self, dtype: torch.dtype | None) -> bool:
         return all(file.shareable(dtype) for file in self._files)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        names = list(names)
+        for file in self._files:
+            file.read_ahead([name for name in names if self._homes[name] is file])
 
 
 class Renamed(LazyTensors):
@@ -161,3 +190,7 @@ class Renamed(LazyTensors):
         # A computed tensor is new memory while the pages that it came from are still mapped, so these are copied.
         computes = self._transform is not None or bool(self._derived)
         return not computes and (not isinstance(self._source, LazyTensors) or self._source.shareable(dtype))
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        if isinstance(self._source, LazyTensors):
+            self._source.read_ahead([self._theirs[name] for name in names if name in self._theirs])

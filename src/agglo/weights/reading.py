@@ -97,7 +97,7 @@ def read_hub(path: str | Path) -> Checkpoint:
 
     # An old file was read whole, so there is nothing to go back for.
     if _pickle.is_archive(path):
-        tensors = Mapped(tensors, reopen, tensors.__getitem__)
+        tensors = Mapped(tensors, reopen, tensors.__getitem__, path)
     return Checkpoint(tensors, args=args, source=str(path), ema=key == "state_dict_ema")
 
 
@@ -172,6 +172,8 @@ def assign(
     slots = dict(_slots(module))
     _check_names(slots, tensors, source)
     lazy = tensors if isinstance(tensors, LazyTensors) else None
+    if lazy is not None:
+        lazy.read_ahead(slots)
     share = device.type == "cpu" and (lazy is None or lazy.shareable(dtype))
     room = {} if share else _room(slots, dtype, device)
     # Pages of at most 1/24 of the weights are held beside their copies, and the file is not reopened often.
@@ -317,7 +319,7 @@ def _map_safetensors(path: Path) -> Mapped:
     def reopen() -> Callable[[str], Tensor]:
         return _open_safetensors(path).get_tensor
 
-    return Mapped(_open_safetensors(path).keys(), reopen)
+    return Mapped(_open_safetensors(path).keys(), reopen, path=path)
 
 
 def _open_safetensors(path: Path) -> Any:
