@@ -20,12 +20,15 @@ import pytest
 import torch
 from PIL import Image
 from test_loop import tiny, trace, weights
+from typer.testing import CliRunner
 
 from agglo import dist
+from agglo.cli import app
 from agglo.nn.linalg import Moments
 from agglo.nn.placement import Placement, common, meet
 from agglo.train import loop, parallel
 from agglo.train.checkpoint import checkpoints
+from agglo.train.folder import resume_command
 from agglo.types import ConfigError
 
 # All that is random a sample, and masks.
@@ -291,6 +294,16 @@ def test_what_torchrun_did_not_say_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         dist.own_device("mps")
     with pytest.raises(ConfigError, match="cannot join the others"), dist.joined("cpu"):
         pass
+
+
+def test_what_a_command_says_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**told, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert resume_command(Path("run")).startswith("torchrun --nproc_per_node 2 -m agglo train run/recipe.yaml")
+    result = CliRunner().invoke(app, ["cache", "quickstart", "--smoke", "--out", str(tmp_path / "cache")])
+    assert result.exit_code == 2 and "without torchrun" in result.output
+    assert not (tmp_path / "cache").exists()
 
 
 def test_positions_that_both_have_seen_are_counted_without_looking() -> None:
