@@ -318,3 +318,18 @@ def test_schedule_takes_the_closest_key() -> None:
     expected = {"a/summary": 4.0, "a/spatial": 3.0, "b/spatial": 2.0, "mesa": 5.0}
     assert Schedule(weights, points=points).factors(0.0) == expected
     assert Schedule(weights, points={"mesa": [(0.0, 0.5)]}).factors(1.0)["b/spatial"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["fixed", "adaloss", "dwa", "uncertainty", "teacher_drop"])
+def test_a_share_is_applied_after_balancing(kind: str) -> None:
+    """Doubling a term's share doubles its gradient, whatever the balancer makes of the term."""
+    slopes = []
+    for share in (0.01, 0.02, 1.0):
+        balancer = build("balancers", {"kind": kind}, {"a/spatial": 1.0, "mesa": 1.0})
+        for step in range(3):
+            term = torch.tensor(2.0, requires_grad=True)
+            total = balancer({"a/spatial": torch.tensor(3.0), "mesa": term}, step=step, total=9, shares={"mesa": share})
+        total.backward()
+        slopes.append(float(term.grad))
+    assert slopes[1] == pytest.approx(2 * slopes[0])
+    assert slopes[2] == pytest.approx(100 * slopes[0])

@@ -36,6 +36,7 @@ class Weighted(Balancer):
         self.weights = {name: float(weight) for name, weight in weights.items()}
         # The order of whatever a kind keeps a term.
         self.names = tuple(name for name, weight in self.weights.items() if weight > 0)
+        self._shares: Mapping[str, float] = {}  # of the call that is running
 
     def forward(
         self,
@@ -44,6 +45,7 @@ class Weighted(Balancer):
         step: int = 0,
         total: int = 1,
         per_image: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> Tensor:
         """See the base class. A step without any weighed term gives 0.
 
@@ -59,6 +61,7 @@ class Weighted(Balancer):
         active = {name: terms[name] for name in self.names if name in terms}
         if not active:
             return self.nothing(terms)
+        self._shares = shares or {}
         return self.combine(active, step=step, total=total, per_image=per_image)
 
     @abstractmethod
@@ -72,10 +75,11 @@ class Weighted(Balancer):
         return next(iter(terms.values())).new_zeros((), requires_grad=torch.is_grad_enabled())
 
     def weigh(self, terms: Mapping[str, Tensor], factors: Mapping[str, Tensor | float] | None = None) -> Tensor:
-        """``Σ_k w_k f_k L_k``; every factor is 1 when left out."""
+        """``Σ_k s_k w_k f_k L_k``; every factor is 1 when left out, and so is every share ``s_k``."""
+        weights = {name: self.weights[name] * self._shares.get(name, 1.0) for name in terms}
         if factors is None:
-            return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return torch.stack([self.weights[name] * factors[name] * term for name, term in terms.items()]).sum()
+            return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return torch.stack([weights[name] * factors[name] * term for name, term in terms.items()]).sum()
 
     def values(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Terms as one detached float32 vector in the order of ``names``, NaN where one is absent.

@@ -29,6 +29,7 @@ class Balancer(nn.Module, ABC):
         step: int = 0,
         total: int = 1,
         per_image: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> Tensor:
         """The scalar to minimise.
 
@@ -38,6 +39,9 @@ class Balancer(nn.Module, ABC):
             total: steps of the schedule.
             per_image: the terms of the single images, ``(B,)`` each (:meth:`agglo.losses.base.Loss.by_image`), of which
                 ``terms`` then holds the means; given to kinds that weigh images. A term of no teacher has none.
+
+            shares: which part of its weight a term has in this step, such as one that is ramped up; 1 where none is
+                given. A kind whose weights look at losses looks at whole terms, or it would undo the ramp.
 
         Raises:
             KeyError: a term that was not announced in ``weights``.

@@ -148,8 +148,11 @@ class Distill(nn.Module):
             out[name] = Seen(features.map(lambda x: x.float().clone()), placement)
         return out
 
-    def fit(self, batches: Iterable[Targets]) -> None:
+    def fit(self, batches: Iterable[Targets]) -> list[str]:
         """The pre-pass (D-3, D-6): estimate every statistic from teacher features, then freeze.
+
+        Returns:
+            What to know of the statistics (too few samples, no Hadamard matrix), a line a teacher.
 
         Raises:
             ConfigError: there was not one batch; a teacher's features are not finite, constant or too few.
@@ -170,15 +173,17 @@ class Distill(nn.Module):
                 cells[name].append(_there(targets[name].spatial, name)[:, :, ::2, ::2].cpu())
         if not seen:
             raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
+        said: list[str] = []
         for name, normalizer in self.normalizers.items():
             if normalizer.needs_statistics:
-                named(name, normalizer.freeze)
+                said += named(name, normalizer.freeze)
         for name, kept in summaries.items():
-            named(name, self.summary_losses[name].fit, torch.cat(kept))
+            said += named(name, self.summary_losses[name].fit, torch.cat(kept))
         for name, kept in cells.items():
             normalizer = self.normalizers[name]
             normalized = [normalizer(part.to(normalizer.mean.device)).cpu().permute(0, 2, 3, 1) for part in kept]
-            named(name, self.spatial_losses[name].fit, torch.cat([part.flatten(0, 2) for part in normalized]))
+            said += named(name, self.spatial_losses[name].fit, torch.cat([part.flatten(0, 2) for part in normalized]))
+        return list(dict.fromkeys(said))
 
     def forward(
         self,
@@ -244,11 +249,15 @@ class Distill(nn.Module):
         if self.mesa is not None and average is not None and mesa_share > 0:
             ours, theirs = _there(features.spatial, "student"), _there(average.features.spatial, "student")
             at, there = mine.cells(ours), average.cells(theirs)
-            terms[MESA] = mesa_share * compare(self.mesa, ours, at, theirs, there)
+            terms[MESA] = compare(self.mesa, ours, at, theirs, there)
             places[MESA] = self.mesa, at, there
         terms, extra = weighed(terms, extra, places)
         total_loss = self.balancer(
-            terms, step=step, total=total, per_image=rows if self.balancer.weighs_images else None
+            terms,
+            step=step,
+            total=total,
+            per_image=rows if self.balancer.weighs_images else None,
+            shares={MESA: mesa_share},
         )
         for name, term in extra.items():
             total_loss = total_loss + shares[name.removesuffix("/auxiliary")] * term

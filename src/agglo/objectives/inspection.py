@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -58,9 +59,16 @@ def check_finite(targets: Mapping[str, Features], where: str) -> None:
             )
 
 
-def named(teacher: str, work: Callable[..., None], *arguments: Tensor) -> None:
-    """Do it; what goes wrong with the targets is told with the teacher's name."""
-    try:
-        work(*arguments)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"teachers.{teacher}: {error}") from error
+def named(teacher: str, work: Callable[..., None], *arguments: Tensor) -> list[str]:
+    """Do it; what goes wrong with the targets is told with the teacher's name.
+
+    Returns:
+        What it warned of, a line each, in place of warnings that cannot name the teacher.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            work(*arguments)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"teachers.{teacher}: {error}") from error
+    return [f"teachers.{teacher}: {each.message}" for each in caught]

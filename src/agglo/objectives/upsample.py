@@ -106,8 +106,11 @@ class Upsample(nn.Module):
             )
         return found
 
-    def fit(self, batches: Iterable[Mapping[str, Seen]]) -> None:
+    def fit(self, batches: Iterable[Mapping[str, Seen]]) -> list[str]:
         """The pre-pass: estimate PHI-S from maps of the teacher, then freeze it.
+
+        Returns:
+            What to know of the statistics, a line each.
 
         Raises:
             ConfigError: there was not one batch; the teacher's features are not finite, constant or too few.
@@ -120,7 +123,7 @@ class Upsample(nn.Module):
                 named(name, self.normalizer.update, _map(seen.features))
         if not count:
             raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
-        named(name, self.normalizer.freeze)
+        return named(name, self.normalizer.freeze)
 
     def forward(self, upsampler: FeatSharp, teacher: Teacher, images: Tensor, *, step: int = 0) -> Result:
         """The objective on one batch.
