@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from agglo.config import build
 from agglo.heads._pair import HeadConfig
 from agglo.model import Model
+from agglo.preprocess import legal_sizes_near
 from agglo.recipe import Recipe, TeacherEntry
 from agglo.recipe import load as load_recipe
 from agglo.teachers.base import spec_of
@@ -61,6 +62,40 @@ def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, 
     return configs
 
 
+def snap_sizes(recipe: Recipe, step: int) -> tuple[Recipe, list[str]]:
+    """The recipe at sizes that the student takes: each one becomes the nearest legal one, of two the smaller.
+
+    So a recipe serves any student, whatever its stride; sizes that become equal in a partition count once.
+
+    Args:
+        recipe: the run.
+        step: the student's (:meth:`agglo.Model.step`).
+
+    Returns:
+        The recipe, and what was changed, a line a partition, for whoever runs it.
+
+    Raises:
+        ConfigError: a size is smaller than half the smallest legal one, so that none is near.
+    """
+    partitions, said = [], []
+    for index, partition in enumerate(recipe.partitions):
+        where, near = f"partitions.{index}.sizes", [(size, _nearest(size, step)) for size in partition.sizes]
+        if lost := [size for size, legal in near if abs(size - legal) > step / 2]:
+            raise ConfigError(
+                f"{where}: the student takes multiples of {step} px; {lost[0]} is none, the nearest is {step}"
+            )
+        if moved := [f"{size} -> {legal}" for size, legal in near if size != legal]:
+            said.append(f"{where}: the student takes multiples of {step} px: {', '.join(moved)}")
+        sizes = list(dict.fromkeys(legal for _, legal in near))
+        partitions.append(partition.model_copy(update={"sizes": sizes}))
+    return (recipe.model_copy(update={"partitions": partitions}), said) if said else (recipe, said)
+
+
+def _nearest(side: int, step: int) -> int:
+    """The legal side that is nearest; the smaller of two."""
+    return min(legal_sizes_near(side, step), key=lambda legal: abs(side - legal))
+
+
 def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, *, initialize: bool = True) -> Model:
     """A new, untrained model from a recipe.
 
@@ -82,7 +117,8 @@ def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, 
         for name, entry in recipe.teachers.items()
     }
     sizes = [size for partition in recipe.partitions for size in partition.sizes]
-    model = Model(recipe.student, head_configs(recipe, specs), preferred_size=max(sizes))
+    model = Model(recipe.student, head_configs(recipe, specs))
+    model.preferred_size = _nearest(max(sizes), model.step())
     if initialize and teachers is not None:
         model.student.initialize()
         for name, heads in model.heads.items():

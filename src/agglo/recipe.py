@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -138,7 +138,8 @@ class Views(Strict):
         shift: student, teachers and averaged student look at crops shifted by ``round(N(0, shift))`` of their own
             patches (METHOD 2.4); 0.5 in C-RADIOv4, 0 for one crop for all.
         canvas: shorter side, in pixels, at which a crop is rendered at least, so that a teacher that looks at more
-            pixels than the student sees real ones; null renders at the student's size.
+            pixels than the student sees real ones. ``auto``: at each size, that of whoever looks at most pixels; null:
+            the student's.
         crops: so many fixed crops of each image, one a pass over the images, instead of a new one every time. Teachers
             then look at each crop's whole canvas, and shifted views are slices of what they say, so that it can be
             written once (``agglo cache``); 0 draws anew.
@@ -151,7 +152,7 @@ class Views(Strict):
     flip: float = Field(default=0.5, ge=0, le=1)
     mixup: float = Field(default=0.0, ge=0, le=1)
     shift: float = Field(default=0.0, ge=0)
-    canvas: int | None = Field(default=None, gt=0)
+    canvas: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     crops: int = Field(default=0, ge=0)
     roam: int = Field(default=0, ge=0)
 
@@ -159,6 +160,8 @@ class Views(Strict):
     def _roams(self) -> Views:
         if self.roam and not self.crops:
             raise ConfigError("data.views.roam needs fixed crops to roam in: set data.views.crops, e.g. 2")
+        if self.crops and self.canvas == "auto":  # what was written once must not change with who reads it
+            raise ConfigError("data.views.canvas: auto depends on the teachers: fixed crops need a number, or null")
         return self
 
     @field_validator("scale", "aspect")

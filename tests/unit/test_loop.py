@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from agglo import artefact, recipe
 from agglo.artefact import WEIGHTS
 from agglo.config import override
-from agglo.data.shifts import MOST
+from agglo.data.shifts import most
 from agglo.model import Model
 from agglo.train import loop
 from agglo.train import step as step_module
@@ -171,8 +171,8 @@ def test_a_used_folder_is_never_touched_silently(data: Path, tmp_path: Path) -> 
         loop.distill(tiny(data), precious, overwrite=True, quiet=True)
     assert (precious / "chapter1.tex").exists()
     (run / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="nearest are 32 and 48"):  # a recipe that does not fit costs no run
-        loop.distill(tiny(data, "partitions.0.sizes=[40]"), run, overwrite=True, quiet=True)
+    with pytest.raises(ConfigError, match="nearest is 16"):  # a recipe that does not fit costs no run
+        loop.distill(tiny(data, "partitions.0.sizes=[7]"), run, overwrite=True, quiet=True)
     assert (run / "model" / "model.safetensors").is_file()
     loop.distill(tiny(data, "train.steps=1"), run, overwrite=True, quiet=True)
     assert (run / "notes.txt").read_text() == "mine"
@@ -231,7 +231,7 @@ def test_shifted_views_teach_the_same_and_windows_are_drawn(data: Path, tmp_path
     loop.distill(made, tmp_path / "run", quiet=True)
     assert ["mesa" in line["terms"] for line in trace(tmp_path / "run")] == [False, False, True, True, True, True]
     run = loop.prepare(made, tmp_path / "other", torch.device("cpu"), resume=False)
-    assert run.loader.margin == MOST * 16
+    assert run.loader.margin == most(0.5) * 16
     drawn = set()
     for batch in run.loader.iterate(0, 30):
         window, side = draw_window(made.train, run.model, batch), batch.size[0] // 16
@@ -272,8 +272,8 @@ def test_the_averaged_student_must_exist_to_be_agreed_with(data: Path) -> None:
 
 
 def test_an_illegal_resolution_names_the_legal_ones(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"partitions\.0\.sizes.*16 px; 40.*32 and 48"):
-        loop.distill(tiny(data, "partitions.0.sizes=[40]"), tmp_path / "run", quiet=True)
+    with pytest.raises(ConfigError, match=r"partitions\.0\.sizes.*16 px; 7.*nearest is 16"):
+        loop.distill(tiny(data, "partitions.0.sizes=[7]"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()  # so that the corrected command just works
 
 

@@ -1,10 +1,12 @@
 """Maps of shifted views meet on the cells that both have seen."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from agglo.data.shifts import MOST, Canvas, draw_shifts
+from agglo.data.shifts import Canvas, draw_shifts, most
 from agglo.nn.geometry import resample
 from agglo.nn.placement import Placement, bring, meet
 
@@ -111,10 +113,21 @@ def test_shifts_follow_the_rounded_normal_and_are_a_function_of_their_place() ->
     assert shares[0] == pytest.approx(0.683, abs=0.01)  # METHOD 2.4
     assert shares[1] == pytest.approx(0.157, abs=0.01)
     assert shares[-1] == pytest.approx(0.157, abs=0.01)
-    assert drawn.abs().max() <= MOST
+    assert drawn.abs().max() <= most(0.5) == 2
     assert torch.equal(draw_shifts(3, 7, 1, 8, 0.5), draw_shifts(3, 7, 1, 8, 0.5))
     assert not torch.equal(draw_shifts(3, 7, 1, 64, 0.5), draw_shifts(3, 7, 2, 64, 0.5))
     assert not draw_shifts(3, 7, 1, 8, 0.0).any()
+
+
+@pytest.mark.parametrize("std", [0.3, 0.5, 0.8, 1.5, 3.0])
+def test_wide_shifts_do_not_pile_up_where_they_are_cut_off(std: float) -> None:
+    drawn = torch.cat([draw_shifts(3, step, 1, 64, std) for step in range(200)])
+    assert drawn.abs().max() <= most(std)
+    beyond = lambda patches: math.erfc(patches / std / math.sqrt(2))  # noqa: E731
+    assert beyond(most(std) + 0.5) < 1e-6
+    for m in (1, 2, most(std)):
+        share = (drawn.abs() == m).double().mean().item()
+        assert share == pytest.approx(beyond(m - 0.5) - beyond(m + 0.5), abs=0.006)
 
 
 @pytest.mark.parametrize("patches", [(16, 14), (16, 16), (8, 16)])
@@ -124,7 +137,7 @@ def test_views_show_the_same_content_where_their_cells_meet(patches: tuple[int, 
     mine, theirs = patches
     n = 6
     size, other = (n * 16, n * 16), (n * 16 * theirs // 16, n * 16 * theirs // 16)
-    margin = MOST * 16
+    margin = most(0.9) * 16
     side = size[0] + 2 * margin
     ramp = (torch.arange(side) + 0.5) / side
     images = torch.stack([ramp[:, None].expand(side, side), ramp[None].expand(side, side), torch.zeros(side, side)])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from agglo.artefact import read_json
-from agglo.data.shifts import MOST
+from agglo.data.shifts import most
 from agglo.recipe import Recipe, TeacherEntry, Views
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
@@ -44,7 +44,7 @@ _TOLERANCE = 0.02
 
 def margin(views: Views, stride: int) -> int:
     """Pixels of a fixed crop's canvas beyond each side of the middle view: as far as the student's view may go."""
-    return ((MOST if views.shift else 0) + views.roam) * stride
+    return (most(views.shift) + views.roam) * stride
 
 
 def outer_size(size: tuple[int, int], views: Views, stride: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from agglo.cache import identity
 from agglo.cache.crops import CropLoader, TaughtBatch
 from agglo.cache.reading import FeatureCache
 from agglo.config import build
-from agglo.creation import create
+from agglo.creation import create, snap_sizes
 from agglo.data.loader import Batch, Loader
 from agglo.data.views import ViewPolicy
 from agglo.nn.placement import Placement, bring
@@ -57,13 +57,16 @@ def find_teachers(recipe: Recipe) -> dict[str, Teacher]:
     return found
 
 
-def loader_for(recipe: Recipe, margin: int, lessons: Lessons | None = None) -> Loader:
+def loader_for(
+    recipe: Recipe, margin: int, lessons: Lessons | None = None, canvases: Sequence[Mapping[int, int]] | None = None
+) -> Loader:
     """The training loader of a recipe: of fixed crops where there are lessons, else of new ones.
 
     Args:
         recipe: the run.
         margin: pixels rendered beyond each side of the student's view; with lessons, theirs counts.
         lessons: those of a recipe with ``data.views.crops``.
+        canvases: what ``data.views.canvas: auto`` stands for; without them, the student's sizes.
 
     Raises:
         ConfigError: the cache lacks what the recipe's images need.
@@ -72,7 +75,7 @@ def loader_for(recipe: Recipe, margin: int, lessons: Lessons | None = None) -> L
     weights = [entry.weight for entry in recipe.data.sources]
     policy = ViewPolicy(**recipe.data.views.model_dump(include={each.name for each in fields(ViewPolicy)}))
     given: dict[str, Any] = {
-        "canvas": recipe.data.views.canvas,
+        "canvas": canvases if recipe.data.views.canvas == "auto" else recipe.data.views.canvas,
         "workers": recipe.data.workers,
         "cache_mb": recipe.data.cache_mb,
         "part": (dist.rank(), dist.world()),
@@ -163,10 +166,15 @@ class Lessons:
         return {name: ask(teacher, canvas, outer, self.stride) for name, teacher in chosen.items()}
 
 
-def stride_of(recipe: Recipe, teachers: Mapping[str, Teacher]) -> int:
-    """The student's stride; the student itself is not made."""
+def fitted(recipe: Recipe, teachers: Mapping[str, Teacher]) -> tuple[Recipe, int, list[str]]:
+    """The recipe at sizes that its student takes, the student's stride, and what was changed.
+
+    The student itself is not made.
+    """
     with torch.device("meta"):
-        return create(recipe, teachers, initialize=False).spec.stride
+        model = create(recipe, teachers, initialize=False)
+    recipe, said = snap_sizes(recipe, model.step())
+    return recipe, model.spec.stride, said
 
 
 def ask(teacher: Teacher, canvas: Tensor, outer: tuple[int, int], stride: int) -> Features:

@@ -20,7 +20,7 @@ from agglo.cache import identity
 from agglo.cache.coding import DTYPES, Coding
 from agglo.cache.crops import CropLoader
 from agglo.cache.folder import alone, size_text
-from agglo.cache.lessons import ask, stride_of
+from agglo.cache.lessons import ask, fitted
 from agglo.cache.reading import check_geometry, check_names, read_coding
 from agglo.cache.records import SHARD_BYTES, Pen, Record, Shelf, key_of, shard_numbers
 from agglo.cache.room import outlook, record_bytes, writing_to
@@ -135,18 +135,20 @@ class _Job:
         self, recipe: Recipe, folder: Path, dtype: str, batch: int, device: torch.device, shard_bytes: int,
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.recipe, self.folder, self.dtype, self.device, self.say = recipe, folder, dtype, device, say
+        self.folder, self.dtype, self.device, self.say = folder, dtype, device, say
         self.shard_bytes = shard_bytes
         self.views: Views = recipe.data.views
         self.sources = [build("sources", entry.source) for entry in recipe.data.sources]
         names = [[source.name(index) for index in range(len(source))] for source in self.sources]
         check_names([name for each in names for name in each])
         self.names = names
-        self.sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
+        self.teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
+        self.recipe, self.stride, changed = fitted(recipe, self.teachers)
+        for line in changed:
+            say(line)
+        self.sizes = sorted({size for partition in self.recipe.partitions for size in partition.sizes})
         self.batch = max(1, min(batch, sum(map(len, names)) * self.views.crops))
         self.written = Written(sum(map(len, names)) * self.views.crops * len(self.sizes))
-        self.teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
-        self.stride = stride_of(recipe, self.teachers)
         self.inputs = {
             name: identity.inputs_of(teacher, self.sizes, self.views, self.stride)
             for name, teacher in self.teachers.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,8 +85,8 @@ class Loader:
         seed: of everything random here.
         workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
         cache_mb: budget of decoded images, in MiB.
-        canvas: crops are rendered with at least this shorter side, in pixels, for teachers that want more pixels than
-            the student; whoever wants fewer shrinks them.
+        canvas: views are rendered with at least this shorter side, in pixels, for teachers that want more pixels than
+            the student; whoever wants fewer shrinks them. One number, or one for each size of each partition.
         margin: pixels of the student's view that are rendered beyond each of its sides, for views that are shifted.
         max_side: images with a longer side in pixels are read whole and shrunk to it, always, cached or not.
         part: ``(k, n)``: of every batch only the k-th of n equal parts, in the order of its samples.
@@ -109,7 +109,7 @@ class Loader:
         workers: int = 1,
         *,
         cache_mb: int = 1024,
-        canvas: int | None = None,
+        canvas: int | Sequence[Mapping[int, int]] | None = None,
         margin: int = 0,
         max_side: int | None = None,
         part: tuple[int, int] = (0, 1),
@@ -183,7 +183,7 @@ class Loader:
     def _prepare(self, step: int, gone: Event) -> Batch:
         """Runs in threads, so without torch kernels that would start threads of their own."""
         draw = draw_resolution(self.seed, step, self.partitions)
-        size = self._rendered(draw.size)
+        size = self._rendered(draw.size, draw.partition)
         first, count = self._share(draw)
         shown = Canvases(count, size)
         views: list[View] = []
@@ -210,8 +210,9 @@ class Loader:
         del source, index, position
         return generator(self.seed, step, sample)
 
-    def _rendered(self, size: tuple[int, int]) -> tuple[int, int]:
-        scale = max(1.0, (self.canvas or 0) / min(size))
+    def _rendered(self, size: tuple[int, int], partition: int) -> tuple[int, int]:
+        canvas = self.canvas if isinstance(self.canvas, int | None) else self.canvas[partition][min(size)]
+        scale = max(1.0, (canvas or 0) / min(size))
         return round((size[0] + 2 * self.margin) * scale), round((size[1] + 2 * self.margin) * scale)
 
     def _readable(

@@ -8,6 +8,7 @@ patches show equal content differ by whole cells.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,6 @@ from torch import Tensor
 from agglo.data.views import generator
 from agglo.nn.placement import Placement
 from agglo.preprocess import resize
-
-MOST = 2
-"""Shifts are cut off at this many patches: one in 1.7 million would go further at the usual deviation of 0.5."""
 
 _SHIFTS = 4
 """The stream of random numbers (:func:`agglo.data.views.generator`), apart from those of views and mixing."""
@@ -67,8 +65,17 @@ class Canvas:
         return images, Placement(start, (unit[0], unit[1]), size)
 
 
+def most(std: float) -> int:
+    """How many patches a shift of such a deviation is cut off at: 2 at the usual 0.5, 0 at 0.
+
+    Five deviations, so that one in 1.7 million would go further, and none piles up at the end. The margin of a canvas
+    is as large.
+    """
+    return max(2, math.ceil(5 * std - 0.5)) if std > 0 else 0
+
+
 def draw_shifts(seed: int, step: int, view: int, batch: int, std: float) -> Tensor:
-    """Shifts ``(B, 2)`` in patches, ``(y, x)``: ``round(N(0, std))``, at most :data:`MOST` either way.
+    """Shifts ``(B, 2)`` in patches, ``(y, x)``: ``round(N(0, std))``, at most :func:`most` either way.
 
     A pure function of its arguments; ``std`` 0 gives zeros.
 
@@ -82,4 +89,4 @@ def draw_shifts(seed: int, step: int, view: int, batch: int, std: float) -> Tens
     if std <= 0:
         return torch.zeros(batch, 2, dtype=torch.long)
     drawn = generator(seed, step, view, _SHIFTS).normal(0.0, std, (batch, 2))
-    return torch.from_numpy(np.rint(drawn).clip(-MOST, MOST)).long()
+    return torch.from_numpy(np.rint(drawn).clip(-most(std), most(std))).long()

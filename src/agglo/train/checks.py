@@ -9,28 +9,20 @@ from torch import nn
 
 from agglo.model import Model
 from agglo.nn.windows import USUAL, check_side
-from agglo.preprocess import legal_sizes_near
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError
 
 
 def check_sizes(recipe: Recipe, model: Model, teachers: Mapping[str, Teacher]) -> None:
-    """Every resolution of the recipe must be one that the student takes, and that every teacher finds a size for.
+    """Every resolution of the recipe must be one that every teacher finds a size for.
 
     Raises:
-        ConfigError: names the nearest legal sizes.
+        ConfigError: names the teacher and what it takes.
     """
-    step = model.step()
     for index, partition in enumerate(recipe.partitions):
         for size in partition.sizes:
             where = f"partitions.{index}.sizes"
-            if size % step or size < step:
-                nearest = sorted(set(legal_sizes_near(size, step)))
-                raise ConfigError(
-                    f"{where}: the student takes multiples of {step} px; {size} is none, "
-                    f"the nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(map(str, nearest))}"
-                )
             for name, teacher in teachers.items():
                 if name not in (partition.teachers or teachers):
                     continue
@@ -45,36 +37,41 @@ def check_sizes(recipe: Recipe, model: Model, teachers: Mapping[str, Teacher]) -
                     )
 
 
-def check_windows(recipe: Recipe, model: Model) -> None:
+def check_windows(recipe: Recipe, model: Model) -> list[str]:
     """At least one of the recipe's windows must fit one of its sizes, or none would ever be drawn.
 
     Warns where the student cannot look through windows: it trains without them, so that a recipe serves any student.
+
+    Returns:
+        A line on those that fit no size and are never drawn, if any.
 
     Raises:
         ConfigError: none fits; lists those that do.
     """
     windows = recipe.train.windows
     if not windows:
-        return
+        return []
     if not model.student.windows:
         warnings.warn(
             f"train.windows: a {recipe.student['kind']} student cannot look through windows, and is trained without; "
             "train.windows=[] says so in the recipe",
             stacklevel=2,
         )
-        return
+        return []
     for window in windows:
         check_side(window)
     sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
     grids = [size // model.spec.stride for size in sizes]
-    if any(fits(window, (grid, grid)) for window in windows for grid in grids):
-        return
+    idle = [window for window in windows if not any(fits(window, (grid, grid)) for grid in grids)]
+    if not idle:
+        return []
     legal = {size: [w for w in USUAL if fits(w, (grid, grid))] for size, grid in zip(sizes, grids, strict=True)}
     lines = [f"{size} px: {', '.join(map(str, found)) or 'none'}" for size, found in legal.items()]
-    raise ConfigError(
-        f"train.windows: {windows} fit no size of the recipe: a window divides the grid of patches and is smaller. "
-        f"Those that do: {'; '.join(lines)}"
-    )
+    rule = f"a window divides the grid of patches and is smaller. Those that do: {'; '.join(lines)}"
+    if len(idle) == len(windows):
+        raise ConfigError(f"train.windows: {windows} fit no size of the recipe: {rule}")
+    none = f"{', '.join(map(str, idle))} {'fits' if len(idle) == 1 else 'fit'} no size of the recipe"
+    return [f"train.windows: {none} and will never be drawn: {rule}"]
 
 
 def can_be_spectral(student: nn.Module) -> bool:

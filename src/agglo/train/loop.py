@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from agglo import dist
 from agglo.artefact import CONFIG
 from agglo.cache.lessons import Lessons, find_teachers, loader_for
-from agglo.creation import create
+from agglo.creation import create, snap_sizes
 from agglo.data.loader import Batch, Loader
-from agglo.data.shifts import MOST, Canvas
+from agglo.data.shifts import Canvas
 from agglo.model import Model
 from agglo.nn.damp import Damp, enable_damp
 from agglo.nn.placement import Placement
@@ -35,6 +34,7 @@ from agglo.train.ledger import Known, Ledger
 from agglo.train.optim import build_optimizer, deferred, set_learning_rate
 from agglo.train.parallel import check_batches, everyones, one_voice
 from agglo.train.progress import Progress
+from agglo.train.rendering import canvases, margin
 from agglo.train.stages import adopt, stage_folder, translate
 from agglo.train.step import Stopwatch, one_step
 from agglo.train.stopping import interruptible
@@ -66,6 +66,7 @@ class Run:
     adopted: tuple[str, ...] = ()
     start: int = 0
     told: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     lessons: Lessons | None = None
 
     def teach(
@@ -201,12 +202,14 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     model = create(recipe, teachers, initialize=not resume or not checkpoint.checkpoints(folder / "checkpoints"))
     fresh = not checkpoint.checkpoints(folder / "checkpoints") if resume else True
     adopted = adopt(model, recipe.train.start_from) if recipe.train.start_from and fresh else ()
+    recipe, notes = snap_sizes(recipe, model.step())
     check_sizes(recipe, model, teachers)
-    check_windows(recipe, model)
+    notes += check_windows(recipe, model)
     objective = Distill(recipe, {name: teacher.spec for name, teacher in teachers.items()}, model.student)
     lessons = Lessons(recipe, teachers, model.spec.stride, device) if recipe.data.views.crops else None
     teachers = teachers if lessons is None else lessons.teachers
-    loader = loader_for(recipe, margin(recipe, model, teachers), lessons)
+    pixels = canvases(recipe, model.spec.stride, teachers) if recipe.data.views.canvas == "auto" else None
+    loader = loader_for(recipe, margin(recipe, model, teachers), lessons, pixels)
     model.provenance = provenance(recipe, teachers)
     if recipe.train.spectral and can_be_spectral(model.student):
         enable_spectral(model.student)
@@ -215,12 +218,14 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     damp = enable_damp(model.student, recipe.train.damp, seed=recipe.train.seed) if recipe.train.damp else None
     ema, optimizer = Ema(model, recipe.train.ema), build_optimizer(model, recipe.train, objective.parameters())
     run = Run(recipe, folder, device, teachers, model, ema, objective, optimizer, loader, damp, adopted)
-    run.lessons = lessons
+    run.lessons, run.notes = lessons, notes
     return run
 
 
 def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
     """Go on from the newest checkpoint, or fit the statistics and keep the untrained model."""
+    for note in run.notes:
+        progress.say(note)
     found = dist.gather([path.name for path in checkpoint.checkpoints(run.folder / "checkpoints")])
     if any(each != found[0] for each in found):
         raise ConfigError(f"{run.folder} is not the same folder for all processes: name one that all machines share")
@@ -232,7 +237,8 @@ def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
     dist.broadcast(run.model)
     dist.broadcast(run.objective)
     if run.objective.needs_statistics:
-        run.objective.fit(prepass(run, progress, interrupted))
+        for note in run.objective.fit(prepass(run, progress, interrupted)):
+            progress.say(note)
     translate(run.model, run.objective, run.adopted)
     run.ema.reset(run.model)
     dist.by_main(lambda: plain(run, run.model).save(run.folder / "initial"))
@@ -357,17 +363,6 @@ def export(run: Run, progress: Progress) -> Model:
         progress.say(f"skipped {name}: {why}")
     progress.say(f"saved {run.folder / 'model'}")
     return model
-
-
-def margin(recipe: Recipe, model: Model, teachers: dict[str, Teacher]) -> int:
-    """Pixels around the student's view that shifted views may reach: so many of the largest patch, on its scale."""
-    if recipe.data.views.shift == 0:
-        return 0
-    stride = model.spec.stride
-    cells = [float(stride)]
-    for size in {size for partition in recipe.partitions for size in partition.sizes}:
-        cells += [t.spec.stride * size / min(t.input_size((size, size), stride)) for t in teachers.values()]
-    return math.ceil(MOST * max(cells) / stride) * stride
 
 
 def plain(run: Run, model: Model) -> Model:
