@@ -14,9 +14,20 @@ STUDENTS = {
     "a hierarchical transformer": "{kind: timm, model: pvt_v2_b0, stages: [2, 3]}",
     "a hierarchical transformer of windows": "{kind: timm, model: swin_tiny_patch4_window7_224, stages: [2, 3]}",
     "a mobile net": "{kind: timm, model: mobilenetv4_conv_small, stages: [3, 4]}",
+    "a mobile net of branches": "{kind: timm, model: mobileone_s0}",
+    "a residual net": "{kind: timm, model: resnet18}",
     "a plain transformer": "{kind: timm, model: test_vit}",
     "E-RADIO": "{kind: hybrid}",
     "RADIO1D": "{kind: vit_1d, width: 48, depth: 4, heads: 2}",
+}
+
+
+OF_BIG_RECIPES = {
+    "resnet": "{kind: timm, model: test_resnet}",
+    "convnext": "{kind: timm, model: test_convnext}",
+    "mobilenet": "{kind: timm, model: mobilenetv4_conv_small}",
+    "mobileone": "{kind: timm, model: mobileone_s0}",
+    "ViT of patch 14": "{kind: timm, model: eva02_tiny_patch14_224}",
 }
 
 
@@ -44,3 +55,29 @@ def test_the_small_recipe_trains_it(student: str, tmp_path: Path) -> None:
     assert {term for line in lines for term in line["terms"]} >= {"a/summary", "a/spatial", "b/spatial"}
     written = read_yaml((tmp_path / "run" / "recipe.yaml").read_text())
     assert written["student"]["kind"] == loaded.student["kind"]
+
+
+@pytest.mark.parametrize("name", ["c_radio_v4_h", "phi_s"])
+@pytest.mark.parametrize("student", OF_BIG_RECIPES.values(), ids=OF_BIG_RECIPES.keys())
+@pytest.mark.filterwarnings("ignore:train.windows")
+@pytest.mark.filterwarnings("ignore:train.spectral")
+def test_the_big_recipes_train_it_too(name: str, student: str, tmp_path: Path) -> None:
+    """At sizes that are no multiples of its stride, as their 432 px is none of 32 or 14."""
+    teachers = ("siglip2-g", "dino_v3", "sam3") if name == "c_radio_v4_h" else ("dfn_clip", "siglip", "dino_v2", "sam")
+    quick = ", ".join(f"{teacher}: {{kind: toy, seed: {seed}}}" for seed, teacher in enumerate(teachers))
+    changes = [
+        f"student={student}",  # the one line
+        f"teachers={{{quick}}}",
+        "partitions=[{sizes: [72, 104], batch: 4}]",
+        "stages=[]",
+        "targets.estimate_images=16",
+        "data.workers=0",
+    ]
+    run = tmp_path / "run"
+    model = distill(recipe.load(name, changes, smoke=True), run, quiet=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2
+    step = model.spec.step
+    assert all(line["size"] % step == 0 for line in lines)
+    assert read_yaml((run / "recipe.yaml").read_text())["partitions"][0]["sizes"] == [72, 104]
+    assert all(value.isfinite().all() for value in model.state_dict().values())

@@ -65,8 +65,8 @@ MESA = "mesa"
 class Result:
     """One evaluation of the objective: the scalar to minimise, and its terms by name, detached.
 
-    Terms are ``<teacher>/summary`` and ``<teacher>/spatial``, ``mesa``, and ``<teacher>/auxiliary`` as they are before
-    their weight.
+    Terms are ``<teacher>/summary`` and ``<teacher>/spatial``, ``mesa``, and ``<teacher>/auxiliary``, all as they are
+    before their weight and share.
     """
 
     loss: Tensor
@@ -252,13 +252,8 @@ class Distill(nn.Module):
             terms[MESA] = compare(self.mesa, ours, at, theirs, there)
             places[MESA] = self.mesa, at, there
         terms, extra = weighed(terms, extra, places)
-        total_loss = self.balancer(
-            terms,
-            step=step,
-            total=total,
-            per_image=rows if self.balancer.weighs_images else None,
-            shares={MESA: mesa_share},
-        )
+        per_image = rows if self.balancer.weighs_images else None
+        total_loss = self.balancer(terms, step=step, total=total, per_image=per_image, shares={MESA: mesa_share})
         for name, term in extra.items():
             total_loss = total_loss + shares[name.removesuffix("/auxiliary")] * term
             terms[name] = term
