@@ -31,6 +31,7 @@ class Scales(Claim):
 
     arms = ("plain MSE", "PHI-S")
     shown = (FINE, COARSE)
+    judged = (BETWEEN,)
 
     def measure(self, arm: str, seed: int) -> Numbers:
         teachers = {"fine": {"kind": "hog", "cell": 8, "group": 2}, "coarse": {"kind": "hog", "cell": 8, "group": 2}}
@@ -88,6 +89,7 @@ class Cones(Claim):
 
     arms = ("plain cosine", "angle over dispersion, fitted")
     shown = (NARROW, WIDE)
+    judged = (RATIO,)
 
     def measure(self, arm: str, seed: int) -> Numbers:
         images = held_out(64, 96)

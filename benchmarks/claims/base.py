@@ -46,17 +46,23 @@ HOG = {"hog": {"kind": "hog", "cell": 8, "group": 2}}
 LITE = {"kind": "timm", "model": "tf_efficientnet_lite0", "stage": 3}
 
 
+YES, NO, WITHIN = "yes", "no", "within the seeds' spread"
+
+
 class Claim(ABC):
     """One claim; its docstring is the text on the page.
 
     Attributes:
         arms: their names, the one without the ingredient first.
+        judged: metrics that the ingredient is to move. Where the first two arms differ by no more than seeds do within
+            an arm, nothing is shown either way.
         shown: metrics of the figure, or the common start of the names of a curve's points (``agreement at ``).
         curve: the figure is a curve over the numbers in the metrics' names.
     """
 
     arms: tuple[str, ...]
     shown: tuple[str, ...]
+    judged: tuple[str, ...] = ()
     curve: bool = False
 
     @abstractmethod
@@ -66,6 +72,25 @@ class Claim(ABC):
     @abstractmethod
     def verdict(self, means: Means) -> tuple[bool, str]:
         """Whether the claim's goal is met, and the numbers it is judged by."""
+
+    def judge(self, arms: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[str, str]:
+        """:data:`YES`, :data:`NO` or :data:`WITHIN`, and the numbers it is judged by.
+
+        Met goals need every judged metric to have moved by more than the seeds' spread (largest less smallest, of the
+        arm where it is larger); of a goal that is not met, :data:`NO` needs one that has.
+
+        Args:
+            arms: by arm and metric, ``mean`` and ``spread``.
+        """
+        holds, verdict = self.verdict({arm: {m: v["mean"] for m, v in values.items()} for arm, values in arms.items()})
+        without, with_it = (arms[arm] for arm in self.arms[:2])
+        moved = [
+            abs(with_it[m]["mean"] - without[m]["mean"]) > max(with_it[m]["spread"], without[m]["spread"])
+            for m in self.judged
+        ]
+        if holds:
+            return (YES if all(moved) else WITHIN), verdict
+        return (NO if any(moved) or not moved else WITHIN), verdict
 
 
 def trained(

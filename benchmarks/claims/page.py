@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from claims.base import Claim
+from claims.base import NO, Claim
+from claims.tried import LOG
 
 DOCS = Path(__file__).parents[2] / "docs"
 _COLUMNS = 5
@@ -24,8 +25,9 @@ def write(result: Mapping[str, Any], claims: Mapping[str, Claim]) -> None:
         "What each ingredient of the C-RADIOv4 recipe does, with and without, from the same seeds: small ViTs "
         f"({result['width']} channels, 4 blocks), {result['steps']} steps, on two CPU cores "
         "(`python benchmarks/run.py ablations`; every number is in `benchmarks/results/ablations.json`). Mean of "
-        f"{result['seeds']} seeds; in brackets the largest less the smallest. A claim that does not hold at this size "
-        "is said so.", "",
+        f"{result['seeds']} seeds; in brackets the largest less the smallest, the seeds' spread: where the two arms "
+        "differ by no more, nothing is shown either way. A claim that does not hold at this size is said so, with what "
+        f"was tried ({LOG}).", "",
         "| claim | holds here | numbers |", "| --- | --- | --- |",
     ]  # fmt: skip
     for name in found:
@@ -40,8 +42,8 @@ def _title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _word(holds: bool) -> str:
-    return "yes" if holds else "**no**"
+def _word(holds: str) -> str:
+    return f"**{holds}**" if holds == NO else holds
 
 
 def _section(name: str, claim: Claim, entry: Mapping[str, Any]) -> list[str]:
@@ -49,7 +51,7 @@ def _section(name: str, claim: Claim, entry: Mapping[str, Any]) -> list[str]:
     arms = entry["arms"]
     lines = ["", f"## {_title(name)}", "", text, "", f"Holds here: {_word(entry['holds'])} ({entry['verdict']}).", ""]
     if note := entry.get("note"):
-        lines += [note, ""]
+        lines += [f"{note} More in the {LOG}.", ""]
     lines += [f"![{_title(name)}](figures/ablation-{name}.svg)", ""]
     lines += ["| | " + " | ".join(arms) + " |", "| --- |" + " --- |" * len(arms)]
     for metric in next(iter(arms.values())):

@@ -94,6 +94,7 @@ class FixedPattern(Claim):
 
     arms = ("one crop for all", "shifted crops")
     shown = (ENERGY, CLEAN)
+    judged = (ENERGY, CLEAN)
 
     def measure(self, arm: str, seed: int) -> Numbers:
         found = look(arm, seed)
@@ -114,6 +115,7 @@ class SeMesa(Claim):
 
     arms = ("shifted crops", "shifted crops, SE-MESA")
     shown = (LOCKED, CHANGE)
+    judged = (LOCKED, CHANGE)
 
     def measure(self, arm: str, seed: int) -> Numbers:
         found = look(arm, seed)

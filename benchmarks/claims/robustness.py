@@ -48,6 +48,7 @@ class Damp(Claim):
     CLEAN, MEAN = "agreement, clean", "agreement, mean of corruptions"
     arms = ("without", "sigma 0.1", "sigma 0.2")
     shown = (CLEAN, MEAN)
+    judged = (MEAN,)
 
     def measure(self, arm: str, seed: int) -> Numbers:
         run = trained(seed, HOG, [] if arm == "without" else [f"train.damp={arm.removeprefix('sigma ')}"])
