@@ -100,7 +100,7 @@ def report(
 
 
 def compare(
-    a: str = typer.Argument(metavar="A", help="A folder of agglo eval; FOLDER#MODEL where it holds several models."),
+    a: str = typer.Argument(metavar="A", help="A folder of agglo eval; FOLDER#MODEL where it holds several."),
     b: str = typer.Argument(metavar="B", help="The other."),
     most: int = typer.Option(_MOST, help="Classes and images to show of each eval."),
     seed: int = typer.Option(0, help="Of the bootstrap."),
@@ -116,16 +116,15 @@ def compare(
         from agglo.embedding import check_output
 
         target = check_output(numbers, overwrite=overwrite, endings=(".json",))
-    (ours, a_folder), (theirs, b_folder) = (_results(place) for place in (a, b))
+    (ours, a_folder, a_title), (theirs, b_folder, b_title) = (_results(place) for place in (a, b))
     names = [name for name in ours if name in theirs]
     if not names:
         raise ConfigError(f"no eval was run on both: {', '.join(ours)} and {', '.join(theirs)}")
     found = [
         pair(ours[n], theirs[n], read_images(a_folder, ours[n]), read_images(b_folder, theirs[n]), seed) for n in names
     ]
-    titles = tuple(str(each[names[0]].model["name"]) for each in (ours, theirs))
     for one in found:
-        _tell_compared(one, titles[0], titles[1], most)
+        _tell_compared(one, a_title, b_title, most)
     only = [name for name in (*ours, *theirs) if name not in names]
     if only:
         typer.echo(f"on one of them only: {', '.join(only)}", err=True)
@@ -135,7 +134,7 @@ def compare(
         from agglo.train.measure import write_json
 
         rows = [{**asdict(one), "lower_is_better": sorted(one.lower_is_better)} for one in found]
-        write_json(target, {"a": titles[0], "b": titles[1], "evals": rows})
+        write_json(target, {"a": a_title, "b": b_title, "evals": rows})
         typer.echo(f"wrote {target}", err=True)
 
 
@@ -305,11 +304,11 @@ def write_report(folder: Path) -> None:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def _results(place: str) -> tuple[dict[str, Result], Path]:
-    """A model's results by name, and the folder they lie in.
+def _results(place: str) -> tuple[dict[str, Result], Path, str]:
+    """The results of a row (:func:`agglo.results.tables.labels`) by name, the folder they lie in, and the row's label.
 
     Raises:
-        ConfigError: the folder holds no results, or several models and none is named, or none of that name.
+        ConfigError: the folder holds no results, or several rows and none is named, or none of that name.
     """
     from agglo.results.records import read, results_file
     from agglo.results.tables import labels
@@ -328,8 +327,8 @@ def _results(place: str) -> tuple[dict[str, Result], Path]:
         from agglo.config import nearest
 
         raise ConfigError(f"{path} holds no results of {wanted!r}{nearest(wanted, names)}")
-    own = [result for result in found if not wanted or called[str(result.model["hash"])] == wanted]
-    return {result.name: result for result in own}, Path(path or place)
+    wanted = wanted or names[0]
+    return {each.name: each for each in found if called[each.id] == wanted}, Path(path or place), wanted
 
 
 def _numbers(x: float, y: float) -> tuple[str, str, str]:

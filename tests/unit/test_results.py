@@ -319,6 +319,19 @@ def test_models_of_one_name_are_told_apart() -> None:
     assert len(tables.columns(pair)[0].values) == 2
 
 
+def test_answers_of_one_model_have_rows_of_their_own() -> None:
+    given = [{"answers": "1a2b3c4d", "questions": "77"}, {"answers": "5e6f7a8b", "questions": "77"}]
+    pair = [result("vlm", top1=v, inputs=i) for v, i in zip((0.9, 0.3), given, strict=True)]
+    rows = {"one (answers 1a2b3c)": 0.9, "one (answers 5e6f7a)": 0.3}
+    assert tables.columns(pair)[0].values == rows == tables.columns([*pair, pair[0]])[0].values
+    assert "| one (answers 1a2b3c) | **0.900** |" in tables.markdown(pair)
+    plain, other = result(protocol="p10"), result("vlm", inputs={"answers": "99"}, protocol="gqa")
+    assert [tables.labels([*pair, plain, other])[r.id] for r in (*pair, plain, other)] == [*rows, "one", "one"]
+    assert list(tables.labels(pair[:1]).values()) == ["one"]
+    more = replace(pair[0], inputs={"answers": "1a2b3c4d"})
+    assert list(tables.labels([pair[0], more]).values()) == ["one (questions 77)", "one"]
+
+
 def test_curves_join_results_that_differ_in_size_alone() -> None:
     def at(size: int, **changes) -> Result:
         settings = {"kind": "knn", "k": 20, "size": size} | changes
@@ -326,6 +339,11 @@ def test_curves_join_results_that_differ_in_size_alone() -> None:
 
     found = tables.curves([at(224), at(128), at(448, k=10)])
     assert list(found.values()) == [{"one": [(128, 0.128), (224, 0.224)]}]
+    whole = [
+        result(f"knn@{size}", 0.1, settings={"aspect": "keep", "size": size}, view=None, protocol=f"k{size}")
+        for size in (64, [32, 48], "preferred", None)
+    ]
+    assert list(tables.curves(whole).values()) == [{"one": [(48, 0.1), (64, 0.1)]}]
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

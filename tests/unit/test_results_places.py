@@ -11,9 +11,14 @@ import pytest
 import tiny_datasets as tiny
 from eval_files import tiny_sam
 from evals_fakes import Noise
+from typer.testing import CliRunner
 
+from agglo.cli import app
 from agglo.config import find, kinds, schema
+from agglo.evals.promptable import Promptable
+from agglo.evals.sa_co import SaCo
 from agglo.harness.measuring import Measured, measure
+from agglo.report.measured import write_results
 from agglo.results.comparing import compare
 from agglo.results.identity import protocol_hash, settings
 from agglo.results.places import digest
@@ -84,6 +89,59 @@ def test_the_answers_of_two_models_compare(tmp_path: Path) -> None:
     found = compare(ours, theirs, read_images(tmp_path / "a", ours), read_images(tmp_path / "b", theirs))
     assert not found.why
     assert found.metrics["accuracy"] == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
+def test_two_files_of_answers_are_two_rows_of_a_page_and_compare(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    for name, answers in (("a", ("blue", "red", "two")), ("b", ("blue", "red", "one"))):
+        files.answers(*answers, name=f"{name}.jsonl")
+        files.measure(answers=str(tmp_path / f"{name}.jsonl"))
+    assert files.measure(answers=str(tmp_path / "a.jsonl")).known == ["vlm"]
+    rows = [f"noise (answers {digest(tmp_path / f'{name}.jsonl', 'answers')[:6]})" for name in "ab"]
+    page, table = write_results([tmp_path / "out"], tmp_path / "page.html")
+    assert f"| {rows[0]} | **1.000** |" in table.read_text() and f"| {rows[1]} | 0.667 |" in table.read_text()
+    assert all(f"<th>{row}</th>" in page.read_text() for row in rows)
+    assert "2 results of 1 model." in page.read_text()
+
+    def compared(a: str, b: str) -> Any:
+        return CliRunner().invoke(app, ["compare", a, b, "--json", str(tmp_path / "said.json"), "--overwrite"])
+
+    out = str(tmp_path / "out")
+    assert all(row in compared(out, out).stderr for row in rows)
+    assert compared(f"{out}#{rows[0]}", f"{out}#{rows[1]}").exit_code == 0
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert (said["a"], said["b"]) == tuple(rows)
+    assert said["evals"][0]["metrics"]["accuracy"] == pytest.approx([1, 2 / 3])
+
+
+def test_a_page_of_files(tmp_path: Path) -> None:
+    """A file of truth has a hash and no images."""
+    files = Files(tmp_path)
+    files.answers("blue", "red", "one")
+    made = files.measure().results["vlm"]
+    page, table = write_results([tmp_path / "out"], tmp_path / "page.html")
+    assert made.data["truth"]["hash"] in page.read_text()
+    assert "| noise | 0.667 |" in table.read_text()
+
+
+def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files(tmp_path)
+    files.answers("blue", "red", "one")
+    wanted = files.measure().results["vlm"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = files.measure(out="own", answers="~/answers.jsonl", truth="~/truth.json").results["vlm"]
+    assert (found.metrics, found.column, found.inputs) == (wanted.metrics, wanted.column, wanted.inputs)
+    files.measure(answers=None, truth=None, size=16, folder="~/features")
+    assert (tmp_path / "features" / "llava.json").is_file()
+    (tmp_path / "sam").mkdir()
+    (tmp_path / "sam" / "config.json").write_text("{}")
+    own, home = (settings({"kind": "promptable", "decoder": f"{root}/sam"}) for root in (tmp_path, "~"))
+    assert protocol_hash(own) == protocol_hash(home)
+    assert Promptable(decoder="~/sam").decoder == str(tmp_path / "sam")
+    concepts = SaCo(annotations=["~/a.json"], images="~/images", decoder="~/sam")
+    assert concepts.annotations == (str(tmp_path / "a.json"),)
+    assert (concepts.images, concepts.decoder) == (str(tmp_path / "images"), str(tmp_path / "sam"))
+    assert SaCo(annotations=["a"], predictions="~/said.json").predictions == str(tmp_path / "said.json")
 
 
 def test_features_are_written_whatever_is_known(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -73,7 +74,7 @@ class Promptable(Eval):
             )
         if (size is not None and size < 1) or least < 1:
             raise ConfigError(f"evals.promptable: size and least are at least 1, got {size} and {least}")
-        self.decoder = decoder
+        self.decoder = os.path.expanduser(decoder)
         self.head = head
         self.size = size
         self.least = least

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -88,10 +89,10 @@ class SaCo(Eval):
             )
         if size is not None and size < 1:
             raise ConfigError(f"evals.sa_co: size is at least 1, got {size}")
-        self.annotations = tuple(annotations)
-        self.images = images
-        self.decoder = decoder
-        self.predictions = predictions
+        self.annotations = tuple(os.path.expanduser(each) for each in annotations)
+        self.images, self.decoder, self.predictions = (
+            each and os.path.expanduser(each) for each in (images, decoder, predictions)
+        )
         self.head = head
         self.size = size
 

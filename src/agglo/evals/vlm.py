@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,6 +24,7 @@ from agglo.evals._features import (
     need_spatial,
     open_source,
     read_batches,
+    step_of,
 )
 from agglo.evals._probe import ProbeError
 from agglo.evals._questions import pair, read_answers, read_truth
@@ -96,10 +98,9 @@ class Vlm(Eval):
             raise ConfigError(f"evals.vlm: benchmark is one of {', '.join(BENCHMARKS)}, not {benchmark!r}")
         if size < 1:
             raise ConfigError(f"evals.vlm: size is at least 1, got {size}")
-        self.folder = folder
-        self.answers = answers
-        self.truth = truth
-        self.questions = questions
+        self.folder, self.answers, self.truth, self.questions = (
+            each and os.path.expanduser(each) for each in (folder, answers, truth, questions)
+        )
         self.benchmark = benchmark
         self.size = size
         self.language_model = language_model
@@ -161,7 +162,7 @@ def padded(image: Image.Image, size: int, model: Backbone) -> Tensor:
     Models that see one canvas only get that one.
     """
     view = input_size(model, size)
-    step = max(1, model.spec.step)
+    step = step_of(model)
     scale = min(view) / max(image.height, image.width)
     h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
     small = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC)

@@ -73,7 +73,7 @@ def failures(found: Sequence[tuple[Path, Result]], most: int = 6) -> list[Failur
             key = (result.name, metric, *result.column)
             example[key] = result
             for image, value in by_image.items():
-                values.setdefault(key, {}).setdefault(image, {})[called[str(result.model["hash"])]] = value
+                values.setdefault(key, {}).setdefault(image, {})[called[result.id]] = value
     return [_worst(key, by_image, example[key], most) for key, by_image in values.items()]
 
 

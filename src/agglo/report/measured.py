@@ -14,7 +14,7 @@ from agglo.report.failures import Failures, failures
 from agglo.report.markup import Child, Markup, number, picture, tag, text
 from agglo.report.tables import METRICS, TITLES
 from agglo.results.records import Result, read, results_file
-from agglo.results.tables import Column, columns, curves, labels, markdown, notes
+from agglo.results.tables import Column, columns, curves, labels, markdown, model_names, notes
 from agglo.types import ConfigError
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -54,7 +54,7 @@ def write_results(places: Sequence[str | Path], out: Path) -> tuple[Path, Path]:
 def render(found: Sequence[tuple[Path, Result]], failed: Sequence[Failures]) -> str:
     """The whole page."""
     results = [result for _, result in found]
-    models = list(dict.fromkeys(labels(results).values()))
+    models = list(model_names(results).values())
     sections = [
         ("measured", "Measured", _measured(results)),
         ("resolution", "Resolution", _curves(results)),
@@ -130,7 +130,10 @@ def _curves(results: Sequence[Result]) -> list[Child]:
         curve_chart(f"{name} {metric}", {order.index(model): (model, points) for model, points in models.items()})
         for (name, metric, _), models in found.items()
     ]
-    intro = "A metric against the longer side of the images, in pixels; all other settings and the data are the same."
+    intro = (
+        "A metric against the longer side of what the model saw, in pixels; all other settings and the data are the "
+        "same. Whole images (aspect: keep) have several sizes: theirs is the size that they cover."
+    )
     return [_intro(intro), tag("div", charts, class_="charts")]
 
 
@@ -162,7 +165,7 @@ def curve_chart(title: str, series: dict[int, tuple[str, list[tuple[int, float]]
 
 def _indices(found: Sequence[tuple[Path, Result]]) -> dict[str, tuple[Path, dict]]:
     """Model → the folder of its pictures and what they show; models without pictures are not there."""
-    called = labels([result for _, result in found])
+    called = model_names([result for _, result in found])
     indices = {}
     for folder, result in found:
         key = str(result.model["hash"])
@@ -244,16 +247,21 @@ def _failures(failed: Sequence[Failures]) -> list[Child]:
 
 def _protocol(results: Sequence[Result]) -> list[Child]:
     seen: dict[tuple[str, str], Result] = {result.column: result for result in results}
+    called, told = labels(results), {}
+    for result in results:
+        if result.notes:
+            told.setdefault(result.column, {})[called[result.id]] = result.notes
     parts: list[Child] = [_intro("Everything that was chosen. The same hash is the same choice.")]
     for result in seen.values():
         published = f", protocol {result.protocol_name}" if result.protocol_name else ""
         said = {
             "settings": result.settings,
-            "data": {split: {k: facts[k] for k in ("images", "hash")} for split, facts in result.data.items()},
+            # A file that an eval's own key names has no images.
+            "data": {s: {k: facts[k] for k in ("images", "hash") if k in facts} for s, facts in result.data.items()},
             "view": result.view,
             "versions": result.versions,
             "hardware": result.hardware,
-            "notes": result.notes,
+            "notes": told.get(result.column, {}),
         }
         title = f"{result.name} · {result.protocol} / {result.data_hash[:8]}{published}"
         code = tag("pre", tag("code", json.dumps(said, indent=2, ensure_ascii=False)))

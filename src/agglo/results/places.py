@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -39,10 +40,11 @@ def without_places(complete: Mapping[str, Any]) -> dict[str, Any]:
     roles, found = places_of(complete), {}
     for key, value in complete.items():
         role = roles.get(key)
-        if role is None or (role == "weights" and not (isinstance(value, str) and value and Path(value).exists())):
+        place = Path(os.path.expanduser(value)) if role == "weights" and isinstance(value, str) and value else None
+        if role is None or (role == "weights" and (place is None or not place.exists())):
             found[key] = value  # weights that lie nowhere here are a name on the hub
-        elif role == "weights":
-            found[key] = f"content {digest(Path(value), key)}"
+        elif place is not None:
+            found[key] = f"content {digest(place, key)}"
         elif role == "data":
             found[key] = [GIVEN] * len(value) if isinstance(value, list) else value and GIVEN
     return found
@@ -85,7 +87,7 @@ def _named(complete: Mapping[str, Any], role: str) -> Iterator[tuple[str, str, P
         if own == role and value:
             several = isinstance(value, list)
             for index, each in enumerate(value if several else [value]):
-                yield f"{key}.{index}" if several else key, key, Path(each)
+                yield f"{key}.{index}" if several else key, key, Path(os.path.expanduser(each))
 
 
 def digest(path: Path, key: str, only: Sequence[str] | None = None, *, sample: bool = False) -> str:

@@ -34,7 +34,7 @@ class Column:
         protocol, data: hashes of the settings and of the data.
         settings: what was chosen.
         lower: better when lower.
-        values: model → number.
+        values: row (:func:`labels`) → number.
         mark: ``""``, or a letter where other columns have the same name and metric and another protocol or data.
     """
 
@@ -62,8 +62,8 @@ class Column:
         return frozenset(model for model in self.values if shown[model] == shown[first])
 
 
-def labels(results: Sequence[Result]) -> dict[str, str]:
-    """Model hash → what a table calls it: its name, with the beginning of its hash where two share the name."""
+def model_names(results: Sequence[Result]) -> dict[str, str]:
+    """Model hash → what people call it: its name, with the beginning of its hash where two share the name."""
     names: dict[str, str] = {str(r.model["hash"]): str(r.model["name"]) for r in results}
     counts: dict[str, int] = {}
     for name in names.values():
@@ -71,8 +71,35 @@ def labels(results: Sequence[Result]) -> dict[str, str]:
     return {key: name if counts[name] == 1 else f"{name} ({key[:6]})" for key, name in names.items()}
 
 
+def labels(results: Sequence[Result]) -> dict[str, str]:
+    """Id of a result → the row of a table that it stands in: its model's name.
+
+    Where several files of answers were measured under one model in one column, each has a row of its own, named by the
+    beginning of the files' hashes: ``mine (answers 3f2a1c)``.
+    """
+    called = model_names(results)
+    several: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for result in results:
+        given = several.setdefault(_cell(result), [])
+        if result.inputs not in given:
+            given.append(result.inputs)
+    found = {}
+    for result in results:
+        name, given = called[str(result.model["hash"])], several[_cell(result)]
+        keys = dict.fromkeys(key for each in given for key in each)
+        apart = [key for key in keys if len({each.get(key) for each in given}) > 1]
+        words = ", ".join(f"{key} {result.inputs[key][:6]}" for key in apart if key in result.inputs)
+        found[result.id] = f"{name} ({words})" if words else name
+    return found
+
+
+def _cell(result: Result) -> tuple[str, ...]:
+    """What results share that may differ in their files of answers alone."""
+    return str(result.model["hash"]), *result.column
+
+
 def columns(results: Sequence[Result], *, headlines: bool = False) -> list[Column]:
-    """Every column, by eval in the order of the results; of one model, eval and protocol the newest number.
+    """Every column, by eval in the order of the results; of one row, eval and protocol the newest number.
 
     Args:
         results: of any number of models.
@@ -86,7 +113,7 @@ def columns(results: Sequence[Result], *, headlines: bool = False) -> list[Colum
             key = (result.name, metric, *result.column)
             lower = metric in result.lower_is_better
             column = found.setdefault(key, Column(result.name, metric, *result.column, result.settings, lower))
-            column.values[called[str(result.model["hash"])]] = result.metrics[metric]
+            column.values[called[result.id]] = result.metrics[metric]
     groups: dict[tuple[str, str], list[Column]] = {}
     for column in found.values():
         groups.setdefault((column.name, column.metric), []).append(column)
@@ -172,23 +199,33 @@ def markdown(results: Sequence[Result], *, digits: int = 3) -> str:
 def curves(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, list[tuple[int, float]]]]:
     """Metrics against the size of the images: ``(name, metric, mark) → model → (longer side, value), rising``.
 
-    A curve's points differ in ``size`` alone; a model with one size has none. Two curves of a name whose other settings
-    or data differ have different marks (the beginning of their hash).
+    A curve's points differ in ``size`` alone; a model with one size has none. The value of whole images, which have
+    several sizes, stands at the ``size`` that they cover. Two curves of a name whose other settings or data differ have
+    different marks (the beginning of their hash).
     """
     called = labels(results)
     found: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
     for result in results:
-        if "size" not in result.settings or result.view is None:
+        side = _side(result)
+        if "size" not in result.settings or side is None:
             continue
         rest = {key: value for key, value in result.settings.items() if key != "size"}
         mark = json.dumps([rest, result.data_hash], sort_keys=True)
         name = result.name.partition("@")[0]
         for metric in _headlines(result):
-            points = found.setdefault((name, metric, mark), {}).setdefault(called[str(result.model["hash"])], {})
-            points[max(result.view)] = result.metrics[metric]
+            points = found.setdefault((name, metric, mark), {}).setdefault(called[result.id], {})
+            points[side] = result.metrics[metric]
     kept: dict[tuple[str, str, str], dict[str, list[tuple[int, float]]]] = {}
     for (name, metric, mark), models in found.items():
         long = {model: sorted(points.items()) for model, points in models.items() if len(points) > 1}
         if long:
             kept[name, metric, mark] = long
     return kept
+
+
+def _side(result: Result) -> int | None:
+    """Longer side of what the model saw, or of the size that whole images cover; None where neither is one number."""
+    size = result.settings.get("size") if result.view is None else result.view
+    if isinstance(size, list | tuple):
+        return int(max(size))
+    return size if isinstance(size, int) else None
