@@ -94,7 +94,10 @@ def test_teachers_choose_their_own_size() -> None:
     assert (h, w) in seen
     fixed = Toy()
     fixed.canvas = 32
-    encode_summaries(fixed, Shapes(), 32, aspect="keep")  # one canvas only: crops, as ever
+    with pytest.warns(UserWarning, match="aspect: keep had no effect: Toy sees 32x32 pixels only"):
+        kept = encode_summaries(fixed, Shapes(), 32, aspect="keep").summary  # one canvas only: crops, as ever
+    crops = encode_summaries(fixed, Shapes(), 32, aspect="crop").summary
+    assert kept is not None and crops is not None and torch.equal(kept, crops)
 
 
 @pytest.mark.parametrize("kind", [Knn, ZeroShot])

@@ -19,6 +19,7 @@ from agglo.evals.base import Eval
 from agglo.evals.knn import Knn
 from agglo.harness.measuring import FEATURES, measure
 from agglo.harness.protocols import plan, protocol, protocols, resolved
+from agglo.report.measured import write_results
 from agglo.results.identity import settings
 from agglo.results.records import read, read_images
 from agglo.teachers.toy import Toy
@@ -132,6 +133,26 @@ def test_a_result_says_everything(images: Path) -> None:
     values = known.images["top1"]
     assert sum(values.values()) / len(values) == found.metrics["top1"]
     assert set(known.classes["top1"]) == {"cat", "dog"}
+
+
+def test_whole_images_have_no_one_view(images: Path) -> None:
+    """But where a teacher has one canvas: that is what it sees, and its result says that the images were cropped."""
+
+    def run(model: Any, **keys: Any) -> Any:
+        return measure(model, "toy", [pets(images, **keys)], images / type(model).__name__).results["knn"]
+
+    class Fixed(Toy):
+        canvas = 32
+
+    free, fixed = run(Toy(), aspect="keep"), run(Fixed(), aspect="keep")
+    assert free.column == fixed.column
+    assert (free.view, free.notes) == (None, ())
+    assert (fixed.view, len(fixed.notes)) == ((32, 32), 1) and "aspect: keep had no effect" in fixed.notes[0]
+    assert run(Toy()).view == (16, 16)
+    (note,) = run(Toy(), aspect="keep", size="preferred").notes
+    assert note == "whole images, scaled to cover 224 px, the preferred size"
+    page, _ = write_results([images / "Toy", images / "Fixed"], images / "page.html")
+    assert "aspect: keep had no effect" in page.read_text()
 
 
 def test_one_that_fails_stops_no_other_and_gives_no_number(images: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from agglo.evals._features import (
     nothing_read,
     open_source,
     read_batches,
+    step_of,
 )
 from agglo.evals._rows import Rows, rounded
 from agglo.evals.base import Backbone, Progress
@@ -44,13 +46,21 @@ def encode_summaries(
     """:func:`encode` for summaries, of views cropped to ``size`` or of whole images.
 
     With ``aspect="keep"`` an image is scaled to cover ``size``, each side to the nearest multiple of the model's step
-    (:func:`agglo.preprocess.aspect_size`), and nothing is cut off. A teacher that sees one canvas only is shown crops.
+    (:func:`agglo.preprocess.aspect_size`), and nothing is cut off. A teacher that sees one canvas only is shown crops,
+    and a warning says so: the settings are those of the models that saw whole images.
 
     Args:
         aspect: ``crop`` or ``keep``.
         want: ``summary`` or ``text``.
     """
-    if aspect == "crop" or getattr(model, "canvas", None) is not None:
+    canvas: int | None = getattr(model, "canvas", None)
+    if aspect == "keep" and canvas is not None:
+        warnings.warn(
+            f"aspect: keep had no effect: {type(model).__name__} sees {canvas}x{canvas} pixels only, and was shown the "
+            "middle of each image, not the whole",
+            stacklevel=2,
+        )
+    if aspect == "crop" or canvas is not None:
         return encode(model, options, size, want=want, progress=progress, precision=precision)
     target = (size, size) if isinstance(size, int) else (size[0], size[1])
     input_size(model, target)  # refuses what is no size
@@ -72,12 +82,27 @@ def check_aspect(kind: str, aspect: str) -> str:
     return aspect
 
 
+def view_of_all(model: Backbone, size: int | tuple[int, int], aspect: str | None) -> tuple[int, int] | None:
+    """``(H, W)`` at which a model sees every image of an eval; None where whole images have sizes of their own.
+
+    Args:
+        model: of which it is asked.
+        size: of the eval.
+        aspect: of the eval, None where it has no such key.
+
+    Raises:
+        ConfigError: ``size`` is no size.
+    """
+    one = input_size(model, size)
+    return None if aspect == "keep" and getattr(model, "canvas", None) is None else one
+
+
 def shown(model: Backbone, image: Image.Image, target: tuple[int, int]) -> tuple[int, int]:
     """``(H, W)`` at which a model sees a whole image that is to cover ``target``."""
     full = image.height, image.width
     if isinstance(model, Teacher):
         return model.input_size(aspect_size(full, target, 1), model.spec.stride)
-    return aspect_size(full, target, max(1, model.spec.step))
+    return aspect_size(full, target, step_of(model))
 
 
 def _encode(

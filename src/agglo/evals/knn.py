@@ -46,7 +46,7 @@ class Knn(Eval):
             summed in float32 either way.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
         aspect: ``crop``: the middle of each image, in the aspect of ``size``; ``keep``: the whole image, scaled so that
-            it covers ``size``, RADIO's way.
+            it covers ``size``, RADIO's way. Teachers with one fixed canvas are shown crops either way, with a warning.
         train: a labelled source, for the bank.
         test: a labelled source, for the queries.
     """

@@ -45,7 +45,7 @@ class ZeroShot(Eval):
             names, which must hold every label of the source.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
         aspect: ``crop``: the middle of each image, in the aspect of ``size``; ``keep``: the whole image, scaled so that
-            it covers ``size``, RADIO's way.
+            it covers ``size``, RADIO's way. Teachers with one fixed canvas are shown crops either way, with a warning.
         source: the images.
     """
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from agglo import __version__
 from agglo.config import build
-from agglo.evals._features import device_of, input_size
+from agglo.evals._aspect import view_of_all
+from agglo.evals._features import device_of
 from agglo.evals._run import Outcome, named, run_each
 from agglo.evals.base import Backbone, Eval, Progress
 from agglo.harness.protocols import PREFERRED, resolved
@@ -63,6 +64,7 @@ class _Task:
     view: tuple[int, int] | None
     inputs: dict[str, str]
     writes: bool
+    notes: tuple[str, ...] = ()
 
 
 def measure(
@@ -188,9 +190,11 @@ def _tasks(
         except (AggloError, OSError) as error:
             found.failed[name] = str(error)
             continue
-        view = None if size is None else input_size(model, size)
+        view = None if size is None else view_of_all(model, size, complete.get("aspect"))
+        # The settings say `preferred`, and there is no view that would say how many pixels that is.
+        notes = () if view or told is complete else (f"whole images, scaled to cover {size} px, the preferred size",)
         kept = portable(told) | more
-        tasks[name] = _Task(name, made, kept, protocol, data, view, inputs, writes(complete))
+        tasks[name] = _Task(name, made, kept, protocol, data, view, inputs, writes(complete), notes)
     return tasks
 
 
@@ -229,6 +233,6 @@ def _result(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         },
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        notes=outcome.warnings,
+        notes=(*task.notes, *outcome.warnings),
         inputs=task.inputs,
     )

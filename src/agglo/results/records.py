@@ -44,7 +44,8 @@ class Result:
         metrics: metric → finite number.
         lower_is_better: the metrics that are better when lower.
         protocol_name: the published protocol that it was run as (``nvidia``), if any.
-        view: ``(H, W)`` in pixels at which the model saw the images, where the eval has one size.
+        view: ``(H, W)`` in pixels at which the model saw the images; None where the eval has no size, or whole images
+            several (``aspect: keep``).
         seconds: it took, with encoding.
         versions: of the packages that can change a number.
         hardware: the processor, its threads, the device.
