@@ -44,7 +44,10 @@ def real(folder: Path) -> list[dict[str, Any]]:
 
 
 def on_scenes() -> list[dict[str, Any]]:
-    """Everything there is to measure on ``scenes``: all kinds but clocks and those that need another model or data."""
+    """Everything there is to measure on ``scenes``: all kinds but clocks and those that need outside files or weights.
+
+    ``agreement`` and ``mode_switch`` compare with :func:`teachers`.
+    """
     kinds = (
         "knn", "zero_shot", "linear", "segmentation", "depth", "normals", "correspondence", "robustness", "rank",
         "fixed_pattern", "mode_switch", "agreement",

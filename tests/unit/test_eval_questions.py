@@ -51,6 +51,11 @@ def test_the_question_is_what_is_left_of_a_prompt(around: str) -> None:
     assert asked(around.format("What is  the Brand?")) == "what is the brand?"
 
 
+@pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r"])
+def test_what_a_picture_says_ends_no_line(end: str) -> None:
+    assert asked(f"What is  the Brand?\r{OCR}{end}b, c{SHORT}") == "what is the brand?"
+
+
 def test_llavas_answers_to_textvqa_go_by_image_and_question(tmp_path: Path) -> None:
     """Two questions of one image: the last answer to an image is not the answer to all of its questions."""
     assert textvqa(tmp_path, OWN) == (pytest.approx(2 / 3), {"30": 1, "31": 0, "32": 1})

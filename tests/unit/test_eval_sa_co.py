@@ -163,6 +163,32 @@ def test_the_score_in_closed_form() -> None:
     assert overlaps([a * False], [b * False]).tolist() == [[0]]
 
 
+def test_overlaps_are_those_of_whole_masks() -> None:
+    """Boxes that touch, lie in one another or apart, ragged masks, and empty ones."""
+    rng = np.random.default_rng(0)
+    edges = [np.sort(rng.integers(0, [[21], [31]], (2, 2)), 1) for _ in range(30)]
+    masks = [box(x[0], y[0], x[1], y[1]) & (rng.random(SIZE) < rng.choice([0.3, 1])) for y, x in edges]
+    masks += [np.ones(SIZE, bool), np.zeros(SIZE, bool), box(0, 0, 5, 5), box(5, 0, 9, 5), box(0, 5, 5, 9)]
+    wanted = [[(a & b).sum() / max((a | b).sum(), 1) for b in masks[::-1]] for a in masks]
+    assert np.array_equal(overlaps(masks, masks[::-1]), np.array(wanted))
+    assert overlaps([], masks).shape == (0, len(masks))
+
+
+def test_masks_that_lie_apart_are_not_looked_at() -> None:
+    """An image of many small instances: only the pixels in which two boxes meet are compared."""
+
+    class Looked(np.ndarray):
+        compared = 0
+
+        def __and__(self, other: Any) -> Any:
+            Looked.compared += self.size
+            return super().__and__(other)
+
+    masks = [box(3 * i, 0, 3 * i + 3, 4).view(Looked) for i in range(10)]
+    assert np.array_equal(overlaps(masks, masks), np.eye(10))
+    assert Looked.compared == 10 * 12
+
+
 def test_the_matching_is_the_best_of_all() -> None:
     """Greedy would give the first prediction its best match and leave the second one nothing above 0.5."""
     true = [box(0, 0, 10, 10), box(3, 0, 13, 10)]

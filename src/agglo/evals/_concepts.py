@@ -73,10 +73,23 @@ class Count:
 
 def overlaps(found: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> np.ndarray:
     """Intersection over union ``(len(found), len(true))`` float64; 0 for two empty masks."""
-    areas = [[int(mask.sum()) for mask in masks] for masks in (found, true)]
-    both = np.array([[np.count_nonzero(a & b) for b in true] for a in found], np.float64).reshape(len(found), len(true))
+    areas = [[np.count_nonzero(mask) for mask in masks] for masks in (found, true)]
+    boxes = [[_box(mask) for mask in masks] for masks in (found, true)]
+    both = np.zeros((len(found), len(true)))
+    for i, (a, (y0, x0, y1, x1)) in enumerate(zip(found, boxes[0], strict=True)):
+        for j, (b, (v0, u0, v1, u1)) in enumerate(zip(true, boxes[1], strict=True)):
+            top, left, bottom, right = max(y0, v0), max(x0, u0), min(y1, v1), min(x1, u1)
+            if top < bottom and left < right:  # most instances of a picture do not touch, and are small beside it
+                part = np.s_[top:bottom, left:right]
+                both[i, j] = np.count_nonzero(a[part] & b[part])
     either = np.add.outer(*(np.array(each, np.float64) for each in areas)) - both
     return np.divide(both, either, out=np.zeros_like(both), where=either > 0)
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """``(top, left, bottom, right)`` around what is true, ends excluded; of an empty mask zeros."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
 def count(found: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> Count:

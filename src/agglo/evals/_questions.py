@@ -114,7 +114,8 @@ def read_truth(path: str | Path, benchmark: str) -> list[Question]:
 
 def asked(prompt: str) -> str:
     """The question in a prompt of LLaVA's, lower case: without its line of OCR tokens and its instruction."""
-    lines = [" ".join(line.lower().split()) for line in prompt.splitlines()]
+    # Not splitlines(): what a picture says in the OCR line may hold any of its other ends of lines (\x85, \u2028).
+    lines = [" ".join(line.lower().split()) for line in prompt.split("\n")]
     return " ".join(line for line in lines if line and line != _INSTRUCTION and not line.startswith(_HINT))
 
 
