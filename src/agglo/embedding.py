@@ -229,7 +229,7 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
                 skipped[error.name] = error.why
                 continue
             scale = longest / max(image.size)
-            height, width = nearest_size((round(image.height * scale), round(image.width * scale)), model.spec.step)
+            height, width = nearest_size((round(image.height * scale), round(image.width * scale)), model.step())
             with torch.inference_mode():
                 seen = to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
                 spatial = model(seen[None], heads=(), resize=False).spatial
@@ -246,9 +246,9 @@ def legal_size(model: Model, size: int | None) -> tuple[int, int]:
         ConfigError: the size asked for is illegal; the legal ones near it are named.
     """
     if size is None:
-        return nearest_size((model.preferred_size, model.preferred_size), model.spec.step)
+        return nearest_size((model.preferred_size, model.preferred_size), model.step())
     try:
-        check_size(size, size, model.spec.step)
+        check_size(size, size, model.step())
     except ValueError as error:
         raise ConfigError(f"size {size}: {error}") from None
     return size, size

@@ -262,6 +262,9 @@ class Oracle:
         self.wrong, self.preferred_size, self.heads = wrong, 64, {"words": None}
         self.sizes: list[tuple[int, ...]] = []
 
+    def step(self) -> int:
+        return 16
+
     def text_head(self, head: str | None = None) -> str:
         return "words"
 

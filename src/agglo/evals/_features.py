@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from agglo.config import build
 from agglo.evals._rows import FeatureError, Rows, rounded
 from agglo.evals.base import Backbone, Progress
+from agglo.model import Model
 from agglo.preprocess import nearest_size
 from agglo.sources.base import Source
 from agglo.teachers.base import Teacher
@@ -110,7 +111,12 @@ def input_size(model: Backbone, size: int | Sequence[int]) -> tuple[int, int]:
         raise ConfigError(f"size is one number of pixels or a pair (height, width), at least 1; got {size}")
     if isinstance(model, Teacher):
         return model.input_size((pair[0], pair[1]), model.spec.stride)
-    return nearest_size((pair[0], pair[1]), model.spec.step)
+    return nearest_size((pair[0], pair[1]), step_of(model))
+
+
+def step_of(model: Backbone) -> int:
+    """Sides that a model is shown are multiples of this many pixels: of a patch, or of a whole window of patches."""
+    return model.step() if isinstance(model, Model) else max(1, model.spec.step)
 
 
 def crop_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -220,7 +226,7 @@ def encode(
     """Encode every image of a source once, in eval and inference mode; deterministic.
 
     Args:
-        model: encodes images; its ``spec.step`` snaps ``size`` to a legal one.
+        model: encodes images; its step (:func:`step_of`) snaps ``size`` to a legal one.
         options: the source.
         size: side, or ``(H, W)``, in pixels.
         want: ``"summary"``, ``"spatial"``, or ``"text"`` (``encode_image``, unit norm, returned as the summary).

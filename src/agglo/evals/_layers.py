@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agglo.evals._features import kept
+from agglo.evals._features import kept, step_of
 from agglo.evals.base import Backbone
 from agglo.types import Features, FeatureSpec
 
@@ -26,7 +26,7 @@ class Layers(nn.Module):
         depth = int(model.student.depth)
         self.blocks = sorted({max(0, (i + 1) * depth // count - 1) for i in range(count)})
         spec: FeatureSpec = model.spec
-        self.spec = FeatureSpec(None, len(self.blocks) * (spec.spatial or 0), spec.stride, spec.step)
+        self.spec = FeatureSpec(None, len(self.blocks) * (spec.spatial or 0), spec.stride, step_of(model))
 
     def forward(self, images: Tensor) -> Features:
         """``(B, 3, H, W)`` to a map ``(B, n * D, h, w)`` and no summary."""

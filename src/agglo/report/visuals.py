@@ -13,7 +13,7 @@ from torch import Tensor
 from agglo.config import build
 from agglo.model import Model
 from agglo.picture import pca_basis, pca_picture
-from agglo.preprocess import resize, to_tensor
+from agglo.preprocess import nearest_size, resize, to_tensor
 from agglo.recipe import Recipe
 from agglo.sources.base import Source
 from agglo.teachers.base import Teacher
@@ -169,7 +169,7 @@ def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, I
     names = [name for name, _ in images]
     columns = [Column("image", "", [square(image, SHOWN) for _, image in images])]
     guide = models.student or models.untrained
-    side = PIXELS if guide is None else min(PIXELS, 2 * guide.preferred_size)
+    side = PIXELS if guide is None else _legal(guide, min(PIXELS, 2 * guide.preferred_size))
     stride = 16 if guide is None else guide.spec.stride
     batch = torch.stack([to_tensor(square(image, side), name) for name, image in images])
     wanted = _dense_teachers(models, recipe)
@@ -260,5 +260,10 @@ def search_size(model: Model, recipe: Recipe | None) -> int:
     """The side at which the recipe's ``retrieval`` eval looks at photos; else the model's own, at least 224."""
     for entry in recipe.evals if recipe else []:
         if entry.get("kind") == "retrieval" and isinstance(entry.get("size"), int):
-            return int(entry["size"])
-    return max(224, model.preferred_size)
+            return _legal(model, int(entry["size"]))
+    return _legal(model, max(224, model.preferred_size))
+
+
+def _legal(model: Model, side: int) -> int:
+    """The side nearest to ``side`` that a model can take: whole windows, where it looks through windows."""
+    return nearest_size((side, side), model.step())[0]
