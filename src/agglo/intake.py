@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from agglo.nn.windows import check_room, check_window
 from agglo.preprocess import check_size, load_image, snap, to_batch
-from agglo.types import ImageError
+from agglo.types import ConfigError, ImageError
 
 if TYPE_CHECKING:
     from agglo.model import Model
@@ -55,11 +56,38 @@ def prepare(
     return snap(batch, step * side) if resize else batch
 
 
+def prepare_list(
+    model: Model, images: Sequence[ImageLike], *, resize: bool = True, window: int | None = None
+) -> list[Tensor]:
+    """Each image of a list as :func:`prepare` makes it, ``(1, 3, H, W)``.
+
+    Raises:
+        ConfigError, ImageError: as there, and a batch among the images; the first such image is named, by its path or
+            its place in the list.
+    """
+    found = []
+    for index, image in enumerate(images):
+        path = image if isinstance(image, str | Path) else getattr(image, "filename", "")
+        name = str(path or f"images[{index}]")
+        try:
+            batch = prepare(model, image, resize=resize, window=window, listed=True)
+        except ImageError as error:
+            raise ImageError(name, error.why) from error
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        if len(batch) != 1:
+            raise ImageError(name, f"is a batch of {len(batch)}: a list holds single images")
+        found.append(batch)
+    return found
+
+
 def _batch(model: Model, images: ImageLike) -> Tensor:
     device = next(model.student.parameters()).device
     if isinstance(model.conditioner, nn.Identity):
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise TypeError("this model's conditioner was taken: pass conditioned images, a tensor (B, 3, H, W)")
+        if not images.numel():
+            raise ImageError("images", f"has no pixels (shape {tuple(images.shape)})")
         if not torch.isfinite(torch.stack(torch.aminmax(images))).all():
             raise ImageError("images", "hold NaN or infinity")
         return images.to(device)

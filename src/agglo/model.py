@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from agglo import artefact
 from agglo.config import build, check_options, find, nearest
 from agglo.heads._pair import HeadConfig, Heads
-from agglo.intake import ImageLike, prepare
+from agglo.intake import ImageLike, prepare, prepare_list
 from agglo.intermediates import Aggregation, Alpha, choose, collect
 from agglo.nn.feature_norm import FeatureNormalizer, IntermediateNormalizer
 from agglo.nn.windows import check_side
@@ -128,16 +128,14 @@ class Model(nn.Module):
 
         Raises:
             ValueError: not images in [0, 1]; or ``resize=False`` and an illegal size (the legal ones are named); or a
-                window that does not divide, or that is too large (those that do, and that fit, are named).
+                window that does not divide, or that is too large (those that do, and that fit, are named). Of a list,
+                the image is named by its path or its place.
             KeyError: no such head.
             TypeError: windows are asked of a student that has none.
         """
         names = self._chosen(heads)
         if isinstance(images, list | tuple):
-            batches = [prepare(self, image, resize=resize, window=window, listed=True) for image in images]
-            for index, batch in enumerate(batches):
-                if len(batch) != 1:
-                    raise ImageError(f"images[{index}]", f"is a batch of {len(batch)}: a list holds single images")
+            batches = prepare_list(self, images, resize=resize, window=window)
             found = self.student.forward_list([self._condition(b) for b in batches], **self._windowed(window))
             return [self.decode(features, names) for features in found]
         if isinstance(images, Tensor) and images.ndim == 5:

@@ -88,6 +88,8 @@ def test_what_has_to_be_resized_anyway_comes_to_whole_windows(model: Model, at: 
     for image in (photo, [photo], [torch.rand(3, 40, 56)], torch.rand(1, 3, 41, 56)):
         with pytest.raises(ConfigError, match=r"do not fill half a window of 32 patches, 256 .*fit: 2, 3, 4, .*10; or"):
             size(32, image)
+    with pytest.raises(ConfigError, match=r"^images\[1\]: images of 40x56 pixels \(HxW\) do not fill half"):
+        size(32, [np.zeros((160, 160, 3), np.uint8), photo])  # of many photographs, the one that is too small
     with pytest.raises(ConfigError, match="no window does; or pass window=0"):
         size(6, np.zeros((7, 56, 3), np.uint8))  # not said to be stretched: it is refused
 
@@ -173,6 +175,8 @@ def test_the_conditioner_can_live_in_the_loader(model: Model) -> None:
         wrong[0, 1, 2, 3] = bad
         with pytest.raises(ImageError, match="NaN or infinity"):
             model(wrong)
+    with pytest.raises(ImageError, match=r"images: has no pixels \(shape \(0, 3, 32, 32\)\)"):
+        model(images[:0])
     with pytest.raises(ConfigError, match="taken before: keep the one that the first call returned"):
         model.take_conditioner()
     model.conditioner = conditioner
@@ -217,6 +221,19 @@ def test_a_list_holds_single_images() -> None:
         made = Model(student, {}).eval()
         with pytest.raises(ValueError, match=r"images\[1\]: is a batch of 2"):
             made([torch.rand(1, 3, 64, 64), torch.rand(2, 3, 64, 64)])
+
+
+def test_of_a_list_the_image_that_cannot_be_used_is_named(model: Model, tmp_path: Path) -> None:
+    good, small = np.zeros((64, 64, 3), np.uint8), tmp_path / "small.png"
+    Image.fromarray(good[:20, :20]).save(small)
+    with pytest.raises(ConfigError, match=rf"^{small}: images of 20x20 pixels \(HxW\) do not fill half a window of 8"):
+        model([good, small], window=8)
+    with pytest.raises(ConfigError, match=r"^images\[1\]: .*height 20 and width 20 must be a multiple of 8"):
+        model([good, torch.rand(3, 20, 20)], resize=False)
+    with pytest.raises(ImageError, match=r"^images\[1\]: holds NaN"):
+        model([good, torch.full((3, 64, 64), float("nan"))])
+    with pytest.raises(ImageError, match=rf"^{tmp_path / 'none.png'}: no such file"):
+        model([good, str(tmp_path / "none.png")])
 
 
 @torch.no_grad()
