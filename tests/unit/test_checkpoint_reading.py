@@ -480,6 +480,22 @@ def test_assign_fills_a_meta_module(tmp_path, dtype, computed):
     assert model[1].num_batches_tracked.dtype == torch.int64
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_weights_of_eight_bits(tmp_path, kind, dtype):
+    weight = torch.arange(-6.0, 6.0).reshape(3, 4)
+    broken = weight.clone()
+    broken[1, 1] = float("nan")
+    for name, values in {"whole": weight, "broken": broken}.items():
+        save_file({"weight": values.to(kind)}, tmp_path / f"{name}.safetensors")
+    with torch.device("meta"):
+        model = nn.Linear(4, 3, bias=False)
+    assign(model, read_safetensors(tmp_path / "whole.safetensors").tensors, dtype)
+    assert model.weight.dtype == (dtype or kind) and torch.equal(model.weight.float(), weight)
+    with pytest.warns(UserWarning, match="NaN or infinity in 1 of 1 tensors"):
+        assign(model, read_safetensors(tmp_path / "broken.safetensors").tensors, dtype)
+
+
 def test_what_is_shared_and_what_is_copied(tmp_path):
     save_file({"weight": torch.ones(3, 4)}, tmp_path / "m.safetensors")
     with torch.device("meta"):

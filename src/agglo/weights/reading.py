@@ -249,7 +249,7 @@ def _is_sound(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     start = tensor.detach().flatten()[:SAMPLE] if tensor.is_contiguous() else tensor.detach()[:1].flatten()[:SAMPLE]
-    return bool(start.isfinite().all())
+    return bool(start.float().isfinite().all())  # float8 has no isfinite of its own
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, _Slot]]:
