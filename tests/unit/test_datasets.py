@@ -67,7 +67,7 @@ def test_read_pickled_and_named_alike(kind: str, tmp_path: Path) -> None:
         ("voc", "VOCdevkit/VOC2012/JPEGImages/2007_04.jpg", "1 of 2 images are missing"),
         ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", "val.txt is missing"),
         ("camvid", "valannot/1.png", "1 of 2 masks are missing"),
-        ("camvid", "val/1.png", "1 of 1 images are missing"),
+        ("camvid", "val/1.png", "1 of 2 images are missing"),
         ("cifar", "cifar-10-batches-bin/test_batch.bin", "1 of 1 batches are missing"),
         ("spair", "SPair-71k/JPEGImages/cat/cat_0.jpg", "1 of 6 images are missing"),
         ("navi", "navi_v1.0/wall/multiview-00-phone/depth/001.png", "1 of 3 depth maps are missing"),

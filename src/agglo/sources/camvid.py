@@ -48,10 +48,9 @@ class Camvid(Files):
         super().__init__("camvid", root, [f"{images}/{name}" for name in names])
         self._masks = [root / masks / f"{Path(name).stem}.png" for name in names]
         LAYOUT.whole(self._masks, "masks")
-        known = {Path(name).stem for name in names}
-        LAYOUT.whole(
-            (root / images / name for name in listed(root / masks, ".png") if Path(name).stem not in known), "images"
-        )
+        known = {Path(name).stem: name for name in names}
+        shown = [known.get(Path(name).stem, name) for name in listed(root / masks, ".png")]
+        LAYOUT.whole((root / images / name for name in shown), "images")
         self.classes = CLASSES
 
     def annotation_files(self, index: int) -> tuple[Path, ...]:
