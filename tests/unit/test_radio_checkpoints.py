@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import agglo
 from agglo import zoo
+from agglo.checkpoints._trunks import published
 from agglo.checkpoints.radio import available_heads, from_checkpoint, read
+from agglo.cli import app
 from agglo.config import build
+from agglo.exports._vit import fitting
+from agglo.exports.transformers import _check
+from agglo.model import Model
+from agglo.teachers._official import COPIES_ALIGN, advice, is_repository, is_version
 from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import Checkpoint
@@ -160,14 +168,129 @@ def test_the_official_layout_becomes_a_teacher_by_way_of_an_export(folder: Path,
     assert made.fill == pytest.approx((0.45,) * 3) and made.processor["std"] == pytest.approx([0.27] * 3)
 
 
-@pytest.mark.parametrize(
-    "name", ["nvidia/C-RADIOv3-B", "nvidia/RADIO", "nvidia/e-radio-x", "c-radio_v3-b", "hf-hub:nvidia/RADIO"]
-)
-def test_official_names_are_known_without_a_network(name: str) -> None:
+def printed(error: pytest.ExceptionInfo[ConfigError], folder: Path) -> list[str]:
+    """The words of the command that an error names, with a folder to write to."""
+    return shlex.split(str(error.value).split("`")[1].replace("FOLDER", str(folder)))[1:]
+
+
+@pytest.mark.parametrize("name", ["nvidia/C-RADIOv3-H", "nvidia/C-RADIOv3-B@main", "c-radio_v3-h", "nvidia/RADIO"])
+def test_what_a_refused_name_advises_makes_a_teacher(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By repository, C-RADIOv3-B and -H have align_corners, which transformers cannot: the version name is printed."""
     pytest.importorskip("transformers")
-    with pytest.raises(ConfigError, match=f"`agglo export {name.removeprefix('hf-hub:')} --to transformers"):
+    with pytest.raises(ConfigError, match="NVIDIA's own layout") as caught:
+        build("teachers", {"kind": "transformers", "model": name})
+    monkeypatch.setattr(zoo, "fetch_model", lambda repo, revision: folder)
+    done = CliRunner().invoke(app, printed(caught, tmp_path / "native"))
+    assert done.exit_code == 0, done.output
+    made = build("teachers", {"kind": "transformers", "model": str(tmp_path / "native")})
+    images = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(made(images).spatial, agglo.load(folder)(images).spatial, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["C-RADIOv3-H", "c-radio_v3-b"])
+def test_a_download_of_a_release_that_aligns_corners_is_converted_without(
+    version: str, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    download = tmp_path / version if version.startswith("C") else tmp_path / "mine"
+    download.mkdir()
+    (download / "model.safetensors").symlink_to(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (download / "config.json").write_text(json.dumps(config | {"version": version}))
+    with pytest.raises(ConfigError, match="NVIDIA's own layout") as caught:
+        build("teachers", {"kind": "transformers", "model": str(download)})
+    call = str(caught.value).split("`")[1].replace("FOLDER", str(tmp_path / "native"))
+    assert call.startswith("agglo.export(agglo.load(")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the layout has no place for
+        eval(call, {"agglo": agglo})
+    assert build("teachers", {"kind": "transformers", "model": str(tmp_path / "native")}).spec.summary == 2 * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("args", "config", "why"),
+    [
+        ({"model": "eradio_large_fullres_ws16"}, {}, "its trunk is no transformer"),
+        ({"model": "radio1d_huge_patch16_224"}, {}, "its tokens lie in one dimension"),
+        ({"model": "dino_v2_g_student"}, {}, "a norm after its last block"),
+        ({"model_norm": True}, {}, "a norm after its last block"),
+        ({"model": "vit_huge_patch16_224_mlpnorm"}, {}, "norms inside its MLPs"),
+        ({}, {"feature_normalizer_config": {"embed_dim": 32}}, "its map goes through a normalizer"),
+    ],
+)
+def test_what_transformers_has_no_place_for_is_not_sent_to_an_export(
+    args: dict[str, Any], config: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"args": {**ARGS, **args}, **config}))
+    with pytest.raises(ConfigError, match=f"no layout of transformers holds it: .*{why}") as caught:
+        build("teachers", {"kind": "transformers", "model": str(tmp_path)})
+    assert "agglo export" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", zoo.HUB.values(), ids=lambda entry: entry.name)
+def test_advice_on_every_release_is_what_the_export_would_say(entry: zoo.HubModel) -> None:
+    largest, (head, *_) = entry.release.max_size, entry.teachers
+    options = published(entry.architecture, entry.patch, entry.registers, largest)
+    normalizers: dict[Any, Any] = {"features": True} if entry.name.endswith("-norm") else {}
+    with torch.device("meta"):
+        model = Model(options, {}, tokens=[head], normalizers=normalizers)
+    said = advice("teachers.transformers", entry.name)
+    try:
+        _check(fitting(model, "RadioModel"), model)
+    except ConfigError:
+        assert "no layout of transformers holds it" in said
+    else:
+        assert f"`agglo export {entry.name} --to transformers -o FOLDER`" in said
+    assert (entry.name in COPIES_ALIGN) == entry.copy_aligns
+    assert is_version(entry.name) and is_repository(entry.repo)
+    if entry.file is None:
+        assert f"`agglo export {entry.name} --to" in advice("teachers.transformers", entry.repo)
+
+
+@pytest.mark.parametrize("name", ["nvidia/RADIO-g", "nvidia/e-radio-x", "e-radio_v2", "nvidia/RADIO1D-H"])
+def test_names_that_no_layout_holds_are_known_without_a_network(name: str) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match=f"{name} is a RADIO .*no layout of transformers holds it"):
         build("teachers", {"kind": "transformers", "model": name})
     spec_of({"kind": "transformers", "model": "nvidia/C-RADIOv4-H", "weights": "random"})  # published for transformers
+
+
+def test_a_name_is_refused_only_where_its_configuration_cannot_be_had(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that holds what transformers reads is read, at any revision and whatever it is called."""
+    pytest.importorskip("transformers")
+    teacher = {"kind": "transformers", "model": "nvidia/C-RADIOv4-H@v1"}
+    assert spec_of(teacher) == spec_of({**teacher, "model": "nvidia/C-RADIOv4-H"})
+    for name in (
+        "nvidia/C-RADIOv4-H@v1",
+        "hf-hub:nvidia/C-RADIOv4-H@v1",
+        "radio/mine",
+        "radio/v2-x",
+        "nvidia/radiology",
+    ):
+        with pytest.raises(AssetError, match="HF_HUB_OFFLINE is set"):
+            build("teachers", {**teacher, "model": name})
+    snapshot = tmp_path / "snapshots" / "abc123"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the layout has no place for
+        agglo.export(agglo.load(folder), "transformers", snapshot)
+
+    def download(repo: str, file: str, revision: str | None = None) -> str:
+        if not (snapshot / file).is_file():
+            raise errors.EntryNotFoundError("no")
+        asked.add((repo, revision))
+        return str(snapshot / file)
+
+    errors, asked = pytest.importorskip("huggingface_hub.errors"), set()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for name in ("nvidia/C-RADIOv4-H", "nvidia/C-RADIOv5-B"):
+        assert build("teachers", {**teacher, "model": f"{name}@v1"}).spec.summary == 2 * WIDTH
+        assert {(name, "v1"), (name, "abc123")} <= asked
 
 
 def test_heads_come_only_when_asked_for(pickle: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +12,15 @@ from agglo.config import build
 from agglo.teachers._families import family_of
 from agglo.teachers._family import Family
 from agglo.teachers._hub import Source
+from agglo.teachers._official import advice, is_repository, is_version
 from agglo.teachers._precision import Precision, halve, products
 from agglo.teachers._processor import AS_THEY_ARE, Conditioner, Pixels, read_pixels
 from agglo.teachers._published import PUBLISHED, Published
 from agglo.teachers._sizes import check_canvas, check_images, scaled_size, snap
 from agglo.teachers.base import Teacher
-from agglo.types import ConfigError, Features, FeatureSpec
+from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 
 _WHERE = "teachers.transformers"
-_OFFICIAL = re.compile(r"(?:hf-hub:)?((?:nvidia/)?(?:[ce]-)?radio(?:[-_]?v?\d|[-_/@]|$)[^/]*)", re.IGNORECASE)
-"""How NVIDIA's repositories are called, and the releases that are known by shorter names."""
 
 
 class TransformersTeacher(Teacher):
@@ -149,9 +146,9 @@ class TransformersTeacher(Teacher):
 
 def _located(model: str, revision: str | None) -> tuple[Source, Published | None]:
     gated = [name for name, each in PUBLISHED.items() if each.gated]
-    official = _OFFICIAL.fullmatch(model)
-    if official is not None and official[1] not in PUBLISHED and not Path(model).expanduser().exists():
-        raise ConfigError(_foreign(official[1]))
+    version = model.partition("@")[0]
+    if is_version(version) and not Path(model).expanduser().exists():
+        raise ConfigError(advice(_WHERE, version))
     source = Source(model, _WHERE, revision, known=PUBLISHED, gated=gated)
     return source, None if source.local else PUBLISHED.get(source.name)
 
@@ -160,19 +157,17 @@ def _config(source: Source, published: Published | None, *, random: bool) -> Map
     """The content of config.json; of a published model whose weights are not read, from our table."""
     if published is not None and random:
         return published.config
-    source.need("config.json")
+    try:
+        source.need("config.json")
+    except AssetError as error:
+        # What it is called has to do where its configuration cannot be had.
+        if source.local or published is not None or not is_repository(source.name):
+            raise
+        raise ConfigError(advice(_WHERE, source.name)) from error
     content = source.json("config.json")
     if "model_type" not in content and isinstance(content.get("args"), Mapping):
-        raise ConfigError(_foreign(source.label))
+        raise ConfigError(advice(_WHERE, source.label, content, local=source.local))
     return content
-
-
-def _foreign(model: str) -> str:
-    """What to do with RADIO as NVIDIA publishes it: transformers would read it by running the repository's own code."""
-    return (
-        f"{_WHERE}: {model} is a RADIO in NVIDIA's own layout, which this kind does not read. Convert it once, with "
-        f"`agglo export {shlex.quote(model)} --to transformers -o FOLDER`, and name that folder: `model: FOLDER`"
-    )
 
 
 def _pixels(family: Family, source: Source, published: Published | None, *, random: bool) -> Pixels:
