@@ -3,8 +3,9 @@
 ``python benchmarks/run.py ablations`` trains small ViTs on `scenes` and photographs with offline teachers and writes
 ``results/ablations.json``, ``docs/ablations.md`` and a figure for each claim. What was measured under the same settings
 is not measured again: the run can be stopped, and goes on where it was. ``CLAIMS=fixed_pattern,scales`` runs some of
-the claims, ``SEEDS=1 STEPS=3`` a trial, ``AGAIN=1`` forgets what was measured; ``WIDTH=768 STEPS=5000`` is for a GPU.
-``python benchmarks/ablations.py`` judges the published numbers again and writes the page.
+the claims, and the others stay as they are published; ``SEEDS=1 STEPS=3`` is a trial, ``AGAIN=1`` forgets what was
+measured; ``WIDTH=768 STEPS=5000`` is for a GPU. ``python benchmarks/ablations.py`` judges the published numbers again
+and writes the page.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ CLAIMS: dict[str, Claim] = {
     "windows": Windows(),
     "whole_recipe": Whole(),
 }
+PUBLISHED = Path(__file__).parent / "results" / "ablations.json"
 KEPT = Path(os.environ.get("ABLATIONS", Path(__file__).parents[1] / "runs" / "ablations.json"))
 """Every arm of every seed, as it is done; what is published is made of it."""
 
@@ -84,6 +86,10 @@ def run() -> dict[str, Any]:
     known: dict[str, Any] = {} if fresh else json.loads(KEPT.read_text(encoding="utf-8"))
     chosen = os.environ.get("CLAIMS", ",".join(CLAIMS)).split(",")
     result: dict[str, Any] = {"seeds": SEEDS, "steps": STEPS, "width": WIDTH, "claims": {}}
+    if "CLAIMS" in os.environ and PUBLISHED.is_file():
+        before = json.loads(PUBLISHED.read_text(encoding="utf-8"))["result"]
+        if all(before[key] == result[key] for key in ("seeds", "steps", "width")):
+            result["claims"] = {name: before["claims"][name] for name in CLAIMS if name in before["claims"]}
     for name in chosen:
         claim = CLAIMS[name]
         drawn = {arm: [measured(name, arm, seed, known) for seed in range(SEEDS)] for arm in claim.arms}
@@ -96,13 +102,12 @@ def run() -> dict[str, Any]:
 
 def page() -> None:
     """Judge the published numbers again, and write the page and the figures: nothing is trained."""
-    place = Path(__file__).parent / "results" / "ablations.json"
-    published = json.loads(place.read_text(encoding="utf-8"))
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     result = published["result"]
     for name, entry in result["claims"].items():
         arms = dict(zip(CLAIMS[name].arms, entry["arms"].values(), strict=True))  # by their names of today
         result["claims"][name] = judged(name, arms)
-    place.write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    PUBLISHED.write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
     write(result, CLAIMS)
 
 

@@ -21,8 +21,9 @@ NOTES = {
         "set the student has room for both."
     ),
     "whole_recipe": (
-        "Tried with a ViT from scratch: AM-RADIO's arm with a fixed position table (an unfair arm: depth on `scenes` "
-        "goes with the row of the pixel, and a fixed table tells the row), and one ingredient at a time: nearly all of "
-        "the loss of depth came with the table."
+        "Tried: leaving DAMP out, and then it holds. Noise on the weights of a pretrained convnet, in 100 steps and with "
+        "norms whose statistics are frozen, costs the language it started with: 0.51 to 0.16 in ImageNet's zero-shot, "
+        "and 0.55 without DAMP. With a ViT from scratch both arms were at chance in kNN and zero-shot after 600 steps, "
+        "and showed nothing."
     ),
 }
