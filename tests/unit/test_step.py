@@ -18,7 +18,7 @@ from agglo.objectives.inspection import spread
 from agglo.train import loop, optim
 from agglo.train import step as step_module
 from agglo.train.checkpoint import checkpoints
-from agglo.train.ledger import Ledger, pack
+from agglo.train.ledger import Ledger, halved, pack
 from agglo.train.loop import Progress, Run
 from agglo.train.optim import build_optimizer, deferred, update
 from agglo.train.step import Stopwatch, one_step
@@ -363,7 +363,7 @@ def test_a_fused_update_takes_gradients_of_any_layout() -> None:
 
 
 def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
-    ledger = Ledger(done=7)
+    ledger = Ledger(done=7, half={"b"})
 
     def put(step: int, *, good: bool = True, **numbers: float) -> None:
         values = {"loss": 1.0, "norm": 1.0, "term:a/spatial": 0.5, "target:a/spatial": 1.0} | {
@@ -378,20 +378,24 @@ def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
     put(10, target__a_spatial=0.0)
     put(11, good=False, norm=nan)
     put(12, good=False, loss=nan)
+    put(13, good=False, loss=nan, target__a_spatial=nan, target__b_summary=nan)
     found = ledger.read()
-    assert [known.row for known in found] == [0, 1, 2, 0, 1, 2]
-    assert (ledger.skipped, ledger.row, ledger.done) == (4, 2, 11)
+    assert [known.row for known in found] == [0, 1, 2, 0, 1, 2, 3]
+    assert (ledger.skipped, ledger.row, ledger.done) == (5, 3, 11)
     assert [known.why for known in found] == [
         None,
         "a/spatial is not finite",
-        "spatial features of teacher 'a': NaN or infinity; run it in float32, and look at its weights and its input",
+        "spatial features of teacher 'a': NaN or infinity; look at its weights and its input",
         None,
         "the gradient is not finite",
         "the loss is not finite",
+        "spatial features of teacher 'a', summary features of teacher 'b': NaN or infinity; run it in float32, and "
+        "look at its weights and its input",
     ]
     assert "train.lr" in found[1].remedy
-    assert "train.lr" not in found[2].remedy and "teachers.a.dtype=float32" in found[2].remedy
-    assert [known.constant for known in found] == [(), (), (), ("a/spatial",), (), ()]
+    assert "--resume" in found[2].remedy and "train.lr" not in found[2].remedy and "dtype" not in found[2].remedy
+    assert "teachers.b.dtype=float32" in found[6].remedy and "teachers.a.dtype" not in found[6].remedy
+    assert [known.constant for known in found] == [(), (), (), ("a/spatial",), (), (), ()]
     assert found[0].terms == {"a/spatial": 0.5}
     assert ledger.read() == []
 
@@ -487,7 +491,8 @@ def test_a_teacher_that_stays_nan_stops_the_run_and_is_what_the_advice_is_about(
     why = rf"step 2: {part} features of teacher 'other'.*3\. step in a row"
     with Progress(run.folder, 9, quiet=True) as progress, pytest.raises(loop.DivergenceError, match=why) as e:
         loop.train(run, progress, [])
-    assert "teachers.other.dtype=float32" in str(e.value)
+    assert "weights" in str(e.value)
+    assert "dtype" not in str(e.value)  # this kind has no such key
     assert "lr" not in str(e.value)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "skipped_step" in line] == [1, 2, 3]
@@ -495,10 +500,51 @@ def test_a_teacher_that_stays_nan_stops_the_run_and_is_what_the_advice_is_about(
     assert [path.name for path in checkpoints(run.folder / "checkpoints")] == ["step_00000000"]
 
 
-def test_a_part_that_nobody_learns_from_may_be_nan(data: Path, tmp_path: Path) -> None:
-    run = started(data, tmp_path)
+def test_float32_is_advised_where_it_is_not_float32(data: Path) -> None:
+    model = "{kind: timm, model: test_vit, weights: random"
+    assert halved(tiny(data, f"teachers.other={model}, dtype: bfloat16}}", f"teachers.dense={model}}}")) == {"other"}
+
+
+def test_a_part_that_nobody_learns_from_may_be_nan_and_is_no_cause(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = loop.prepare(tiny(data), tmp_path / "run", torch.device("cpu"), resume=False)
+    run.folder.mkdir()
     saying(run, "dense", lambda features: replace(features, summary=features.summary * float("nan")))
-    assert bool(one_step(run, run.loader.batch(0), Stopwatch()).good)
+    with Progress(tmp_path, 1, quiet=True) as progress:
+        loop.start(run, progress, [])  # the pre-pass
+    ledger = Ledger()
+    ledger.add(one_step(run, run.loader.batch(0), Stopwatch()))
+    real = step_module.forward
+
+    def steep(run, batch, watch):
+        result, told = real(run, batch, watch)
+        weight = next(run.model.parameters())
+        return replace(result, loss=result.loss + (weight - weight.detach()).sum().abs().sqrt()), told
+
+    monkeypatch.setattr(step_module, "forward", steep)
+    ledger.add(one_step(run, run.loader.batch(1), Stopwatch()))
+    first, second = ledger.read()
+    assert first.why is None
+    assert second.why == "the gradient is not finite" and "train.lr" in second.remedy
+
+
+def test_bad_images_are_counted_while_more_are_met_and_told_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(data, tmp_path)
+    bad, sent = {"a.png": "empty"}, []
+    run.loader.skipped = bad
+
+    def gather(new):
+        sent.append(dict(new))
+        bad.update({f"{len(sent)}.png": "short"})  # a thread of the loader
+        return [new, {"b.png": "elsewhere"}]
+
+    monkeypatch.setattr(loop.dist, "gather", gather)
+    assert loop.skipped_images(run) == {"a.png": "empty", "b.png": "elsewhere"}
+    assert loop.skipped_images(run).keys() == {"a.png", "b.png", "1.png"}
+    assert sent == [{"a.png": "empty"}, {"1.png": "short"}]
 
 
 def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, tmp_path: Path) -> None:

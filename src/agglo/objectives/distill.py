@@ -155,13 +155,14 @@ class Distill(nn.Module):
             What to know of the statistics (too few samples, no Hadamard matrix), a line a teacher.
 
         Raises:
-            ConfigError: there was not one batch; a teacher's features are not finite, constant or too few.
+            ConfigError: there was not one batch; a teacher's features, where they have a loss, are not finite,
+                constant or too few.
         """
         summaries: dict[str, list[Tensor]] = {n: [] for n, loss in self.summary_losses.items() if loss.needs_statistics}
         cells: dict[str, list[Tensor]] = {n: [] for n, loss in self.spatial_losses.items() if loss.needs_statistics}
         seen = 0
         for batch in batches:
-            targets = {name: each.features for name, each in batch.items()}
+            targets = {name: self._learned(name, each.features) for name, each in batch.items()}
             check_finite(targets, f"pre-pass, batch {seen}")
             seen += 1
             for name, normalizer in self.normalizers.items():
@@ -258,6 +259,11 @@ class Distill(nn.Module):
             total_loss = total_loss + shares[name.removesuffix("/auxiliary")] * term
             terms[name] = term
         return Result(total_loss, {name: term.detach() for name, term in terms.items()})
+
+    def _learned(self, name: str, features: Features) -> Features:
+        """Those parts of what a teacher said that have a loss."""
+        summary, spatial = name in self.summary_losses, name in self.spatial_losses
+        return Features(features.summary if summary else None, features.spatial if spatial else None)
 
     def _measure(self, loss: Loss) -> Callable[..., Tensor]:
         """The loss as the balancer wants it: a scalar, or one number an image."""

@@ -54,8 +54,8 @@ def check_finite(targets: Mapping[str, Features], where: str) -> None:
         teacher, part = name.split("/")
         if bool(value.isnan()):
             raise ConfigError(
-                f"teachers.{teacher}: its {part} features hold NaN or infinity ({where}): run it in float32, and look "
-                "at its weights and its input"
+                f"teachers.{teacher}: its {part} features hold NaN or infinity ({where}): look at its weights and its "
+                "input, and run it in float32 where it is in half precision"
             )
 
 

@@ -113,14 +113,15 @@ class Upsample(nn.Module):
             What to know of the statistics, a line each.
 
         Raises:
-            ConfigError: there was not one batch; the teacher's features are not finite, constant or too few.
+            ConfigError: there was not one batch; the teacher's maps are not finite, constant or too few.
         """
         name, count = "", 0
         for batch in batches:
-            check_finite({name: seen.features for name, seen in batch.items()}, f"pre-pass, batch {count}")
+            maps = {name: Features(None, _map(seen.features)) for name, seen in batch.items()}
+            check_finite(maps, f"pre-pass, batch {count}")
             count += 1
-            for name, seen in batch.items():
-                named(name, self.normalizer.update, _map(seen.features))
+            for name, seen in maps.items():
+                named(name, self.normalizer.update, _map(seen))
         if not count:
             raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
         return named(name, self.normalizer.freeze)

@@ -7,7 +7,7 @@ what was left out, and names what went wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agglo import dist
 from agglo.objectives.inspection import CONSTANT
+from agglo.recipe import Recipe
 
 DIVERGED = (
     "nothing of these steps was kept. Start again with a lower train.lr or with train.clip=1 (--overwrite); the "
@@ -22,9 +23,11 @@ DIVERGED = (
 )
 TEACHER = (
     "nothing of these steps was kept, and no learning rate would change that. Mend the teacher's weights or its input "
-    "and go on with --resume, or set {keys} and start again (--overwrite)"
+    "and go on with --resume"
 )
-"""The next move after too many steps in a row that were left out: what diverged was the student, or a teacher."""
+HALF = ", or set {keys} and start again (--overwrite)"
+"""The next move after too many steps in a row that were left out: of a student that diverged; of a teacher; of a
+teacher in half precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Taken:
         step: from 0.
         images: the batch's names.
         labels: of ``numbers``: ``loss``, ``norm`` (of the gradient), ``term:<name>``, ``target:<teacher>/<part>`` (the
-            spread of what the teacher said, :func:`agglo.objectives.inspection.spread`).
+            spread of what the teacher said, :func:`agglo.objectives.inspection.spread`; of parts that have a term).
         numbers: float32 ``(K,)`` on the device.
         good: bool scalar on the device: all that the step rests on is finite, and the update was made.
     """
@@ -81,6 +84,9 @@ class Known:
 class Ledger:
     """Collects steps; :meth:`read` fetches all that were not read yet.
 
+    Args:
+        half: names of the teachers in half precision (:func:`halved`).
+
     Attributes:
         skipped: steps that were left out so far.
         row: of them, those since the last good one.
@@ -90,6 +96,7 @@ class Ledger:
     done: int = 0
     skipped: int = 0
     row: int = 0
+    half: Collection[str] = ()
     _pending: list[Taken] = field(default_factory=list)
 
     def add(self, taken: Taken) -> None:
@@ -114,7 +121,7 @@ class Ledger:
         self.skipped += not good
         if good:
             self.done = taken.step + 1
-        why, remedy = (None, "") if good else _why(numbers)
+        why, remedy = (None, "") if good else _why(numbers, self.half)
         return Known(
             taken.step,
             taken.images,
@@ -127,20 +134,26 @@ class Ledger:
         )
 
 
+def halved(recipe: Recipe) -> frozenset[str]:
+    """The teachers that the recipe has in half precision; kinds without a ``dtype`` have none."""
+    return frozenset(
+        name for name, entry in recipe.teachers.items() if entry.teacher.get("dtype", "float32") != "float32"
+    )
+
+
 def _part(numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
 
 
-def _why(numbers: Mapping[str, float]) -> tuple[str, str]:
+def _why(numbers: Mapping[str, float], half: Collection[str]) -> tuple[str, str]:
     """What was not finite, nearest to the cause (a teacher, a term, the sum, the gradient), and what to do about it."""
     targets = [name for name, spread in _part(numbers, "target:").items() if math.isnan(spread)]
     if targets:
         said = ", ".join(f"{part} features of teacher {teacher!r}" for teacher, part in (t.split("/") for t in targets))
-        return f"{said}: NaN or infinity; run it in float32, and look at its weights and its input", TEACHER.format(
-            keys=" and ".join(
-                f"teachers.{name}.dtype=float32" for name in dict.fromkeys(t.split("/")[0] for t in targets)
-            )
-        )
+        names = [name for name in dict.fromkeys(t.split("/")[0] for t in targets) if name in half]
+        keys = " and ".join(f"teachers.{name}.dtype=float32" for name in names)
+        look = f"{'run it in float32, and ' if names else ''}look at its weights and its input"
+        return f"{said}: NaN or infinity; {look}", TEACHER + (HALF.format(keys=keys) if names else "")
     terms = [name for name, value in _part(numbers, "term:").items() if not math.isfinite(value)]
     if terms:
         return f"{', '.join(terms)} is not finite", DIVERGED

@@ -30,7 +30,7 @@ from agglo.train import checkpoint
 from agglo.train.checks import can_be_spectral, check_sizes, check_windows
 from agglo.train.ema import Ema
 from agglo.train.folder import begin_folder, check_folder, resume_command, versions
-from agglo.train.ledger import Known, Ledger
+from agglo.train.ledger import Known, Ledger, halved
 from agglo.train.optim import build_optimizer, deferred, set_learning_rate
 from agglo.train.parallel import check_batches, everyones, one_voice
 from agglo.train.progress import Progress
@@ -66,6 +66,7 @@ class Run:
     adopted: tuple[str, ...] = ()
     start: int = 0
     told: set[str] = field(default_factory=set)
+    skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     lessons: Lessons | None = None
 
@@ -228,7 +229,8 @@ def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
         progress.say(note)
     found = dist.gather([path.name for path in checkpoint.checkpoints(run.folder / "checkpoints")])
     if any(each != found[0] for each in found):
-        raise ConfigError(f"{run.folder} is not the same folder for all processes: name one that all machines share")
+        error = ConfigError(f"{run.folder} is not the same folder for all processes: name one that all machines share")
+        dist.by_main(lambda: _raise(error))
     if found[0]:
         run.start = dist.together(lambda: checkpoint.restore(run.folder / "checkpoints", run.parts, run.optimizer))
         progress.rewind(run.start)
@@ -268,7 +270,7 @@ def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[di
 def train(run: Run, progress: Progress, interrupted: list[int]) -> None:
     """All remaining steps."""
     config, watch, began = run.recipe.train, Stopwatch(run.device), time.monotonic()
-    ledger, images_seen, since = Ledger(run.start), 0, time.perf_counter()
+    ledger, images_seen, since = Ledger(run.start, half=halved(run.recipe)), 0, time.perf_counter()
     for batch in run.loader.iterate(run.start, config.steps):
         watch.lap("data")
         step = batch.step
@@ -347,8 +349,12 @@ def save(run: Run, done: int) -> None:
 
 
 def skipped_images(run: Run) -> dict[str, str]:
-    """Name to reason of every bad image that any process has met."""
-    return {name: why for part in dist.gather(run.loader.skipped) for name, why in part.items()}
+    """Name to reason of every bad image that any process has met so far; all must ask, and tell what is new."""
+    # A copy is made at once; the loader's threads write on while it is looked at.
+    new = {name: why for name, why in dict(run.loader.skipped).items() if name not in run.skipped}
+    for part in dist.gather(new):
+        run.skipped.update(part)
+    return run.skipped
 
 
 def _raise(error: Exception) -> None:

@@ -84,12 +84,14 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in their order, those of one dtype together, about :data:`_BUCKET` numbers at a time."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         bucket: list[Tensor] = []
+        count = 0
         for tensor in tensors:
             if tensor.dtype != dtype:
                 continue
-            if bucket and sum(each.numel() for each in bucket) + tensor.numel() > _BUCKET:
+            if bucket and count + tensor.numel() > _BUCKET:
                 yield bucket
-                bucket = []
+                bucket, count = [], 0
             bucket.append(tensor)
+            count += tensor.numel()
         if bucket:
             yield bucket

@@ -78,6 +78,8 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> Taken:
     """
     before = statistics(run.model, run.recipe.train)
     result, told = (sharpen if run.recipe.objective.kind == "upsample" else forward)(run, batch, watch)
+    # What has no term, such as a part of weight 0, may be anything: the step does not rest on it.
+    told = {name: spread for name, spread in told.items() if name in result.terms}
     taken = learn(run, batch, result, sound(result, told, before), told, watch)
     average_statistics(buffer for buffer, _ in before)
     # BatchNorm has counted the batch while it was encoded, good or not; the averaged model's, in eval mode, has not.
@@ -117,9 +119,8 @@ def sound(result: Result, told: Mapping[str, Tensor], statistics: Sequence[tuple
     dropped; and BatchNorm makes zeros of values whose variance is infinite.
     """
     good = torch.isfinite(result.loss.detach())
-    heard = [spread.isnan() for name, spread in told.items() if name in result.terms]
-    if heard:
-        good = good & ~torch.stack(heard).any()
+    if told:
+        good = good & ~torch.stack([spread.isnan() for spread in told.values()]).any()
     if statistics:
         good = good & torch.cat([buffer.flatten().float() for buffer, _ in statistics]).isfinite().all()
     return good
