@@ -42,11 +42,8 @@ def cache(
         raise ConfigError("name a recipe: agglo cache RECIPE data.views.crops=2, or verify a cache: --check DIR")
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, got {batch}")
-    from agglo.dist import launched
     from agglo.recipe import load
 
-    if launched()[1] > 1:
-        raise ConfigError("a cache is written by one process: start `agglo cache` without torchrun")
     loaded = load(recipe, overrides or [], smoke=smoke)
     folder = out or Path("features") / loaded.name
     again = shlex.join(

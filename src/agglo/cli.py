@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from agglo.model import Model
 
 INTERRUPTED = 130
+ALONE = frozenset({"cache", "embed", "eval", "export", "push", "report", "view"})
+"""Commands that write, and do not share their work: of several processes each would write the same files."""
 SHOWN = 448
 """Longer side, in pixels, of an image in the picture that `view` writes."""
 
@@ -90,10 +92,17 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Options before the command."""
     del version
+    if ctx.invoked_subcommand in ALONE and os.environ.get("WORLD_SIZE", "1") != "1":
+        if not _speaks():
+            raise typer.Exit(2)
+        raise ConfigError(
+            f"`agglo {ctx.invoked_subcommand}` writes with one process: start it without torchrun (WORLD_SIZE is set)"
+        )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

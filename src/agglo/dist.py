@@ -85,6 +85,23 @@ def uniform(shape: Sequence[int], *, device: torch.device, dtype: torch.dtype | 
     return torch.rand(world() * count, *rest, device=device, dtype=dtype)[own(count)]
 
 
+@contextlib.contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """While it lasts, each process draws numbers of its own; afterwards all draw what they would have drawn without it.
+
+    For what draws by itself and cannot ask :func:`uniform`, such as another library's stochastic depth.
+
+    Args:
+        device: where it draws, beside the CPU.
+    """
+    if world() == 1:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(1 << 62, ())) + rank())
+        yield
+
+
 def own_device(device: str | None) -> str | None:
     """The device of this process: ``cuda`` is the GPU of its local rank.
 
@@ -163,7 +180,7 @@ def _grouped() -> bool:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes; a new tensor, without gradient."""
+    """The sum over all processes: without gradient where there are several, the tensor itself where there is one."""
     if world() == 1:
         return tensor
     summed = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -172,7 +189,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def average(tensor: Tensor) -> Tensor:
-    """The mean over all processes; a new tensor, without gradient."""
+    """The mean over all processes: without gradient where there are several, the tensor itself where there is one."""
     return tensor if world() == 1 else total(tensor).div_(world())
 
 

