@@ -21,9 +21,9 @@ NOTES = {
         "set the student has room for both."
     ),
     "whole_recipe": (
-        "Tried: leaving DAMP out, and then it holds. Noise on the weights of a pretrained convnet, in 100 steps and with "
-        "norms whose statistics are frozen, costs the language it started with: 0.51 to 0.16 in ImageNet's zero-shot, "
-        "and 0.55 without DAMP. With a ViT from scratch both arms were at chance in kNN and zero-shot after 600 steps, "
-        "and showed nothing."
+        "Tried: leaving DAMP out, and then it holds. Noise on the weights of a pretrained convnet, in 100 steps and "
+        "with norms whose statistics are frozen, costs the language it started with: 0.51 to 0.16 in ImageNet's "
+        "zero-shot, and 0.55 without DAMP. With a ViT from scratch both arms were at chance in kNN and zero-shot after "
+        "600 steps, and showed nothing."
     ),
 }
