@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from agglo.config import Strict, check_options, explain, nearest, override, read_yaml, write_yaml
 from agglo.optimisation import Auxiliary, Objective, Stage, Train
@@ -134,17 +134,15 @@ class Views(Strict):
         scale: share of the image's area in a crop, uniform in this range.
         aspect: width / height of a crop, log-uniform in this range.
         flip: probability of a mirror image.
-        mixup: probability that a batch is blended with itself in another order, before student *and* teachers see it.
+        mixup: probability that a batch is blended with itself in another order, for student *and* teachers.
         shift: student, teachers and averaged student look at crops shifted by ``round(N(0, shift))`` of their own
             patches (METHOD 2.4); 0.5 in C-RADIOv4, 0 for one crop for all.
-        canvas: shorter side, in pixels, at which a crop is rendered at least, so that a teacher that looks at more
-            pixels than the student sees real ones. ``auto``: at each size, that of whoever looks at most pixels; null:
-            the student's.
+        canvas: shorter side, in pixels, at which a crop is rendered at least, for teachers that look at more pixels
+            than the student. ``auto``: at each size, that of whoever looks at most pixels; null: the student's.
         crops: so many fixed crops of each image, one a pass over the images, instead of a new one every time. Teachers
-            then look at each crop's whole canvas, and shifted views are slices of what they say, so that it can be
-            written once (``agglo cache``); 0 draws anew.
+            then look at whole canvases, and shifted views are slices of what they say (``agglo cache``); 0 draws anew.
         roam: with fixed crops, the student's view lies up to this many of its patches from the canvas's middle, each
-            axis and sample by itself; the canvas is that much larger on every side.
+            axis and sample by itself; the canvas is that much larger.
     """
 
     scale: tuple[float, float] = (0.35, 1.0)
@@ -152,7 +150,7 @@ class Views(Strict):
     flip: float = Field(default=0.5, ge=0, le=1)
     mixup: float = Field(default=0.0, ge=0, le=1)
     shift: float = Field(default=0.0, ge=0)
-    canvas: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    canvas: int | Literal["auto"] | None = None
     crops: int = Field(default=0, ge=0)
     roam: int = Field(default=0, ge=0)
 
@@ -164,17 +162,19 @@ class Views(Strict):
             raise ConfigError("data.views.canvas: auto depends on the teachers: fixed crops need a number, or null")
         return self
 
+    @field_validator("canvas", mode="before")
+    @classmethod
+    def _pixels(cls, value: Any) -> Any:
+        if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            return value
+        raise ConfigError(f"data.views.canvas: a positive number of pixels, auto, or null; got {value!r}")
+
     @field_validator("scale", "aspect")
     @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _ordered(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         if not 0 < value[0] <= value[1]:
             raise ValueError(f"must be a range (low, high) with 0 < low <= high, not {value}")
-        return value
-
-    @field_validator("scale")
-    @classmethod
-    def _inside(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[1] > 1:
+        if info.field_name == "scale" and value[1] > 1:
             raise ValueError(f"a crop cannot be larger than its image: at most 1, not {value[1]}")
         return value
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from agglo import recipe
-from agglo.config import read_yaml
+from agglo.config import build, read_yaml
 from agglo.train.loop import distill
+from agglo.types import ConfigError
 
 STUDENTS = {
     "a ConvNet": "{kind: timm, model: test_convnext, stages: [2, 3]}",
@@ -81,3 +82,8 @@ def test_the_big_recipes_train_it_too(name: str, student: str, tmp_path: Path) -
     assert all(line["size"] % step == 0 for line in lines)
     assert read_yaml((run / "recipe.yaml").read_text())["partitions"][0]["sizes"] == [72, 104]
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_stochastic_depth_that_an_architecture_lacks_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"student\.drop_path: vgg11 has no stochastic depth: leave it out"):
+        build("students", {"kind": "timm", "model": "vgg11", "drop_path": 0.1}, (), where="student")

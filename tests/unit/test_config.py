@@ -110,3 +110,16 @@ def test_a_plugin_is_found_for_recipes_but_not_for_checkpoints(monkeypatch: pyte
     with pytest.raises(ConfigError, match="no kind 'mine'"):
         config.find("losses", "mine", installed=False)
     config.find.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["foo", "0", "true", "-3", "2.5"])
+def test_a_canvas_is_pixels_auto_or_null(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.views\.canvas: a positive number of pixels, auto, or null; got"):
+        recipe.load("small", [f"data.views.canvas={value}"])
+    assert recipe.load("small", ["data.views.canvas=auto"]).data.views.canvas == "auto"
+
+
+def test_a_range_of_crops() -> None:
+    for changes, message in (("scale=[0.5, 1.5]", "larger than its image"), ("aspect=[2, 1]", "0 < low <= high")):
+        with pytest.raises(ConfigError, match=message):
+            recipe.load("small", [f"data.views.{changes}"])

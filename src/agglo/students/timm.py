@@ -93,8 +93,13 @@ class Timm(Student):
             try:
                 return timm.create_model(self.model, num_classes=0, **options, **freedom)
             except TypeError as error:
-                if not any(key in str(error) for key in freedom):
-                    raise
+                if any(key in str(error) for key in freedom):
+                    continue
+                if "drop_path_rate" in str(error):
+                    raise ConfigError(
+                        f"student.drop_path: {self.model} has no stochastic depth: leave it out"
+                    ) from None
+                raise
         raise TypeError(f"timm cannot create {self.model}")
 
     def _probe(self) -> None:
