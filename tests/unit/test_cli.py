@@ -274,7 +274,8 @@ def test_train_refuses_what_does_not_fit(yaml: Path, tmp_path: Path) -> None:
     assert "did you mean 'cosine'" in refused("train", yaml, "losses.summary.kind=cosin", "--print")
     assert "did you mean 'quickstart'" in refused("train", "quickstat", "--print")
     assert "exclude each other" in refused("train", yaml, "--resume", "--overwrite", "--out", tmp_path / "run")
-    assert "32 and 48" in refused("train", yaml, "partitions.0.sizes=[40]", "--out", tmp_path / "run")
+    assert "multiples of 16 px" in refused("train", yaml, "partitions.0.sizes=[4]", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_measures_reports_and_never_overwrites_silently(yaml: Path, tmp_path: Path) -> None:
