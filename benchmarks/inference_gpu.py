@@ -7,15 +7,14 @@ after every question, so that a run that is cut short leaves what it has.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from inference import TINY, VIT_B, Geometry, ours, photos, timm_naflex, transformers_radio
 from torch import Tensor, nn
@@ -262,11 +261,4 @@ def run(path: Path, smoke: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="toys, on whatever there is; nothing is kept in results/")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
-    given = parser.parse_args()
-    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else Path(__file__).parent / "results"
-    target = given.out or (Path("runs/inference_gpu_smoke.json") if given.smoke else folder / "inference_gpu.json")
-    run(target, given.smoke)
-    print(f"wrote {target}")
+    record.on_gpu("inference_gpu", __doc__, run)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +28,19 @@ def write(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+
+
+def on_gpu(name: str, about: str | None, run: Callable[[Path, bool], object]) -> None:
+    """The command line of a benchmark that runs by itself on a GPU: ``--smoke`` for toys, ``--out`` for the file.
+
+    ``run`` is given the JSON file to write and whether it is a trial; the file is ``$OUT/<name>.json`` or
+    ``results/<name>.json``, that of a trial ``runs/<name>_smoke.json``.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--smoke", action="store_true", help="toys, on whatever there is; nothing is kept in results/")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    given = parser.parse_args()
+    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else RESULTS
+    target = given.out or (Path("runs") / f"{name}_smoke.json" if given.smoke else folder / f"{name}.json")
+    run(target, given.smoke)
+    print(f"wrote {target}")

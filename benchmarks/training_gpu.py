@@ -9,10 +9,8 @@ CPU, and is not in here. A result is written after every size, so that a run tha
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -22,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from inference_gpu import peak
 from torch.utils.flop_counter import FlopCounterMode
@@ -234,11 +233,4 @@ def run(path: Path, smoke: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="the pocket size, on whatever there is")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
-    given = parser.parse_args()
-    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else Path(__file__).parent / "results"
-    target = given.out or (Path("runs/training_gpu_smoke.json") if given.smoke else folder / "training_gpu.json")
-    run(target, given.smoke)
-    print(f"wrote {target}")
+    record.on_gpu("training_gpu", __doc__, run)

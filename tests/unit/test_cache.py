@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import smooth_images
 import torch
 from PIL import Image
 from torch import Tensor
@@ -48,9 +49,7 @@ ONE = ("teachers={toy: {kind: toy}}", "partitions=[{sizes: [32], batch: 4}]")
 
 
 def picture(path: Path, seed: int) -> None:
-    coarse = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    pixels = torch.nn.functional.interpolate(coarse, size=(80, 72), mode="bicubic").clamp(0, 1)[0]
-    Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(path)
+    smooth_images.picture(path, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

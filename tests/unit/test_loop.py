@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from smooth_images import write_images
 
 from agglo import artefact, recipe
 from agglo.artefact import WEIGHTS
@@ -44,14 +44,7 @@ TINY = {
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for index in range(6):
-        coarse = torch.rand(1, 3, 6, 6, generator=generator)
-        pixels = torch.nn.functional.interpolate(coarse, size=(80, 72), mode="bicubic").clamp(0, 1)[0]
-        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
-    return folder
+    return write_images(tmp_path / "images")
 
 
 def tiny(data: Path, *overrides: str) -> recipe.Recipe:

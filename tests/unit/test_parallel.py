@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from smooth_images import write_images
 from test_loop import tiny, trace, weights
 from typer.testing import CliRunner
 
@@ -157,13 +157,7 @@ if __name__ == "__main__":
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all jobs' runs; ``images`` in it is their data, ``0.pt`` and ``1.pt`` what the processes found."""
     folder = tmp_path_factory.mktemp("runs")
-    images = folder / "images"
-    images.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for index in range(6):
-        coarse = torch.rand(1, 3, 6, 6, generator=generator)
-        pixels = torch.nn.functional.interpolate(coarse, size=(80, 72), mode="bicubic").clamp(0, 1)[0]
-        Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(images / f"{index}.png")
+    images = write_images(folder / "images")
     free = [socket.socket() for _ in range(len(JOBS) + 1)]
     for each in free:
         each.bind(("127.0.0.1", 0))
