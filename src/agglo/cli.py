@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import warnings
@@ -57,7 +58,9 @@ def _speaks() -> bool:
 
 
 def _os_error(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{what}: free some space, or write to another disk, and run the same command again" if full else what
 
 
 app = typer.Typer(

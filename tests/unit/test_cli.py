@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -374,3 +375,11 @@ def test_export_writes_for_others_and_refuses_what_does_not_fit(model: Path, tmp
 
 def test_push_names_what_is_wrong(model: Path) -> None:
     assert "owner/name" in refused("push", model, "justaname")
+
+
+def test_a_full_disk_says_the_next_move(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("agglo.zoo.list_models", full)
+    assert "No space left on device: free some space" in refused("models")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch import nn
 from agglo.config import build
 from agglo.results import comparing, identity, tables
 from agglo.results.records import FILE, PerImage, Result, ResultError, append, read, read_images
-from agglo.types import ConfigError
+from agglo.types import ConfigError, StorageError
 
 
 def result(name: str = "knn", top1: float = 0.5, **changes) -> Result:
@@ -408,3 +410,23 @@ def test_different_measurements_are_not_compared() -> None:
     assert "other data" in comparing.compare(result(), moved, None, None).why
     with pytest.raises(ResultError, match="same images"):
         comparing.bootstrap("x", np.zeros(2), np.zeros(3))
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_a_full_disk_costs_no_result_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    append(tmp_path, result())
+    before = (tmp_path / FILE).read_bytes()
+
+    def write(handle: int, content: bytes) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(handle, content[:room])  # what a disk that fills up in the middle does
+
+    whole = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(StorageError, match=r"of linear cannot be written to .*No space left.*free some space"):
+            append(tmp_path, result("linear", protocol="q"))
+    assert (tmp_path / FILE).read_bytes() == before
+    append(tmp_path, result("linear", protocol="q"))
+    assert [each.name for each in read(tmp_path)] == ["knn", "linear"]

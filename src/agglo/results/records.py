@@ -6,6 +6,7 @@ Beside it lies ``images/<id>.json.gz``, a value for each image and each class, f
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from agglo.types import AggloError
+from agglo.types import AggloError, StorageError
 
 FORMAT = 2
 """Of a line. Format 1 was the whole file ``evals.json`` of ``agglo eval --out``, without settings or hashes."""
@@ -120,24 +121,39 @@ def append(folder: Path, result: Result, images: PerImage | None = None) -> Path
 
     Raises:
         ResultError: a metric is not finite: no such number is kept.
+        StorageError: the disk is full or the folder read-only; what was there before is as it was.
     """
     bad = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if bad:
         raise ResultError(f"{result.name}: {', '.join(bad)} is not a finite number, so it is not kept as a result")
-    folder.mkdir(parents=True, exist_ok=True)
-    if images is not None and (images.images or images.classes):
-        _write_images(folder / IMAGES / f"{result.id}.json.gz", images)
     line = json.dumps({"format": FORMAT, "id": result.id, **asdict(result)}, allow_nan=False) + "\n"
-    path = folder / FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if images is not None and (images.images or images.classes):
+            _write_images(folder / IMAGES / f"{result.id}.json.gz", images)
+        _add_line(folder / FILE, line)
+    except OSError as error:
+        raise StorageError(
+            f"the result of {result.name} cannot be written to {folder} ({error.strerror or error}): free some space "
+            "or name another folder with --out, and run the same command again; the results there are kept"
+        ) from None
+    return folder / FILE
+
+
+def _add_line(path: Path, line: str) -> None:
+    """All of the line at the end of the file, or none of it."""
     # A line that a killed process left half-written must not swallow this one.
-    broken = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
+    size = path.stat().st_size if path.is_file() else 0
+    content = (("\n" if size and _last_byte(path) != b"\n" else "") + line).encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, (("\n" if broken else "") + line).encode())  # one call: appends of two processes do not mix
+        written = os.write(handle, content)  # one call: appends of two processes do not mix
+        if written < len(content):
+            os.ftruncate(handle, os.fstat(handle).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(handle)
     finally:
         os.close(handle)
-    return path
 
 
 def _last_byte(path: Path) -> bytes:
