@@ -145,7 +145,9 @@ def check_options(point: str, options: Mapping[str, Any], where: str = "", *, in
         ConfigError: no kind, an unknown kind, an unknown key, a value of the wrong type.
     """
     if "kind" not in options:
-        raise ConfigError(f"{where or point}: needs `kind:`, one of {', '.join(kinds(point))}")
+        glued = next((str(key) for key in options if str(key).startswith("kind:")), None)
+        hint = f"; YAML wants a blank after the colon: {glued.replace(':', ': ', 1)}" if glued else ""
+        raise ConfigError(f"{where or point}: needs `kind:`, one of {', '.join(kinds(point))}{hint}")
     try:
         cls = find(point, str(options["kind"]), installed=installed)
     except ConfigError as error:

@@ -123,3 +123,8 @@ def test_a_range_of_crops() -> None:
     for changes, message in (("scale=[0.5, 1.5]", "larger than its image"), ("aspect=[2, 1]", "0 < low <= high")):
         with pytest.raises(ConfigError, match=message):
             recipe.load("small", [f"data.views.{changes}"])
+
+
+def test_a_colon_without_a_blank_is_seen() -> None:
+    with pytest.raises(ConfigError, match=r"YAML wants a blank after the colon: kind: folder"):
+        recipe.load("small", ["data.sources=[{kind:folder,path:x}]"])
