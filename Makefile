@@ -9,7 +9,7 @@ VENV   ?= .venv
 QUICKSTART := $(VENV)/.quickstart-stamp
 DEV        := $(VENV)/.dev-stamp
 
-AGGLO := $(VENV)/bin/python -m agglo.cli
+AGGLO := $(VENV)/bin/python -m agglo
 
 comma := ,
 

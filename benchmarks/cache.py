@@ -127,7 +127,7 @@ def speed(folder: Path) -> dict[str, Any]:
 
 def train(folder: Path, arm: str, run: Path) -> list[dict[str, Any]]:
     """One short run of an arm; its metrics."""
-    from agglo.train.loop import distill
+    from agglo.training.loop import distill
 
     made = recipe_of(folder / "photos")
     views = {"crops": 0} if arm == "live, new crops" else {}

@@ -23,7 +23,7 @@ def run() -> dict[str, Any]:
         began = time.perf_counter()
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         subprocess.run(
-            [sys.executable, "-m", "agglo.cli", "train", "quickstart", "--out", str(folder)],
+            [sys.executable, "-m", "agglo.cli.main", "train", "quickstart", "--out", str(folder)],
             check=True,
             env=environment,
         )

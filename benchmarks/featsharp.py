@@ -86,7 +86,7 @@ def pattern_for(teacher: Any, images: Tensor) -> Tensor:
 def trained(arm: dict[str, Any], pattern: Tensor | None) -> tuple[Any, Any, float]:
     """The averaged upsampler of a run of the recipe, its teacher, and the minutes it took."""
     from agglo import recipe
-    from agglo.train import loop
+    from agglo.training import loop
 
     size = SIDE * arm["factor"]
     loaded = recipe.load(
@@ -145,7 +145,7 @@ def show(name: str, images: Tensor, names: list[str], found: dict[str, Tensor]) 
     """``docs/figures/featsharp_<name>.png``: photographs and their maps, one PCA basis a photograph."""
     from PIL import Image
 
-    from agglo.picture import pca_basis, pca_picture, side_by_side, stacked
+    from agglo.report.picture import pca_basis, pca_picture, side_by_side, stacked
 
     rows = []
     for photo in SHOWN:

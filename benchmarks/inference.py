@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 import torch
 from torch import Tensor, nn
 
-from agglo.heads._pair import HeadConfig
-from agglo.model import Model
+from agglo.model.heads import HeadConfig
+from agglo.model.model import Model
 from agglo.preprocess import nearest_size, to_tensor
 from agglo.sources.photos import Photos
 

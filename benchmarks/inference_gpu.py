@@ -19,7 +19,7 @@ import torch
 from inference import TINY, VIT_B, Geometry, ours, photos, timm_naflex, transformers_radio
 from torch import Tensor, nn
 
-from agglo.model import Model
+from agglo.model.model import Model
 
 MODELS = {
     "ViT-H": Geometry(1280, 32, 16, 5120, None, class_tokens=3, registers=7),
@@ -223,7 +223,7 @@ def packing(geometry: Geometry, device: torch.device, dtype: torch.dtype, pictur
 
 def run(path: Path, smoke: bool = False) -> dict[str, Any]:
     """All questions, the one with a goal first; the file is written after each."""
-    from agglo.train.folder import versions
+    from agglo.files import versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not smoke:

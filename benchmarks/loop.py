@@ -13,7 +13,7 @@ INSIDE = ("teachers", "forward", "backward")
 def run(steps: int = 30) -> dict[str, Any]:
     """A short quickstart run without head-only steps; the first third, where caches fill, is left out."""
     from agglo import recipe
-    from agglo.train.loop import distill
+    from agglo.training.loop import distill
 
     with tempfile.TemporaryDirectory() as folder:
         loaded = recipe.load(

@@ -16,7 +16,7 @@ SHARED = Path(os.environ.get("AGGLO_SHARED", Path(__file__).parents[2] / "shared
 
 def write(name: str, result: dict[str, Any]) -> None:
     """Print a result and keep it as ``results/<name>.json``, with what is needed to read it later."""
-    from agglo.train.folder import versions
+    from agglo.files import versions
 
     record = {
         "benchmark": name,

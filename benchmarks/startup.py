@@ -11,7 +11,7 @@ from typing import Any
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import agglo": ["-c", "import agglo"],
-    "agglo --help": ["-m", "agglo.cli", "--help"],
+    "agglo --help": ["-m", "agglo.cli.main", "--help"],
     "import torch": ["-c", "import torch"],
 }
 

@@ -66,7 +66,7 @@ def prepare(arm: tuple[str, ...], folder: Path) -> tuple[Any, list[Any]]:
 
     from agglo.config import override
     from agglo.recipe import decode
-    from agglo.train import loop
+    from agglo.training import loop
 
     tree = {**RECIPE, "data": {"sources": [{"kind": "photos"}], "workers": 0}}
     run = loop.prepare(decode(override(tree, arm)), folder, torch.device("cpu"), resume=False)
@@ -80,7 +80,7 @@ def take(run: Any, batch: Any) -> Span:
     """One step of the loop, without the loader."""
     import torch
 
-    from agglo.train.step import Stopwatch, one_step
+    from agglo.training.step import Stopwatch, one_step
 
     began = Span.now()
     torch.manual_seed(batch.step)

@@ -73,7 +73,7 @@ def recipe_for(folder: Path, sizes: list[int], smoke: bool) -> Any:
 
 def assemble(folder: Path, device: torch.device, sizes: list[int], smoke: bool) -> Any:
     """A run after its pre-pass, and a step of each partition, as large as the recipe says."""
-    from agglo.train import loop
+    from agglo.training import loop
 
     run = loop.prepare(recipe_for(folder, sizes, smoke), folder / "run", device, resume=False)
     (folder / "run").mkdir()
@@ -135,7 +135,7 @@ def measure(run: Any, batch: Any, rate: float, steps: int) -> dict[str, Any]:
 
 
 def _measured(run: Any, batch: Any, rate: float, steps: int) -> dict[str, Any]:
-    from agglo.train.step import Stopwatch
+    from agglo.training.step import Stopwatch
 
     cuda = run.device.type == "cuda"
 
@@ -177,7 +177,7 @@ def _measured(run: Any, batch: Any, rate: float, steps: int) -> dict[str, Any]:
 
 
 def _one(run: Any, batch: Any, watch: Any) -> Any:
-    from agglo.train.step import one_step
+    from agglo.training.step import one_step
 
     torch.manual_seed(batch.step)
     return one_step(run, batch, watch)
@@ -187,7 +187,7 @@ def _kernels(run: Any, step: Any, cuda: bool) -> list[dict[str, Any]]:
     """The kernels that take most of one step, and their share of it."""
     from torch.profiler import ProfilerActivity, profile
 
-    from agglo.train.step import Stopwatch
+    from agglo.training.step import Stopwatch
 
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as seen:
         step(Stopwatch(run.device))
@@ -203,7 +203,7 @@ def _kernels(run: Any, step: Any, cuda: bool) -> list[dict[str, Any]]:
 
 def run(path: Path, smoke: bool = False) -> dict[str, Any]:
     """All sizes, the smallest first; the file is written after each."""
-    from agglo.train.folder import versions
+    from agglo.files import versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not smoke:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from agglo.bundled import imagenet_wnids
+from agglo.weights.bundled import imagenet_wnids
 
 H, W = 24, 32
 

@@ -111,7 +111,7 @@ def trained(
     """
     from agglo import recipe
     from agglo.config import override
-    from agglo.train import loop
+    from agglo.training import loop
 
     tree = override({**BASE, "teachers": dict(teachers)}, [f"train.seed={seed}", *changes])
     with tempfile.TemporaryDirectory() as home:

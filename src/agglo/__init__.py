@@ -13,16 +13,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agglo.creation import create
     from agglo.embedding import embed
     from agglo.evals._run import evaluate
     from agglo.exports._run import export
-    from agglo.info import describe
-    from agglo.model import Model
+    from agglo.model.creation import create
+    from agglo.model.model import Model
     from agglo.recipe import Recipe
-    from agglo.train.loop import distill
+    from agglo.training.loop import distill
     from agglo.types import Features, FeatureSpec, Output, View
-    from agglo.zoo import list_models, load, push
+    from agglo.zoo.info import describe
+    from agglo.zoo.loading import list_models, load, push
 
 __version__ = "0.1.0"
 
@@ -48,19 +48,19 @@ __all__ = [
 _HOME = {
     "FeatureSpec": "agglo.types",
     "Features": "agglo.types",
-    "Model": "agglo.model",
+    "Model": "agglo.model.model",
     "Output": "agglo.types",
     "Recipe": "agglo.recipe",
     "View": "agglo.types",
-    "create": "agglo.creation",
-    "describe": "agglo.info",
-    "distill": "agglo.train.loop",
+    "create": "agglo.model.creation",
+    "describe": "agglo.zoo.info",
+    "distill": "agglo.training.loop",
     "embed": "agglo.embedding",
     "evaluate": "agglo.evals._run",
     "export": "agglo.exports._run",
-    "list_models": "agglo.zoo",
-    "load": "agglo.zoo",
-    "push": "agglo.zoo",
+    "list_models": "agglo.zoo.loading",
+    "load": "agglo.zoo.loading",
+    "push": "agglo.zoo.loading",
 }
 """Public name → the module that defines it."""
 

@@ -1,6 +1,6 @@
 """Several processes that train one model: which of them this is, and what they tell each other.
 
-torchrun starts the processes and says in the environment who they are; :func:`joined` makes a group of them. Every
+torchrun describes the processes in the environment; :func:`process_group` joins them. Every
 function here also works in a single process, where it costs nothing and changes nothing.
 
 Tensors on the CPU travel by gloo and tensors on a GPU by NCCL, so agreeing on a number that the host knows does not
@@ -40,8 +40,8 @@ def rank() -> int:
     return distributed.get_rank() if _grouped() else 0
 
 
-def world() -> int:
-    """How many processes train together; 1 outside :func:`joined`."""
+def world_size() -> int:
+    """How many processes train together; 1 outside :func:`process_group`."""
     return distributed.get_world_size() if _grouped() else 1
 
 
@@ -71,8 +71,8 @@ def launched() -> tuple[int, int]:
         raise ConfigError(f"RANK={os.environ['RANK']} and WORLD_SIZE={size} must be whole numbers") from None
 
 
-def own(count: int) -> slice:
-    """This process's part of what is drawn for all: of ``count * world()`` samples, ``count`` in a row."""
+def local_slice(count: int) -> slice:
+    """This process's part of what is drawn for all: of ``count * world_size()`` samples, ``count`` in a row."""
     return slice(rank() * count, (rank() + 1) * count)
 
 
@@ -82,11 +82,11 @@ def uniform(shape: Sequence[int], *, device: torch.device, dtype: torch.dtype | 
     Processes whose generators are in one state draw different numbers, and stay in one state.
     """
     count, *rest = shape
-    return torch.rand(world() * count, *rest, device=device, dtype=dtype)[own(count)]
+    return torch.rand(world_size() * count, *rest, device=device, dtype=dtype)[local_slice(count)]
 
 
 @contextlib.contextmanager
-def apart(device: torch.device) -> Iterator[None]:
+def forked_rng(device: torch.device) -> Iterator[None]:
     """While it lasts, each process draws numbers of its own; afterwards all draw what they would have drawn without it.
 
     For what draws by itself and cannot ask :func:`uniform`, such as another library's stochastic depth.
@@ -94,7 +94,7 @@ def apart(device: torch.device) -> Iterator[None]:
     Args:
         device: where it draws, beside the CPU.
     """
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -102,7 +102,7 @@ def apart(device: torch.device) -> Iterator[None]:
         yield
 
 
-def own_device(device: str | None) -> str | None:
+def local_device(device: str | None) -> str | None:
     """The device of this process: ``cuda`` is the GPU of its local rank.
 
     Args:
@@ -130,20 +130,20 @@ def own_device(device: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def joined(device: str | None = None) -> Iterator[str | None]:
+def process_group(device: str | None = None) -> Iterator[str | None]:
     """While it lasts, this process belongs to the group that torchrun started, if it started several.
 
     Args:
-        device: as for :func:`own_device`, which is what comes back.
+        device: as for :func:`local_device`, which is what comes back.
 
     Raises:
         ConfigError: the group cannot be made.
     """
     number, size = launched()
     if size == 1 or _grouped():
-        yield own_device(device)
+        yield local_device(device)
         return
-    mine = own_device(device)
+    mine = local_device(device)
     if not distributed.is_available():
         raise ConfigError(f"WORLD_SIZE is {size}, but this torch was built without torch.distributed: use one process")
     backend = "gloo"
@@ -181,7 +181,7 @@ def _grouped() -> bool:
 
 def total(tensor: Tensor) -> Tensor:
     """The sum over all processes: without gradient where there are several, the tensor itself where there is one."""
-    if world() == 1:
+    if world_size() == 1:
         return tensor
     summed = tensor.detach().clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(summed)
@@ -190,33 +190,33 @@ def total(tensor: Tensor) -> Tensor:
 
 def average(tensor: Tensor) -> Tensor:
     """The mean over all processes: without gradient where there are several, the tensor itself where there is one."""
-    return tensor if world() == 1 else total(tensor).div_(world())
+    return tensor if world_size() == 1 else total(tensor).div_(world_size())
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is so in any process; all get the same answer at the same place."""
-    return flag if world() == 1 else bool(total(torch.tensor(int(flag))))
+    return flag if world_size() == 1 else bool(total(torch.tensor(int(flag))))
 
 
-def everywhere(flag: Tensor) -> Tensor:
+def all_ranks(flag: Tensor) -> Tensor:
     """Whether it is so in all processes: a bool scalar on the flag's device, which nobody waits for."""
-    return flag if world() == 1 else total((~flag).int()) == 0
+    return flag if world_size() == 1 else total((~flag).int()) == 0
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """``(B, ...)`` of every process, in their order, as ``(world() * B, ...)``."""
-    if world() == 1:
+    """``(B, ...)`` of every process, in their order, as ``(world_size() * B, ...)``."""
+    if world_size() == 1:
         return tensor
-    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world())]
+    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     distributed.all_gather(gathered, tensor.contiguous())
     return torch.cat(gathered)
 
 
 def gather(thing: T) -> list[T]:
     """What each process has, in their order: small things that can be pickled."""
-    if world() == 1:
+    if world_size() == 1:
         return [thing]
-    found: list[Any] = [None] * world()
+    found: list[Any] = [None] * world_size()
     distributed.all_gather_object(found, thing)
     return found
 
@@ -224,7 +224,7 @@ def gather(thing: T) -> list[T]:
 @torch.no_grad()
 def broadcast(module: nn.Module) -> None:
     """Give every process the first one's parameters and buffers, in place."""
-    if world() == 1:
+    if world_size() == 1:
         return
     for tensor in (*module.parameters(), *module.buffers()):
         sent = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -232,13 +232,13 @@ def broadcast(module: nn.Module) -> None:
         tensor.copy_(sent)
 
 
-def together(work: Callable[[], T]) -> T:
+def run_on_all(work: Callable[[], T]) -> T:
     """Every process does it, and none goes on before all have.
 
     Raises:
         ElsewhereError: another process failed. Where several did, the first raises what went wrong and the others this.
     """
-    if world() == 1:
+    if world_size() == 1:
         return work()
     result, error = None, None
     try:
@@ -254,12 +254,12 @@ def together(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def by_main(work: Callable[[], T]) -> T:
+def run_on_main(work: Callable[[], T]) -> T:
     """The main process does it, the others wait; all get what came of it.
 
     Raises:
         ElsewhereError: in the others, where it failed.
     """
-    if world() == 1:
+    if world_size() == 1:
         return work()
-    return gather(together(work if is_main() else lambda: None))[0]  # type: ignore[return-value]
+    return gather(run_on_all(work if is_main() else lambda: None))[0]  # type: ignore[return-value]

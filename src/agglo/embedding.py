@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from agglo.config import build
 from agglo.data.loader import evaluation_batches
 from agglo.extras import require
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.preprocess import check_size, decode, nearest_size, to_tensor
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
-from agglo.zoo import DEFAULT, load
+from agglo.zoo.loading import DEFAULT, load
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) after every batch."""

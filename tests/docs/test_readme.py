@@ -60,7 +60,7 @@ def test_the_example_of_a_new_kind_is_one():
 def test_agglo_commands_exist(page):
     import typer
 
-    from agglo import cli
+    from agglo.cli import main as cli
 
     app = next(value for value in vars(cli).values() if isinstance(value, typer.Typer))
     group = typer.main.get_command(app)

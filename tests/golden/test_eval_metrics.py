@@ -18,8 +18,8 @@ from agglo.evals.knn import classify
 from agglo.evals.mode_switch import Pairs
 from agglo.evals.rank import lidar, rank_me
 from agglo.nn.linalg import Moments, hadamard, is_hadamard_order
-from agglo.picture import Basis, mad_limits
 from agglo.preprocess import aspect_size
+from agglo.report.picture import Basis, mad_limits
 from agglo.types import Features
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agglo.checkpoints.radio import Release, from_checkpoint
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.preprocess import nearest_size
 from agglo.students._patches import PatchGenerator
 from agglo.weights.reading import Checkpoint

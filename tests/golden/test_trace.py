@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from agglo import recipe
-from agglo.train.loop import distill
+from agglo.training.loop import distill
 
 TRACE = Path(__file__).parent / "trace.json"
 RECIPE = {

@@ -16,7 +16,7 @@ def files() -> tuple[Path, ...]:
 
 
 def name(path: Path) -> str:
-    """``train/loop.py``."""
+    """``training/loop.py``."""
     return path.relative_to(ROOT).as_posix()
 
 

@@ -9,8 +9,8 @@ import subprocess
 import house_source
 import pytest
 
-from agglo import bundled
 from agglo.sources.photos import PHOTOS
+from agglo.weights import bundled
 
 ASSETS = house_source.ROOT / "assets"
 OWN = {".md", ".json", ".py"}

@@ -70,8 +70,8 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_using_a_subpackage_does_not_hide_a_public_name():
-    """Importing ``agglo.train`` binds that name on the package: no public name may be the name of a module."""
-    code = "import agglo.train.loop, agglo.evals, agglo; print(callable(agglo.distill), callable(agglo.evaluate))"
+    """Importing ``agglo.training`` binds that name on the package: no public name may be the name of a module."""
+    code = "import agglo.training.loop, agglo.evals, agglo; print(callable(agglo.distill), callable(agglo.evaluate))"
     result = fresh(code)
     assert result.stdout.split() == ["True", "True"], result.stderr
 
@@ -94,7 +94,7 @@ def test_import_agglo_loads_nothing_heavy():
 
 HELP = """
 sys.argv = ['agglo', '--help']
-from agglo.cli import main
+from agglo.cli.main import main
 try:
     main()
 except SystemExit as stop:

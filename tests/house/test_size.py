@@ -7,13 +7,13 @@ import ast
 import house_source
 import pytest
 
-FILE_LINES = 400
+FILE_LINES = 600
 FUNCTION_LINES = 60
 DEPTH = 2
 BANNED = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
 
 LONGER: dict[str, str] = {
-    "train/loop.py::train": "the training loop reads top to bottom",
+    "training/loop.py::train": "the training loop reads top to bottom",
 }
 """``file::function`` that may be longer than FUNCTION_LINES, and why."""
 
@@ -31,7 +31,7 @@ def functions(tree: ast.AST):
 
 def test_the_walk_sees_the_package():
     names = {house_source.name(path) for path in house_source.files()}
-    assert {"__init__.py", "types.py", "config.py", "train/loop.py"} <= names
+    assert {"__init__.py", "types.py", "config.py", "training/loop.py"} <= names
 
 
 @pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agglo.model import Model
+from agglo.model.model import Model
 
 LIMIT = 5e-5
 """``max|a - e| / std(e)``, as for the golden vectors."""

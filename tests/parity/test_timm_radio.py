@@ -30,7 +30,7 @@ from agglo.checkpoints.timm import from_timm, is_timm
 from agglo.checkpoints.transformers import is_native
 from agglo.config import build
 from agglo.exports.timm import ARCHITECTURES, OTHERS
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import Checkpoint, read_folder
 

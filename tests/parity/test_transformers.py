@@ -30,8 +30,8 @@ import agglo
 from agglo.checkpoints import radio
 from agglo.checkpoints.transformers import from_native, is_native
 from agglo.config import build
-from agglo.heads._pair import HeadConfig
-from agglo.model import Model
+from agglo.model.heads import HeadConfig
+from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError, StorageError
 from agglo.weights.reading import Checkpoint, read_folder
 

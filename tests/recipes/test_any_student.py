@@ -7,7 +7,7 @@ import pytest
 
 from agglo import recipe
 from agglo.config import build, read_yaml
-from agglo.train.loop import distill
+from agglo.training.loop import distill
 from agglo.types import ConfigError
 
 STUDENTS = {

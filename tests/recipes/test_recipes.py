@@ -8,9 +8,9 @@ import torch
 
 from agglo import recipe
 from agglo.config import read_yaml
-from agglo.creation import create
-from agglo.train.loop import distill
-from agglo.train.stages import stage_folder
+from agglo.model.creation import create
+from agglo.training.loop import distill
+from agglo.training.stages import stage_folder
 
 
 @pytest.mark.parametrize("name", recipe.names())

@@ -8,17 +8,16 @@ from safetensors.torch import load_file
 from test_loop import data, tiny, trace, weights
 from test_step import started
 
-from agglo.artefact import WEIGHTS
 from agglo.config import override
-from agglo.model import Model
+from agglo.model.artefact import WEIGHTS
+from agglo.model.model import Model
 from agglo.objectives.auxiliary import shown
-from agglo.optimisation import Auxiliary
-from agglo.recipe import decode
+from agglo.recipe import Auxiliary, decode
 from agglo.students.vit import ViT
-from agglo.train import loop
-from agglo.train import step as step_module
-from agglo.train.checkpoint import checkpoints
-from agglo.train.step import Stopwatch
+from agglo.training import loop
+from agglo.training import step as step_module
+from agglo.training.checkpoint import checkpoints
+from agglo.training.step import Stopwatch
 from agglo.types import ConfigError
 
 __all__ = ["data"]  # the fixture of the loop's tests

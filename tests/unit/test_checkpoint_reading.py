@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agglo.types import AssetError
-from agglo.weights import _tensors
+from agglo.weights import tensors as _tensors
 from agglo.weights.reading import (
     Renamed,
     assign,

@@ -19,8 +19,8 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from agglo import config, recipe
-from agglo.cli import app
-from agglo.model import HeadConfig, Model
+from agglo.cli.main import app
+from agglo.model.model import HeadConfig, Model
 
 RECIPE = """
 name: tiny
@@ -88,7 +88,7 @@ def yaml(tmp_path: Path, folder: Path) -> Path:
 
 def test_help_names_every_command_and_does_not_import_torch() -> None:
     code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom agglo.cli import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom agglo.cli.main import app\n"
         "print(CliRunner().invoke(app, ['--help']).output)\n"
         "print([m for m in ('torch', 'numpy', 'pydantic', 'timm') if m in sys.modules])"
     )
@@ -162,7 +162,7 @@ def test_embed_writes_names_the_bad_and_goes_on(model: Path, folder: Path, bad: 
     with np.load(out) as file:
         assert file["path"].tolist() == [str(folder / f"{i}.png") for i in range(6)]
         assert file["summary"].shape == (6, 32)
-        assert json.loads(str(file["metadata"]))["agglo.model"] == str(model)
+        assert json.loads(str(file["metadata"]))["agglo.model.model"] == str(model)
 
 
 def test_embed_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_search_ranks_the_right_image_first(folder: Path, bad: Path, monkeypatch
 
     wanted = embedding.embed([folder / "4.png"], speaking).aligned
     speaking._towers["say"] = OneText(torch.from_numpy(wanted[0]))
-    monkeypatch.setattr("agglo.zoo.load", lambda name, **_: speaking)
+    monkeypatch.setattr("agglo.zoo.loading.load", lambda name, **_: speaking)
     for words in (["a cup of coffee"], ["a", "cup", "of", "coffee"]):  # quotes forgotten
         result = agglo("search", folder, *words, "-k", 2)
         assert result.exit_code == 0, result.output
@@ -304,7 +304,7 @@ def test_an_interruption_during_the_evals_says_that_the_model_is_safe(
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("agglo.train.measure.measure", interrupt)
+    monkeypatch.setattr("agglo.training.measure.measure", interrupt)
     run = tmp_path / "run"
     result = agglo("train", yaml, "--smoke", "--out", run)
     assert result.exit_code == 130
@@ -334,7 +334,7 @@ def test_report_runs_missing_evals_first(yaml: Path, tmp_path: Path, monkeypatch
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_saves_and_exits_130(yaml: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "agglo.cli", "train", str(yaml), "train.steps=100000", "train.log_every=1"]
+    command = [sys.executable, "-m", "agglo.cli.main", "train", str(yaml), "train.steps=100000", "train.log_every=1"]
     command += ["--out", str(run), "--device", "cpu"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
@@ -381,5 +381,5 @@ def test_a_full_disk_says_the_next_move(model: Path, monkeypatch: pytest.MonkeyP
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("agglo.zoo.list_models", full)
+    monkeypatch.setattr("agglo.zoo.loading.list_models", full)
     assert "No space left on device: free some space" in refused("models")

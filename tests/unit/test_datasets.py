@@ -10,12 +10,12 @@ import pytest
 import tiny_datasets as tiny
 from PIL import Image
 
-from agglo.bundled import imagenet_classes, imagenet_wnids
 from agglo.config import build
 from agglo.evals._probe import truth_of
 from agglo.evals.correspondence import project
 from agglo.sources._dataset import normals_of
 from agglo.types import ConfigError, ImageError
+from agglo.weights.bundled import imagenet_classes, imagenet_wnids
 
 
 def source(kind: str, root: Path, **keys):

@@ -12,8 +12,8 @@ import tiny_datasets as tiny
 import torch
 from typer.testing import CliRunner, Result
 
-from agglo.cli import app
-from agglo.model import Model
+from agglo.cli.main import app
+from agglo.model.model import Model
 from agglo.report.markup import VOID
 from agglo.results.records import read
 
@@ -118,8 +118,8 @@ def test_heads_are_all_loaded_for_an_eval_that_reads_them(home: Path, monkeypatc
         asked.append(heads)
         return Model.load(home / "one")
 
-    monkeypatch.setattr("agglo.zoo.load", load)
-    monkeypatch.setattr("agglo.zoo.is_ours", lambda name: name == "ours")
+    monkeypatch.setattr("agglo.zoo.loading.load", load)
+    monkeypatch.setattr("agglo.zoo.loading.is_ours", lambda name: name == "ours")
     agglo("eval", "one", *knn(home, "-o", str(home / "heads")))
     agglo("eval", "one", "--evals", "promptable", "promptable.decoder=none", "-o", home / "heads")
     agglo("eval", "ours", *knn(home, "-o", str(home / "heads")))  # one hash, whatever is measured
@@ -140,7 +140,7 @@ def test_a_protocol_says_what_differs(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_runs_results_lie_in_the_run(home: Path) -> None:
-    from agglo.evaluating import default_folder
+    from agglo.cli.measure import default_folder
 
     (home / "run" / "model").mkdir(parents=True, exist_ok=True)
     assert default_folder(str(home / "run")) == home / "run" / "evals"

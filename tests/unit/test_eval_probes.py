@@ -33,7 +33,7 @@ from agglo.evals.normals import Normals
 from agglo.evals.retrieval import Retrieval
 from agglo.evals.segmentation import Segmentation
 from agglo.evals.zero_shot import ZeroShot, named_templates
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.types import ConfigError, Features, FeatureSpec
 
 RNG = np.random.default_rng(0)

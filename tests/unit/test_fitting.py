@@ -11,12 +11,12 @@ from test_loop import data, tiny, trace
 from agglo import recipe
 from agglo.cache.writing import write
 from agglo.config import read_yaml
-from agglo.creation import create, snap_sizes
 from agglo.data.shifts import most
+from agglo.model.creation import create, snap_sizes
 from agglo.teachers.toy import Toy
-from agglo.train import loop
-from agglo.train.loop import Progress, Run
-from agglo.train.rendering import canvases
+from agglo.training import loop
+from agglo.training.loop import Progress, Run
+from agglo.training.rendering import canvases
 from agglo.types import ConfigError
 
 __all__ = ["data"]  # the fixture of the loop's tests

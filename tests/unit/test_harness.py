@@ -443,7 +443,7 @@ def test_maps_of_several_blocks_are_kept_apart_from_those_of_the_last(images: Pa
     from agglo.evals import _features
     from agglo.evals._layers import layered
     from agglo.evals._store import Store
-    from agglo.model import Model
+    from agglo.model.model import Model
 
     model = Model({"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8}, {}, preferred_size=32).eval()
     source = {"kind": "folder", "path": str(images / "pets")}

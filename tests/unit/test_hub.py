@@ -11,10 +11,10 @@ import torch
 from huggingface_hub import errors
 
 import agglo
-from agglo import zoo
 from agglo.checkpoints import hub
-from agglo.model import HeadConfig, Model
+from agglo.model.model import HeadConfig, Model
 from agglo.types import AssetError, ConfigError
+from agglo.zoo import loading as zoo
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import agglo
-from agglo.model import HeadConfig, Model
+from agglo.model.model import HeadConfig, Model
 from agglo.preprocess import Conditioner
 from agglo.types import ConfigError, ImageError
 

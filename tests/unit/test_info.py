@@ -11,11 +11,11 @@ from rich.console import Console
 from test_radio_checkpoints import ARGS, official_state
 
 from agglo import load
-from agglo.info import describe
-from agglo.model import HeadConfig, Model
-from agglo.releases import HUB
-from agglo.terminal import info_table
+from agglo.cli.terminal import info_table
+from agglo.model.model import HeadConfig, Model
 from agglo.types import ConfigError
+from agglo.zoo.info import describe
+from agglo.zoo.releases import HUB
 
 
 @pytest.mark.parametrize("name", list(HUB))

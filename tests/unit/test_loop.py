@@ -13,17 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from smooth_images import write_images
 
-from agglo import artefact, recipe
-from agglo.artefact import WEIGHTS
+from agglo import recipe
 from agglo.config import override
 from agglo.data.shifts import most
-from agglo.model import Model
-from agglo.train import loop
-from agglo.train import step as step_module
-from agglo.train.checkpoint import checkpoints
-from agglo.train.ema import Ema
-from agglo.train.optim import build_optimizer, learning_rate, set_learning_rate, student_share
-from agglo.train.step import draw_window
+from agglo.model import artefact
+from agglo.model.artefact import WEIGHTS
+from agglo.model.model import Model
+from agglo.training import loop
+from agglo.training import step as step_module
+from agglo.training.checkpoint import checkpoints
+from agglo.training.ema import Ema
+from agglo.training.optim import build_optimizer, learning_rate, set_learning_rate, student_share
+from agglo.training.step import draw_window
 from agglo.types import AssetError, ConfigError, StorageError
 
 TINY = {

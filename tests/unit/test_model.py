@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agglo.model import HeadConfig, Model
+from agglo.model.model import HeadConfig, Model
 from agglo.students.timm import Timm
 from agglo.types import AssetError, ConfigError, Output
 

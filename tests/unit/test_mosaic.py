@@ -177,7 +177,7 @@ def test_keys_that_do_not_go_together_say_what_to_do() -> None:
 
 
 def test_a_recipe_with_a_mosaic_trains(tmp_path) -> None:
-    from agglo.train.loop import distill
+    from agglo.training.loop import distill
 
     loaded = recipe.load(
         "quickstart",

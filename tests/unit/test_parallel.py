@@ -23,13 +23,13 @@ from test_loop import tiny, trace, weights
 from typer.testing import CliRunner
 
 from agglo import dist
-from agglo.cli import app
+from agglo.cli.main import app
 from agglo.config import build
 from agglo.nn.linalg import Moments
 from agglo.nn.placement import Placement, common, meet
-from agglo.train import loop, parallel
-from agglo.train.checkpoint import checkpoints
-from agglo.train.folder import resume_command
+from agglo.training import loop, parallel
+from agglo.training.checkpoint import checkpoints
+from agglo.training.folder import resume_command
 from agglo.types import ConfigError
 
 # All that is random a sample, and masks.
@@ -109,7 +109,7 @@ def train(
 
 def tell() -> dict[str, Any]:
     """What the processes tell each other."""
-    with dist.joined("cpu"):
+    with dist.process_group("cpu"):
         here = dist.rank()
         torch.manual_seed(0)
         student = build("students", {"kind": "timm", "model": "test_vit", "drop_path": 0.5}).train()
@@ -123,7 +123,7 @@ def tell() -> dict[str, Any]:
         return {
             "dropped": dropped, "weights": next(student.parameters()).detach(), "after": after,
             "total": dist.total(torch.tensor([1.0, here])), "rows": dist.rows(torch.full((2, 1), float(here))),
-            "anywhere": dist.anywhere(here == 1), "everywhere": dist.everywhere(torch.tensor(here == 1)),
+            "anywhere": dist.any_rank(here == 1), "everywhere": dist.all_ranks(torch.tensor(here == 1)),
             "drawn": dist.uniform((2, 3), device=torch.device("cpu")),
             "mean": moments.mean, "covariance": moments.covariance(), "count": moments.count,
         }  # fmt: skip
@@ -299,9 +299,9 @@ def test_what_processes_tell_each_other(runs: Path) -> None:
 
 def test_alone_nothing_happens() -> None:
     flag, rows = torch.tensor(False), torch.rand(3, 2)
-    assert dist.rank() == 0 and dist.world() == 1 and dist.own(4) == slice(0, 4)
-    assert dist.rows(rows) is rows and dist.total(rows) is rows and dist.everywhere(flag) is flag
-    with dist.joined("cuda:7") as device:
+    assert dist.rank() == 0 and dist.world_size() == 1 and dist.local_slice(4) == slice(0, 4)
+    assert dist.rows(rows) is rows and dist.total(rows) is rows and dist.all_ranks(flag) is flag
+    with dist.process_group("cuda:7") as device:
         assert device == "cuda:7"
 
 
@@ -312,8 +312,8 @@ def test_what_torchrun_did_not_say_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "nowhere"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"--device mps.*of its own"):
-        dist.own_device("mps")
-    with pytest.raises(ConfigError, match="cannot join the others"), dist.joined("cpu"):
+        dist.local_device("mps")
+    with pytest.raises(ConfigError, match="cannot join the others"), dist.process_group("cpu"):
         pass
 
 

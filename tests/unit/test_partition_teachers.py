@@ -9,7 +9,7 @@ from PIL import Image
 
 from agglo import recipe
 from agglo.config import override
-from agglo.train import loop
+from agglo.training import loop
 from agglo.types import ConfigError
 
 TREE = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from agglo.picture import fitted, mad_limits, pca_basis, pca_picture, side_by_side, stacked
+from agglo.report.picture import fitted, mad_limits, pca_basis, pca_picture, side_by_side, stacked
 
 
 def random_map(channels: int, height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -16,18 +16,18 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import agglo
-from agglo import zoo
-from agglo.checkpoints._trunks import published
 from agglo.checkpoints.radio import available_heads, from_checkpoint, read
-from agglo.cli import app
+from agglo.checkpoints.trunks import published
+from agglo.cli.main import app
 from agglo.config import build
 from agglo.exports._vit import fitting
 from agglo.exports.transformers import _check
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.teachers._official import COPIES_ALIGN, advice, is_repository, is_version
 from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import Checkpoint
+from agglo.zoo import loading as zoo
 
 WIDTH, DEPTH, HIDDEN = 32, 4, 48
 TEACHERS = [

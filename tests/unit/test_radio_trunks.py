@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from agglo.checkpoints._sizes import SIZES
 from agglo.checkpoints.radio import from_checkpoint
+from agglo.checkpoints.sizes import SIZES
 from agglo.types import AssetError
 from agglo.weights.reading import Checkpoint
 

@@ -15,7 +15,7 @@ from test_text_towers import tiny_siglip2
 from typer.testing import CliRunner
 
 import agglo
-from agglo.cli import app
+from agglo.cli.main import app
 
 TEXT_WIDTH = 40
 

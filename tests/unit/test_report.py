@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from agglo import recipe as recipes
 from agglo import report
-from agglo.creation import create
-from agglo.model import Model
+from agglo.model.creation import create
+from agglo.model.model import Model
 from agglo.report import charts, markup, records, visuals
 from agglo.report.markup import Markup, number, signed, tag
 from agglo.types import ConfigError

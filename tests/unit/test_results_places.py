@@ -13,7 +13,7 @@ from eval_files import tiny_sam
 from evals_fakes import Noise
 from typer.testing import CliRunner
 
-from agglo.cli import app
+from agglo.cli.main import app
 from agglo.config import find, kinds, schema
 from agglo.evals.promptable import Promptable
 from agglo.evals.sa_co import SaCo

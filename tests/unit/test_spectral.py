@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from agglo.checkpoints._spectral import materialized
+from agglo.checkpoints.spectral import materialized
 from agglo.nn.damp import enable_damp
 from agglo.nn.products import Linear
 from agglo.nn.spectral import enable_spectral, materialize

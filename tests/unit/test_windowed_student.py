@@ -23,7 +23,7 @@ from agglo.evals.latency import Latency
 from agglo.evals.memory import Memory
 from agglo.evals.mode_switch import ModeSwitch
 from agglo.evals.vlm import padded
-from agglo.model import HeadConfig, Model
+from agglo.model.model import HeadConfig, Model
 from agglo.report import visuals
 from agglo.types import ConfigError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from agglo import zoo
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
-from agglo.zoo import ReleasedModel, list_models, load
+from agglo.zoo import loading as zoo
+from agglo.zoo.loading import ReleasedModel, list_models, load
 
 
 @pytest.fixture(scope="module")

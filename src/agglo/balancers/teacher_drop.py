@@ -67,7 +67,7 @@ class TeacherDrop(Weighted):
         if not self.training or len(members) < 2:
             return self.weigh(terms)
         rows = _rows([name for names in members.values() for name in names], terms, per_image)
-        kept = self._kept(members, rows, step, 1 if per_image is None else dist.world())
+        kept = self._kept(members, rows, step, 1 if per_image is None else dist.world_size())
         coefficients = len(members) * kept / kept.sum(0)
         balanced = dict(terms)
         for index, names in enumerate(members.values()):
@@ -93,7 +93,7 @@ class TeacherDrop(Weighted):
         # For the images of all processes, of which this one takes its own.
         images = scores.shape[1]
         draws = torch.rand(len(self.teachers), parts * images, generator=torch.Generator().manual_seed(seed))
-        draws = draws[:, dist.own(images)] if parts > 1 else draws
+        draws = draws[:, dist.local_slice(images)] if parts > 1 else draws
         present = [self.teachers.index(teacher) for teacher in members]
         kept = (draws[present] >= self.p).to(scores.device, non_blocking=True)
         return kept.scatter(0, worst, True)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agglo.artefact import read_json
 from agglo.data.shifts import most
+from agglo.files import read_json
 from agglo.recipe import Recipe, TeacherEntry, Views
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec

@@ -21,9 +21,9 @@ from agglo.cache import identity
 from agglo.cache.crops import CropLoader, TaughtBatch
 from agglo.cache.reading import FeatureCache
 from agglo.config import build
-from agglo.creation import create, snap_sizes
 from agglo.data.loader import Batch, Loader
 from agglo.data.views import ViewPolicy
+from agglo.model.creation import create, snap_sizes
 from agglo.nn.placement import Placement, bring
 from agglo.objectives.distill import Seen, build_teachers
 from agglo.objectives.wrapping import begin_step
@@ -78,7 +78,7 @@ def loader_for(
         "canvas": canvases if recipe.data.views.canvas == "auto" else recipe.data.views.canvas,
         "workers": recipe.data.workers,
         "cache_mb": recipe.data.cache_mb,
-        "part": (dist.rank(), dist.world()),
+        "part": (dist.rank(), dist.world_size()),
     }
     if lessons is None:
         return Loader(sources, weights, recipe.partitions, policy, recipe.train.seed, margin=margin, **given)

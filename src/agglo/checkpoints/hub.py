@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePath
 
-from agglo.artefact import CARD, CONFIG, WEIGHTS, read_json
+from agglo.files import read_json
+from agglo.model.artefact import CARD, CONFIG, WEIGHTS
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import fetch
 

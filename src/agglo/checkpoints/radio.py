@@ -1,7 +1,7 @@
 """Official RADIO and C-RADIO checkpoints, hub and Hugging Face layout, as models of ours.
 
 Everything a file says of itself is read off it: widths and depths off its tensors' shapes, token layout, heads and
-teachers off its training arguments. What it does not say, the release table of :mod:`agglo.zoo` adds.
+teachers off its training arguments. What it does not say, the release table of :mod:`agglo.zoo.loading` adds.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.checkpoints._spectral import materialized
-from agglo.checkpoints._trunks import Trunk, recognize
+from agglo.checkpoints.spectral import materialized
+from agglo.checkpoints.trunks import Trunk, recognize
 from agglo.config import nearest
 from agglo.heads._official import read_head
-from agglo.heads._pair import HeadConfig
-from agglo.model import Model
+from agglo.model.heads import HeadConfig
+from agglo.model.model import Model
 from agglo.types import AggloError, AssetError, ConfigError
 from agglo.weights.reading import Checkpoint, Renamed, assign, read_folder, read_hub, read_safetensors
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.checkpoints._foreign import build, notes
-from agglo.model import Model
+from agglo.checkpoints.foreign import build, notes
+from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import Checkpoint, Renamed
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.checkpoints._foreign import build
+from agglo.checkpoints.foreign import build
 from agglo.checkpoints.radio import is_official
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.nn.blocks import NORM_EPS
 from agglo.types import ConfigError
 from agglo.weights.reading import Checkpoint, Renamed

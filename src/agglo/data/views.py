@@ -356,7 +356,7 @@ def mix(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
     rng = generator(seed, step, 0, _MIX)
     if rng.random() >= probability:
         return images
-    count, mine = len(images) * dist.world(), dist.own(len(images))
+    count, mine = len(images) * dist.world_size(), dist.local_slice(len(images))
     order = torch.from_numpy(rng.permutation(count)[mine]).to(images.device, non_blocking=True)
     u = rng.random(count)[mine]
     weight = torch.from_numpy(np.maximum(u, 1 - u)).to(images.dtype).to(images.device, non_blocking=True)

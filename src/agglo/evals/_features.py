@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from agglo.config import build
 from agglo.evals._rows import FeatureError, Rows, rounded
 from agglo.evals.base import Backbone, Progress
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.preprocess import nearest_size
 from agglo.sources.base import Source
 from agglo.teachers.base import Teacher

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.bundled import imagenet_classes, imagenet_wnids
 from agglo.config import nearest
 from agglo.evals._aspect import check_aspect, encode_summaries
 from agglo.evals._features import Encoded, FeatureError, encode_texts, open_source
@@ -20,6 +19,7 @@ from agglo.evals._records import record_by_class
 from agglo.evals.base import Backbone, Eval, Progress
 from agglo.extras import require
 from agglo.types import ConfigError
+from agglo.weights.bundled import imagenet_classes, imagenet_wnids
 
 SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 

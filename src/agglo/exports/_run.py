@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from agglo.config import build
-from agglo.model import Model
-from agglo.zoo import load
+from agglo.model.model import Model
+from agglo.zoo.loading import load
 
 
 def export(model: Model | str | Path, kind: str, folder: str | Path, **options: Any) -> Path:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from agglo.artefact import CONFIG, WEIGHTS, read_json, write_tensors
-from agglo.checkpoints._foreign import KEPT, NOTES
-from agglo.model import Model
+from agglo.checkpoints.foreign import KEPT, NOTES
+from agglo.files import read_json
+from agglo.model.artefact import CONFIG, WEIGHTS, write_tensors
+from agglo.model.model import Model
 from agglo.preprocess import Conditioner, nearest_size
 from agglo.students.vit import ViT
 from agglo.types import ConfigError, StorageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from agglo.model import Model
+from agglo.model.model import Model
 
 
 class Export(ABC):

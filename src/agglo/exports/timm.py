@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from agglo.artefact import CARD, CONFIG
 from agglo.checkpoints.timm import is_timm
 from agglo.exports._vit import (
     Precision,
@@ -24,7 +23,8 @@ from agglo.exports._vit import (
     write_folder,
 )
 from agglo.exports.base import Export
-from agglo.model import Model
+from agglo.model.artefact import CARD, CONFIG
+from agglo.model.model import Model
 from agglo.students.vit import ViT
 from agglo.types import ConfigError
 

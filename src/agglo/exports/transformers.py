@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.artefact import CARD, CONFIG
 from agglo.checkpoints.transformers import gated_width, is_native
 from agglo.exports._vit import (
     Precision,
@@ -25,7 +24,8 @@ from agglo.exports._vit import (
     write_folder,
 )
 from agglo.exports.base import Export
-from agglo.model import Model
+from agglo.model.artefact import CARD, CONFIG
+from agglo.model.model import Model
 from agglo.nn.blocks import NORM_EPS
 from agglo.students.vit import ViT
 from agglo.types import ConfigError

@@ -18,12 +18,12 @@ from agglo.evals._aspect import view_of_all
 from agglo.evals._features import device_of
 from agglo.evals._run import Outcome, named, run_each
 from agglo.evals.base import Backbone, Eval, Progress
+from agglo.files import versions
 from agglo.harness.protocols import PREFERRED, resolved
 from agglo.results.identity import data_hash, model_hash, portable, protocol_hash, settings, sources_of, takes_teachers
 from agglo.results.places import answers_of, data_of, writes
 from agglo.results.records import FILE, PerImage, Result, append, identifier, read
 from agglo.teachers.base import Teacher
-from agglo.train.folder import versions
 from agglo.types import AggloError, MissingExtraError
 
 MACHINE = ("processor", "threads", "platform")

@@ -13,7 +13,7 @@ from agglo.config import build
 from agglo.evals._features import frozen, input_size, to_tensor
 from agglo.evals.base import Backbone
 from agglo.evals.correspondence import Frame, View, project, ratio_matches
-from agglo.picture import pca_basis, pca_picture
+from agglo.report.picture import pca_basis, pca_picture
 from agglo.report.visuals import gallery_images, square
 from agglo.types import AggloError
 

@@ -245,7 +245,7 @@ class Moments:
 
     def unite(self) -> None:
         """Add what the other processes of the run have seen; all hold the same sums then."""
-        if dist.world() == 1:
+        if dist.world_size() == 1:
             return
         counts = dist.gather(self.count)
         mean = dist.total(self.mean * (self.count / sum(counts)))

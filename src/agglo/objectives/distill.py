@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from agglo import dist
 from agglo.config import build
-from agglo.creation import weights_of
 from agglo.data.shifts import Canvas
 from agglo.losses.base import Loss
-from agglo.model import Model
+from agglo.model.creation import weights_of
+from agglo.model.model import Model
 from agglo.nn.placement import Placement, common, meet
 from agglo.normalizers.base import Normalizer
 from agglo.objectives.auxiliary import Ladder, shown
@@ -311,13 +311,13 @@ def weighed(
         terms, extra: by name; those that are not in ``places`` come back as they are.
         places: the loss of a term, and where the cells lie that it compares.
     """
-    if dist.world() == 1:
+    if dist.world_size() == 1:
         return terms, extra
     counted = {name: common(at, bt) for name, (loss, at, bt) in places.items() if loss.counts_positions}
     if not counted:
         return terms, extra
     mine = torch.tensor([*counted.values()], dtype=torch.float64)
-    factors = dict(zip(counted, (mine / dist.average(mine).clamp(min=1 / dist.world())).tolist(), strict=True))
+    factors = dict(zip(counted, (mine / dist.average(mine).clamp(min=1 / dist.world_size())).tolist(), strict=True))
     first, second = ({name: term * factors.get(name, 1.0) for name, term in some.items()} for some in (terms, extra))
     return first, second
 

@@ -17,8 +17,8 @@ from agglo.nn.placement import Placement
 from agglo.objectives.distill import Result, Seen
 from agglo.objectives.inspection import check_finite, named
 from agglo.objectives.wrapping import Upsampled
-from agglo.optimisation import Objective
 from agglo.preprocess import resize
+from agglo.recipe import Objective
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features
 from agglo.upsamplers.featsharp import FeatSharp
@@ -140,7 +140,9 @@ class Upsample(nn.Module):
         """
         upsampler.check(images)
         batch, count = len(images), self.keys.views
-        matrix = draw_views(self.keys, self.seed, step, dist.world() * batch * count)[dist.own(batch * count)]
+        matrix = draw_views(self.keys, self.seed, step, dist.world_size() * batch * count)[
+            dist.local_slice(batch * count)
+        ]
         matrix = matrix.to(images.device)
         repeated = images.repeat_interleave(count, 0)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from agglo.model import Model
+    from agglo.model.model import Model
     from agglo.report.page import Attempt
     from agglo.report.records import Records
     from agglo.report.visuals import Models
@@ -86,7 +86,7 @@ def load_models(records: Records) -> Models:
 
 
 def _load(records: Records, name: str) -> Model | None:
-    from agglo.model import Model
+    from agglo.model.model import Model
     from agglo.types import AggloError
 
     folder = records.folder / name

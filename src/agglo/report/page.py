@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from PIL import ImageStat
 
-from agglo.model import Model
+from agglo.model.model import Model
 from agglo.report.charts import line_chart, stacked_bar
 from agglo.report.markup import Child, Markup, number, picture, tag, text
 from agglo.report.records import Records

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from agglo.config import build
-from agglo.model import Model
-from agglo.picture import pca_basis, pca_picture
+from agglo.model.model import Model
 from agglo.preprocess import nearest_size, resize, to_tensor
 from agglo.recipe import Recipe
+from agglo.report.picture import pca_basis, pca_picture
 from agglo.sources.base import Source
 from agglo.teachers.base import Teacher
 from agglo.types import AggloError

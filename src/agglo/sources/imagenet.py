@@ -7,12 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-from agglo.bundled import imagenet_classes, imagenet_wnids
 from agglo.extras import require
 from agglo.sources._dataset import Layout
 from agglo.sources._encoded import EncodedSource
 from agglo.sources.folder import Folder
 from agglo.types import ConfigError
+from agglo.weights.bundled import imagenet_classes, imagenet_wnids
 
 LAYOUT = Layout(
     "imagenet",

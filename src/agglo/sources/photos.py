@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from agglo.bundled import verify
 from agglo.preprocess import decode
 from agglo.sources.base import Source
 from agglo.types import ConfigError, MissingExtraError
+from agglo.weights.bundled import verify
 
 _FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images")}
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from agglo.bundled import verify
 from agglo.sources.base import Source
 from agglo.types import AssetError, ImageError
+from agglo.weights.bundled import verify
 
 SHA256 = "b5f6b83fd686e60adf6169ae3cd30cb16fdab07b6e05eff8922efa1665e20b83"
 """Of the bundled archive, checked once per process before its first use."""

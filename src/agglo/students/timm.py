@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agglo import bundled, dist
+from agglo import dist
 from agglo.config import nearest
 from agglo.extras import require
 from agglo.preprocess import check_size
 from agglo.students.base import Student
 from agglo.types import ConfigError, Features, FeatureSpec
+from agglo.weights import bundled
 
 
 class Timm(Student):
@@ -140,7 +141,7 @@ class Timm(Student):
         check_size(height, width, self.spec.step)
         images = images.contiguous(memory_format=self.memory_format)
         # timm's dropout and stochastic depth would draw the same for every process's images.
-        with dist.apart(images.device) if self.training else contextlib.nullcontext():
+        with dist.forked_rng(images.device) if self.training else contextlib.nullcontext():
             final, maps = self.backbone.forward_intermediates(images, indices=list(self.stages))
             summary = self.backbone.forward_head(final, pre_logits=True)
         grid = (height // self.spec.stride, width // self.spec.stride)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agglo import bundled
 from agglo.config import nearest
 from agglo.extras import require
 from agglo.teachers._hub import Source
 from agglo.types import AssetError, ConfigError
+from agglo.weights import bundled
 
 _LITE = {f"tf_efficientnet_lite{size}": size for size in bundled.LITE_SIZES}
 

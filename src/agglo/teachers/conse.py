@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglo import bundled
 from agglo.config import build
 from agglo.teachers._backbone import Backbone
 from agglo.teachers._sizes import check_images, scaled_size
 from agglo.teachers.base import Teacher, Vocabulary
 from agglo.types import ConfigError, Features, FeatureSpec
+from agglo.weights import bundled
 
 _TEXT: dict[str, Any] = {"kind": "minilm"}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agglo import bundled
 from agglo.extras import require
 from agglo.text.base import TextTower
 from agglo.types import AssetError, ConfigError
+from agglo.weights import bundled
 
 MAX_TOKENS = 256
 """The sequence length the released model was set to; longer sentences are cut."""

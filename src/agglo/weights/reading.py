@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from agglo import bundled
 from agglo.types import AssetError
-from agglo.weights import _pickle
-from agglo.weights._diagnosis import damaged
-from agglo.weights._fetch import fetch
-from agglo.weights._tensors import Joined, LazyTensors, Mapped, Renamed
+from agglo.weights import bundled
+from agglo.weights import pickle as _pickle
+from agglo.weights.diagnosis import damaged
+from agglo.weights.fetch import fetch
+from agglo.weights.tensors import Joined, LazyTensors, Mapped, Renamed
 
 __all__ = [
     "Checkpoint",

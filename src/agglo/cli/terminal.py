@@ -1,0 +1,254 @@
+"""What the command line shows: tables of models, kinds, recipes and numbers; a status line; a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from agglo.config import POINTS, find, kinds, read_yaml, schema
+from agglo.types import AggloError
+
+if TYPE_CHECKING:
+    from agglo.embedding import Embeddings
+    from agglo.model.model import Model
+    from agglo.sources.base import Source
+    from agglo.zoo.info import ModelInfo
+
+
+def table(*columns: str, title: str | None = None, right: int | None = None) -> Table:
+    """An empty table in the house's style; columns from index ``right`` on hold numbers."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, column in enumerate(columns):
+        number = right is not None and index >= right
+        made.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    return made
+
+
+def models_table() -> Table:
+    """The released models."""
+    from agglo.zoo.loading import list_models
+    from agglo.zoo.releases import SIZES_ASSUME, HubModel
+
+    made = table("model", "params", "size", "licence", "what for")
+    for model in list_models():
+        size = f"{model.megabytes:.1f} MB" if model.bundled else "not bundled"
+        if isinstance(model, HubModel):
+            size = f"about {model.megabytes / 1000:.1f} GB"
+        params = f"{model.params:.1f} M" if model.params is not None else ""
+        made.add_row(Text(model.name, "bold"), params, size, model.licence, Text(model.what_for))
+    made.caption, made.caption_justify = SIZES_ASSUME, "left"
+    return made
+
+
+def info_table(info: ModelInfo) -> Table:
+    """What one needs to know of a model."""
+    made = Table(box=None, show_header=False, pad_edge=False)
+
+    def tell(name: str, text: str) -> None:
+        made.add_row(Text(name, "bold"), Text(text))
+
+    height, width = info.size
+    flops, (weights, activations) = info.flops, info.memory
+    tell("model", info.name)
+    tell("licence", info.licence)
+    tell("student", ", ".join(f"{key} {value}" for key, value in info.student.items()))
+    heads = f" + {info.params[1] / 1e6:.1f} M in heads" if info.params[1] else ""
+    tell("parameters", f"{info.params[0] / 1e6:.1f} M{heads}")
+    slots = f" ({info.summary[1]} class tokens)" if info.summary[1] > 1 else ""
+    tell("summary", f"{info.summary[0]}{slots}")
+    tell("map", f"{info.spatial} channels, a cell every {info.stride} pixels")
+    tell("tokens", f"class: {', '.join(info.tokens)}; {info.registers} registers")
+    largest = f"; made for up to {info.largest}" if info.largest else ""
+    tell("sizes", f"sides that are multiples of {info.step} pixels; best at {info.preferred}{largest}")
+    tell("windows", "window=6 to 32 patches (ViTDet), or none" if info.windows else "none")
+    for name, widths in info.heads.items():
+        text = ", text" if name in info.text else ""
+        tell(f"head {name}", (_head_widths(*widths) if widths else "widths are told by the download") + text)
+    tell(
+        f"cost at {height}x{width}",
+        f"{flops / 1e9:.1f} GFLOPs an image; {weights / 1e6:.0f} MB of weights and {activations / 1e6:.0f} MB beside "
+        "them in float32, half of both in bfloat16",
+    )
+    return made
+
+
+def _head_widths(summary: int | None, spatial: int | None, upsample: int) -> str:
+    finer = f", {upsample} times finer" if upsample > 1 else ""
+    parts = [f"summary {summary}"] if summary else []
+    return ", ".join([*parts, *([f"map {spatial}{finer}"] if spatial else [])])
+
+
+def kinds_table(point: str | None = None) -> Table:
+    """Every kind of one extension point, or of all, with the first line of its docstring."""
+    made = table("point", "kind", "what it is")
+    for each in [point] if point else POINTS:
+        for index, kind in enumerate(kinds(each)):
+            made.add_row("" if index else each, Text(kind, "bold"), Text(_first_line(each, kind)))
+    return made
+
+
+def kind_table(point: str, kind: str) -> Table:
+    """The keys of one kind: its constructor's keyword-only parameters."""
+    made = table("key", "type", "default", title=f"{point}: {kind}")
+    for name, field in schema(find(point, kind)).model_fields.items():
+        default = "required" if field.is_required() else _plain(field.default)
+        made.add_row(Text(name, "bold"), Text(_type_name(field.annotation)), Text(default))
+    return made
+
+
+def kind_help(point: str, kind: str) -> str:
+    """A kind's whole docstring."""
+    return inspect.getdoc(find(point, kind)) or ""
+
+
+def recipes_table() -> Table:
+    """The recipes in the package, with what they promise."""
+    from agglo.recipe import RECIPES, names
+
+    made = table("recipe", "claim", "hardware", "time")
+    for name in names():
+        try:
+            claim = read_yaml((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), name).get("claim") or {}
+            row = [str(claim.get(key, "")) for key in ("summary", "hardware", "time")]
+        except AggloError as error:  # one bad file must not hide the others
+            row = [str(error), "", ""]
+        made.add_row(Text(name, "bold"), *map(Text, row))
+    return made
+
+
+def recipe_table(name: str) -> Table:
+    """One recipe's claim, and the commands that run it."""
+    from agglo.recipe import load
+
+    recipe = load(name)
+    made = Table(box=None, show_header=False, pad_edge=False)
+    made.add_row(Text("recipe", "bold"), recipe.name)
+    for key, value in recipe.claim.model_dump().items():
+        if value:
+            made.add_row(Text(key, "bold"), Text(str(value)))
+    made.add_row(
+        Text("teachers", "bold"), Text(", ".join(f"{n} ({e.teacher['kind']})" for n, e in recipe.teachers.items()))
+    )
+    made.add_row(Text("run", "bold"), f"agglo train {name}   (--smoke: pocket size; --print: the whole recipe)")
+    return made
+
+
+def numbers_table(models: Mapping[str, Mapping[str, Any]], lower: frozenset[str] = frozenset()) -> Table:
+    """Metrics down, models across; the better of student and untrained student in bold.
+
+    Args:
+        models: model → eval → metric → value.
+        lower: metrics that are better when lower; marked with an arrow.
+    """
+    made = table("eval", "metric", *models, right=2)
+    rows = dict.fromkeys(
+        (name, metric)
+        for evals in models.values()
+        for name, metrics in evals.items()
+        if name != "skipped" and isinstance(metrics, Mapping)
+        for metric in metrics
+    )
+    before = None
+    order = list(dict.fromkeys(name for name, _ in rows))
+    for name, metric in sorted(rows, key=lambda row: order.index(row[0])):
+        values = {model: _value(evals, name, metric) for model, evals in models.items()}
+        pair = [v for m in ("student", "untrained") if (v := values.get(m)) is not None]
+        best = None if len(pair) < 2 else (min if metric in lower else max)(pair)
+        cells = [
+            Text(_number(v), "bold" if v is not None and v == best and m in ("student", "untrained") else "")
+            for m, v in values.items()
+        ]
+        made.add_row("" if name == before else name, Text(metric + (" ↓" if metric in lower else "")), *cells)
+        before = name
+    return made
+
+
+def _value(evals: Mapping[str, Any], name: str, metric: str) -> float | None:
+    value = (evals.get(name) or {}).get(metric)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.3f}"
+
+
+def _first_line(point: str, kind: str) -> str:
+    try:
+        return (inspect.getdoc(find(point, kind)) or "").strip().partition("\n")[0]
+    except (AggloError, ImportError) as error:  # a third party's kind may be broken; the list must still be shown
+        return f"cannot be imported: {error}"
+
+
+def _type_name(annotation: Any) -> str:
+    if inspect.isclass(annotation) and not getattr(annotation, "__args__", ()):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+def _plain(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError:
+        return repr(value)
+
+
+# --- while something runs ---------------------------------------------------------------------------------------------
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The terminal, or what it is piped into."""
+    made = Console(stderr=stderr)
+    # Piped output is for programs and logs: rows are not folded at 80 columns there.
+    return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=160)
+
+
+@contextlib.contextmanager
+def status(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that tells what is being done, while it is being done."""
+    terminal = console(stderr=True)
+    if not terminal.is_terminal:
+        yield lambda phrase: None
+        return
+    with terminal.status(title) as line:
+        yield lambda phrase: line.update(f"{title} · {phrase}")
+
+
+def embed_with_bar(
+    source: Source, loaded: Model, name: str, *, size: int | None, batch: int, head: str | None
+) -> Embeddings:
+    """Embed with a progress bar on stderr."""
+    from agglo.embedding import embed as encode
+
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    terminal = console(stderr=True)
+    # Skipped images are named once, at the end, not in the middle of the bar.
+    log = logging.getLogger("agglo.data.loader")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
+            task = bar.add_task("encoding", total=len(source), rate="")
+
+            def show(done: int, total: int) -> None:
+                speed = bar.tasks[0].speed
+                bar.update(task, completed=done, total=total, rate=f"{speed:.0f} images/s" if speed else "")
+
+            result = encode(source, loaded, size=size, batch=batch, head=head, progress=show)
+    finally:
+        log.setLevel(level)
+    return replace(result, model=name)

@@ -1,0 +1,96 @@
+"""Files: atomic writes, JSON, and the versions that a number depends on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from agglo.types import ConfigError
+
+PARTIAL = ".partial"
+"""Suffix of the temporary file beside the target of an atomic write."""
+
+_PACKAGES = ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "pillow", "safetensors")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.
+
+    A reader sees the old file or the new one, never a part. The parent folder is created if needed. The temporary
+    name keeps the suffix of ``path``, because many writers choose the format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL}{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Replace a file atomically; return its path."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replace a UTF-8 text file atomically; return its path."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Replace a JSON file atomically; return its path."""
+    return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an absent file is an empty object.
+
+    Raises:
+        ConfigError: the file is not JSON, or not an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return dict(content)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and every package that can change a number."""
+    import torch
+
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()

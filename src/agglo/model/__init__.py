@@ -1,0 +1,1 @@
+"""The artefact: conditioner, student and heads; its folder, its inputs, and how a recipe creates one."""

@@ -1,0 +1,128 @@
+"""From a recipe to a new, untrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from agglo.config import build
+from agglo.model.heads import HeadConfig
+from agglo.model.model import Model
+from agglo.preprocess import legal_sizes_near
+from agglo.recipe import Recipe, TeacherEntry
+from agglo.recipe import load as load_recipe
+from agglo.teachers.base import spec_of
+from agglo.types import ConfigError, FeatureSpec
+
+if TYPE_CHECKING:
+    from agglo.teachers.base import Teacher
+
+
+def weights_of(name: str, entry: TeacherEntry, spec: FeatureSpec) -> tuple[float, float]:
+    """The weights of a teacher's summary and spatial term, given what it returns.
+
+    Raises:
+        ConfigError: the recipe asks for one, and the teacher has nothing for it.
+    """
+    found = []
+    for key, part, width in (("summary_weight", "summary", spec.summary), ("spatial_weight", "map", spec.spatial)):
+        weight = getattr(entry, key)
+        if weight and width is None:
+            raise ConfigError(
+                f"teachers.{name}.{key} is {weight:g}, but this teacher has no {part} to learn from: set `{key}: 0`, "
+                "or leave the key out"
+            )
+        found.append(float(width is not None) if weight is None else weight)
+    return found[0], found[1]
+
+
+def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, HeadConfig]:
+    """The heads that a recipe asks for, given what its teachers return; a weight of 0 means no head.
+
+    Raises:
+        ConfigError: a teacher is asked for a summary or a map that it does not have.
+    """
+    configs = {}
+    for slot, (name, entry) in enumerate(recipe.teachers.items()):
+        spec = specs[name]
+        summary, spatial = (weight > 0 for weight in weights_of(name, entry, spec))
+        if not summary and not spatial:
+            raise ConfigError(
+                f"teachers.{name}: nothing to learn; it has "
+                f"{'no' if spec.summary is None else 'a'} summary and {'no' if spec.spatial is None else 'a'} map"
+            )
+        configs[name] = HeadConfig(
+            summary=(entry.summary_head or recipe.heads.summary) if summary else None,
+            spatial=(entry.spatial_head or recipe.heads.spatial) if spatial else None,
+            summary_width=spec.summary,
+            spatial_width=spec.spatial,
+            slot=slot,
+            text=entry.teacher.get("text") if summary else None,
+        )
+    return configs
+
+
+def snap_sizes(recipe: Recipe, step: int) -> tuple[Recipe, list[str]]:
+    """The recipe at sizes that the student takes: each one becomes the nearest legal one, of two the smaller.
+
+    So a recipe serves any student, whatever its stride; sizes that become equal in a partition count once.
+
+    Args:
+        recipe: the run.
+        step: the student's (:meth:`agglo.Model.step`).
+
+    Returns:
+        The recipe, and what was changed, a line a partition, for whoever runs it.
+
+    Raises:
+        ConfigError: a size is smaller than half the smallest legal one, so that none is near.
+    """
+    partitions, said = [], []
+    for index, partition in enumerate(recipe.partitions):
+        where, near = f"partitions.{index}.sizes", [(size, _nearest(size, step)) for size in partition.sizes]
+        if lost := [size for size, legal in near if abs(size - legal) > step / 2]:
+            raise ConfigError(
+                f"{where}: the student takes multiples of {step} px; {lost[0]} is none, the nearest is {step}"
+            )
+        if moved := [f"{size} -> {legal}" for size, legal in near if size != legal]:
+            said.append(f"{where}: the student takes multiples of {step} px: {', '.join(moved)}")
+        sizes = list(dict.fromkeys(legal for _, legal in near))
+        partitions.append(partition.model_copy(update={"sizes": sizes}))
+    return (recipe.model_copy(update={"partitions": partitions}), said) if said else (recipe, said)
+
+
+def _nearest(side: int, step: int) -> int:
+    """The legal side that is nearest; the smaller of two."""
+    return min(legal_sizes_near(side, step), key=lambda legal: abs(side - legal))
+
+
+def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, *, initialize: bool = True) -> Model:
+    """A new, untrained model from a recipe.
+
+    Args:
+        recipe: the recipe, its name or its path.
+        teachers: the recipe's teachers by name. When None they are built here, since heads start from them; where
+            nothing is initialized, their widths are enough, and no weights are read.
+        initialize: start from the weights that the recipe names and from what the teachers know (a vocabulary); False
+            where other weights will be loaded.
+
+    Raises:
+        ConfigError: the recipe does not fit.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if teachers is None and initialize:
+        teachers = {name: build("teachers", entry.teacher) for name, entry in recipe.teachers.items()}
+    specs = {
+        name: spec_of(entry.teacher, f"teachers.{name}") if teachers is None else teachers[name].spec
+        for name, entry in recipe.teachers.items()
+    }
+    sizes = [size for partition in recipe.partitions for size in partition.sizes]
+    model = Model(recipe.student, head_configs(recipe, specs))
+    model.preferred_size = _nearest(max(sizes), model.step())
+    if initialize and teachers is not None:
+        model.student.initialize()
+        for name, heads in model.heads.items():
+            for head in (heads.summary, heads.spatial):
+                if head is not None:
+                    head.initialize(model.student, teachers[name])
+    return model

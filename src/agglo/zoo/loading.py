@@ -1,0 +1,322 @@
+"""Finding and loading trained models: released ones by name, folders and files of any layout we know."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agglo.checkpoints import radio
+from agglo.checkpoints.hub import fetch_model, push_folder
+from agglo.config import nearest
+from agglo.files import read_json
+from agglo.model.artefact import CONFIG, WEIGHTS
+from agglo.model.model import Model
+from agglo.types import AssetError, ConfigError
+from agglo.weights.bundled import verify
+from agglo.weights.reading import Checkpoint, verify_sha256
+from agglo.weights.reading import fetch as fetch_files
+from agglo.zoo.releases import HUB, RELEASED, HubModel, ReleasedModel
+
+DEFAULT = "agglo-lite"
+"""The model that ``embed``, ``search`` and ``view`` use unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a model lies, and what is known of it.
+
+    Args:
+        path: a folder, or an official file.
+        entry: the release it is, if any.
+        copied: it is to behave as the code copied into its repository does, and not as torch.hub's.
+    """
+
+    path: Path
+    entry: HubModel | None = None
+    copied: bool = False
+
+    @property
+    def release(self) -> radio.Release | None:
+        """What its checkpoint does not say."""
+        if self.entry is None:
+            return None
+        release = self.entry.release
+        return replace(release, align_corners=True) if self.copied and self.entry.copy_aligns else release
+
+
+def list_models() -> list[ReleasedModel | HubModel]:
+    """The released models: bundled ones first, then those of NVIDIA, newest first."""
+    ours = sorted(RELEASED.values(), key=lambda model: (not model.bundled, model.name))
+    return [*ours, *HUB.values()]
+
+
+def load(
+    name_or_path: str | Path = DEFAULT,
+    *,
+    heads: Iterable[str] | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+    compile: bool = False,
+    window: int | None = None,
+    align_corners: bool | None = None,
+    neck: str | None = None,
+    num_tokens: int | None = None,
+    revision: str | None = None,
+    sha256: str | None = None,
+) -> Model:
+    """Load a trained model, in eval mode.
+
+    Args:
+        name_or_path: a released name (``"agglo-lite"``, ``"c-radio_v4-so400m"``; :func:`list_models`); a folder that
+            :meth:`agglo.Model.save` wrote, or a run folder; a folder of a Hugging Face repository (C-RADIO,
+            transformers' ``RadioModel``, timm); an official ``.pth.tar``; or ``"owner/name"`` on the Hugging Face hub.
+        heads: the teachers whose heads are wanted, ``"all"`` for all, ``"text"`` for those that speak a text tower's
+            language. None: all of a model of ours; none of an official checkpoint, where they are large.
+        dtype: of weights and arithmetic: float32, bfloat16 or float16.
+        device: where to.
+        compile: compile the student with ``torch.compile``; the first call at a new size takes long.
+        window: side, in patches, of the windows that most blocks look through (ViTDet); also per call.
+        align_corners: how the position table is resized. torch.hub's code has had False since July 2025, and so has a
+            model loaded by its version name; the copies of the code in the repositories of C-RADIOv3-B and -H have
+            True, and so has a model loaded by repository or from a folder of one.
+        neck: ``decoder`` or ``encoder`` of a RADIO1D model.
+        num_tokens: how many one-dimensional tokens a RADIO1D model keeps.
+        revision: branch, tag or commit on the hub.
+        sha256: what the one weights file must have; checked before anything is read.
+
+    Raises:
+        ConfigError: no such model, head or option; the message offers the nearest names.
+        AssetError: files are missing, damaged or of another architecture; says which to fetch and where to put them.
+    """
+    dtype, device = _dtype(dtype), _device(device)
+    options = {"window": window, "align_corners": align_corners, "neck": neck, "num_tokens": num_tokens}
+    heads = _names(heads)
+    found = find(name_or_path, revision)
+    if sha256 is not None:
+        _verify_sha256(found.path, sha256.lower())
+    model = _read(found, heads, dtype, device, options)
+    if compile:
+        # Block by block: one graph serves all, and lists and intermediates run through it too.
+        for part in getattr(model.student, "blocks", None) or [model.student]:
+            part.compile()
+    return model
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """Where a model lies: a folder or an official file, fetched if need be. Arguments and errors as :func:`load`."""
+    return find(name_or_path).path
+
+
+def is_ours(name_or_path: str | Path) -> bool:
+    """Whether it is a folder that :meth:`Model.save` wrote. Arguments and errors as :func:`load`."""
+    path = find(name_or_path).path
+    return path.is_dir() and "format" in read_json(path / CONFIG)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """An official file, or a folder of any foreign layout."""
+    return radio.read(path)
+
+
+def _read(
+    found: Found,
+    heads: Iterable[str] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: dict[str, Any],
+) -> Model:
+    path = found.path
+    config = read_json(path / CONFIG) if path.is_dir() else {}
+    given = {key: value for key, value in options.items() if value is not None}
+    if "format" in config:
+        return Model.load(path, heads=heads, student=given, dtype=dtype, device=device)
+    checkpoint = read_checkpoint(path)
+    if path.is_file() or radio.is_official(config):
+        return radio.from_checkpoint(
+            checkpoint, heads=heads, release=found.release, dtype=dtype, device=device, **given
+        )
+    from agglo.checkpoints import timm, transformers
+
+    if transformers.is_native(config):
+        return _without_heads(heads, path) or transformers.from_native(checkpoint, dtype=dtype, device=device, **given)
+    if timm.is_timm(config):
+        return _without_heads(heads, path) or timm.from_timm(checkpoint, dtype=dtype, device=device, **given)
+    raise ConfigError(
+        f"{path / CONFIG} is of no layout known here: ours, NVIDIA's, transformers' RadioModel, or timm's"
+    )
+
+
+def _names(heads: Iterable[str] | None) -> str | list[str] | None:
+    if heads is None or isinstance(heads, str):
+        return heads
+    names: list[Any] = list(heads) if isinstance(heads, Iterable) else [heads]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"heads: None, 'all', 'text', or names of teachers, heads=['siglip2-g']; got {heads!r}")
+    return names
+
+
+def _verify_sha256(path: Path, sha256: str) -> None:
+    if path.is_dir() and not (path / WEIGHTS).is_file():
+        raise ConfigError(
+            f"{path} holds its weights in shards, which have no single sha256: leave sha256 out, and compare each "
+            f"shard with its repository's page (`sha256sum {path}/model-*.safetensors`)"
+        )
+    verify_sha256(path / WEIGHTS if path.is_dir() else path, sha256)
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype: float32, bfloat16 or float16, got {dtype}")
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or not any(name.startswith(str(found)) for name in there):
+        raise ConfigError(f"device: no {device!r} here; there are: {', '.join(there)}")
+    return found
+
+
+def _without_heads(heads: Iterable[str] | None, path: Path) -> None:
+    if heads is not None and heads not in ("all", "text") and list(heads):
+        raise ConfigError(f"{path} holds a backbone only; NVIDIA's own repositories hold the heads too")
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def find(name_or_path: str | Path, revision: str | None = None) -> Found:
+    """Where a model lies, fetched if need be, and which release it is. Arguments and errors as :func:`load`."""
+    text = str(name_or_path)
+    if text in RELEASED:
+        return Found(_verified(RELEASED[text]))
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        found = _folder_or_file(path)
+        if found.is_file():
+            return Found(found, next((model for model in HUB.values() if model.pickle == found.name), None))
+        return _copied(found, found.name)
+    entry = HUB.get(text.lower())
+    if entry is not None and entry.file is not None:
+        return Found(fetch_files(entry.repo, [entry.file], revision) / entry.file, entry)
+    if entry is not None:
+        return Found(fetch_model(entry.repo, revision), entry)
+    if text.count("/") == 1 and not path.parent.is_dir():
+        return _copied(fetch_model(text, revision), text)
+    raise ConfigError(f"no model {text!r}{_nearest(text, path)}")
+
+
+def _copied(folder: Path, name: str) -> Found:
+    """A folder in some repository's layout: the release its ``version`` names, or that repository's.
+
+    Args:
+        folder: with a ``config.json``.
+        name: ``owner/name`` of the repository; or the folder's own name, as a download calls it.
+    """
+    config = read_json(folder / CONFIG)
+    if not radio.is_official(config):
+        return Found(folder)
+    entry = HUB.get(str(config.get("version", "")).lower())
+    by_name = (m for m in HUB.values() if m.file is None and name.lower() in _repository(m))
+    return Found(folder, entry or next(by_name, None), copied=True)
+
+
+def _repository(model: HubModel) -> tuple[str, str]:
+    """What the repository of a release is called, with its owner and without."""
+    repo = model.repo.lower()
+    return repo, repo.rpartition("/")[2]
+
+
+def _nearest(text: str, path: Path) -> str:
+    """The nearest name in whatever case, repositories' own names included."""
+    known = {*RELEASED, *HUB, *_neighbours(path)}
+    spelt = {_repository(model)[1]: model.name for model in HUB.values() if model.file is None}
+    spelt |= {name.lower(): name for name in known}
+    close = difflib.get_close_matches(text.lower(), spelt, n=1, cutoff=0.6)
+    return nearest(spelt[close[0]] if close else text, known)
+
+
+def _folder_or_file(path: Path) -> Path:
+    if path.is_file():
+        if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+            return path.parent
+        if path.suffix in radio.PICKLES:
+            return path
+        raise ConfigError(
+            f"{path} is a file: name the folder that holds {CONFIG} and {WEIGHTS} (perhaps {path.parent}), "
+            "or an official .pth.tar"
+        )
+    for folder in (path, path / "model"):
+        if (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors*")):
+            return folder
+    pickles = [entry for entry in path.iterdir() if entry.suffix in radio.PICKLES]
+    if len(pickles) == 1:
+        return pickles[0]
+    if any((folder / "upsampler.json").is_file() for folder in (path, path / "model")):
+        raise ConfigError(
+            f"{path} holds a trained upsampler, no model: name it beside a teacher, "
+            f"`upsampler: {{kind: featsharp, weights: {path}}}`"
+        )
+    if (path / "recipe.yaml").is_file():
+        raise ConfigError(
+            f"{path} is a run that is not finished: "
+            f"go on with `agglo train {path / 'recipe.yaml'} --out {path} --resume`"
+        )
+    if pickles:
+        raise ConfigError(
+            f"{path} holds {len(pickles)} checkpoints ({', '.join(sorted(p.name for p in pickles)[:10])}): name one"
+        )
+    raise ConfigError(f"{path} holds no model: it needs {CONFIG} and {WEIGHTS}, or model/ with both")
+
+
+def _neighbours(path: Path) -> list[str]:
+    """Folders beside a missing one that hold a model or a run, as the user would write them."""
+    beside: list[Path] = []
+    with contextlib.suppress(OSError):
+        beside = [p for p in path.parent.iterdir() if any((p / n).exists() for n in (CONFIG, "model", "recipe.yaml"))]
+    return [str(path.parent / p.name) for p in sorted(beside)]
+
+
+def _verified(entry: ReleasedModel) -> Path:
+    if not entry.bundled:
+        raise AssetError(
+            f"{entry.name} is not bundled with this installation: reinstall agglo, or train a model with "
+            "`agglo train quickstart` and name its run folder (--model runs/quickstart)"
+        )
+    for file, sha256 in ((WEIGHTS, entry.sha256), (CONFIG, entry.config_sha256)):
+        verify(entry.folder / file, sha256 or "not recorded in agglo.zoo.loading", "reinstall agglo")
+    return entry.folder
+
+
+def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
+    """Put a model on the Hugging Face hub: weights, configuration and card; :func:`load` then takes ``repo`` as a name.
+
+    Args:
+        model: a model, or what :func:`load` takes for one of ours; a saved folder goes up as it is, with its card.
+        repo: ``owner/name``; made if need be.
+        private: whether a new repository is private.
+
+    Returns:
+        Where it can be looked at.
+
+    Raises:
+        ConfigError: no model of ours, or no name of a repository.
+        AssetError: no network, or no right to write there.
+    """
+    if not isinstance(model, Model):
+        return push_folder(locate(model), repo, private=private)
+    with tempfile.TemporaryDirectory() as folder:
+        return push_folder(model.save(Path(folder) / repo.rpartition("/")[2]), repo, private=private)
