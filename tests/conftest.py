@@ -14,8 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Interpreters that tests start see the same checkout as pytest does, installed or not.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH")]))
+# Subprocesses import this checkout and tests/support, as pytest does, whether agglo is installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(REPOSITORY / "src"), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH")])
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,3 +50,11 @@ def shared() -> Path:
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of six small images."""
+    from support.training import write_images
+
+    return write_images(tmp_path / "images")

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_datasets
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from agglo.config import POINTS, build, find, kinds, schema
 from agglo.sources.base import Need, Source
+from support import datasets as tiny_datasets
+from support.checkpoints import tiny_siglip2
 
 EVERY = [(point, kind) for point in POINTS for kind in kinds(point, installed=False)]
 
@@ -32,21 +33,9 @@ def test_a_kind_is_documented_and_its_constructor_is_a_schema(point: str, kind: 
     assert schema(cls) is schema(cls)
 
 
-def tiny_siglip2(folder: Path) -> dict[str, Any]:
-    """A folder as the hub keeps a SigLIP2, with a tokenizer of words; the options that name it."""
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    words = ["<pad>", "<eos>", "<unk>", "a", "photo", "of", "dog", "snow", "on", "mountain"]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": len(words), "bos_token_id": None, "eos_token_id": 1}
-    model = transformers.SiglipTextModel(transformers.SiglipTextConfig(**text))
-    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "text_config": text}))
-    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+def saved_siglip2(folder: Path) -> dict[str, Any]:
+    """A whole SigLIP 2 checkpoint in a folder; the options that name it."""
+    tiny_siglip2(folder, "siglip")
     return {"repo": str(folder)}
 
 
@@ -67,7 +56,7 @@ def reads_parts(kind: str) -> bool:
     return find("sources", kind).read_part is not Source.read_part
 
 
-LOCAL = {"siglip2": tiny_siglip2, "open_clip": tiny_open_clip}
+LOCAL = {"siglip2": saved_siglip2, "open_clip": tiny_open_clip}
 """What stands in for the weights of a kind that would have to fetch them."""
 
 

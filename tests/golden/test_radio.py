@@ -22,6 +22,7 @@ from agglo.model.model import Model
 from agglo.preprocess import nearest_size
 from agglo.students._patches import PatchGenerator
 from agglo.weights.reading import Checkpoint
+from support.parity import error
 
 ROOT = Path(__file__).parents[2]
 FOLDER = (ROOT / os.environ.get("AGGLO_SHARED", "../shared")).resolve() / "golden" / "radio"
@@ -124,11 +125,6 @@ def answers(model: Model, images: Tensor, case: dict[str, Any]) -> dict[str, Ten
         for name, features in out.heads.items():
             put(f"{name}.", features)
     return found
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.std())
 
 
 def compared(name: str, case: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 
-import house_source
 import pytest
+
+from support import source
 
 HOSTS: dict[str, set[str]] = {
     "timm": {
@@ -78,12 +79,12 @@ def imports(path):
                     yield first.value, child.lineno, lazy
             yield from visit(child, inner)
 
-    yield from visit(house_source.tree(path), False)
+    yield from visit(source.tree(path), False)
 
 
-@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+@pytest.mark.parametrize("path", source.files(), ids=source.name)
 def test_guests_stay_in_their_rooms(path):
-    where = house_source.name(path)
+    where = source.name(path)
     strangers, eager = [], []
     for module, line, lazy in imports(path):
         guest = guest_of(module)
@@ -98,7 +99,7 @@ def test_guests_stay_in_their_rooms(path):
 
 @pytest.mark.parametrize("name", sorted(TORCH_FREE))
 def test_light_modules_do_not_import_torch(name):
-    path = house_source.ROOT / name
+    path = source.ROOT / name
     eager = {module.split(".")[0] for module, _, lazy in imports(path) if not lazy}
     assert not eager & {"torch", "numpy"}
 
@@ -115,7 +116,7 @@ def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
 
 def test_hosts_still_need_their_guests():
     """An allowance nobody uses is taken back."""
-    used = {(guest_of(module), house_source.name(p)) for p in house_source.files() for module, _, _ in imports(p)}
+    used = {(guest_of(module), source.name(p)) for p in source.files() for module, _, _ in imports(p)}
     guests_used = {guest for guest, _ in used}
     for guest, hosts in HOSTS.items():
         if guest in guests_used:

@@ -6,13 +6,13 @@ import hashlib
 import re
 import subprocess
 
-import house_source
 import pytest
 
 from agglo.sources.photos import PHOTOS
 from agglo.weights import bundled
+from support import source
 
-ASSETS = house_source.ROOT / "assets"
+ASSETS = source.ROOT / "assets"
 OWN = {".md", ".json", ".py"}
 """Text of our own, under the licence of the code."""
 
@@ -58,7 +58,7 @@ def test_licence_is_whole(repository):
 
 def test_wheel_ships_what_runs_need(repository):
     """Recipes and assets lie inside the package, where the build picks them up, and git does not ignore them."""
-    wanted = [p for p in [*assets(), *(house_source.ROOT / "recipes").glob("*.yaml")] if p.is_file()]
+    wanted = [p for p in [*assets(), *(source.ROOT / "recipes").glob("*.yaml")] if p.is_file()]
     assert wanted
     ignored = subprocess.run(
         ["git", "check-ignore", *map(str, wanted)], cwd=repository, capture_output=True, text=True, timeout=60

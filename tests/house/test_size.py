@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 
-import house_source
 import pytest
+
+from support import source
 
 FILE_LINES = 600
 FUNCTION_LINES = 60
@@ -30,37 +31,35 @@ def functions(tree: ast.AST):
 
 
 def test_the_walk_sees_the_package():
-    names = {house_source.name(path) for path in house_source.files()}
+    names = {source.name(path) for path in source.files()}
     assert {"__init__.py", "types.py", "config.py", "training/loop.py"} <= names
 
 
-@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+@pytest.mark.parametrize("path", source.files(), ids=source.name)
 def test_file_is_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= FILE_LINES, f"{house_source.name(path)} has {lines} lines: give half of it a name of its own"
+    assert lines <= FILE_LINES, f"{source.name(path)} has {lines} lines: give half of it a name of its own"
 
 
-@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+@pytest.mark.parametrize("path", source.files(), ids=source.name)
 def test_functions_are_short(path):
-    where = house_source.name(path)
+    where = source.name(path)
     long = {
         f"{where}::{name}": lines
-        for name, lines in functions(house_source.tree(path))
+        for name, lines in functions(source.tree(path))
         if lines > FUNCTION_LINES and f"{where}::{name}" not in LONGER
     }
     assert not long, f"longer than {FUNCTION_LINES} lines without docstring: {long}"
 
 
 def test_allowances_are_for_functions_that_exist():
-    known = {
-        f"{house_source.name(p)}::{name}" for p in house_source.files() for name, _ in functions(house_source.tree(p))
-    }
+    known = {f"{source.name(p)}::{name}" for p in source.files() for name, _ in functions(source.tree(p))}
     assert set(LONGER) <= known
 
 
-@pytest.mark.parametrize("path", house_source.files(), ids=house_source.name)
+@pytest.mark.parametrize("path", source.files(), ids=source.name)
 def test_tree_is_flat_and_named(path):
-    relative = path.relative_to(house_source.ROOT)
+    relative = path.relative_to(source.ROOT)
     assert len(relative.parts) <= DEPTH, f"{relative} lies deeper than {DEPTH}"
     words = {part.removesuffix(".py").strip("_") for part in relative.parts}
     assert not words & BANNED, f"{relative}: say what it is about"

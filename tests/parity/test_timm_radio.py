@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from parity_models import (
+from safetensors.torch import save_file
+
+import agglo
+from agglo.checkpoints import radio
+from agglo.checkpoints.timm import from_timm, is_timm
+from agglo.checkpoints.transformers import is_native
+from agglo.config import build
+from agglo.exports.timm import ARCHITECTURES, OTHERS
+from agglo.model.model import Model
+from agglo.types import AssetError, ConfigError
+from agglo.weights.reading import Checkpoint, read_folder
+from support.parity import (
     DEPTH,
     GRID,
     LIMIT,
@@ -22,17 +33,6 @@ from parity_models import (
     randomize,
     small,
 )
-from safetensors.torch import save_file
-
-import agglo
-from agglo.checkpoints import radio
-from agglo.checkpoints.timm import from_timm, is_timm
-from agglo.checkpoints.transformers import is_native
-from agglo.config import build
-from agglo.exports.timm import ARCHITECTURES, OTHERS
-from agglo.model.model import Model
-from agglo.types import AssetError, ConfigError
-from agglo.weights.reading import Checkpoint, read_folder
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 if not timm.is_model("naflexvit_huge_patch16_radio_v4"):

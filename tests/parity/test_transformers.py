@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from parity_models import (
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import agglo
+from agglo.checkpoints import radio
+from agglo.checkpoints.transformers import from_native, is_native
+from agglo.config import build
+from agglo.model.heads import HeadConfig
+from agglo.model.model import Model
+from agglo.types import AssetError, ConfigError, StorageError
+from agglo.weights.reading import Checkpoint, read_folder
+from support.parity import (
     DEPTH,
     GRID,
     LIMIT,
@@ -23,17 +34,6 @@ from parity_models import (
     randomize,
     small,
 )
-from PIL import Image
-from safetensors.torch import load_file, save_file
-
-import agglo
-from agglo.checkpoints import radio
-from agglo.checkpoints.transformers import from_native, is_native
-from agglo.config import build
-from agglo.model.heads import HeadConfig
-from agglo.model.model import Model
-from agglo.types import AssetError, ConfigError, StorageError
-from agglo.weights.reading import Checkpoint, read_folder
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 if not hasattr(transformers, "RadioModel"):

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import data, tiny, trace, weights
-from test_step import started
 
 from agglo.config import override
 from agglo.model.artefact import WEIGHTS
@@ -19,8 +17,7 @@ from agglo.training import step as step_module
 from agglo.training.checkpoint import checkpoints
 from agglo.training.step import Stopwatch
 from agglo.types import ConfigError
-
-__all__ = ["data"]  # the fixture of the loop's tests
+from support.training import started, tiny, trace, weights
 
 DEEP = "student.depth=4"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import smooth_images
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,27 +28,24 @@ from agglo.objectives.distill import build_teachers
 from agglo.teachers.toy import Toy
 from agglo.training import loop
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec, StorageError
+from support import training
 
 TINY = {
-    "name": "tiny",
-    "claim": {"summary": "a test"},
-    "student": {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8, "registers": 1},
+    **training.TINY,
     "teachers": {
         "toy": {"kind": "toy"},
         "other": {"kind": "toy", "seed": 1, "channels": 8, "stride": 8, "summary": 5},
         "dense": {"kind": "hog", "orientations": 8, "group": 1, "summary_weight": 0},
     },
-    "heads": {"summary": {"kind": "mlp", "hidden": 16}, "spatial": {"kind": "mlp", "hidden": 16}},
-    "targets": {"normalizer": {"kind": "phi_s"}, "estimate_images": 16},
     "partitions": [{"sizes": [32, 48], "batch": 4}],
-    "train": {"steps": 4, "lr": 3e-3, "ema": 0.9, "log_every": 1, "save_every": 3, "clip": 1.0},
+    "train": {**training.TINY["train"], "steps": 4},
 }
 ONE = ("teachers={toy: {kind: toy}}", "partitions=[{sizes: [32], batch: 4}]")
 """Only what most tests need: one teacher, one size."""
 
 
 def picture(path: Path, seed: int) -> None:
-    smooth_images.picture(path, torch.Generator().manual_seed(seed))
+    training.picture(path, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

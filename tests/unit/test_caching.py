@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from agglo.cache import writing
 from agglo.cache.records import index_file, shard_file
 from agglo.cli import cache as caching
 from agglo.cli.cache import Pace
-from agglo.cli.main import app
+from support.commands import agglo
 
 RECIPE = """
 name: tiny
@@ -41,10 +40,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder=folder))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "tiny.yaml"
-
-
-def agglo(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object) -> str:

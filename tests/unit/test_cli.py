@@ -16,11 +16,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from typer.testing import CliRunner, Result
 
 from agglo import config, recipe
-from agglo.cli.main import app
 from agglo.model.model import HeadConfig, Model
+from support.commands import agglo
 
 RECIPE = """
 name: tiny
@@ -36,10 +35,6 @@ train: {{steps: 2, ema: 0.5}}
 evals: [{{kind: agreement, sources: [{{kind: folder, path: {folder}}}]}}]
 smoke: [train.steps=1]
 """
-
-
-def agglo(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_datasets as tiny
 from PIL import Image
 
 from agglo.config import build
@@ -16,6 +15,7 @@ from agglo.evals.correspondence import project
 from agglo.sources._dataset import normals_of
 from agglo.types import ConfigError, ImageError
 from agglo.weights.bundled import imagenet_classes, imagenet_wnids
+from support import datasets as tiny
 
 
 def source(kind: str, root: Path, **keys):

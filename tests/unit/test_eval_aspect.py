@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from evals_fakes import Noise
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from agglo.evals.zero_shot import ZeroShot
 from agglo.sources.base import Source
 from agglo.teachers.toy import Toy
 from agglo.types import ConfigError, Features, FeatureSpec
+from support.models import Noise
 
 
 class Shapes(Source):

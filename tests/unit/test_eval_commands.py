@@ -8,18 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import tiny_datasets as tiny
 import torch
-from typer.testing import CliRunner, Result
 
-from agglo.cli.main import app
 from agglo.model.model import Model
 from agglo.report.markup import VOID
 from agglo.results.records import read
-
-
-def agglo(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from support import datasets as tiny
+from support.commands import agglo
 
 
 def refused(*arguments: object) -> str:

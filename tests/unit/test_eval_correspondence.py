@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_fakes import Noise, Oracle, Squares
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from agglo.evals.correspondence import (
 )
 from agglo.sources.base import Source
 from agglo.types import ConfigError, Features, FeatureSpec
+from support.models import Noise, Oracle, Squares
 
 SIDE, FOCAL, DISTANCE = 32, 32.0, 2.0
 STEP = DISTANCE / FOCAL

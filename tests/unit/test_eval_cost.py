@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from evals_fakes import Noise
 from torch import Tensor, nn
 
 from agglo.evals.latency import Latency
 from agglo.evals.memory import Memory, counted
 from agglo.types import ConfigError, Features, FeatureSpec
+from support.models import Noise
 
 MIB = 2**20
 

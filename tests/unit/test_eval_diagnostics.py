@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evals_fakes import Broken, Noise, Oracle, Squares, Student
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from agglo.evals.rank import Rank, lidar, rank_me, smooth_rank, unit_views
 from agglo.evals.robustness import Robustness
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
+from support.models import Broken, Noise, Oracle, Squares, Student
 
 
 class Cells(Teacher):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_fakes import Broken, Noise, Oracle, Squares
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -35,6 +34,7 @@ from agglo.evals.segmentation import Segmentation
 from agglo.evals.zero_shot import ZeroShot, named_templates
 from agglo.model.model import Model
 from agglo.types import ConfigError, Features, FeatureSpec
+from support.models import Broken, Noise, Oracle, Squares
 
 RNG = np.random.default_rng(0)
 

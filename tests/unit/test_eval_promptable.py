@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_files import tiny_sam
-from evals_fakes import Squares, Student
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +18,8 @@ from agglo.evals._probe import ProbeError
 from agglo.evals._records import recording
 from agglo.evals.promptable import Promptable, canvas, instances, load, masks, overlap
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
+from support.checkpoints import tiny_sam
+from support.models import Squares, Student
 
 pytest.importorskip("transformers")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evals_fakes import Oracle
 
 from agglo.evals._questions import asked
 from agglo.evals._records import recording
 from agglo.evals.vlm import Vlm
 from agglo.types import ConfigError
+from support.models import Oracle
 
 SHORT = "\nAnswer the question using a single word or phrase."
 OCR = "\nReference OCR token: DAKOTA, What is it, 5"

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_datasets as tiny
 import torch
-from eval_files import tiny_sam3
-from evals_fakes import Noise, Student
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +21,9 @@ from agglo.evals._records import recording
 from agglo.evals.sa_co import SaCo, squashed
 from agglo.harness.measuring import measure
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
+from support import datasets as tiny
+from support.checkpoints import tiny_sam3
+from support.models import Noise, Student
 
 pytest.importorskip("scipy")
 SIZE = (20, 30)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from evals_fakes import Noise, Oracle, Squares
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from agglo.evals._features import FeatureError
 from agglo.evals._records import recording
 from agglo.evals.vlm import Vlm, padded
 from agglo.types import ConfigError, Features, FeatureSpec
+from support.models import Noise, Oracle, Squares
 
 
 class Wide(Squares):

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_datasets as tiny
 import torch
-from evals_fakes import COLOURS, Broken, Noise, Oracle, Squares, Student
 from PIL import Image
 from torch import Tensor
 
@@ -31,6 +29,8 @@ from agglo.sources.folder import Folder
 from agglo.sources.scenes import Scenes
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec, ImageError
+from support import datasets as tiny
+from support.models import COLOURS, Broken, Noise, Oracle, Squares, Student
 
 
 def squares(kind: type[Eval], count: int = 12, **options: Any) -> Any:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import data, tiny, trace
 
 from agglo import recipe
 from agglo.cache.writing import write
@@ -18,8 +17,7 @@ from agglo.training import loop
 from agglo.training.loop import Progress, Run
 from agglo.training.rendering import canvases
 from agglo.types import ConfigError
-
-__all__ = ["data"]  # the fixture of the loop's tests
+from support.training import tiny, trace
 
 STRIDE_32 = "student={kind: timm, model: test_convnext}"
 ONE = "teachers={toy: {kind: toy}}"

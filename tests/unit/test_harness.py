@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_datasets as tiny
 import torch
-from evals_fakes import Noise
 from torch import Tensor
 
 from agglo.config import build, find, kinds
@@ -24,6 +22,8 @@ from agglo.results.identity import settings
 from agglo.results.records import read, read_images
 from agglo.teachers.toy import Toy
 from agglo.types import ConfigError, Features, MissingExtraError
+from support import datasets as tiny
+from support.models import Noise
 
 
 @pytest.fixture

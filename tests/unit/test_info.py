@@ -8,7 +8,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 from rich.console import Console
-from test_radio_checkpoints import ARGS, official_state
 
 from agglo import load
 from agglo.cli.terminal import info_table
@@ -16,6 +15,7 @@ from agglo.model.model import HeadConfig, Model
 from agglo.types import ConfigError
 from agglo.zoo.info import describe
 from agglo.zoo.releases import HUB
+from support.checkpoints import ARGS, official_state
 
 
 @pytest.mark.parametrize("name", list(HUB))

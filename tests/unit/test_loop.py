@@ -1,6 +1,5 @@
 """The training loop: it learns, it is reproducible, it can be stopped and resumed, and it never destroys a run."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,10 +10,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from smooth_images import write_images
 
 from agglo import recipe
-from agglo.config import override
 from agglo.data.shifts import most
 from agglo.model import artefact
 from agglo.model.artefact import WEIGHTS
@@ -26,39 +23,7 @@ from agglo.training.ema import Ema
 from agglo.training.optim import build_optimizer, learning_rate, set_learning_rate, student_share
 from agglo.training.step import draw_window
 from agglo.types import AssetError, ConfigError, StorageError
-
-TINY = {
-    "name": "tiny",
-    "claim": {"summary": "a test"},
-    "student": {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8, "registers": 1},
-    "teachers": {
-        "toy": {"kind": "toy"},
-        "other": {"kind": "toy", "seed": 1, "channels": 8, "stride": 8, "summary": 5},
-        "dense": {"kind": "toy", "seed": 2, "summary_weight": 0},
-    },
-    "heads": {"summary": {"kind": "mlp", "hidden": 16}, "spatial": {"kind": "mlp", "hidden": 16}},
-    "targets": {"normalizer": {"kind": "phi_s"}, "estimate_images": 16},
-    "partitions": [{"sizes": [32, 48], "batch": 4}, {"sizes": [64], "batch": 2, "weight": 0.3}],
-    "train": {"steps": 6, "lr": 3e-3, "ema": 0.9, "log_every": 1, "save_every": 3, "clip": 1.0},
-}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images")
-
-
-def tiny(data: Path, *overrides: str) -> recipe.Recipe:
-    tree = {**TINY, "data": {"sources": [{"kind": "folder", "path": str(data)}], "workers": 0}}
-    return recipe.decode(override(tree, overrides))
-
-
-def trace(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return Model.load(folder / "model").state_dict()
+from support.training import TINY, tiny, trace, weights
 
 
 def test_a_run_leaves_everything_and_lowers_every_term(data: Path, tmp_path: Path) -> None:

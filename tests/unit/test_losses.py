@@ -16,6 +16,7 @@ from agglo.losses.base import Loss
 from agglo.losses.cosine import Cosine
 from agglo.losses.mse import MSE
 from agglo.losses.smooth_l1 import SmoothL1
+from support.models import random_pair
 
 
 def _np_cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -39,17 +40,12 @@ every = pytest.mark.parametrize("name", CASES)
 DIRECTIONAL = ["cosine", "angular"]
 
 
-def _pair(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(shape, generator=generator), 1.5 * torch.randn(shape, generator=generator)
-
-
 @every
 @pytest.mark.parametrize("shape", [(6, 5), (3, 4, 2, 5)])
 def test_equals_numpy_with_and_without_mask(name: str, shape: tuple[int, ...]) -> None:
     build, reference = CASES[name]
     loss = build()
-    x, y = _pair(shape)
+    x, y = random_pair(shape)
     per_position = reference(x.double().numpy(), y.double().numpy())
     assert loss(x, y).item() == pytest.approx(per_position.mean(), rel=1e-5)
     mask = torch.rand(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(1)) > 0.4
@@ -59,7 +55,7 @@ def test_equals_numpy_with_and_without_mask(name: str, shape: tuple[int, ...]) -
 @every
 def test_is_zero_at_equality_and_float32(name: str) -> None:
     loss = CASES[name][0]()
-    x, y = _pair((4, 7))
+    x, y = random_pair((4, 7))
     assert loss(x, x).item() == 0
     assert loss(x.bfloat16(), y.bfloat16()).dtype == torch.float32
     assert loss(x.double(), y.double()).dtype == torch.float32
@@ -71,7 +67,7 @@ def test_is_zero_at_equality_and_float32(name: str) -> None:
 
 @every
 def test_all_masked_is_zero_with_zero_gradient(name: str) -> None:
-    x, y = _pair((2, 3, 4, 4))
+    x, y = random_pair((2, 3, 4, 4))
     x.requires_grad_()
     value = CASES[name][0]()(x, y, torch.zeros(2, 1, 4, 4, dtype=torch.bool))
     value.backward()
@@ -82,7 +78,7 @@ def test_all_masked_is_zero_with_zero_gradient(name: str) -> None:
 @every
 def test_masked_positions_have_no_effect_even_as_nan(name: str) -> None:
     loss = CASES[name][0]()
-    x, y = _pair((2, 3, 4, 4))
+    x, y = random_pair((2, 3, 4, 4))
     mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
     mask[0, 0, 1] = False
     grads = []
@@ -101,7 +97,7 @@ class _Affine(Pointwise):
 
 
 def test_the_masked_mean_serves_distances_that_are_not_zero_at_zero() -> None:
-    x, y = _pair((2, 3, 4, 4))
+    x, y = random_pair((2, 3, 4, 4))
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     mask[1, 0, 2, 3] = True
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -112,7 +108,7 @@ def test_the_masked_mean_serves_distances_that_are_not_zero_at_zero() -> None:
 @every
 def test_gradient_equals_finite_differences_of_numpy(name: str) -> None:
     build, reference = CASES[name]
-    x, y = _pair((5, 6), seed=3)
+    x, y = random_pair((5, 6), seed=3)
     y[1] = x[1] * 1.0005 + 0.0005  # nearly parallel, where arccos is ill-conditioned
     y[2] = -x[2] + 0.01  # nearly opposite
     a, b, step = x.double().numpy(), y.double().numpy(), 1e-5
@@ -157,7 +153,7 @@ def test_shapes_are_checked(name: str) -> None:
 @pytest.mark.parametrize("name", DIRECTIONAL)
 def test_directional_losses_ignore_lengths(name: str) -> None:
     loss = CASES[name][0]()
-    x, y = _pair((6, 8))
+    x, y = random_pair((6, 8))
     assert loss(5 * x, y / 7).item() == pytest.approx(loss(x, y).item(), rel=1e-5)
 
 
@@ -213,12 +209,12 @@ def test_dispersion_takes_the_mean_of_raw_targets() -> None:
     loss = Angular()
     loss.fit(torch.from_numpy(y))
     assert loss.dispersion.item() == pytest.approx((theta**2).mean(), rel=1e-6)
-    x, t = _pair((4, 6))
+    x, t = random_pair((4, 6))
     assert loss(x, t).item() == pytest.approx(Angular(dispersion=False)(x, t).item() / (theta**2).mean(), rel=1e-5)
 
 
 def test_dispersion_is_saved_and_required() -> None:
-    x, y = _pair((8, 3))
+    x, y = random_pair((8, 3))
     loss = Angular()
     with pytest.raises(RuntimeError, match="fit"):
         loss(x, y)
@@ -253,5 +249,5 @@ def test_fit_refuses_bad_targets(bad: Tensor, message: str) -> None:
 
 def test_a_dispersion_from_few_targets_says_how_many_are_needed() -> None:
     with pytest.warns(UserWarning, match=r"from 4 targets.*1/4 too small.*at least 8"):
-        Angular().fit(_pair((4, 3))[1])
-    Angular().fit(_pair((8, 3))[1])  # a warning would be an error here
+        Angular().fit(random_pair((4, 3))[1])
+    Angular().fit(random_pair((8, 3))[1])  # a warning would be an error here

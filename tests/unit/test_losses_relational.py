@@ -17,6 +17,7 @@ from agglo.losses.base import Loss
 from agglo.losses.contrastive import Contrastive
 from agglo.losses.gram import Gram
 from agglo.losses.relational import Relational
+from support.models import random_pair
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 # Two groups of vectors (N, D) to the sum over what counts, and how many count.
@@ -86,11 +87,6 @@ every = pytest.mark.parametrize("name", CASES)
 VANISHING = ["gram", "arkd", "arkd_angle", "rkd", "soft"]
 
 
-def _pair(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(shape, generator=generator), 1.5 * torch.randn(shape, generator=generator)
-
-
 def _groups(x: Tensor, mask: Tensor) -> list[Array]:
     """The vectors that count, group by group: the batch of summaries, or each image."""
     if x.ndim == 2:
@@ -108,7 +104,7 @@ def _expected(group: Group, x: Tensor, y: Tensor, mask: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 2, 3)])
 def test_equals_numpy_with_and_without_mask(name: str, shape: tuple[int, ...]) -> None:
     build, group = CASES[name]
-    x, y = _pair(shape)
+    x, y = random_pair(shape)
     full = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)
     assert build()(x, y).item() == pytest.approx(_expected(group, x, y, full), rel=1e-4)
     mask = torch.rand(full.shape, generator=torch.Generator().manual_seed(1)) > 0.3
@@ -119,7 +115,7 @@ def test_equals_numpy_with_and_without_mask(name: str, shape: tuple[int, ...]) -
 @every
 def test_gradient_equals_finite_differences_of_numpy(name: str) -> None:
     build, group = CASES[name]
-    x, y = _pair((6, 4), seed=3)
+    x, y = random_pair((6, 4), seed=3)
     a, b, step = x.double().numpy(), y.double().numpy(), 1e-5
     expected = np.zeros_like(a)
     for index in np.ndindex(*a.shape):
@@ -138,12 +134,12 @@ def test_gradient_equals_finite_differences_of_numpy(name: str) -> None:
 @pytest.mark.parametrize("name", VANISHING)
 def test_is_zero_at_the_target(name: str) -> None:
     for shape in [(9, 7), (2, 5, 4, 4)]:
-        x, _ = _pair(shape)
+        x, _ = random_pair(shape)
         assert CASES[name][0]()(x, x).item() == pytest.approx(0, abs=1e-7)
 
 
 def test_what_each_is_blind_to() -> None:
-    x, _ = _pair((9, 6))
+    x, _ = random_pair((9, 6))
     rotation = torch.linalg.qr(torch.randn(6, 6))[0]
     assert Gram()(x @ rotation * torch.rand(9, 1), x).item() == pytest.approx(0, abs=1e-10)
     for asymmetric in (True, False):
@@ -167,7 +163,7 @@ def test_arkd_charges_only_the_harmful_direction() -> None:
 
 
 def test_infonce_is_the_limit_of_cold_teachers() -> None:
-    x, y = _pair((12, 8))
+    x, y = random_pair((12, 8))
     cold = Contrastive(teacher_temperature=1e-3)(x, y)
     assert cold.item() == pytest.approx(Contrastive(targets="hard")(x, y).item(), rel=1e-5)
 
@@ -175,7 +171,7 @@ def test_infonce_is_the_limit_of_cold_teachers() -> None:
 @every
 def test_all_masked_is_zero_with_zero_gradient(name: str) -> None:
     for shape in [(3, 4), (2, 3, 4, 4)]:
-        x, y = _pair(shape)
+        x, y = random_pair(shape)
         x.requires_grad_()
         value = CASES[name][0]()(x, y, torch.zeros(shape[0], 1, *shape[2:], dtype=torch.bool))
         value.backward()
@@ -186,7 +182,7 @@ def test_all_masked_is_zero_with_zero_gradient(name: str) -> None:
 @every
 def test_masked_positions_have_no_effect_even_as_nan(name: str) -> None:
     loss = CASES[name][0]()
-    x, y = _pair((2, 3, 4, 4))
+    x, y = random_pair((2, 3, 4, 4))
     mask = torch.ones(2, 1, 4, 4, dtype=torch.bool)
     mask[0, 0, 1] = False
     grads = []
@@ -215,7 +211,7 @@ def test_degenerate_vectors_have_finite_gradients(name: str) -> None:
 @every
 def test_float32_whatever_comes_in(name: str) -> None:
     loss = CASES[name][0]()
-    x, y = _pair((5, 7))
+    x, y = random_pair((5, 7))
     assert loss(x.bfloat16(), y.double()).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = loss(x, y)
@@ -250,7 +246,7 @@ def _taken(target: Tensor, positions: int, mask: Tensor | None = None) -> Tensor
 
 
 def test_large_maps_are_sampled_the_same_way_every_call() -> None:
-    _, y = _pair((3, 2, 12, 13))
+    _, y = random_pair((3, 2, 12, 13))
     first = _taken(y, 40)
     assert torch.equal(first.sum(1), torch.full((3,), 40))
     assert torch.equal(first[0], first[1]) and torch.equal(first, _taken(y, 40))
@@ -269,7 +265,7 @@ def test_large_maps_are_sampled_the_same_way_every_call() -> None:
 @every
 def test_sampled_maps_agree_with_their_part(name: str) -> None:
     """A map of 6 x 6 of which 10 positions are taken gives what these positions give alone."""
-    x, y = _pair((2, 4, 6, 6))
+    x, y = random_pair((2, 4, 6, 6))
     loss = CASES[name][0]()
     loss.tokens = 10
     taken = _taken(y, 10)[0]
@@ -278,7 +274,7 @@ def test_sampled_maps_agree_with_their_part(name: str) -> None:
 
 
 def test_am_radio_is_the_weighed_sum() -> None:
-    x, y = _pair((3, 4, 2, 5))
+    x, y = random_pair((3, 4, 2, 5))
     a, b = x.double().numpy(), y.double().numpy()
     cosine = 1 - (_unit(np.moveaxis(a, 1, -1)) * _unit(np.moveaxis(b, 1, -1))).sum(-1)
     d = np.abs(a - b)

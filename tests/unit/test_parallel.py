@@ -18,8 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from smooth_images import write_images
-from test_loop import tiny, trace, weights
 from typer.testing import CliRunner
 
 from agglo import dist
@@ -31,6 +29,7 @@ from agglo.training import loop, parallel
 from agglo.training.checkpoint import checkpoints
 from agglo.training.folder import resume_command
 from agglo.types import ConfigError
+from support.training import tiny, trace, weights, write_images
 
 # All that is random a sample, and masks.
 MANY = [
@@ -164,12 +163,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ports = [each.getsockname()[1] for each in free]
     for each in free:
         each.close()
-    path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).parent)])
     command = [sys.executable, __file__, str(folder), str(images), json.dumps(ports)]
     running = []
     for rank in ("0", "1"):
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        environment = {**os.environ, **told, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        environment = {**os.environ, **told, "OMP_NUM_THREADS": "1"}
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         said = [each.communicate(timeout=600)[1] for each in running]

@@ -28,58 +28,7 @@ from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import Checkpoint
 from agglo.zoo import loading as zoo
-
-WIDTH, DEPTH, HIDDEN = 32, 4, 48
-TEACHERS = [
-    {"name": "siglip2-g", "type": "siglip2", "model": "siglip2-g-384"},
-    {"name": "dino_v3", "type": "generic", "fd_upsample_factor": 2},
-    {"name": "sam3", "type": "generic", "use_summary": False},
-]
-ARGS = {
-    "model": "vit_huge_patch16_224",
-    "model_kwargs": {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2},
-    "cpe_max_size": 128,
-    "cls_token_per_teacher": True,
-    "register_multiple": 10,
-    "teachers": TEACHERS,
-    "mlp_version": "v2",
-    "dtype": "float32",
-}
-
-
-def official_state() -> dict[str, Tensor]:
-    """The state of a small C-RADIOv4, by the hub's names."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
-
-    state = {
-        "input_conditioner.norm_mean": torch.full((3, 1, 1), 0.45),
-        "input_conditioner.norm_std": torch.full((3, 1, 1), 0.27),
-        "base_model.patch_generator.embedder.weight": draw(WIDTH, 768),
-        "base_model.patch_generator.pos_embed": draw(1, 64, WIDTH),
-        "base_model.patch_generator.cls_token.token": draw(10, WIDTH),
-        "base_model.reg_token": draw(1, 4, WIDTH),
-    }
-    sizes = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH)}
-    sizes |= {"mlp.fc1": (4 * WIDTH, WIDTH), "mlp.fc2": (WIDTH, 4 * WIDTH)}
-    for index in range(DEPTH):
-        for name in ("norm1", "norm2"):
-            state[f"base_model.blocks.{index}.{name}.weight"] = 1 + draw(WIDTH)
-            state[f"base_model.blocks.{index}.{name}.bias"] = draw(WIDTH)
-        for name, shape in sizes.items():
-            state[f"base_model.blocks.{index}.{name}.weight"] = draw(*shape)
-            state[f"base_model.blocks.{index}.{name}.bias"] = draw(shape[0])
-    for index in range(3):
-        for folder, cells in (("_heads", 1), ("_feature_projections", 4 if index == 1 else 1)):
-            last = cells * (8 + index)
-            for name, shape in {"fc1": (HIDDEN, WIDTH), "final.2": (last, HIDDEN)}.items():
-                state[f"{folder}.{index}.{name}.weight"] = draw(*shape)
-                state[f"{folder}.{index}.{name}.bias"] = draw(shape[0])
-            state[f"{folder}.{index}.final.0.weight"] = 1 + draw(HIDDEN)
-            state[f"{folder}.{index}.final.0.bias"] = draw(HIDDEN)
-    return state
+from support.checkpoints import ARGS, TEACHERS, WIDTH, official_state
 
 
 def hugging_face(state: Mapping[str, Tensor], heads: Mapping[str, int]) -> dict[str, Tensor]:

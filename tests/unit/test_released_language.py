@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_radio_checkpoints import ARGS, TEACHERS, official_state
-from test_text_towers import tiny_siglip2
 from typer.testing import CliRunner
 
 import agglo
 from agglo.cli.main import app
+from support.checkpoints import ARGS, TEACHERS, official_state, tiny_siglip2
 
 TEXT_WIDTH = 40
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evals_fakes import Squares
 from PIL import Image
 from torch import nn
 
@@ -20,6 +19,7 @@ from agglo.config import build
 from agglo.results import comparing, identity, tables
 from agglo.results.records import FILE, PerImage, Result, ResultError, append, read, read_images
 from agglo.types import ConfigError, StorageError
+from support.models import Squares
 
 
 def result(name: str = "knn", top1: float = 0.5, **changes) -> Result:
@@ -157,7 +157,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_data_hash_knows_names_labels_and_content(tmp_path: Path) -> None:
-    import tiny_datasets as tiny
+    from support import datasets as tiny
 
     def hashed(root: Path) -> str:
         return identity.data_hash(build("sources", {"kind": "folder", "path": str(root)}))
@@ -191,7 +191,7 @@ TRUTHS = {
 
 @pytest.mark.parametrize("kind", TRUTHS)
 def test_the_data_hash_knows_the_truth(kind: str, tmp_path: Path) -> None:
-    import tiny_datasets as tiny
+    from support import datasets as tiny
 
     maker, (pattern, words) = kind.partition("#")[0], TRUTHS[kind]
     hashes = []

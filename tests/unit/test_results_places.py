@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_datasets as tiny
-from eval_files import tiny_sam
-from evals_fakes import Noise
 from typer.testing import CliRunner
 
 from agglo.cli.main import app
@@ -24,6 +21,9 @@ from agglo.results.identity import protocol_hash, settings
 from agglo.results.places import digest
 from agglo.results.records import read, read_images
 from agglo.types import ConfigError
+from support import datasets as tiny
+from support.checkpoints import tiny_sam
+from support.models import Noise
 
 
 class Files:

@@ -16,6 +16,7 @@ from agglo.sources._progress import Tally
 from agglo.sources.base import SourceError
 from agglo.sources.folder import Folder
 from agglo.types import ConfigError
+from support.datasets import names
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +52,6 @@ def tree(tmp_path):
     touch(root / "a/notes.txt")
     age(root)
     return root
-
-
-def names(source):
-    return [source.name(i) for i in range(len(source))]
 
 
 def forbid(monkeypatch):

@@ -1,11 +1,8 @@
 """Hugging Face datasets: on disk, as parquet files, on the hub; the image column is found or asked for."""
 
-import io
 import pickle
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from agglo.config import build
 from agglo.data.loader import Loader
@@ -13,6 +10,7 @@ from agglo.data.views import Partition, ViewPolicy
 from agglo.sources import huggingface
 from agglo.sources.huggingface import HuggingFace
 from agglo.types import ConfigError, ImageError, MissingExtraError
+from support.datasets import jpeg
 
 datasets = pytest.importorskip("datasets")
 
@@ -21,13 +19,6 @@ datasets = pytest.importorskip("datasets")
 def _quiet(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
     datasets.disable_progress_bars()
-
-
-def jpeg(number, size=(40, 30)):
-    rng = np.random.default_rng(number)
-    out = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(out, "JPEG")
-    return out.getvalue()
 
 
 def rows(count=6, **columns):

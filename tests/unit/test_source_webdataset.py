@@ -12,10 +12,8 @@ import socket
 import tarfile
 import threading
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from agglo.config import build
 from agglo.data.loader import Loader
@@ -25,6 +23,7 @@ from agglo.sources._paths import braces
 from agglo.sources.base import SourceError
 from agglo.sources.webdataset import WebDataset
 from agglo.types import ConfigError, ImageError, MissingExtraError
+from support.datasets import jpeg, names
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +32,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("AGGLO_CACHE", str(folder))
     monkeypatch.setattr(_shards, "PAUSE", 0.0)
     return folder
-
-
-def jpeg(number, size=(40, 30)):
-    rng = np.random.default_rng(number)
-    out = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(out, "JPEG")
-    return out.getvalue()
 
 
 def write(path, members, format=tarfile.PAX_FORMAT):
@@ -64,10 +56,6 @@ def samples(first, count):
 @pytest.fixture
 def shards(tmp_path):
     return [write(tmp_path / "data" / f"shard-{k:03d}.tar", samples(10 * k, 4 + k)) for k in range(3)]
-
-
-def names(source):
-    return [source.name(i) for i in range(len(source))]
 
 
 EXPECTED = [f"shard-{k:03d}/{10 * k + i:06d}.jpg" for k in range(3) for i in range(4 + k)]

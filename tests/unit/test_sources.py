@@ -15,6 +15,7 @@ from agglo.sources import photos as photos_module
 from agglo.sources.folder import Folder
 from agglo.sources.photos import PHOTOS, Photos
 from agglo.types import AssetError, ConfigError, ImageError, MissingExtraError
+from support.datasets import names
 
 
 def paint(path, colour="red"):
@@ -31,10 +32,6 @@ def tree(tmp_path):
     paint(root / ".cache/hidden.png")
     paint(root / "cats/._a.png")
     return root
-
-
-def names(source):
-    return [source.name(i) for i in range(len(source))]
 
 
 def test_folder_is_sorted_and_leaves_out_what_is_hidden_or_no_image(tree):

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import data, tiny, trace
 
 from agglo.model.model import Model
 from agglo.training import loop
 from agglo.types import ConfigError
-
-__all__ = ["data"]  # the fixture of the loop's tests
+from support.training import tiny, trace
 
 STAGES = 'stages=[{name: low, teachers: [toy, dense]}, {name: high, set: ["partitions=[{sizes: [64], batch: 2}]"]}]'
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import data, tiny, trace, weights
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -23,23 +22,13 @@ from agglo.training.loop import Progress, Run
 from agglo.training.optim import build_optimizer, deferred, update
 from agglo.training.step import Stopwatch, one_step
 from agglo.types import ConfigError
-
-__all__ = ["data"]  # the fixture of the loop's tests
+from support.training import started, tiny, trace, weights
 
 EVERYTHING = (
     "data.views.shift=0.8", "losses.mesa={kind: se_mesa}", "train.windows=[2]", "train.window_share=1.0",
     "train.damp=0.1", "train.spectral=true", "data.views.mixup=1.0",
     "auxiliary={toy: {depth: 0}, other: {depth: 1.0, weight: 0.5}}", "partitions=[{sizes: [64], batch: 4}]",
 )  # fmt: skip
-
-
-def started(data: Path, folder: Path, *overrides: str) -> Run:
-    """A run whose statistics are fitted, before its first step."""
-    run = loop.prepare(tiny(data, *overrides), folder / "run", torch.device("cpu"), resume=False)
-    run.folder.mkdir(exist_ok=True)
-    with Progress(folder, 1, quiet=True) as progress:
-        loop.start(run, progress, [])
-    return run
 
 
 def gradients(run: Run, step: int = 0) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import teacher_checkpoints as tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from agglo.teachers._processor import pixels_of
 from agglo.teachers._published import PUBLISHED
 from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
+from support import teachers as tiny
 
 CASES = tiny.CASES
 T = tiny.T

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from agglo.config import build
 from agglo.types import AssetError, ConfigError, MissingExtraError
+from support.checkpoints import tiny_siglip2, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the teachers extra is not installed")
 
@@ -23,50 +24,6 @@ SENTENCES = ["A_photo of a CAT!", "", "snow, on a mountain", "zürich 猫 naïve
 
 
 # --- siglip2 ----------------------------------------------------------------------------------------------------------
-
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def tiny_tokenizer(folder: Path, ending: str = "$A <eos>", **options) -> None:
-    """A Gemma-like tokenizer.json: BPE with byte fallback, blanks written as ▁; and the released tokenizer_config."""
-    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.ascii_lowercase, *string.digits]
-    merges = [("a", "t"), ("c", "at"), ("▁", "cat"), ("o", "f"), ("▁", "of"), ("s", "n"), ("o", "w"), ("sn", "ow")]
-    pieces += [left + right for left, right in merges]
-    bpe = models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer.post_processor = processors.TemplateProcessing(ending, special_tokens=[("<eos>", 1), ("<bos>", 2)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    released = {
-        "tokenizer_class": "GemmaTokenizer",
-        "add_bos_token": False,
-        "add_eos_token": True,
-        "padding_side": "right",
-        "model_input_names": ["input_ids"],
-        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(released | options))
-
-
-def tiny_siglip2(folder: Path, kind: str, shard: str = "1GB"):
-    """A whole checkpoint (text and vision) as transformers writes it; returns transformers' model."""
-    torch.manual_seed(3)
-    vision = {**TEXT, "patch_size": 4, "image_size": 8} if kind == "siglip" else {**TEXT, "patch_size": 4}
-    name = {"siglip": "Siglip", "siglip2": "Siglip2"}[kind]
-    text = {**TEXT, "vocab_size": 400, "projection_size": 40}
-    model = getattr(transformers, f"{name}Model")(
-        getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
-    ).eval()
-    for parameter in model.parameters():  # biases and norms too: nothing may pass for its initial value
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder, max_shard_size=shard)
-    tiny_tokenizer(folder)
-    return model
 
 
 @pytest.fixture(scope="module", params=["siglip", "siglip2"])

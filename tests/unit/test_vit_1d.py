@@ -16,6 +16,7 @@ from agglo.students._vit_1d_grids import Merge, Split, merged
 from agglo.students._vit_1d_official import options_from_official, weights_from_official
 from agglo.students.vit_1d import ViT1D
 from agglo.types import ConfigError
+from support.parity import error
 
 GOLDEN = Path(os.environ.get("AGGLO_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "golden" / "radio"
 TINY: dict[str, Any] = {"width": 16, "heads": 2, "patch": 4, "max_grid": 8, "filler_grid": 2}
@@ -48,11 +49,6 @@ def student_from(path: Path, **options: Any) -> tuple[dict[str, Any], dict[str, 
     below = {k.removeprefix("base_model."): v for k, v in state.items() if k.startswith("base_model.")}
     student.load_state_dict(weights_from_official(below, final_norm=keys["final_norm"]))
     return about, state, student
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.std())
 
 
 @torch.inference_mode()

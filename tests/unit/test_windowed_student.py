@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evals_fakes import Squares
 from PIL import Image
 
 from agglo.config import build
@@ -26,6 +25,7 @@ from agglo.evals.vlm import padded
 from agglo.model.model import HeadConfig, Model
 from agglo.report import visuals
 from agglo.types import ConfigError
+from support.models import Squares
 
 STUDENT = {"kind": "vit", "width": 32, "depth": 4, "heads": 2, "patch": 8, "max_grid": 16, "num_global": 2, "window": 4}
 TALL = Image.new("RGB", (40, 100), (200, 10, 10))

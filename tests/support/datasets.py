@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from agglo.sources.base import Source
 from agglo.weights.bundled import imagenet_wnids
 
 H, W = 24, 32
@@ -30,6 +32,18 @@ def grey(path: Path, values: np.ndarray) -> Path:
 def stripes(count: int) -> np.ndarray:
     """A mask ``(H, W)`` uint8 whose rows go through ``count`` values."""
     return np.tile((np.arange(H) % count).astype(np.uint8)[:, None], (1, W))
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]
+
+
+def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    """A JPEG file of noise; ``size`` is (W, H)."""
+    rng = np.random.default_rng(number)
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(out, "JPEG")
+    return out.getvalue()
 
 
 def imagenet(root: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small models with random weights, and the official layout they could have come in, for the parity tests."""
+"""Small models with random weights in official layouts, and the error measure of the parity tests."""
 
 from __future__ import annotations
 

@@ -133,3 +133,8 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         return Output(images.mean((2, 3)), images, {name: f(images) for name, f in self.functions.items()})
+
+
+def random_pair(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(shape, generator=generator), 1.5 * torch.randn(shape, generator=generator)

@@ -1,0 +1,1 @@
+"""Fixtures that several test files use: models, data sets, checkpoints, runs, commands."""
