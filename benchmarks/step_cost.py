@@ -97,9 +97,9 @@ def encode(run: Any, batch: Any, *, training: bool) -> Span:
     """A forward pass on one view: the student's in training, or the averaged student's."""
     import torch
 
-    from agglo.data.shifts import Canvas
+    from agglo.data.shifts import RenderedBatch
 
-    canvas = Canvas(batch.images, batch.field)
+    canvas = RenderedBatch(batch.images, batch.field)
     view, _ = canvas.crop(batch.size, run.model.spec.stride, torch.zeros(len(batch.images), 2, dtype=torch.long))
     model = run.model if training else run.ema.model
     with torch.set_grad_enabled(training):

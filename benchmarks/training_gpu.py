@@ -84,7 +84,7 @@ def assemble(folder: Path, device: torch.device, sizes: list[int], smoke: bool) 
 
 
 def _looks(run: Any) -> Iterator[Any]:
-    from agglo.data.shifts import Canvas
+    from agglo.data.shifts import RenderedBatch
 
     seen: set[int] = set()
     step = 1 << 40
@@ -94,7 +94,7 @@ def _looks(run: Any) -> Iterator[Any]:
         if batch.partition in seen:
             continue
         seen.add(batch.partition)
-        yield run.teach(_cut(batch, 4), Canvas(batch.images[:4].to(run.device), batch.field))
+        yield run.teach(_cut(batch, 4), RenderedBatch(batch.images[:4].to(run.device), batch.field))
 
 
 def _cut(batch: Any, count: int) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from agglo.config import POINTS, build, find, kinds, schema
-from agglo.sources.base import Need, Source
+from agglo.sources.base import ReadRequest, Source
 from support import datasets as tiny_datasets
 from support.checkpoints import tiny_siglip2
 
@@ -172,12 +172,12 @@ def test_sources_that_read_in_part_give_the_same_pixels(kind: str, tmp_path, mon
     parts = 0
     for index in range(len(source)):
         whole = np.asarray(source.read(index))
-        part = source.read_part(index, lambda size: Need(1, 10))
+        part = source.read_part(index, lambda size: ReadRequest(1, 10))
         if isinstance(part, Image.Image):
             assert part.tobytes() == whole.tobytes()
             continue
         parts += 1
         assert (part.shrink, part.size) == (1, whole.shape[:2])
         assert np.array_equal(part.array[:10], whole[:10])
-        assert source.read_part(index, lambda size: Need(2, size[0])).shrink in (1, 2)
+        assert source.read_part(index, lambda size: ReadRequest(2, size[0])).shrink in (1, 2)
     assert parts or kind in tiny_datasets.MAKERS  # some of those are PNG files only

@@ -22,7 +22,7 @@ from agglo.cache.reading import FeatureCache
 from agglo.cache.records import Shelf, key_of, shard_file
 from agglo.cache.writing import write
 from agglo.config import build, override
-from agglo.data.shifts import Canvas
+from agglo.data.shifts import RenderedBatch
 from agglo.nn.placement import Placement, meet
 from agglo.objectives.distill import build_teachers
 from agglo.teachers.toy import Toy
@@ -119,7 +119,7 @@ def test_teachers_are_let_go_of_and_the_seed_of_a_run_does_not_matter(data: Path
     batches = [next(run.loader.iterate(step, step + 1)) for step in (0, 7)]
     real = build_teachers(made)
     for batch in batches:
-        said = run.teach(batch, Canvas(batch.images, batch.field))
+        said = run.teach(batch, RenderedBatch(batch.images, batch.field))
         for name, teacher in real.items():
             expected = lessons.ask(teacher, batch.images, identity.outer_size(batch.size, made.data.views, 16), 16)
             for a, b in (
@@ -180,7 +180,7 @@ def test_a_slice_is_what_a_teacher_without_memory_says_of_the_view_itself(data: 
     lesson = Lessons(made, build_teachers(made), 16, torch.device("cpu"))
     batch = loader_for(made, 0, lesson).batch(3)
     assert batch.images.shape[-1] == 32 + 2 * 16 * (2 + roam)
-    canvas = Canvas(batch.images, batch.field)
+    canvas = RenderedBatch(batch.images, batch.field)
     places = draw_roam(0, 3, 4, 2 + roam)
     assert len(places.unique(dim=0)) > 1
     pixels, view = canvas.crop(batch.size, 16, places)

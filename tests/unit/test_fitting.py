@@ -10,7 +10,7 @@ import torch
 from agglo import recipe
 from agglo.cache.writing import write
 from agglo.config import read_yaml
-from agglo.data.shifts import most
+from agglo.data.shifts import max_shift
 from agglo.model.creation import create, snap_sizes
 from agglo.teachers.toy import Toy
 from agglo.training import loop
@@ -145,7 +145,7 @@ def test_auto_is_refused_with_fixed_crops_and_nothing_else_is_taken_for_it(data:
 
 def test_the_margin_follows_the_deviation_of_the_shifts(data: Path, tmp_path: Path) -> None:
     for shift in (0.5, 1.2):
-        assert prepared(data, tmp_path, f"data.views.shift={shift}").loader.margin == most(shift) * 16
+        assert prepared(data, tmp_path, f"data.views.shift={shift}").loader.margin == max_shift(shift) * 16
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from agglo import recipe
-from agglo.data.shifts import most
+from agglo.data.shifts import max_shift
 from agglo.model import artefact
 from agglo.model.artefact import WEIGHTS
 from agglo.model.model import Model
@@ -190,7 +190,7 @@ def test_shifted_views_teach_the_same_and_windows_are_drawn(data: Path, tmp_path
     loop.distill(made, tmp_path / "run", quiet=True)
     assert ["mesa" in line["terms"] for line in trace(tmp_path / "run")] == [False, False, True, True, True, True]
     run = loop.prepare(made, tmp_path / "other", torch.device("cpu"), resume=False)
-    assert run.loader.margin == most(0.5) * 16
+    assert run.loader.margin == max_shift(0.5) * 16
     drawn = set()
     for batch in run.loader.iterate(0, 30):
         window, side = draw_window(made.train, run.model, batch), batch.size[0] // 16

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from agglo import recipe
 from agglo.config import build
-from agglo.data.mosaic import Places, Tiling, cut_back, draw_places, pack
+from agglo.data.mosaic import MosaicLayout, Tiling, draw_layout, pack, unpack
 from agglo.objectives.wrapping import Mosaic, begin_step, wrap
 from agglo.recipe import TeacherEntry
 from agglo.teachers.base import Teacher
@@ -55,9 +55,9 @@ def test_the_table_of_sizes_on_a_canvas_of_1008(size: int, side: int, count: int
     assert mosaic.input_size((size, size), 16) == (side, side)
     tiling = Tiling((72, 72), (side // 14, side // 14))
     assert tiling.count == count
-    places = draw_places(tiling, count, seed=1, step=2)
+    places = draw_layout(tiling, count, seed=1, step=2)
     masks = places.masks()
-    assert places.canvases == 1
+    assert places.mosaics == 1
     assert int(masks.sum(0).max()) == 1, "two views share a cell"
     assert masks.flatten(1).sum(1).tolist() == [(side // 14) ** 2] * count
     starts = tiling.starts(0)  # D-12: every tile has at least floor(72 / tiles) whole cells
@@ -75,12 +75,12 @@ def test_what_is_packed_comes_back(batch: int) -> None:
     tiling = Tiling((9, 11), (4, 3))
     images = torch.rand(batch, 3, 4, 3)
     for step in range(20):
-        places = draw_places(tiling, batch, seed=0, step=step)
-        assert places.canvases == -(-batch // 6)
+        places = draw_layout(tiling, batch, seed=0, step=step)
+        assert places.mosaics == -(-batch // 6)
         canvases = pack(images, places, 1, GREY)
-        assert torch.equal(cut_back(canvases, places), images)
-        covered = torch.zeros(places.canvases, 9, 11, dtype=torch.bool)
-        for canvas, mask in zip(places.canvas, places.masks(), strict=True):
+        assert torch.equal(unpack(canvases, places), images)
+        covered = torch.zeros(places.mosaics, 9, 11, dtype=torch.bool)
+        for canvas, mask in zip(places.mosaic, places.masks(), strict=True):
             assert not (covered[canvas] & mask).any()
             covered[canvas] |= mask
         uncovered = canvases.permute(0, 2, 3, 1)[~covered]
@@ -89,9 +89,9 @@ def test_what_is_packed_comes_back(batch: int) -> None:
 
 def test_places_are_a_pure_function_of_seed_and_step_and_move_about() -> None:
     tiling = Tiling((9, 9), (4, 4))
-    same = [draw_places(tiling, 4, seed=3, step=5) for _ in range(2)]
+    same = [draw_layout(tiling, 4, seed=3, step=5) for _ in range(2)]
     assert same[0] == same[1]
-    draws = [draw_places(tiling, 4, seed=3, step=step) for step in range(60)]
+    draws = [draw_layout(tiling, 4, seed=3, step=step) for step in range(60)]
     assert len({(*p.y, *p.x) for p in draws}) > 30
     # The first image comes to every tile, and every place in it.
     assert {p.y[0] for p in draws} == {0, 4, 5}
@@ -144,9 +144,9 @@ def test_cells_that_are_off_by_one_are_noticed() -> None:
     """The planted fault: a tile border that is no token border (201 pixels of 14) would shift what is cut back."""
     tiling = Tiling((9, 9), (4, 4))
     images = torch.rand(4, 3, 4, 4)
-    places = draw_places(tiling, 4, seed=0, step=0)
-    moved = Places(tiling, places.canvases, places.canvas, places.y, [max(0, x - 1) for x in places.x])
-    assert not torch.equal(cut_back(pack(images, places, 1, GREY), moved), images)
+    places = draw_layout(tiling, 4, seed=0, step=0)
+    moved = MosaicLayout(tiling, places.mosaics, places.mosaic, places.y, [max(0, x - 1) for x in places.x])
+    assert not torch.equal(unpack(pack(images, places, 1, GREY), moved), images)
 
 
 def entry(**keys) -> TeacherEntry:
@@ -171,9 +171,9 @@ def test_keys_that_do_not_go_together_say_what_to_do() -> None:
     with pytest.raises(ConfigError, match="does not fit a canvas"):
         Tiling((4, 4), (5, 4))
     with pytest.raises(ValueError, match="places are for images"):
-        pack(torch.rand(2, 3, 4, 4), draw_places(Tiling((9, 9), (4, 4)), 3, 0, 0), 1, GREY)
+        pack(torch.rand(2, 3, 4, 4), draw_layout(Tiling((9, 9), (4, 4)), 3, 0, 0), 1, GREY)
     with pytest.raises(ValueError, match="canvases"):
-        cut_back(torch.rand(2, 3, 9, 9), draw_places(Tiling((9, 9), (4, 4)), 3, 0, 0))
+        unpack(torch.rand(2, 3, 9, 9), draw_layout(Tiling((9, 9), (4, 4)), 3, 0, 0))
 
 
 def test_a_recipe_with_a_mosaic_trains(tmp_path) -> None:

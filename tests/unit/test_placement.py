@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agglo.data.shifts import Canvas, draw_shifts, most
+from agglo.data.shifts import RenderedBatch, draw_shifts, max_shift
 from agglo.nn.geometry import resample
 from agglo.nn.placement import Placement, bring, meet
 
@@ -113,7 +113,7 @@ def test_shifts_follow_the_rounded_normal_and_are_a_function_of_their_place() ->
     assert shares[0] == pytest.approx(0.683, abs=0.01)  # METHOD 2.4
     assert shares[1] == pytest.approx(0.157, abs=0.01)
     assert shares[-1] == pytest.approx(0.157, abs=0.01)
-    assert drawn.abs().max() <= most(0.5) == 2
+    assert drawn.abs().max() <= max_shift(0.5) == 2
     assert torch.equal(draw_shifts(3, 7, 1, 8, 0.5), draw_shifts(3, 7, 1, 8, 0.5))
     assert not torch.equal(draw_shifts(3, 7, 1, 64, 0.5), draw_shifts(3, 7, 2, 64, 0.5))
     assert not draw_shifts(3, 7, 1, 8, 0.0).any()
@@ -122,10 +122,10 @@ def test_shifts_follow_the_rounded_normal_and_are_a_function_of_their_place() ->
 @pytest.mark.parametrize("std", [0.3, 0.5, 0.8, 1.5, 3.0])
 def test_wide_shifts_do_not_pile_up_where_they_are_cut_off(std: float) -> None:
     drawn = torch.cat([draw_shifts(3, step, 1, 64, std) for step in range(200)])
-    assert drawn.abs().max() <= most(std)
+    assert drawn.abs().max() <= max_shift(std)
     beyond = lambda patches: math.erfc(patches / std / math.sqrt(2))  # noqa: E731
-    assert beyond(most(std) + 0.5) < 1e-6
-    for m in (1, 2, most(std)):
+    assert beyond(max_shift(std) + 0.5) < 1e-6
+    for m in (1, 2, max_shift(std)):
         share = (drawn.abs() == m).double().mean().item()
         assert share == pytest.approx(beyond(m - 0.5) - beyond(m + 0.5), abs=0.006)
 
@@ -137,11 +137,11 @@ def test_views_show_the_same_content_where_their_cells_meet(patches: tuple[int, 
     mine, theirs = patches
     n = 6
     size, other = (n * 16, n * 16), (n * 16 * theirs // 16, n * 16 * theirs // 16)
-    margin = most(0.9) * 16
+    margin = max_shift(0.9) * 16
     side = size[0] + 2 * margin
     ramp = (torch.arange(side) + 0.5) / side
     images = torch.stack([ramp[:, None].expand(side, side), ramp[None].expand(side, side), torch.zeros(side, side)])
-    canvas = Canvas(images[None].repeat(4, 1, 1, 1), (size[0] / side, size[1] / side))
+    canvas = RenderedBatch(images[None].repeat(4, 1, 1, 1), (size[0] / side, size[1] / side))
     first, here = canvas.crop(size, mine, draw_shifts(0, 0, 0, 4, 0.9))
     second, there = canvas.crop(other, theirs, draw_shifts(0, 0, 1, 4, 0.9))
     assert first.shape[-2:] == size

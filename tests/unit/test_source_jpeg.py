@@ -9,12 +9,12 @@ from PIL import Image
 
 from agglo.data import pixels
 from agglo.data.loader import Loader
-from agglo.data.pixels import on_pixels, resample
+from agglo.data.pixels import align_view, resample
 from agglo.data.views import Partition, ViewPolicy, _shuffled, draw_view, generator, image_at, render
 from agglo.preprocess import decode
 from agglo.sources import _encoded, _jpeg
 from agglo.sources._encoded import EncodedSource
-from agglo.sources.base import Need, Pixels, Source
+from agglo.sources.base import PartialImage, ReadRequest, Source
 from agglo.sources.folder import Folder
 from agglo.sources.photos import Photos
 from agglo.types import ImageError
@@ -49,7 +49,7 @@ def jpeg(image, **options):
 
 
 def part(data, shrink=1, rows=None):
-    return Files(data).read_part(0, lambda size: Need(shrink, size[0] if rows is None else rows))
+    return Files(data).read_part(0, lambda size: ReadRequest(shrink, size[0] if rows is None else rows))
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_views_of_shrunk_images_are_close_to_views_of_whole_ones(name):
     for sample in range(40):
         rng = generator(3, 0, sample)
         side = int(rng.integers(24, 160))
-        view, need = on_pixels(
+        view, need = align_view(
             draw_view((whole.height, whole.width), (side, side), ViewPolicy(), rng), whole.size[::-1]
         )
         if max(view.scale) > 0.5:
@@ -219,11 +219,11 @@ def test_views_of_shrunk_images_are_close_to_views_of_whole_ones(name):
 
 def test_resampling_is_that_of_render_but_for_rounding():
     image = photo("china")
-    pixels = Pixels(np.asarray(image), 1, (image.height, image.width))
+    pixels = PartialImage(np.asarray(image), 1, (image.height, image.width))
     for sample in range(12):
         rng = generator(1, 0, sample)
         size = (int(rng.integers(20, 300)), int(rng.integers(20, 300)))
-        view, _ = on_pixels(draw_view(pixels.size, size, ViewPolicy(aspect=(1, 1)), rng), pixels.size)
+        view, _ = align_view(draw_view(pixels.size, size, ViewPolicy(aspect=(1, 1)), rng), pixels.size)
         x0, y0, x1, y1 = (round(side) for side in view.box)
         cut = image.crop((x0, y0, x1, y1)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
         expected = np.asarray(cut).transpose(2, 0, 1)
@@ -242,7 +242,7 @@ def test_views_move_onto_pixels_by_little_and_the_same_at_every_size():
         boxes, needs = [], []
         for side in (8, 64, 224):
             drawn = draw_view(full, (side, side), ViewPolicy(scale=(0.01, 1)), generator(0, 0, sample))
-            view, need = on_pixels(drawn, full)
+            view, need = align_view(drawn, full)
             boxes.append(view.box)
             needs.append(need)
             limit = max(1.0, min(8, min(full) / 64))
@@ -305,13 +305,13 @@ def test_batches_do_not_depend_on_workers_or_memory(tree, straight, workers, cac
 def test_how_many_images_wait_changes_nothing(tree, straight, monkeypatch, together, held, wait):
     monkeypatch.setattr(pixels, "_TOGETHER", together)
     monkeypatch.setattr(pixels, "_HELD", held)
-    waited, finish = [], pixels.Canvases._render
+    waited, finish = [], pixels.BatchRenderer._render
 
     def counted(canvases):
         waited.append(len(canvases._waiting))
         finish(canvases)
 
-    monkeypatch.setattr(pixels.Canvases, "_render", counted)
+    monkeypatch.setattr(pixels.BatchRenderer, "_render", counted)
     assert all(same(a, b) for a, b in zip(batches(tree)[0], straight, strict=True))
     assert max(waited) == wait
 
@@ -360,7 +360,7 @@ def test_sources_that_know_nothing_of_parts_are_read_as_ever(tree):
             return self.inner.read(index)
 
     with pytest.raises(NotImplementedError):
-        Plain().read_part(0, lambda size: Need(1, 1))
+        Plain().read_part(0, lambda size: ReadRequest(1, 1))
     loader = Loader([Plain()], None, PARTITIONS, ViewPolicy(), 5, workers=0)
     for step in range(3):
         batch = loader.batch(step)
@@ -375,7 +375,7 @@ def test_a_source_that_shrinks_less_than_it_may_serves_all(tree):
 
         def read_part(self, index, need):
             type(self).reads += 1
-            return super().read_part(index, lambda size: Need(1, need(size).rows))
+            return super().read_part(index, lambda size: ReadRequest(1, need(size).rows))
 
     data = (tree / "0.jpg").read_bytes()
     loader = Loader([Reluctant(data)], None, PARTITIONS, ViewPolicy(), 5, workers=0)
@@ -403,4 +403,4 @@ def test_blank_images_are_told_by_the_whole(monkeypatch):
     monkeypatch.setattr(_encoded, "_NEARLY_BLANK", 500.0)  # every image is looked at whole, none is blank
     data = jpeg(photo().resize((200, 160)))
     assert part(data, 2).shrink == 2
-    Files(data, skip_uniform=True).read_part(0, lambda size: Need(8, 8))
+    Files(data, skip_uniform=True).read_part(0, lambda size: ReadRequest(8, 8))

@@ -14,7 +14,7 @@ from PIL import Image
 from agglo.data.loader import Loader, evaluation_batches
 from agglo.data.views import Partition, ViewPolicy
 from agglo.sources import _encoded
-from agglo.sources.base import Need, Unwanted
+from agglo.sources.base import FilteredImageError, ReadRequest
 from agglo.sources.folder import Folder
 from agglo.sources.webdataset import WebDataset
 from agglo.types import ConfigError, ImageError
@@ -70,7 +70,7 @@ def unwanted(source):
     for index in range(len(source)):
         try:
             source.read(index)
-        except Unwanted as error:
+        except FilteredImageError as error:
             left[error.rule] += 1
         except ImageError as error:
             bad.append(error.name)
@@ -84,7 +84,7 @@ def test_filters_leave_out_what_they_say(folder):
     assert unwanted(Folder(path=str(folder), skip_uniform=True))[0] == {"skip_uniform: true": 3}
     both = Folder(path=str(folder), min_side=41, skip_uniform=True)
     assert unwanted(both)[0] == {"min_side: 41": 3, "skip_uniform: true": 3}
-    error = Unwanted("a", "b", "c")
+    error = FilteredImageError("a", "b", "c")
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.name, copy.why, copy.rule, str(copy)) == ("a", "b", "c", "a: b")
 
@@ -106,10 +106,10 @@ def test_area_and_aspect_are_filtered_by_the_header_alone(tmp_path, monkeypatch,
     for rule, (keys, left) in rules.items():
         source, met = Folder(path=str(tmp_path), **keys), {}
         for index, name in enumerate(order):
-            for read in (source.read, lambda i, s=source: s.read_part(i, lambda size: Need(1, size[0]))):
+            for read in (source.read, lambda i, s=source: s.read_part(i, lambda size: ReadRequest(1, size[0]))):
                 try:
                     read(index)
-                except Unwanted as error:
+                except FilteredImageError as error:
                     met[name] = error.rule
         assert met == dict.fromkeys(left, rule)
 
@@ -117,7 +117,7 @@ def test_area_and_aspect_are_filtered_by_the_header_alone(tmp_path, monkeypatch,
         raise AssertionError("pixels were decoded")
 
     monkeypatch.setattr(_encoded, "decode", refuse)
-    with pytest.raises(Unwanted, match=r"121x40 pixels, its sides are 3\.02 to 1, beyond 3"):
+    with pytest.raises(FilteredImageError, match=r"121x40 pixels, its sides are 3\.02 to 1, beyond 3"):
         Folder(path=str(tmp_path), max_aspect=3).read(order.index("wide"))
     for keys in ({"max_aspect": 0.5}, {"max_aspect": -1}, {"min_pixels": -1}):
         with pytest.raises(ConfigError, match=next(iter(keys))):

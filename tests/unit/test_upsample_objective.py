@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agglo import recipe
-from agglo.data.shifts import Canvas
+from agglo.data.shifts import RenderedBatch
 from agglo.nn.homography import CORNERS, inside, points, warp
 from agglo.objectives.upsample import CONSISTENCY, Downsampler, Upsample, _seams, draw_views, take_apart
 from agglo.objectives.wrapping import Upsampled
@@ -58,7 +58,7 @@ def parts(teacher: Teacher, factor: int = 2, **keys: Any) -> tuple[FeatSharp, Up
     upsampler = FeatSharp(teacher.spec, SIZE, factor=factor)
     objective = Upsample(upsampler, Objective(kind="upsample", **{"views": 2, **keys}))
     assert objective.needs_statistics
-    canvas = Canvas(blobs(16, 32 * factor), (1.0, 1.0))
+    canvas = RenderedBatch(blobs(16, 32 * factor), (1.0, 1.0))
     objective.fit([objective.teach({"t": teacher}, canvas, (64, 64), 4)])
     assert not objective.needs_statistics and upsampler.trained
     return upsampler, objective
@@ -312,7 +312,7 @@ def test_no_images_and_wrong_teachers_are_named() -> None:
         objective.fit([])
     broken = copy.deepcopy(teacher)
     broken.matrix = broken.matrix * float("nan")
-    canvas = Canvas(blobs(4), (1.0, 1.0))
+    canvas = RenderedBatch(blobs(4), (1.0, 1.0))
     with pytest.raises(ConfigError, match=r"teachers\.t: .*NaN"):
         objective.fit([objective.teach({"t": broken}, canvas, (64, 64), 4)])
     plain = Upsampled(teacher, Tiles(teacher.spec, SIZE))

@@ -21,7 +21,7 @@ from agglo.data.views import (
     draw_view,
     generator,
     image_at,
-    mix,
+    mixup,
     render,
 )
 from agglo.types import ConfigError, View
@@ -254,22 +254,22 @@ def test_centre_view():
 # --- mixup ---
 
 
-def test_mix_blends_pairs_of_the_batch():
+def test_mixup_blends_pairs_of_the_batch():
     images = torch.eye(6).view(6, 1, 1, 6).expand(6, 3, 2, 6).contiguous()
-    out = mix(images, 0, 0, 1.0)
+    out = mixup(images, 0, 0, 1.0)
     weights = out[:, 0, 0]  # row i: how much of each image is in the blend i
     torch.testing.assert_close(weights.sum(1), torch.ones(6))
     assert ((weights > 0).sum(1) <= 2).all()
     assert (weights.diagonal() >= 0.5).all()
     assert len(set(weights.diagonal().tolist())) > 2  # every image has its own share
-    assert torch.equal(mix(images, 0, 0, 1.0), out)
-    assert not torch.equal(mix(images, 0, 1, 1.0), out)
-    assert mix(images, 0, 0, 0.0) is images
+    assert torch.equal(mixup(images, 0, 0, 1.0), out)
+    assert not torch.equal(mixup(images, 0, 1, 1.0), out)
+    assert mixup(images, 0, 0, 0.0) is images
 
 
-def test_mix_share_of_steps_and_weights():
+def test_mixup_share_of_steps_and_weights():
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
-    outs = [mix(images, 7, step, 0.5) for step in range(2000)]
+    outs = [mixup(images, 7, step, 0.5) for step in range(2000)]
     assert abs(np.mean([out is images for out in outs]) - 0.5) < 0.05
     shares = np.array([float(out[1]) for out in outs if out is not images and float(out[1]) < 1])
     assert abs(shares.mean() - 0.75) < 0.02  # uniform in [1/2, 1]

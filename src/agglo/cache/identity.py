@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agglo.data.shifts import most
+from agglo.data.shifts import max_shift
 from agglo.files import read_json
 from agglo.recipe import Recipe, TeacherEntry, Views
 from agglo.teachers.base import Teacher
@@ -44,7 +44,7 @@ _TOLERANCE = 0.02
 
 def margin(views: Views, stride: int) -> int:
     """Pixels of a fixed crop's canvas beyond each side of the middle view: as far as the student's view may go."""
-    return (most(views.shift) + views.roam) * stride
+    return (max_shift(views.shift) + views.roam) * stride
 
 
 def outer_size(size: tuple[int, int], views: Views, stride: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agglo.data.pixels import Canvases, on_pixels
+from agglo.data.pixels import BatchRenderer, align_view
 from agglo.data.views import (
     Draw,
     PartitionLike,
@@ -30,7 +30,7 @@ from agglo.data.views import (
     image_at,
     render,
 )
-from agglo.sources.base import Need, Pixels, Source, Unwanted
+from agglo.sources.base import FilteredImageError, PartialImage, ReadRequest, Source
 from agglo.types import ConfigError, ImageError, View
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Batch:
     """One step's images.
 
     Args:
-        images: RGB float32 ``(B, 3, H, W)`` in [0, 1]; not mixed yet (:func:`agglo.data.views.mix`), so that
+        images: RGB float32 ``(B, 3, H, W)`` in [0, 1]; not mixed yet (:func:`agglo.data.views.mixup`), so that
             the blend can be made on the device.
         views: where each lies in its source image, in pixels of the image as the loader keeps it (``max_side``).
         names: each image's name.
@@ -143,7 +143,7 @@ class Loader:
             max_side is None and getattr(type(source), "read_part", Source.read_part) is not Source.read_part
             for source in sources
         ]
-        self._kept: dict[tuple[int, int], dict[int, Pixels]] = {}
+        self._kept: dict[tuple[int, int], dict[int, PartialImage]] = {}
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}
         self._left_out: dict[int, np.ndarray] = {}  # for each source that has filters, a flag an image
 
@@ -185,7 +185,7 @@ class Loader:
         draw = draw_resolution(self.seed, step, self.partitions)
         size = self._rendered(draw.size, draw.partition)
         first, count = self._share(draw)
-        shown = Canvases(count, size)
+        shown = BatchRenderer(count, size)
         views: list[View] = []
         names: list[str] = []
         skipped: list[str] = []
@@ -217,7 +217,7 @@ class Loader:
 
     def _readable(
         self, size: tuple[int, int], step: int, sample: int, source: int, position: int
-    ) -> tuple[int, tuple[Pixels | Image.Image, View], list[str]]:
+    ) -> tuple[int, tuple[PartialImage | Image.Image, View], list[str]]:
         """The image at a position and its view, or the next readable one of the same pass.
 
         The search goes round within the pass, so that it depends on nothing but the position.
@@ -237,7 +237,7 @@ class Loader:
             try:
                 with self._noting(source, index):
                     return index, self._open(source, index, look), bad
-            except Unwanted:
+            except FilteredImageError:
                 continue
             except ImageError as error:
                 bad.append(error.name)
@@ -247,7 +247,7 @@ class Loader:
 
     def _open(
         self, source: int, index: int, look: Callable[[tuple[int, int]], View]
-    ) -> tuple[Pixels | Image.Image, View]:
+    ) -> tuple[PartialImage | Image.Image, View]:
         if self._parts[source]:
             return self._read_part(source, index, look)
         image = self._read(source, index)
@@ -261,10 +261,10 @@ class Loader:
             # A fresh error each time: one that is kept would keep, through its traceback, every batch it passed.
             raise ImageError(*self._bad[key])
         if source in self._left_out and self._left_out[source][index]:
-            raise Unwanted("", "", "")
+            raise FilteredImageError("", "", "")
         try:
             yield
-        except Unwanted as error:
+        except FilteredImageError as error:
             with self._lock:
                 flags = self._left_out.setdefault(source, np.zeros(self._lengths[source], bool))
                 self.filtered[error.rule] += int(not flags[index])
@@ -283,21 +283,21 @@ class Loader:
 
     def _read_part(
         self, source: int, index: int, look: Callable[[tuple[int, int]], View]
-    ) -> tuple[Pixels | Image.Image, View]:
+    ) -> tuple[PartialImage | Image.Image, View]:
         """What a view needs of an image, and the view. Images are kept whole, at each resolution that was needed."""
         key = source, index
         if (cached := self._cache.get(key)) is not None:
             return cached, look((cached.height, cached.width))
         kept = self._kept.get(key, {})
         for known in kept.values():
-            view, wanted = on_pixels(look(known.size), known.size)
+            view, wanted = align_view(look(known.size), known.size)
             if (part := kept.get(wanted.shrink)) is not None:
                 return part, view
             break
-        asked: list[tuple[View, Need]] = []
+        asked: list[tuple[View, ReadRequest]] = []
 
-        def need(full: tuple[int, int]) -> Need:
-            view, wanted = on_pixels(look(full), full)
+        def need(full: tuple[int, int]) -> ReadRequest:
+            view, wanted = align_view(look(full), full)
             asked.append((view, wanted))
             fits = 3 * full[0] * full[1] <= self._room * wanted.shrink**2
             return wanted._replace(rows=full[0]) if fits else wanted

@@ -34,20 +34,20 @@ class Tiling:
         ConfigError: the view is empty or larger than the canvas.
     """
 
-    canvas: tuple[int, int]
+    mosaic: tuple[int, int]
     view: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if min(self.view) < 1 or self.view[0] > self.canvas[0] or self.view[1] > self.canvas[1]:
+        if min(self.view) < 1 or self.view[0] > self.mosaic[0] or self.view[1] > self.mosaic[1]:
             raise ConfigError(
                 f"a view of {self.view[0]}x{self.view[1]} token cells does not fit a canvas of "
-                f"{self.canvas[0]}x{self.canvas[1]}: views have 1 to {self.canvas[0]}x{self.canvas[1]} cells"
+                f"{self.mosaic[0]}x{self.mosaic[1]}: views have 1 to {self.mosaic[0]}x{self.mosaic[1]} cells"
             )
 
     @property
     def tiles(self) -> tuple[int, int]:
         """Tiles down and across."""
-        return self.canvas[0] // self.view[0], self.canvas[1] // self.view[1]
+        return self.mosaic[0] // self.view[0], self.mosaic[1] // self.view[1]
 
     @property
     def count(self) -> int:
@@ -56,11 +56,11 @@ class Tiling:
 
     def starts(self, axis: int) -> list[int]:
         """The first cell of each tile of an axis (0: rows), and the canvas's end."""
-        return [index * self.canvas[axis] // self.tiles[axis] for index in range(self.tiles[axis] + 1)]
+        return [index * self.mosaic[axis] // self.tiles[axis] for index in range(self.tiles[axis] + 1)]
 
 
 @dataclass(frozen=True)
-class Places:
+class MosaicLayout:
     """Where each image of a batch lies, in cells: ``canvas[canvas[j], :, y[j] : y[j] + h, x[j] : x[j] + w]``.
 
     Args:
@@ -70,21 +70,21 @@ class Places:
     """
 
     tiling: Tiling
-    canvases: int
-    canvas: Sequence[int]
+    mosaics: int
+    mosaic: Sequence[int]
     y: Sequence[int]
     x: Sequence[int]
 
     def masks(self) -> Tensor:
         """``(B, H, W)`` bool: the cells of its canvas that are image ``j``'s own; no two of a canvas share one."""
         height, width = self.tiling.view
-        out = torch.zeros(len(self.canvas), *self.tiling.canvas, dtype=torch.bool)
+        out = torch.zeros(len(self.mosaic), *self.tiling.mosaic, dtype=torch.bool)
         for j, (y, x) in enumerate(zip(self.y, self.x, strict=True)):
             out[j, y : y + height, x : x + width] = True
         return out
 
 
-def draw_places(tiling: Tiling, batch: int, seed: int, step: int, part: int = 0) -> Places:
+def draw_layout(tiling: Tiling, batch: int, seed: int, step: int, part: int = 0) -> MosaicLayout:
     """Random tiles for a batch, and a random place inside each: a pure function of its arguments.
 
     As many canvases as hold the batch, ``ceil(batch / tiles)``; tiles that stay empty are anywhere.
@@ -108,10 +108,10 @@ def draw_places(tiling: Tiling, batch: int, seed: int, step: int, part: int = 0)
         room = [starts[i + 1] - starts[i] - view for i in index[axis]]
         jitter = rng.integers(0, [r + 1 for r in room])
         found.append([starts[i] + int(j) for i, j in zip(index[axis], jitter, strict=True)])
-    return Places(tiling, canvases, canvas.tolist(), found[0], found[1])
+    return MosaicLayout(tiling, canvases, canvas.tolist(), found[0], found[1])
 
 
-def pack(images: Tensor, places: Places, cell: int, fill: Tensor) -> Tensor:
+def pack(images: Tensor, places: MosaicLayout, cell: int, fill: Tensor) -> Tensor:
     """Views onto canvases.
 
     Args:
@@ -127,31 +127,31 @@ def pack(images: Tensor, places: Places, cell: int, fill: Tensor) -> Tensor:
         ValueError: the batch is not the one the places were drawn for.
     """
     tiling = places.tiling
-    wanted = len(places.canvas), 3, tiling.view[0] * cell, tiling.view[1] * cell
+    wanted = len(places.mosaic), 3, tiling.view[0] * cell, tiling.view[1] * cell
     if tuple(images.shape) != wanted:
         raise ValueError(f"the places are for images {wanted}, not {tuple(images.shape)}")
-    height, width = (side * cell for side in tiling.canvas)
-    canvases = fill.to(images).view(1, 3, 1, 1).expand(places.canvases, 3, height, width).clone()
-    for image, canvas, y, x in zip(images, places.canvas, places.y, places.x, strict=True):
+    height, width = (side * cell for side in tiling.mosaic)
+    canvases = fill.to(images).view(1, 3, 1, 1).expand(places.mosaics, 3, height, width).clone()
+    for image, canvas, y, x in zip(images, places.mosaic, places.y, places.x, strict=True):
         canvases[canvas, :, y * cell : y * cell + wanted[2], x * cell : x * cell + wanted[3]] = image
     return canvases
 
 
-def cut_back(spatial: Tensor, places: Places) -> Tensor:
+def unpack(spatial: Tensor, places: MosaicLayout) -> Tensor:
     """Each image's own cells of the canvases' maps: ``(N, C, H, W)`` to ``(B, C, h, w)``; empty tiles are dropped.
 
     Raises:
         ValueError: the maps are not those of the canvases.
     """
     tiling = places.tiling
-    if len(spatial) != places.canvases or tuple(spatial.shape[-2:]) != tiling.canvas:
+    if len(spatial) != places.mosaics or tuple(spatial.shape[-2:]) != tiling.mosaic:
         raise ValueError(
-            f"expected maps of {places.canvases} canvases of {tiling.canvas} cells, got {tuple(spatial.shape)}"
+            f"expected maps of {places.mosaics} canvases of {tiling.mosaic} cells, got {tuple(spatial.shape)}"
         )
     height, width = tiling.view
     return torch.stack(
         [
             spatial[canvas, :, y : y + height, x : x + width]
-            for canvas, y, x in zip(places.canvas, places.y, places.x, strict=True)
+            for canvas, y, x in zip(places.mosaic, places.y, places.x, strict=True)
         ]
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from agglo.data.views import render
-from agglo.sources.base import Need, Pixels
+from agglo.sources.base import PartialImage, ReadRequest
 from agglo.types import View
 
 _GRIDS = (1, 2, 4, 8)
@@ -26,7 +26,7 @@ _HELD = 1 << 26
 """Bytes of decoded images that may wait for that."""
 
 
-class Canvases:
+class BatchRenderer:
     """Views of a batch, rendered into one array.
 
     Args:
@@ -37,13 +37,13 @@ class Canvases:
     def __init__(self, count: int, size: tuple[int, int]) -> None:
         self._images = np.empty((count, 3, *size), dtype=np.float32)
         self._done = 0
-        self._waiting: list[tuple[Pixels | Image.Image, View]] = []
+        self._waiting: list[tuple[PartialImage | Image.Image, View]] = []
         self._held = 0
 
-    def add(self, image: Pixels | Image.Image, view: View) -> None:
-        """The next view; one of :class:`~agglo.sources.base.Pixels` comes from :func:`on_pixels`."""
+    def add(self, image: PartialImage | Image.Image, view: View) -> None:
+        """The next view; one of :class:`~agglo.sources.base.PartialImage` comes from :func:`align_view`."""
         self._waiting.append((image, view))
-        self._held += image.array.nbytes if isinstance(image, Pixels) else 4 * image.width * image.height
+        self._held += image.array.nbytes if isinstance(image, PartialImage) else 4 * image.width * image.height
         if len(self._waiting) == _TOGETHER or self._held > _HELD:
             self._render()
 
@@ -54,14 +54,14 @@ class Canvases:
 
     def _render(self) -> None:
         for image, view in self._waiting:
-            pixels = resample(image, view) if isinstance(image, Pixels) else render(image, view).numpy()
+            pixels = resample(image, view) if isinstance(image, PartialImage) else render(image, view).numpy()
             np.divide(pixels, _WHITE, out=self._images[self._done])
             self._done += 1
         self._waiting.clear()
         self._held = 0
 
 
-def on_pixels(view: View, source_size: tuple[int, int]) -> tuple[View, Need]:
+def align_view(view: View, source_size: tuple[int, int]) -> tuple[View, ReadRequest]:
     """A view moved onto the pixels of the image as it will be read, and what must be read of the image.
 
     Reading may shrink an image by 2, 4 or 8, as long as a pixel of the view still stands for a pixel or more that is
@@ -81,11 +81,11 @@ def on_pixels(view: View, source_size: tuple[int, int]) -> tuple[View, Need]:
     scale = view.size[1] / ((x1 - x0) * grid), view.size[0] / ((y1 - y0) * grid)
     moved = View(view.size, scale, (-x0 * grid * scale[0], -y0 * grid * scale[1]), view.flip)
     shrink = max((n for n in _GRIDS if n <= grid and n * max(scale) * _SPARE <= 1), default=1)
-    return moved, Need(shrink, y1 * grid)
+    return moved, ReadRequest(shrink, y1 * grid)
 
 
-def resample(pixels: Pixels, view: View) -> np.ndarray:
-    """The pixels of a view from :func:`on_pixels`: one bicubic, antialiased resampling, then the flip.
+def resample(pixels: PartialImage, view: View) -> np.ndarray:
+    """The pixels of a view from :func:`align_view`: one bicubic, antialiased resampling, then the flip.
 
     As :func:`agglo.data.views.render` of the same pixels, but for rounding (a few 255ths at most, 0.3 on average), and
     several times as fast.

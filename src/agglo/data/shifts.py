@@ -24,7 +24,7 @@ _SHIFTS = 4
 
 
 @dataclass(frozen=True)
-class Canvas:
+class RenderedBatch:
     """A batch's images with a margin, and where the view lies in them.
 
     Args:
@@ -65,7 +65,7 @@ class Canvas:
         return images, Placement(start, (unit[0], unit[1]), size)
 
 
-def most(std: float) -> int:
+def max_shift(std: float) -> int:
     """How many patches a shift of such a deviation is cut off at: 2 at the usual 0.5, 0 at 0.
 
     Five deviations, so that one in 1.7 million would go further, and none piles up at the end. The margin of a canvas
@@ -75,7 +75,7 @@ def most(std: float) -> int:
 
 
 def draw_shifts(seed: int, step: int, view: int, batch: int, std: float) -> Tensor:
-    """Shifts ``(B, 2)`` in patches, ``(y, x)``: ``round(N(0, std))``, at most :func:`most` either way.
+    """Shifts ``(B, 2)`` in patches, ``(y, x)``: ``round(N(0, std))``, at most :func:`max_shift` either way.
 
     A pure function of its arguments; ``std`` 0 gives zeros.
 
@@ -89,4 +89,4 @@ def draw_shifts(seed: int, step: int, view: int, batch: int, std: float) -> Tens
     if std <= 0:
         return torch.zeros(batch, 2, dtype=torch.long)
     drawn = generator(seed, step, view, _SHIFTS).normal(0.0, std, (batch, 2))
-    return torch.from_numpy(np.rint(drawn).clip(-most(std), most(std))).long()
+    return torch.from_numpy(np.rint(drawn).clip(-max_shift(std), max_shift(std))).long()

@@ -45,7 +45,7 @@ class ViewPolicy:
         aspect: horizontal over vertical extent of a crop, relative to the canvas; log-uniform in this range. Where an
             image is too narrow for both at once the aspect range is kept and the area gives way.
         flip: probability of a mirror image.
-        mixup: probability that a batch is blended with itself in another order (:func:`mix`).
+        mixup: probability that a batch is blended with itself in another order (:func:`mixup`).
 
     Raises:
         ConfigError: a value outside its range.
@@ -336,7 +336,7 @@ def render(image: Image.Image, view: View) -> Tensor:
     return torch.from_numpy(np.array(np.asarray(pixels).transpose(2, 0, 1), order="C"))
 
 
-def mix(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
+def mixup(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
     """Mixup for distillation: ``lambda x + (1 - lambda) x[order]`` ("function matching", Beyer et al. 2022).
 
     Student and teachers must see the very same blend, so this comes before all of them. Each image has a lambda of its

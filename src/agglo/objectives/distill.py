@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agglo import dist
 from agglo.config import build
-from agglo.data.shifts import Canvas
+from agglo.data.shifts import RenderedBatch
 from agglo.losses.base import Loss
 from agglo.model.creation import weights_of
 from agglo.model.model import Model
@@ -123,7 +123,7 @@ class Distill(nn.Module):
     def teach(
         self,
         teachers: Mapping[str, Teacher],
-        canvas: Canvas,
+        canvas: RenderedBatch,
         size: tuple[int, int],
         stride: int,
         shifts: Sequence[Tensor] | None = None,

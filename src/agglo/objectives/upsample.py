@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agglo import dist
-from agglo.data.shifts import Canvas
+from agglo.data.shifts import RenderedBatch
 from agglo.data.views import generator
 from agglo.nn.homography import CORNERS, from_corners, inside, warp
 from agglo.nn.placement import Placement
@@ -90,7 +90,7 @@ class Upsample(nn.Module):
     def teach(
         self,
         teachers: Mapping[str, Teacher],
-        canvas: Canvas,
+        canvas: RenderedBatch,
         size: tuple[int, int],
         stride: int,
         shifts: Sequence[Tensor] | None = None,

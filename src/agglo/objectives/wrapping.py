@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agglo import dist
 from agglo.config import build
-from agglo.data.mosaic import Tiling, cut_back, draw_places, pack
+from agglo.data.mosaic import Tiling, draw_layout, pack, unpack
 from agglo.recipe import TeacherEntry
 from agglo.teachers.base import Teacher, Vocabulary
 from agglo.types import ConfigError, Features
@@ -143,9 +143,9 @@ class Mosaic(_Wrapper):
                 f"{self.whole[0]}x{self.whole[1]}"
             )
         tiling = Tiling(self.cells, (height // cell, width // cell))
-        places = draw_places(tiling, len(images), self._seed, self._step, dist.rank())
+        places = draw_layout(tiling, len(images), self._seed, self._step, dist.rank())
         spatial = self.teacher(pack(images, places, cell, self.empty)).spatial
-        return Features(None, cut_back(spatial, places))
+        return Features(None, unpack(spatial, places))
 
 
 class Upsampled(_Wrapper):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from agglo.preprocess import decode
 from agglo.sources._jpeg import Frame, frame
-from agglo.sources.base import Need, Pixels, Source, Unwanted
+from agglo.sources.base import FilteredImageError, PartialImage, ReadRequest, Source
 from agglo.types import ConfigError
 
 _BLANK = 1.0
@@ -56,7 +56,7 @@ class EncodedSource(Source):
     def read(self, index: int) -> Image.Image:
         return self._whole(self.encoded(index), self.name(index))
 
-    def read_part(self, index: int, need: Callable[[tuple[int, int]], Need]) -> Pixels | Image.Image:
+    def read_part(self, index: int, need: Callable[[tuple[int, int]], ReadRequest]) -> PartialImage | Image.Image:
         data = self.encoded(index)
         head = frame(data)
         if head is None:
@@ -64,17 +64,17 @@ class EncodedSource(Source):
         part = self._part(head, index, need)
         if part is None:  # still as pixels: a view's place must not depend on which part the decoder refused
             image = self._whole(data, self.name(index))
-            part = Pixels(np.asarray(image), 1, (image.height, image.width))
+            part = PartialImage(np.asarray(image), 1, (image.height, image.width))
         return part
 
-    def _part(self, head: Frame, index: int, need: Callable[[tuple[int, int]], Need]) -> Pixels | None:
+    def _part(self, head: Frame, index: int, need: Callable[[tuple[int, int]], ReadRequest]) -> PartialImage | None:
         if self._unfit(head.size) is not None:
             self._check_size(head.size, self.name(index))
         part = head.decode(need(head.size))
         if part is None or not self.skip_uniform or not _within(part.array, _NEARLY_BLANK):
             return part
         # Whether an image is left out must not depend on what was needed of it: all of it decides.
-        whole = head.decode(Need(1, head.size[0]))
+        whole = head.decode(ReadRequest(1, head.size[0]))
         if whole is not None and _within(whole.array, _BLANK):
             raise _blank(self.name(index))
         return part
@@ -93,7 +93,7 @@ class EncodedSource(Source):
     def _check_size(self, size: tuple[int, int], name: str) -> None:
         if (unfit := self._unfit(size)) is not None:
             why, rule = unfit
-            raise Unwanted(name, f"{size[1]}x{size[0]} pixels, {why}", rule)
+            raise FilteredImageError(name, f"{size[1]}x{size[0]} pixels, {why}", rule)
 
     def _unfit(self, size: tuple[int, int]) -> tuple[str, str] | None:
         """Which filter leaves out an image of this ``(H, W)``: why, and the rule; None where none does."""
@@ -110,8 +110,8 @@ class EncodedSource(Source):
         return None
 
 
-def _blank(name: str) -> Unwanted:
-    return Unwanted(name, "is of one colour", "skip_uniform: true")
+def _blank(name: str) -> FilteredImageError:
+    return FilteredImageError(name, "is of one colour", "skip_uniform: true")
 
 
 def _within(array: np.ndarray, limit: float) -> bool:

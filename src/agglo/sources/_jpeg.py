@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from agglo.extras import require
-from agglo.sources.base import Need, Pixels
+from agglo.sources.base import PartialImage, ReadRequest
 from agglo.types import MissingExtraError
 
 _START_OF_FRAME = {0xC0: True, 0xC1: True, 0xC2: False}
@@ -54,7 +54,7 @@ class Frame:
         """``(H, W)``, upright."""
         return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
 
-    def decode(self, need: Need) -> Pixels | None:
+    def decode(self, need: ReadRequest) -> PartialImage | None:
         """What is needed, or None where the decoder refuses: then Pillow has the last word.
 
         A turned image is read whole, and shrunk only by what divides it: else the pixels at its far sides, which
@@ -76,7 +76,7 @@ class Frame:
             return None
         if array.shape != shape:
             return None
-        return Pixels(_upright(array, self.orientation), shrink, self.size)
+        return PartialImage(_upright(array, self.orientation), shrink, self.size)
 
 
 def frame(data: bytes) -> Frame | None:

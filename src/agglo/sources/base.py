@@ -21,7 +21,7 @@ class SourceError(AggloError, OSError):
     """
 
 
-class Unwanted(ImageError):
+class FilteredImageError(ImageError):
     """A whole image that a filter leaves out. Loops over many images pass it over and count it, without naming each.
 
     Args:
@@ -34,11 +34,11 @@ class Unwanted(ImageError):
         super().__init__(name, why)
         self.rule = rule
 
-    def __reduce__(self) -> tuple[type[Unwanted], tuple[str, str, str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[FilteredImageError], tuple[str, str, str]]:  # type: ignore[override]
         return type(self), (self.name, self.why, self.rule)
 
 
-class Need(NamedTuple):
+class ReadRequest(NamedTuple):
     """What a reader will use of an image.
 
     Args:
@@ -50,7 +50,7 @@ class Need(NamedTuple):
     rows: int
 
 
-class Pixels(NamedTuple):
+class PartialImage(NamedTuple):
     """An image, or as much of it as was needed.
 
     Args:
@@ -97,11 +97,11 @@ class Source(ABC):
 
         Raises:
             ImageError: it cannot be read; the caller skips, counts and names it.
-            Unwanted: a filter leaves it out; the caller passes it over and counts it.
+            FilteredImageError: a filter leaves it out; the caller passes it over and counts it.
             SourceError: no image can be read just now; the caller stops.
         """
 
-    def read_part(self, index: int, need: Callable[[tuple[int, int]], Need]) -> Pixels | Image.Image:
+    def read_part(self, index: int, need: Callable[[tuple[int, int]], ReadRequest]) -> PartialImage | Image.Image:
         """As much of the image as a reader needs, for sources that can save work by reading less. Optional.
 
         A source that does not override this is read whole, with :meth:`read`.
@@ -110,7 +110,7 @@ class Source(ABC):
             need: called with the full, upright ``(H, W)`` before pixels are decoded, if the image can be read in part.
 
         Returns:
-            Pixels that depend on the index and on ``Need.shrink`` alone; ``Need.rows`` only says how many there are.
+            Pixels that depend on the index and on ``ReadRequest.shrink`` alone; ``rows`` only limits how many are read.
             Or what :meth:`read` gives, where the image cannot be read in part; which it is depends on the index alone.
 
         Raises:

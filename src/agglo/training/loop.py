@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from agglo import dist
 from agglo.cache.lessons import Lessons, find_teachers, loader_for
 from agglo.data.loader import Batch, Loader
-from agglo.data.shifts import Canvas
+from agglo.data.shifts import RenderedBatch
 from agglo.files import versions
 from agglo.model.artefact import CONFIG
 from agglo.model.creation import create, snap_sizes
@@ -72,7 +72,7 @@ class Run:
     lessons: Lessons | None = None
 
     def teach(
-        self, batch: Batch, canvas: Canvas, shifts: Sequence[Tensor] | None = None, view: Placement | None = None
+        self, batch: Batch, canvas: RenderedBatch, shifts: Sequence[Tensor] | None = None, view: Placement | None = None
     ) -> dict[str, Seen]:
         """What the teachers say of a batch: each of a view of its own, or all of the whole canvas of a fixed crop.
 
@@ -257,7 +257,7 @@ def prepass(run: Run, progress: Progress, interrupted: list[int]) -> Iterator[di
                 f"stopped in the pre-pass, before the first step; begin again with: {resume_command(run.folder)}"
             )
             raise KeyboardInterrupt
-        canvas = Canvas(batch.images.to(run.device), batch.field)
+        canvas = RenderedBatch(batch.images.to(run.device), batch.field)
         told = run.teach(batch, canvas)
         yield told
         for name in told:

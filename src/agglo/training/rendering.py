@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from agglo.data.shifts import most
+from agglo.data.shifts import max_shift
 from agglo.model.model import Model
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
@@ -19,7 +19,7 @@ def margin(recipe: Recipe, model: Model, teachers: Mapping[str, Teacher]) -> int
     cells = [float(stride)]
     for size in {size for partition in recipe.partitions for size in partition.sizes}:
         cells += [t.spec.stride * size / min(t.input_size((size, size), stride)) for t in teachers.values()]
-    return math.ceil(most(recipe.data.views.shift) * max(cells) / stride) * stride
+    return math.ceil(max_shift(recipe.data.views.shift) * max(cells) / stride) * stride
 
 
 def canvases(recipe: Recipe, stride: int, teachers: Mapping[str, Teacher]) -> list[dict[int, int]]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from agglo import dist
 from agglo.cache.crops import draw_roam
 from agglo.data.loader import Batch
-from agglo.data.shifts import Canvas, draw_shifts
-from agglo.data.views import generator, mix
+from agglo.data.shifts import RenderedBatch, draw_shifts
+from agglo.data.views import generator, mixup
 from agglo.model.model import Model
 from agglo.objectives.distill import Result, Seen
 from agglo.objectives.inspection import spreads
@@ -91,8 +91,8 @@ def one_step(run: Run, batch: Batch, watch: Stopwatch) -> Taken:
 def forward(run: Run, batch: Batch, watch: Stopwatch) -> tuple[Result, dict[str, Tensor]]:
     """The objective on one batch, and how much varies what each teacher said."""
     config, model, step = run.recipe.train, run.model, batch.step
-    images = mix(_sent(batch.images, run.device), config.seed, step, run.recipe.data.views.mixup)
-    canvas = Canvas(images, batch.field)
+    images = mixup(_sent(batch.images, run.device), config.seed, step, run.recipe.data.views.mixup)
+    canvas = RenderedBatch(images, batch.field)
     shifts = [_shift(run, batch, view) for view in range(2 + len(run.teachers))]
     view, placement = canvas.crop(batch.size, model.spec.stride, shifts[0])
     watch.lap("mix")
@@ -166,7 +166,7 @@ def _shift(run: Run, batch: Batch, view: int) -> Tensor:
 
 
 @torch.no_grad()
-def _average(run: Run, canvas: Canvas, batch: Batch, shifts: Tensor) -> Seen:
+def _average(run: Run, canvas: RenderedBatch, batch: Batch, shifts: Tensor) -> Seen:
     """What the averaged student says of a view of its own."""
     average: Model = run.ema.model  # type: ignore[assignment]
     view, placement = canvas.crop(batch.size, run.model.spec.stride, shifts)

@@ -11,7 +11,7 @@ from torch import Tensor, optim
 
 from agglo.cache.lessons import loader_for
 from agglo.data.loader import Batch
-from agglo.data.views import mix
+from agglo.data.views import mixup
 from agglo.objectives.distill import Result, build_teachers
 from agglo.objectives.upsample import Upsample, take_apart
 from agglo.preprocess import resize
@@ -98,7 +98,7 @@ def sharpen(run: Run, batch: Batch, watch: Stopwatch) -> tuple[Result, dict[str,
     objective: Any = run.objective
     upsampler: FeatSharp = run.model  # type: ignore[assignment]
     (teacher,) = run.teachers.values()
-    images = mix(batch.images.to(run.device), config.seed, step, run.recipe.data.views.mixup)
+    images = mixup(batch.images.to(run.device), config.seed, step, run.recipe.data.views.mixup)
     images = resize(images, upsampler.larger)
     watch.lap("mix")
     upsampler.train()
