@@ -41,13 +41,7 @@ HOSTS: dict[str, set[str]] = {
     "simplejpeg": {"sources/_jpeg.py"},
     "webdataset": set(),  # it streams; our index gives any image at once. Tests write and read shards with it
     "mitsuba": set(),  # only benchmarks/scenes renders
-    "huggingface_hub": {
-        "checkpoints/hub.py",
-        "teachers/_backbone.py",
-        "teachers/_hub.py",
-        "text/siglip2.py",
-        "weights/fetch.py",
-    },
+    "huggingface_hub": {"hub.py"},
 }
 """Guest → the files that may import it, always inside a function."""
 

@@ -16,17 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from agglo.hub import fetch
 from agglo.types import AssetError
-from agglo.weights import tensors as _tensors
-from agglo.weights.reading import (
-    Renamed,
-    assign,
-    fetch,
-    read_folder,
-    read_hub,
-    read_safetensors,
-    verify_sha256,
-)
+from agglo.weights.reading import assign, read_folder, read_hub, read_safetensors, verify_sha256
+from agglo.weights.tensors import Joined, Mapped, Renamed
 
 STATE = {"base_model.a": torch.arange(12.0).reshape(3, 4), "base_model.b": torch.ones(5, dtype=torch.float16)}
 ZIP = pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
@@ -104,7 +97,7 @@ def test_the_moving_average_wins(tmp_path):
     assert not read_hub(without).ema
 
 
-def test_a_bare_state_dict_and_extras_beside_tensors(tmp_path):
+def test_a_bare_state_dict_and_extras_besidetensors(tmp_path):
     same(read_hub(save_hub(tmp_path / "x.pth.tar", STATE)).tensors, STATE)
     same(read_hub(save_hub(tmp_path / "y.pth.tar", {"state_dict": {**STATE, "version": 2}})).tensors, STATE)
 
@@ -206,11 +199,11 @@ def test_iterating_over_names_opens_nothing():
     def never():
         raise AssertionError("opened")
 
-    tensors = _tensors.Mapped(["a", "b"], never)
+    tensors = Mapped(["a", "b"], never)
     assert list(tensors) == ["a", "b"] and len(tensors) == 2 and "a" in tensors and "c" not in tensors
     renamed = Renamed(tensors, {"a": "x"})
     assert list(renamed) == ["x", "b"] and "x" in renamed and "a" not in renamed
-    joined = _tensors.Joined({"a": tensors, "b": tensors})
+    joined = Joined({"a": tensors, "b": tensors})
     assert list(joined) == ["a", "b"] and "b" in joined and len(joined) == 2
     with pytest.raises(AssertionError, match="opened"):
         renamed["x"]
@@ -344,7 +337,7 @@ def test_a_hash_that_does_not_match(tmp_path):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_network_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path):
+def test_offline_error_names_the_files_to_download(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -357,7 +350,7 @@ def test_no_network_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path
     assert "://" not in message
 
 
-def test_cached_files_are_found_without_network(monkeypatch, tmp_path):
+def test_cached_files_need_no_network(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -393,15 +386,15 @@ def test_all_files_come_from_one_commit(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("error", "complaint"),
     [
-        ("GatedRepoError", "gated: accept its licence"),
+        ("GatedRepoError", "gated: accept its licence on http.*/a/b,"),
         ("RepositoryNotFoundError", "no such repository"),
-        ("RevisionNotFoundError", "no such revision"),
-        ("RemoteEntryNotFoundError", "holds no file x"),
+        ("RevisionNotFoundError", "no revision 'v1'"),
+        ("RemoteEntryNotFoundError", "no file x"),
         ("LocalEntryNotFoundError", "not in the local cache"),
-        ("HfHubHTTPError", "could not be downloaded"),
+        ("HfHubHTTPError", "x cannot be downloaded"),
     ],
 )
-def test_what_the_hub_answers(monkeypatch, error, complaint):
+def test_download_errors_name_the_cause(monkeypatch, error, complaint):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -417,7 +410,7 @@ def test_what_the_hub_answers(monkeypatch, error, complaint):
         fetch("a/b", ["x"], "v1")
 
 
-def test_a_name_no_repository_can_have():
+def test_fetch_refuses_invalid_arguments():
     with pytest.raises(AssetError, match="no such repository"):
         fetch("a/b/c", ["x"])
     with pytest.raises(ValueError, match="at least one file"):
@@ -581,7 +574,7 @@ def test_copies_let_go_of_the_file_now_and_then():
         opened.append(True)
         return lambda key: torch.full((1024, 1024), float(key[0]))
 
-    tensors = _tensors.Mapped([f"{i}.weight" for i in range(6)], open_file)
+    tensors = Mapped([f"{i}.weight" for i in range(6)], open_file)
     assign(model, tensors, torch.float64)
     assert len(opened) == 2, f"{6 * megabytes} MB in windows of more than 8 MB"
     assert [layer.weight[0, 0].item() for layer in model] == list(range(6))
@@ -591,7 +584,8 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from agglo.weights.reading import Renamed, assign, read_hub, read_safetensors
+from agglo.weights.reading import assign, read_hub, read_safetensors
+from agglo.weights.tensors import Renamed
 
 def peak():  # of this program alone; getrusage would count what its parent had in memory before it started this one
     status = Path("/proc/self/status").read_text()

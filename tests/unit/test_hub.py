@@ -1,4 +1,4 @@
-"""The Hugging Face hub, as far as it can be had without a network: its cache, its errors, its upload."""
+"""The Hugging Face hub without a network: cache, errors, upload."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import errors
 
 import agglo
-from agglo.checkpoints import hub
+from agglo import hub
 from agglo.model.model import HeadConfig, Model
 from agglo.types import AssetError, ConfigError
 from agglo.zoo import loading as zoo
@@ -28,7 +28,7 @@ def model() -> Model:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub's client, and no network."""
+    """An empty cache of the client, offline."""
     folder = tmp_path / "cache"
     for name, value in {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": True}.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
@@ -36,14 +36,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def downloaded(cache: Path, repo: str) -> Path:
-    """A folder in the cache where a repository's one commit would lie."""
+    """The cache folder of a repository's only commit."""
     home = cache / f"models--{repo.replace('/', '--')}"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text(COMMIT)
     return home / "snapshots" / COMMIT
 
 
-def test_what_is_in_the_cache_needs_no_network(cache: Path, model: Model) -> None:
+def test_cached_model_loads_offline(cache: Path, model: Model) -> None:
     model.save(downloaded(cache, "someone/student"))
     found = agglo.load("someone/student")
     assert torch.equal(found.student.patch_generator.token, model.student.patch_generator.token)
@@ -59,54 +59,57 @@ def test_what_is_in_the_cache_needs_no_network(cache: Path, model: Model) -> Non
         ("someone/else", "someone/else"),
     ],
 )
-def test_without_a_network_the_files_to_fetch_are_named(cache: Path, name: str, files: str) -> None:
+def test_offline_error_names_the_files_to_download(cache: Path, name: str, files: str) -> None:
     with pytest.raises(AssetError, match=files):
         agglo.load(name)
 
 
-def test_no_network_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """The client tries a dead network again and again, for half a minute a file."""
-    asked: list[str] = []
+def test_unreachable_hub_is_tried_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """The client retries for half a minute per file."""
+    requested: list[str] = []
 
     def dead(repo: str, file: str, revision: str | None = None) -> str:
-        asked.append(file)
+        requested.append(file)
         raise errors.LocalEntryNotFoundError("the hub cannot be reached")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", dead)
-    with pytest.raises(AssetError, match=r"config\.json, model\.safetensors from there on another machine"):
+    with pytest.raises(AssetError, match=r"config\.json, model\.safetensors on another machine"):
         agglo.load("c-radio_v4-so400m")
-    assert asked == ["config.json"]
+    assert requested == ["config.json"]
 
 
-def test_the_index_is_asked_for_where_a_repository_has_no_single_file(
+def test_sharded_repository_is_fetched_by_its_index(
     monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
 ) -> None:
-    there = tmp_path / "there" / COMMIT
-    there.mkdir(parents=True)
-    (there / "config.json").write_text("{}")
-    (there / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
-    (there / "one.safetensors").touch()
+    remote_folder = tmp_path / "remote" / COMMIT
+    remote_folder.mkdir(parents=True)
+    (remote_folder / "config.json").write_text("{}")
+    (remote_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    (remote_folder / "one.safetensors").touch()
 
     def remote(repo: str, file: str, revision: str | None = None) -> str:
-        if not (there / file).is_file():
+        if not (remote_folder / file).is_file():
             raise errors.EntryNotFoundError(f"404 {file}")
-        return str(there / file)
+        return str(remote_folder / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", remote)
-    assert hub.fetch_model("someone/sharded") == there
+    assert hub.fetch_model("someone/sharded") == remote_folder
 
 
-def test_an_index_that_points_outside_is_refused(cache: Path) -> None:
+def test_index_with_files_outside_its_folder_is_refused(cache: Path) -> None:
     folder = downloaded(cache, "evil/shards")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    for names in ({"a": "../../secret.safetensors"}, {}, "no map", {"a": 3}):
+    outside = r"names files outside its folder \(\.\./\.\./secret\.safetensors\)"
+    invalid = "no weight_map of tensor names to files"
+    cases = (({"a": "../../secret.safetensors"}, outside), ({}, invalid), ("no map", invalid), ({"a": 3}, invalid))
+    for names, message in cases:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-        with pytest.raises(AssetError, match="fetch nothing from there"):
+        with pytest.raises(AssetError, match=message):
             hub.fetch_model("evil/shards")
 
 
-def test_a_push_uploads_weights_configuration_and_card(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_uploads_weights_configuration_and_card(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def upload(*, repo_id: str, folder_path: str, commit_message: str) -> str:
@@ -124,7 +127,7 @@ def test_a_push_uploads_weights_configuration_and_card(model: Model, monkeypatch
     assert seen["loads"].spec == model.spec
 
 
-def test_a_push_that_cannot_be(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_refuses_incomplete_models(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="owner/name"):
         zoo.push(model, "student")
     folder = model.save(tmp_path / "whole")

@@ -488,8 +488,12 @@ def _hub_says(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        ("GatedRepoError", AssetError, "is gated. Accept its licence on http.*/facebook/sam3, then set .*HF_TOKEN"),
-        ("RepositoryNotFoundError", ConfigError, "no repository 'facebook/sam3' on the hub.*HF_TOKEN"),
+        (
+            "GatedRepoError",
+            AssetError,
+            "facebook/sam3: .* is gated: accept its licence on http.*/facebook/sam3, then .*HF_TOKEN",
+        ),
+        ("RepositoryNotFoundError", ConfigError, "facebook/sam3: no such repository on the hub.*HF_TOKEN"),
         ("RevisionNotFoundError", ConfigError, "no revision 'v9'"),
         ("LocalEntryNotFoundError", AssetError, "hf download facebook/sam3 --local-dir FOLDER.*`model: FOLDER`"),
         ("EntryNotFoundError", AssetError, "holds no config.json"),
@@ -511,7 +515,7 @@ def test_a_name_like_no_other_is_told_what_to_do_first_and_three_names(monkeypat
     _hub_says(monkeypatch, "RepositoryNotFoundError")
     with pytest.raises(ConfigError) as caught:
         make("a/nothere")
-    advice, _, names = str(caught.value).partition("; the nearest names that agglo knows: ")
+    advice, _, names = str(caught.value).partition("; the nearest known names: ")
     assert advice.endswith("If it is private, set the environment variable HF_TOKEN (or run `hf auth login`)")
     assert len(names.split(", ")) == 3 and set(names.split(", ")) <= set(PUBLISHED)
     with pytest.raises(ConfigError, match="did you mean 'facebook/sam3'"):

@@ -24,7 +24,8 @@ from agglo.heads._official import read_head
 from agglo.model.heads import HeadConfig
 from agglo.model.model import Model
 from agglo.types import AggloError, AssetError, ConfigError
-from agglo.weights.reading import Checkpoint, Renamed, assign, read_folder, read_hub, read_safetensors
+from agglo.weights.reading import Checkpoint, assign, read_folder, read_hub, read_safetensors
+from agglo.weights.tensors import Renamed
 
 PICKLES = (".tar", ".pth", ".pt", ".bin", ".ckpt")
 OPTIONS = ("window", "align_corners", "num_global", "num_windowed", "neck", "num_tokens")

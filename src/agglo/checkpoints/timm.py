@@ -16,7 +16,8 @@ from torch import Tensor
 from agglo.checkpoints.foreign import build, notes
 from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
-from agglo.weights.reading import Checkpoint, Renamed
+from agglo.weights.reading import Checkpoint
+from agglo.weights.tensors import Renamed
 
 _NAME = re.compile(r"(naflexvit|vit)_(\w+?)_patch(\d+)_radio_(v\d+)(\..+)?")
 

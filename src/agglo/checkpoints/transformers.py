@@ -20,7 +20,8 @@ from agglo.checkpoints.radio import is_official
 from agglo.model.model import Model
 from agglo.nn.blocks import NORM_EPS
 from agglo.types import ConfigError
-from agglo.weights.reading import Checkpoint, Renamed
+from agglo.weights.reading import Checkpoint
+from agglo.weights.tensors import Renamed
 
 DEFAULTS: dict[str, Any] = {
     "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_ratio": 4.0, "hidden_act": "gelu",

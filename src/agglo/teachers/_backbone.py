@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from agglo.config import nearest
 from agglo.extras import require
-from agglo.teachers._hub import Source
+from agglo.hub import ModelFiles
 from agglo.types import AssetError, ConfigError
 from agglo.weights import bundled
 
@@ -99,15 +99,15 @@ def check_name(model: str) -> None:
         raise ConfigError(f"timm has no model {model!r}{nearest(name, close)}")
 
 
-def _stored(model: str) -> Source | None:
+def _stored(model: str) -> ModelFiles | None:
     """Where a model is that brings its own configuration; None for timm's own names."""
     scheme = model.partition(":")[0].replace("_", "-").lower()
     if scheme not in ("hf-hub", "local-dir") and not Path(model).expanduser().is_dir():
         return None
-    return Source(model, "teachers.timm")
+    return ModelFiles(model, "teachers.timm")
 
 
-def _open(source: Source, model: str, size: int | None, *, weights: bool) -> tuple[Any, dict[str, Any]]:
+def _open(source: ModelFiles, model: str, size: int | None, *, weights: bool) -> tuple[Any, dict[str, Any]]:
     """A model of a folder or a repository, by its own configuration."""
     source.need("config.json")
     if "architecture" not in source.json("config.json"):
@@ -125,7 +125,7 @@ def _open(source: Source, model: str, size: int | None, *, weights: bool) -> tup
         raise AssetError(f"teachers.timm: {model} cannot be loaded: {error}") from error
 
 
-def _licence(source: Source, config: dict[str, Any]) -> str:
+def _licence(source: ModelFiles, config: dict[str, Any]) -> str:
     where = source.folder.name if source.local else f"see the card of {source.name}"
     return str(config.get("license") or f"unknown ({where})")
 
@@ -165,11 +165,11 @@ def _unfetched(timm: Any, model: str, error: Exception) -> AssetError | ConfigEr
     """What to tell of weights that timm could not download."""
     known = timm.get_pretrained_cfg(model)
     if known is not None and known.hf_hub_id:
-        return Source(f"hf-hub:{known.hf_hub_id}", "teachers.timm").refusal("model.safetensors", error)
-    place = known.url if known is not None and known.url else "a place that timm alone knows"
+        return ModelFiles(f"hf-hub:{known.hf_hub_id}", "teachers.timm").refusal("model.safetensors", error)
+    url = f" from {known.url}" if known is not None and known.url else ""
     return AssetError(
-        f"teachers.timm: the weights of {model} at {place} cannot be fetched ({error}). Where there is a network, save "
-        "them as safetensors, and name that file: `weights: FILE`"
+        f"teachers.timm: the weights of {model} cannot be downloaded{url} ({error}). On a machine with a network, save "
+        "them as safetensors, then use `weights: FILE`"
     )
 
 

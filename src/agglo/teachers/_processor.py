@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agglo.hub import ModelFiles
 from agglo.teachers._family import guest, side
-from agglo.teachers._hub import Source
 from agglo.types import AssetError
 
 RGB = tuple[float, float, float]
@@ -60,7 +60,7 @@ AS_THEY_ARE = Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """For networks that normalise by themselves."""
 
 
-def read_pixels(source: Source) -> Pixels:
+def read_pixels(source: ModelFiles) -> Pixels:
     """What preprocessor_config.json, or the image part of processor_config.json, of a checkpoint says.
 
     A key that the file leaves out is its processor class's own default.
@@ -72,10 +72,7 @@ def read_pixels(source: Source) -> Pixels:
     if not content:
         content = source.json("processor_config.json").get("image_processor") or {}
     if not content:
-        raise AssetError(
-            f"{source.where}: {source.label} has no preprocessor_config.json, and mean, std and size are never "
-            "guessed. Put the checkpoint's own beside its config.json"
-        )
+        raise source.missing("preprocessor_config.json", note=" (mean, std and size are never guessed)")
     return pixels_of(content, f"{source.where}: preprocessor_config.json of {source.label}")
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from agglo.config import build, nearest
 from agglo.extras import require
-from agglo.teachers._hub import Source
+from agglo.hub import ModelFiles
 from agglo.teachers._precision import Precision, halve, products
 from agglo.teachers._processor import Conditioner, Pixels
 from agglo.teachers._published import OPEN_CLIP
@@ -140,7 +140,7 @@ class _Found:
     config: Mapping[str, Any]
     pixels: Pixels
     licence: str
-    source: Source | None = None
+    source: ModelFiles | None = None
     tag: Mapping[str, Any] | None = None
     path: Path | None = None
 
@@ -164,7 +164,7 @@ def _find(model: str, pretrained: str, *, random: bool) -> _Found:
     open_clip = require("open_clip", "teachers")
     folder = Path(model).expanduser()
     if model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or folder.exists():
-        return _stored(Source(model, _WHERE, known=OPEN_CLIP), random=random)
+        return _stored(ModelFiles(model, _WHERE, known=OPEN_CLIP), random=random)
     config = open_clip.get_model_config(model) if "/" not in model else None
     if config is None:
         if model in OPEN_CLIP:
@@ -191,11 +191,11 @@ def _find(model: str, pretrained: str, *, random: bool) -> _Found:
         )
     where = str(tag.get("hf_hub") or tag.get("url")).rstrip("/")
     repo = OPEN_CLIP.get(where)
-    source = Source(where, _WHERE, known=OPEN_CLIP) if tag.get("hf_hub") else None
+    source = ModelFiles(where, _WHERE, known=OPEN_CLIP) if tag.get("hf_hub") else None
     return _Found(config, _pixels(tag), repo.licence if repo else f"unknown ({where})", source=source, tag=tag)
 
 
-def _stored(source: Source, *, random: bool) -> _Found:
+def _stored(source: ModelFiles, *, random: bool) -> _Found:
     """A model of a folder or of the hub, which states its own architecture and pixels."""
     known = None if source.local else OPEN_CLIP.get(source.name)
     if known is not None and random:

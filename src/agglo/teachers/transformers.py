@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from agglo.config import build
+from agglo.hub import ModelFiles
 from agglo.teachers._families import family_of
 from agglo.teachers._family import Family
-from agglo.teachers._hub import Source
 from agglo.teachers._official import advice, is_repository, is_version
 from agglo.teachers._precision import Precision, halve, products
 from agglo.teachers._processor import AS_THEY_ARE, Conditioner, Pixels, read_pixels
@@ -144,16 +144,16 @@ class TransformersTeacher(Teacher):
         return self._tower[0].to(device).encode(texts)
 
 
-def _located(model: str, revision: str | None) -> tuple[Source, Published | None]:
+def _located(model: str, revision: str | None) -> tuple[ModelFiles, Published | None]:
     gated = [name for name, each in PUBLISHED.items() if each.gated]
     version = model.partition("@")[0]
     if is_version(version) and not Path(model).expanduser().exists():
         raise ConfigError(advice(_WHERE, version))
-    source = Source(model, _WHERE, revision, known=PUBLISHED, gated=gated)
+    source = ModelFiles(model, _WHERE, revision, known=PUBLISHED, gated=gated)
     return source, None if source.local else PUBLISHED.get(source.name)
 
 
-def _config(source: Source, published: Published | None, *, random: bool) -> Mapping[str, Any]:
+def _config(source: ModelFiles, published: Published | None, *, random: bool) -> Mapping[str, Any]:
     """The content of config.json; of a published model whose weights are not read, from our table."""
     if published is not None and random:
         return published.config
@@ -170,7 +170,7 @@ def _config(source: Source, published: Published | None, *, random: bool) -> Map
     return content
 
 
-def _pixels(family: Family, source: Source, published: Published | None, *, random: bool) -> Pixels:
+def _pixels(family: Family, source: ModelFiles, published: Published | None, *, random: bool) -> Pixels:
     if family.conditions:
         return AS_THEY_ARE
     if published is not None and random:
@@ -226,7 +226,7 @@ def _spec(family: Family, canvas: int | None, summary: bool | None, model: str) 
     return FeatureSpec(summary=kept, spatial=family.spatial, stride=family.patch, step=step, slots=slots)
 
 
-def _licence(source: Source, published: Published | None, *, random: bool) -> str:
+def _licence(source: ModelFiles, published: Published | None, *, random: bool) -> str:
     if random:
         return "none (random weights)"
     if published is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from agglo.config import nearest
 from agglo.extras import require
+from agglo.hub import INDEX, WEIGHTS, ModelFiles, cache_folder, read_json, weight_map
 from agglo.text.base import TextTower
 from agglo.types import AssetError, ConfigError
 
@@ -59,9 +58,9 @@ class SigLIP2(TextTower):
             raise ConfigError(f"text.siglip2: batch must be at least 1, got {batch}")
         require("tokenizers", "teachers")
         require("transformers", "teachers")  # ask for what is missing before gigabytes are fetched
-        source = _Source(NAMES.get(repo, repo))
+        source = _Files(NAMES.get(repo, repo), "text.siglip2", known={*NAMES, *NAMES.values()})
         self.batch = batch
-        self.licence = "Apache-2.0" if source.repo.startswith("google/siglip2-") else f"unknown ({repo})"
+        self.licence = "Apache-2.0" if source.label.startswith("google/siglip2-") else f"unknown ({repo})"
         self.tower: Any = _tower(source)
         self.width = int(self.tower.head.weight.shape[0])
         self.length = min(MAX_TOKENS, self.tower.embeddings.position_embedding.num_embeddings)
@@ -120,91 +119,30 @@ class SigLIP2(TextTower):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class _Source:
-    """The files of one checkpoint, in a local folder or a repository of the hub."""
-
-    def __init__(self, repo: str) -> None:
-        self.repo = repo
-        self.folder = Path(repo).expanduser()
-        self.why = "no such file"
-        if self.folder.is_file():
-            raise ConfigError(f"text.siglip2: {repo} is a file: name the folder that holds it ({self.folder.parent})")
-        self.local = self.folder.is_dir()
-        if not self.local and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-            raise ConfigError(
-                f"text.siglip2: {repo!r} is neither a folder nor OWNER/NAME on the hub{nearest(repo, NAMES)}"
-            )
-
-    def find(self, name: str) -> Path | None:
-        """The path of one file, fetched where it has to be; None where there is none."""
+class _Files(ModelFiles):
+    def advice(self, files: Sequence[str]) -> str:
+        needed = "config.json, tokenizer.json and model.safetensors (or its index and shards)"
         if self.local:
-            path = self.folder / name
-            return path if path.is_file() else None
-        hub = require("huggingface_hub", "teachers")
-        errors = require("huggingface_hub.errors", "teachers")
-        try:
-            return Path(hub.hf_hub_download(self.repo, name))
-        except errors.GatedRepoError as error:
-            raise AssetError(
-                self._advice(name, "the repository is gated: accept its terms, then `hf auth login`")
-            ) from error
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise ConfigError(
-                f"text.siglip2: no repository {self.repo!r} on the hub{nearest(self.repo, {*NAMES, *NAMES.values()})}"
-            ) from error
-        except errors.LocalEntryNotFoundError:
-            self.why = "not in the local cache, and the hub cannot be reached"
-            return None
-        except errors.EntryNotFoundError:
-            return None
-        except Exception as error:  # whatever a proxy, a firewall or a full disk makes of it
-            raise AssetError(self._advice(name, f"{type(error).__name__}: {error}")) from error
-
-    def need(self, name: str) -> Path:
-        """As :meth:`find`, for a file that must be there."""
-        path = self.find(name)
-        if path is None:
-            raise AssetError(self._advice(name, self.why))
-        return path
-
-    def json(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file; empty where there is none."""
-        path = self.find(name)
-        if path is None:
-            return {}
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AssetError(f"{path}: not JSON ({error}); fetch it again") from error
-        if not isinstance(content, dict):
-            raise AssetError(f"{path}: holds a {type(content).__name__}, not a mapping; fetch it again")
-        return content
-
-    def _advice(self, name: str, why: str) -> str:
-        if self.local:
-            move = f"put config.json, tokenizer.json and model.safetensors (or its index and shards) into {self.folder}"
-        else:
-            cache = require("huggingface_hub.constants", "teachers").HF_HUB_CACHE
-            move = (
-                "where there is a network, fetch config.json, tokenizer.json and model.safetensors (or its index and "
-                f"shards) into the hub's cache: `hf download {self.repo} --include '*.json' 'model*.safetensors'`; on "
-                f"another machine, copy models--{self.repo.replace('/', '--')} from its cache to {cache} here. A "
-                "recipe may name a folder of these files instead: `repo: FOLDER`"
-            )
-        return f"text.siglip2: {self.repo} gives no {name} ({why}). To go on, {move}"
+            return f"Put {needed} into {self.folder}"
+        entry = f"models--{self.name.replace('/', '--')}"
+        return (
+            f"On a machine with a network, download {needed}: `hf download {self.name} --include '*.json' "
+            f"'model*.safetensors'`; copy {entry} from its cache to {cache_folder()} here, or use a folder of these "
+            "files: `repo: FOLDER`"
+        )
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _tower(source: _Source) -> nn.Module:
+def _tower(source: _Files) -> nn.Module:
     """The text model with its weights, float32; built without storage first, so that nothing is held twice."""
     source.need("config.json")
     content = source.json("config.json")
     kind = str(content.get("model_type", "")).removesuffix("_text_model")
     if kind not in ("siglip", "siglip2"):
         raise ConfigError(
-            f"text.siglip2: {source.repo} holds a {kind or 'nameless'!r} model, not a siglip or siglip2 one"
+            f"text.siglip2: {source.label} holds a {kind or 'nameless'!r} model, not a siglip or siglip2 one"
         )
     transformers = require("transformers", "teachers")
     name = {"siglip": "SiglipText", "siglip2": "Siglip2Text"}[kind]
@@ -213,9 +151,9 @@ def _tower(source: _Source) -> nn.Module:
         with torch.device("meta"):
             model = getattr(transformers, f"{name}Model")(config)
     except Exception as error:  # each version of transformers refuses a bad configuration in its own way
-        raise ConfigError(f"text.siglip2: the configuration of {source.repo} cannot be built: {error}") from error
+        raise ConfigError(f"text.siglip2: the configuration of {source.label} cannot be built: {error}") from error
     tower = getattr(model, "text_model", model)  # transformers < 5 wraps the tower once more
-    _assign(tower, _weights(source), source.repo)
+    _assign(tower, _weights(source), source.label)
     positions = tower.embeddings.position_embedding.num_embeddings
     tower.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     return tower
@@ -232,15 +170,15 @@ def _assign(tower: nn.Module, state: dict[str, Tensor], repo: str) -> None:
         )
 
 
-def _weights(source: _Source) -> dict[str, Tensor]:
+def _weights(source: _Files) -> dict[str, Tensor]:
     """The text tensors by their name inside the text model, float32; shards without any are not even fetched."""
-    single = source.find("model.safetensors")
+    single = source.find(WEIGHTS)
     if single is not None:
         return _read(single)
-    index = source.need("model.safetensors.index.json")
-    shards = source.json(index.name).get("weight_map")
-    if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
-        raise AssetError(f"{index}: its weight_map does not name files beside it; fetch it again")
+    index = source.find(INDEX)
+    if index is None:
+        raise source.missing(WEIGHTS)
+    shards = weight_map(read_json(index), index)
     state: dict[str, Tensor] = {}
     for shard in sorted({shard for key, shard in shards.items() if key.startswith(_PREFIX)} or {*shards.values()}):
         state |= _read(source.need(shard))
@@ -262,7 +200,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(source: _Source, length: int) -> Any:
+def _tokenizer(source: _Files, length: int) -> Any:
     """The tokenizer of ``tokenizer.json``, cutting and padding on the right to ``length`` tokens.
 
     The file is read as it is, and the flags of tokenizer_config.json decide about ``<bos>`` and ``<eos>``. The classes

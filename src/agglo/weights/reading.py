@@ -11,35 +11,20 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from agglo.hub import CONFIG, INDEX, WEIGHTS, weight_map
 from agglo.types import AssetError
 from agglo.weights import bundled
 from agglo.weights import pickle as _pickle
 from agglo.weights.diagnosis import damaged
-from agglo.weights.fetch import fetch
-from agglo.weights.tensors import Joined, LazyTensors, Mapped, Renamed
+from agglo.weights.tensors import Joined, LazyTensors, Mapped
 
-__all__ = [
-    "Checkpoint",
-    "LazyTensors",
-    "Renamed",
-    "assign",
-    "fetch",
-    "read_folder",
-    "read_hub",
-    "read_safetensors",
-    "verify_sha256",
-]
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _Slot = tuple[nn.Module, str, Tensor]
 """A module, the name of one of its parameters or buffers, and what stands there now."""
 
@@ -332,12 +317,8 @@ def _open_safetensors(path: Path) -> Any:
 def _map_shards(folder: Path) -> Joined:
     """The shards that an index names, as one mapping."""
     index = folder / INDEX
-    homes = _read_json(index).get("weight_map")
-    if not isinstance(homes, dict) or not homes or not all(isinstance(name, str) for name in homes.values()):
-        raise AssetError(f"{index} is damaged: it has no weight_map of names to files; fetch it again")
+    homes = weight_map(_read_json(index), index)
     shards = sorted(set(homes.values()))
-    if strange := [name for name in shards if PurePath(name).name != name or "\\" in name]:
-        raise AssetError(f"{index} names files outside its folder ({_first(strange)}): fetch it again")
     if absent := [name for name in shards if not (folder / name).is_file()]:
         raise AssetError(
             f"{folder}: {len(absent)} of {len(shards)} shards are missing ({_first(absent)}): fetch them into it"

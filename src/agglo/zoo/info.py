@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from agglo.checkpoints import radio
-from agglo.checkpoints.hub import INDEX, cached
 from agglo.checkpoints.trunks import published
+from agglo.hub import INDEX, cached
 from agglo.model import artefact
 from agglo.model.model import Model
 from agglo.types import ConfigError

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from agglo.checkpoints import radio
-from agglo.checkpoints.hub import fetch_model, push_folder
 from agglo.config import nearest
 from agglo.files import read_json
-from agglo.model.artefact import CONFIG, WEIGHTS
+from agglo.hub import fetch, fetch_model, push_folder
+from agglo.model.artefact import CARD, CONFIG, WEIGHTS
 from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
 from agglo.weights.bundled import verify
 from agglo.weights.reading import Checkpoint, verify_sha256
-from agglo.weights.reading import fetch as fetch_files
 from agglo.zoo.releases import HUB, RELEASED, HubModel, ReleasedModel
 
 DEFAULT = "agglo-lite"
@@ -211,7 +210,7 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Found:
         return _copied(found, found.name)
     entry = HUB.get(text.lower())
     if entry is not None and entry.file is not None:
-        return Found(fetch_files(entry.repo, [entry.file], revision) / entry.file, entry)
+        return Found(fetch(entry.repo, [entry.file], revision) / entry.file, entry)
     if entry is not None:
         return Found(fetch_model(entry.repo, revision), entry)
     if text.count("/") == 1 and not path.parent.is_dir():
@@ -316,7 +315,10 @@ def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
         ConfigError: no model of ours, or no name of a repository.
         AssetError: no network, or no right to write there.
     """
-    if not isinstance(model, Model):
-        return push_folder(locate(model), repo, private=private)
-    with tempfile.TemporaryDirectory() as folder:
-        return push_folder(model.save(Path(folder) / repo.rpartition("/")[2]), repo, private=private)
+    with tempfile.TemporaryDirectory() as temporary:
+        saved = isinstance(model, Model)
+        folder = model.save(Path(temporary) / repo.rpartition("/")[2]) if saved else locate(model)
+        missing = [name for name in (CONFIG, WEIGHTS, CARD) if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError(f"{folder}: {', '.join(missing)} missing; write the model with Model.save")
+        return push_folder(folder, repo, private=private)

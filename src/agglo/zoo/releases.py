@@ -8,7 +8,7 @@ from pathlib import Path
 from agglo.checkpoints.radio import Release
 from agglo.model.artefact import WEIGHTS
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 
 OPEN_MODEL = "NVIDIA Open Model License"
 """Commercial use allowed."""
