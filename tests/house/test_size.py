@@ -11,6 +11,8 @@ from support import source
 FILE_LINES = 600
 FUNCTION_LINES = 60
 DEPTH = 2
+TOP_FILES = 12
+TOP_FOLDERS = 24
 BANNED = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
 
 LONGER: dict[str, str] = {
@@ -28,6 +30,13 @@ def functions(tree: ast.AST):
             documented = ast.get_docstring(node) is not None
             doc = (first.end_lineno or first.lineno) - first.lineno + 1 if documented else 0
             yield node.name, end - node.lineno + 1 - doc
+
+
+def test_the_top_of_the_package_is_small():
+    top = [p for p in source.ROOT.iterdir() if p.suffix == ".py"]
+    rooms = [p for p in source.ROOT.iterdir() if p.is_dir() and p.name not in ("recipes", "assets", "__pycache__")]
+    assert len(top) <= TOP_FILES, sorted(p.name for p in top)
+    assert len(rooms) <= TOP_FOLDERS, sorted(p.name for p in rooms)
 
 
 def test_the_walk_sees_the_package():
