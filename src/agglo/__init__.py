@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agglo.embedding import embed
-    from agglo.evals._run import evaluate
     from agglo.exports._run import export
+    from agglo.harness.running import evaluate
     from agglo.model.creation import create
     from agglo.model.model import Model
     from agglo.recipe import Recipe
@@ -56,7 +56,7 @@ _HOME = {
     "describe": "agglo.zoo.info",
     "distill": "agglo.training.loop",
     "embed": "agglo.embedding",
-    "evaluate": "agglo.evals._run",
+    "evaluate": "agglo.harness.running",
     "export": "agglo.exports._run",
     "list_models": "agglo.zoo.loading",
     "load": "agglo.zoo.loading",

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from agglo.evals._features import FeatureError, crop_box, crop_truth, encode, shared_features, to_tensor
 from agglo.evals._labels import class_names
-from agglo.evals._run import evaluate
 from agglo.evals.agreement import Agreement
 from agglo.evals.base import Eval
 from agglo.evals.depth import Depth
@@ -25,6 +24,7 @@ from agglo.evals.linear import Linear
 from agglo.evals.retrieval import Retrieval, first_right
 from agglo.evals.segmentation import Segmentation
 from agglo.evals.zero_shot import ZeroShot
+from agglo.harness.running import evaluate
 from agglo.sources.folder import Folder
 from agglo.sources.scenes import Scenes
 from agglo.teachers.base import Teacher

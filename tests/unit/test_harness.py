@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from agglo.config import build, find, kinds
-from agglo.evals._run import evaluate, suite, suites
 from agglo.evals.base import Eval
 from agglo.evals.knn import Knn
 from agglo.harness.measuring import FEATURES, measure
-from agglo.harness.protocols import plan, protocol, protocols, resolved
+from agglo.harness.protocols import plan, protocol, protocols, resolved, suite, suites
+from agglo.harness.running import evaluate
 from agglo.report.measured import write_results
 from agglo.results.identity import settings
 from agglo.results.records import read, read_images

@@ -12,8 +12,8 @@ import typer
 from agglo.types import AggloError, ConfigError
 
 if TYPE_CHECKING:
-    from agglo.evals._run import Outcome
     from agglo.harness.measuring import Measured
+    from agglo.harness.running import Outcome
     from agglo.results.comparing import Compared
     from agglo.results.records import Result
     from agglo.teachers.base import Teacher

@@ -1,1 +1,1 @@
-"""Measuring models as the papers do: suites and published protocols, run once, kept with everything that was chosen."""
+"""The measuring pipeline: suites and published protocols, run on a model or a training run, kept as hashed records."""

@@ -1,4 +1,4 @@
-"""Measuring a model: what is there already is not measured again, what is new is kept as soon as it is there."""
+"""Measure a model: known results are taken from the folder, new ones are appended as soon as they are finished."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from agglo import __version__
 from agglo.config import build
 from agglo.evals._aspect import view_of_all
 from agglo.evals._features import device_of
-from agglo.evals._run import Outcome, named, run_each
 from agglo.evals.base import Backbone, Eval, Progress
 from agglo.files import versions
 from agglo.harness.protocols import PREFERRED, resolved
+from agglo.harness.running import Outcome, named, run_each
 from agglo.results.identity import data_hash, model_hash, portable, protocol_hash, settings, sources_of, takes_teachers
 from agglo.results.places import answers_of, data_of, writes
-from agglo.results.records import FILE, PerImage, Result, append, identifier, read
+from agglo.results.records import FILE, PerImage, Result, append, data_digest, identifier, read
 from agglo.teachers.base import Teacher
 from agglo.types import AggloError, MissingExtraError
 
@@ -33,15 +33,15 @@ FEATURES = "features"
 
 @dataclass(slots=True)
 class Measured:
-    """What became of a suite.
+    """The outcome of a list of evals on one model.
 
     Args:
-        model: what is known of the model, as in its results.
-        results: finished evals by name: those that were there and those that are new.
-        known: names of those that were there.
+        model: the model's facts, as in its results.
+        results: finished evals by name, known and new.
+        known: names of those that were in the folder before.
         skipped: name → why the eval does not apply to this model.
-        failed: name → what went wrong.
-        seconds: it took.
+        failed: name → the error.
+        seconds: wall-clock time.
     """
 
     model: dict[str, Any]
@@ -54,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """An eval to run, and all of its result that is known before."""
+    """An eval to run, and the part of its result that is known before it runs."""
 
     name: str
     made: Eval
@@ -74,33 +74,36 @@ def measure(
     folder: Path,
     *,
     built_from: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
     published: str | None = None,
     teachers: Mapping[str, Teacher] | None = None,
     again: bool = False,
     keep_features: bool = True,
     workers: int = 0,
+    hashes: dict[str, dict[str, Any]] | None = None,
     progress: Progress | None = None,
     done: Callable[[Outcome], None] | None = None,
 ) -> Measured:
-    """Run evals on a model and append each result to ``folder/results.jsonl`` when it is there.
+    """Run evals on a model; append each result to ``folder/results.jsonl`` when it is finished.
 
-    A result of the same model, settings, data, answers and version of agglo that is in the folder is taken as it is; so
-    a suite that was interrupted goes on where it stopped. An eval that writes files is always run. Encoded images are
-    kept in ``folder/features``.
+    A result in the folder of the same model, settings, data, answers and version of agglo is not measured again, so an
+    interrupted suite continues where it stopped. An eval that writes files, or whose numbers vary, always runs.
 
     Args:
         model: a Model, a Teacher, anything that encodes images.
-        name: what people call it.
+        name: the model's name in tables.
         entries: from :func:`agglo.harness.protocols.plan`.
-        folder: of the results.
-        built_from: the options that made it, where its weights do not say all there is to know.
-        published: the name of the published protocol that the entries are of.
+        folder: of the results; encoded images are kept in its ``features``.
+        built_from: the options that made the model, if its weights do not determine it.
+        facts: further entries of the model's record (``role``, ``run``).
+        published: the name of the published protocol of the entries.
         teachers: by name, for the evals that compare with them.
-        again: measure what is there already, too.
+        again: measure known results too.
         keep_features: keep encoded images.
         workers: threads that read images ahead; the numbers do not depend on them.
-        progress: told what is going on.
-        done: called after each eval that was run.
+        hashes: of data sets, filled here; pass one dictionary to several calls to hash each data set once.
+        progress: called with short phrases.
+        done: called after each eval that ran.
 
     Raises:
         ConfigError: an eval's keys do not fit.
@@ -109,14 +112,14 @@ def measure(
     began = time.perf_counter()
     if progress is not None:
         progress("hashing the model")
-    identity = describe(model, name, built_from)
+    identity = {**describe(model, name, built_from), **(facts or {})}
     found = Measured(identity)
     known = {result.id: result for result in read(folder)} if (folder / FILE).is_file() else {}
-    tasks = _tasks(model, entries, teachers, found, progress)
+    tasks = _tasks(model, entries, teachers, found, {} if hashes is None else hashes, progress)
     for task in list(tasks.values()):
-        there = known.get(identifier(identity["hash"], task.protocol, _data_hash(task.data), __version__, task.inputs))
-        if there is not None and task.made.deterministic and not task.writes and not again:
-            found.results[task.name] = there
+        key = identifier(identity["hash"], task.protocol, data_digest(task.data), __version__, task.inputs)
+        if key in known and task.made.deterministic and not task.writes and not again:
+            found.results[task.name] = known[key]
             found.known.append(task.name)
             del tasks[task.name]
 
@@ -143,7 +146,7 @@ def measure(
 
 
 def describe(model: Backbone, name: str, built_from: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a result says of its model."""
+    """The facts on a model that its results carry."""
     spec = model.spec
     parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
     return {
@@ -161,11 +164,11 @@ def _tasks(
     entries: Sequence[Mapping[str, Any]],
     teachers: Mapping[str, Teacher] | None,
     found: Measured,
+    hashes: dict[str, dict[str, Any]],
     progress: Progress | None,
 ) -> dict[str, _Task]:
-    """What is to be run. Evals whose data or packages are not there have failed; keys that do not fit raise."""
+    """The evals to run, built. Missing data or packages become failures; keys that do not fit raise."""
     tasks: dict[str, _Task] = {}
-    hashes: dict[str, dict[str, Any]] = {}
     for entry in entries:
         name, options = str(entry["name"]), resolved(entry, model)
         complete = settings(options)
@@ -173,11 +176,11 @@ def _tasks(
         if takes_teachers(complete["kind"]) and teachers:
             more["teachers"] = {each: model_hash(teacher) for each, teacher in teachers.items()}
         try:
-            made = next(iter(named([options], teachers).values()))
-        except MissingExtraError as error:  # the package of one eval; the others do without it
+            (made,) = named([options], teachers).values()
+        except MissingExtraError as error:  # concerns this eval only
             found.failed[name] = str(error)
             continue
-        told = {**complete, "size": PREFERRED} if entry.get("size") == PREFERRED else complete
+        stated = {**complete, "size": PREFERRED} if entry.get("size") == PREFERRED else complete
         size = complete.get("size")
         try:
             data = {}
@@ -186,14 +189,14 @@ def _tasks(
                     progress(f"{name}: reading the names of {source.get('kind')}")
                 data[split] = _data(source, hashes)
             data |= data_of(complete, made)
-            inputs, protocol = answers_of(complete), protocol_hash(told, **more)
+            inputs, protocol = answers_of(complete), protocol_hash(stated, **more)
         except (AggloError, OSError) as error:
             found.failed[name] = str(error)
             continue
         view = None if size is None else view_of_all(model, size, complete.get("aspect"))
-        # The settings say `preferred`, and there is no view that would say how many pixels that is.
-        notes = () if view or told is complete else (f"whole images, scaled to cover {size} px, the preferred size",)
-        kept = portable(told) | more
+        # Neither the settings (`preferred`) nor a single view give the number of pixels.
+        notes = () if view or stated is complete else (f"whole images, scaled to cover {size} px, the preferred size",)
+        kept = portable(stated) | more
         tasks[name] = _Task(name, made, kept, protocol, data, view, inputs, writes(complete), notes)
     return tasks
 
@@ -204,10 +207,6 @@ def _data(options: Mapping[str, Any], known: dict[str, dict[str, Any]]) -> dict[
         source = build("sources", options)
         known[key] = {"source": dict(options), "images": len(source), "hash": data_hash(source)}
     return known[key]
-
-
-def _data_hash(data: Mapping[str, Mapping[str, Any]]) -> str:
-    return Result("", "", {}, {}, "", data, {}).data_hash
 
 
 def _result(

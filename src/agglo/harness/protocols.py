@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from agglo.config import NESTED, find, kinds, nearest, override, read_yaml, schema
-from agglo.evals._run import suite, suites
 from agglo.types import ConfigError
 
 PREFERRED = "preferred"
@@ -18,6 +17,46 @@ PREFERRED = "preferred"
 
 DATA = "AGGLO_DATA"
 """The environment variable that names the folder of data sets, where ``--data`` does not."""
+
+
+SUITES: dict[str, tuple[dict[str, Any], ...]] = {
+    "quick": ({"kind": "knn"}, {"kind": "zero_shot"}, {"kind": "segmentation"}, {"kind": "depth"}),
+    "dense": ({"kind": "segmentation"}, {"kind": "depth"}, {"kind": "normals"}, {"kind": "correspondence"}),
+    "demo": (
+        {"kind": "knn"},
+        {"kind": "zero_shot"},
+        {"kind": "segmentation"},
+        {"kind": "depth"},
+        {"kind": "retrieval"},
+        {"kind": "agreement"},
+    ),
+}
+"""Named suites: ``quick`` needs no teacher and takes seconds; ``dense`` is about maps; ``demo`` is what the quickstart
+reports. ``full`` is every kind that can run without being told where its data lie."""
+
+
+def suites() -> list[str]:
+    """The names of all suites."""
+    return [*SUITES, "full"]
+
+
+def suite(name: str) -> list[dict[str, Any]]:
+    """The evals of a suite.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name == "full":
+        return [{"kind": kind} for kind in kinds("evals", installed=False) if _complete(kind)]
+    if name not in SUITES:
+        raise ConfigError(f"no suite of evals {name!r}{nearest(name, suites())}")
+    return [dict(entry) for entry in SUITES[name]]
+
+
+def _complete(kind: str) -> bool:
+    """Whether every key of an eval has a default, and one that names its data: an eval of an outside file has None."""
+    fields = schema(find("evals", kind)).model_fields
+    return not any(item.is_required() for item in fields.values()) and getattr(find("evals", kind), "bundled", True)
 
 
 @dataclass(frozen=True, slots=True)

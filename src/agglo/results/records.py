@@ -13,7 +13,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ FORMAT = 2
 
 FILE = "results.jsonl"
 IMAGES = "images"
+
+STUDENT, UNTRAINED, TEACHER = "student", "untrained", "teacher"
+"""``role`` of the models of a training run; the first two are their names as well."""
 
 
 class ResultError(AggloError, ValueError):
@@ -74,10 +77,8 @@ class Result:
 
     @property
     def data_hash(self) -> str:
-        """Of all data sets it read."""
-        if len(self.data) == 1:
-            return str(next(iter(self.data.values()))["hash"])
-        return _digest({split: facts["hash"] for split, facts in self.data.items()})
+        """Hash of all data sets that were read."""
+        return data_digest(self.data)
 
     @property
     def id(self) -> str:
@@ -107,6 +108,23 @@ class PerImage:
 def identifier(model: str, protocol: str, data: str, agglo: str, inputs: Mapping[str, str] | None = None) -> str:
     """The id of a result, known before it is there; without ``inputs`` it is that of the other four."""
     return _digest([model, protocol, data, agglo, *([dict(inputs)] if inputs else [])])[:16]
+
+
+def data_digest(data: Mapping[str, Mapping[str, Any]]) -> str:
+    """One hash of several data sets (:attr:`Result.data`)."""
+    hashes = {split: str(facts["hash"]) for split, facts in data.items()}
+    return next(iter(hashes.values())) if len(hashes) == 1 else _digest(hashes)
+
+
+def current(results: Sequence[Result]) -> list[Result]:
+    """Results without those of replaced models: of each role and name, the newest model only.
+
+    A resumed run has results of several students; models without a role are all kept.
+    """
+    newest = {(r.model["role"], r.model["name"]): r.model["hash"] for r in results if "role" in r.model}
+    return [
+        r for r in results if newest.get((r.model.get("role"), r.model["name"]), r.model["hash"]) == r.model["hash"]
+    ]
 
 
 def _digest(value: Any) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from agglo.config import find
-from agglo.evals._run import evaluate
 from agglo.files import write_json
+from agglo.harness.running import evaluate
 from agglo.objectives.distill import build_teachers
 from agglo.recipe import load as load_recipe
 from agglo.types import ConfigError

@@ -1,0 +1,105 @@
+"""Measure a finished training run: its student, the untrained student and its teachers, with the recipe's evals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agglo.evals.base import Progress
+from agglo.harness.measuring import Measured, measure
+from agglo.harness.running import Outcome, prefixed, unique_names
+from agglo.objectives.distill import build_teachers
+from agglo.recipe import Recipe
+from agglo.recipe import load as load_recipe
+from agglo.results.identity import model_hash
+from agglo.results.records import FILE, STUDENT, TEACHER, UNTRAINED, read
+from agglo.types import ConfigError
+from agglo.zoo.loading import load as load_model
+
+RESULTS = "evals"
+"""The folder of a run's results."""
+
+
+def measure_run(
+    folder: str | Path,
+    *,
+    device: str | None = None,
+    again: bool = False,
+    workers: int = 0,
+    progress: Progress | None = None,
+    done: Callable[[str, Outcome], None] | None = None,
+) -> dict[str, Measured]:
+    """Run a recipe's evals on the models of its finished run; results go to ``folder/evals/results.jsonl``.
+
+    The student (``model/``) and the untrained student (``initial/``, if it exists) are compared with the teachers
+    (``agreement``); a teacher is not compared with itself. Results that exist are not measured again.
+
+    Args:
+        folder: the run folder.
+        device: where to run; CUDA if available when None.
+        again: measure existing results too.
+        workers: threads that read images ahead.
+        progress: called with short phrases.
+        done: called with the model's name and the outcome after each eval that ran.
+
+    Returns:
+        Name of the model → what was measured: the teachers, the untrained student, the student.
+
+    Raises:
+        ConfigError: the folder holds no recipe or no model, or a teacher has the name of a student.
+    """
+    folder = Path(folder)
+    recipe = _recipe(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    teachers = {name: teacher.to(device) for name, teacher in build_teachers(recipe).items()}
+    entries = _entries(recipe)
+    hashes: dict[str, dict[str, Any]] = {}
+    found: dict[str, Measured] = {}
+    saved = {UNTRAINED: folder / "initial", STUDENT: folder / "model"}
+    for name in (*teachers, *(name for name, path in saved.items() if name == STUDENT or path.is_dir())):
+        own = saved.get(name)
+        model: Any = teachers[name] if own is None else load_model(own).to(device)
+        found[name] = measure(
+            model,
+            name,
+            entries,
+            folder / RESULTS,
+            built_from=recipe.teachers[name].teacher if own is None else None,
+            facts={"role": TEACHER} if own is None else {"role": name, "run": folder.resolve().name},
+            teachers=None if own is None else teachers,
+            again=again,
+            keep_features=False,
+            workers=workers,
+            hashes=hashes,
+            progress=prefixed(progress, name),
+            done=None if done is None else (lambda outcome, name=name: done(name, outcome)),
+        )
+    return found
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether :func:`measure_run` finished on the model that the run folder holds now. Builds no teacher."""
+    entries = _entries(_recipe(folder))
+    if not entries or not (folder / RESULTS / FILE).is_file():
+        return not entries
+    student = model_hash(load_model(folder / "model"))
+    # The student is measured last and its evals run in order.
+    return any(r.model["hash"] == student and r.name == entries[-1]["name"] for r in read(folder / RESULTS))
+
+
+def _recipe(folder: Path) -> Recipe:
+    if not (folder / "recipe.yaml").is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no recipe.yaml")
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    taken = {STUDENT, UNTRAINED} & set(recipe.teachers)
+    if taken:
+        raise ConfigError(f"teachers.{taken.pop()}: the name is reserved for the student in evals; choose another")
+    return recipe
+
+
+def _entries(recipe: Recipe) -> list[dict[str, Any]]:
+    names = unique_names([str(entry["kind"]) for entry in recipe.evals], [each.get("name") for each in recipe.evals])
+    return [{**entry, "name": name} for name, entry in zip(names, recipe.evals, strict=True)]
