@@ -9,7 +9,7 @@ def run() -> dict[str, Any]:
     """Segmentation and depth of every model, one protocol, one process."""
     import agglo
     from agglo.config import build
-    from agglo.evals import _run
+    from agglo.harness import running
 
     models = {
         "agglo-lite": agglo.load("agglo-lite"),
@@ -22,6 +22,6 @@ def run() -> dict[str, Any]:
         "HOG, stride 16": build("teachers", {"kind": "hog", "cell": 8, "group": 2}),
     }
     return {
-        name: _run.evaluate(model, [{"kind": "segmentation"}, {"kind": "depth"}]) | {"channels": model.spec.spatial}
+        name: running.evaluate(model, [{"kind": "segmentation"}, {"kind": "depth"}]) | {"channels": model.spec.spatial}
         for name, model in models.items()
     }

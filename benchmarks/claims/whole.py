@@ -34,7 +34,7 @@ class Whole(Claim):
     shown = ("knn/", "zero_shot/", "segmentation/", "depth/delta1", "depth/rmse", "depth/abs_rel", "imagenet/")
 
     def measure(self, arm: str, seed: int) -> Numbers:
-        from agglo.evals import _run
+        from agglo.harness import running
 
         images = SHARED / "data" / "imagenet_samples"
         steps = STEPS // 3
@@ -62,7 +62,7 @@ class Whole(Claim):
         chosen: list[dict[str, object]] = [
             {"kind": kind, "size": 128} for kind in ("knn", "zero_shot", "segmentation", "depth")
         ]
-        answers = _run.evaluate(model, chosen)
+        answers = running.evaluate(model, chosen)
         found = {f"{name}/{key}": value for name, values in answers.items() for key, value in values.items()}
         if images.is_dir():
             from agglo.evals.zero_shot import ZeroShot
