@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agglo.embedding import embed
-    from agglo.exports._run import export
+    from agglo.exports.base import export
     from agglo.harness.running import evaluate
     from agglo.model.creation import create
     from agglo.model.model import Model
@@ -57,7 +57,7 @@ _HOME = {
     "distill": "agglo.training.loop",
     "embed": "agglo.embedding",
     "evaluate": "agglo.harness.running",
-    "export": "agglo.exports._run",
+    "export": "agglo.exports.base",
     "list_models": "agglo.zoo.loading",
     "load": "agglo.zoo.loading",
     "push": "agglo.zoo.loading",

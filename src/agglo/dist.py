@@ -28,7 +28,7 @@ _PATIENCE = timedelta(minutes=30)
 _TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class ElsewhereError(AggloError, RuntimeError):
+class OtherRankError(AggloError, RuntimeError):
     """Another process of the run cannot go on, and says why; this one stops with it."""
 
 
@@ -50,7 +50,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def launched() -> tuple[int, int]:
+def launch_rank() -> tuple[int, int]:
     """``(rank, processes)`` as torchrun says in the environment, before and after there is a group.
 
     Raises:
@@ -111,7 +111,7 @@ def local_device(device: str | None) -> str | None:
     Raises:
         ConfigError: a device that several processes cannot have, or more processes than GPUs.
     """
-    if launched()[1] == 1:
+    if launch_rank()[1] == 1:
         return device
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind in ("cpu", f"cuda:{os.environ['LOCAL_RANK']}"):
@@ -139,7 +139,7 @@ def process_group(device: str | None = None) -> Iterator[str | None]:
     Raises:
         ConfigError: the group cannot be made.
     """
-    number, size = launched()
+    number, size = launch_rank()
     if size == 1 or _grouped():
         yield local_device(device)
         return
@@ -203,7 +203,7 @@ def all_ranks(flag: Tensor) -> Tensor:
     return flag if world_size() == 1 else total((~flag).int()) == 0
 
 
-def rows(tensor: Tensor) -> Tensor:
+def gather_rows(tensor: Tensor) -> Tensor:
     """``(B, ...)`` of every process, in their order, as ``(world_size() * B, ...)``."""
     if world_size() == 1:
         return tensor
@@ -236,7 +236,7 @@ def run_on_all(work: Callable[[], T]) -> T:
     """Every process does it, and none goes on before all have.
 
     Raises:
-        ElsewhereError: another process failed. Where several did, the first raises what went wrong and the others this.
+        OtherRankError: another process failed. Where several did, the first raises what went wrong and the others this.
     """
     if world_size() == 1:
         return work()
@@ -250,7 +250,7 @@ def run_on_all(work: Callable[[], T]) -> T:
     if error is not None and failed[0] == rank():
         raise error
     if failed:
-        raise ElsewhereError(f"process {failed[0]} stopped: {said[failed[0]]}") from error
+        raise OtherRankError(f"process {failed[0]} stopped: {said[failed[0]]}") from error
     return result  # type: ignore[return-value]
 
 
@@ -258,7 +258,7 @@ def run_on_main(work: Callable[[], T]) -> T:
     """The main process does it, the others wait; all get what came of it.
 
     Raises:
-        ElsewhereError: in the others, where it failed.
+        OtherRankError: in the others, where it failed.
     """
     if world_size() == 1:
         return work()

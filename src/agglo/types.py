@@ -122,13 +122,13 @@ class View:
     offset: tuple[float, float]
     flip: bool = False
 
-    def to_canvas(self, x: float, y: float) -> tuple[float, float]:
+    def to_view(self, x: float, y: float) -> tuple[float, float]:
         """Source point ``(x, y)`` in canvas pixels."""
         u = self.scale[0] * x + self.offset[0]
         return (self.size[1] - u if self.flip else u), self.scale[1] * y + self.offset[1]
 
     def to_source(self, u: float, v: float) -> tuple[float, float]:
-        """Canvas point ``(u, v)`` in source pixels; the inverse of :meth:`to_canvas`."""
+        """Canvas point ``(u, v)`` in source pixels; the inverse of :meth:`to_view`."""
         u = self.size[1] - u if self.flip else u
         return (u - self.offset[0]) / self.scale[0], (v - self.offset[1]) / self.scale[1]
 

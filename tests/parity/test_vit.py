@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agglo.checkpoints.radio import from_checkpoint
-from agglo.nn.position import eval_window, train_window
+from agglo.nn.position import eval_embedding, train_embedding
 from agglo.students.vit import ViT
 from agglo.types import ConfigError
 from agglo.weights.reading import Checkpoint
@@ -37,12 +37,12 @@ def test_equals_timm_with_the_same_weights() -> None:
 
 def test_position_window_at_inference_is_the_top_left_of_the_longer_side() -> None:
     table = torch.randn(1, 4, 16, 16)
-    assert torch.equal(eval_window(table, (16, 16)), table)
-    square = eval_window(table, (6, 6))
-    assert torch.equal(eval_window(table, (3, 6)), square[..., :3, :])
-    assert torch.equal(eval_window(table, (6, 2)), square[..., :2])
+    assert torch.equal(eval_embedding(table, (16, 16)), table)
+    square = eval_embedding(table, (6, 6))
+    assert torch.equal(eval_embedding(table, (3, 6)), square[..., :3, :])
+    assert torch.equal(eval_embedding(table, (6, 2)), square[..., :2])
     ramp = torch.linspace(0, 1, 16).expand(1, 1, 16, 16)
-    halves = eval_window(ramp, (8, 8))[0, 0, 0]
+    halves = eval_embedding(ramp, (8, 8))[0, 0, 0]
     torch.testing.assert_close(halves, (torch.arange(8) * 2 + 0.5) / 15, rtol=1e-5, atol=1e-6)  # means of pairs
 
 
@@ -50,7 +50,7 @@ def test_training_windows_are_crops_of_the_table() -> None:
     torch.manual_seed(0)
     ys, xs = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 32), indexing="ij")
     table = torch.stack([xs, ys])[None]
-    windows = train_window(table, (8, 8), batch=256, drop=0.0)
+    windows = train_embedding(table, (8, 8), batch=256, drop=0.0)
     assert windows.shape == (256, 2, 8, 8)
     width = windows[:, 0, 0, -1] - windows[:, 0, 0, 0]
     height = windows[:, 1, -1, 0] - windows[:, 1, 0, 0]
@@ -61,9 +61,9 @@ def test_training_windows_are_crops_of_the_table() -> None:
     assert aspect[inside].abs().max() <= 2 * torch.log(torch.tensor(4 / 3)) + 1e-4
     assert (width * height).sqrt().min() > 0.3  # sqrt(0.1) is the smallest scale
     assert width.std() > 0.1
-    dropped = train_window(torch.ones(1, 1, 32, 32), (8, 8), batch=2000, drop=0.1)[:, 0, 0, 0] == 0
+    dropped = train_embedding(torch.ones(1, 1, 32, 32), (8, 8), batch=2000, drop=0.1)[:, 0, 0, 0] == 0
     assert 0.06 < dropped.float().mean() < 0.14
-    assert torch.equal(train_window(table, (32, 32), batch=2), table)
+    assert torch.equal(train_embedding(table, (32, 32), batch=2), table)
 
 
 def test_class_token_per_teacher() -> None:

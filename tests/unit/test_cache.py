@@ -23,7 +23,7 @@ from agglo.cache.records import Shelf, key_of, shard_file
 from agglo.cache.writing import write
 from agglo.config import build, override
 from agglo.data.shifts import RenderedBatch
-from agglo.nn.placement import Placement, meet
+from agglo.nn.placement import Placement, align_to_common_grid
 from agglo.objectives.distill import build_teachers
 from agglo.teachers.toy import Toy
 from agglo.training import loop
@@ -160,7 +160,9 @@ def test_a_shifted_view_is_a_slice_of_the_map_bit_for_bit() -> None:
     assert seen.features.spatial.shape == (3, 4, 4, 4)
     for sample, (y, x) in enumerate(corner.tolist()):
         assert torch.equal(seen.features.spatial[sample], spatial[sample, :, y : y + 4, x : x + 4])
-    mine, theirs, mask = meet(torch.randn(3, 4, 4, 4), view.on((4, 4)), seen.features.spatial, seen.placement)
+    mine, theirs, mask = align_to_common_grid(
+        torch.randn(3, 4, 4, 4), view.with_grid((4, 4)), seen.features.spatial, seen.placement
+    )
     assert mask is None and torch.equal(theirs, seen.features.spatial) and mine.shape == theirs.shape
 
 

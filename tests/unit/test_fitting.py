@@ -61,7 +61,9 @@ def test_sizes_snap_to_the_nearest_the_smaller_of_two_and_equal_ones_count_once(
     assert made.partitions[0].sizes == [64, 70, 432, 440]
     assert snap_sizes(made, 2) == (made, [])
     assert snap_sizes(tiny(data, "partitions=[{sizes: [16], batch: 4}]"), 32)[0].partitions[0].sizes == [32]
-    with pytest.raises(ConfigError, match=r"partitions\.0\.sizes: .*multiples of 32 px; 15 is none, the nearest is 32"):
+    with pytest.raises(
+        ConfigError, match=r"partitions\.0\.sizes: .*15 is not a multiple of 32 px, .*the nearest is 32"
+    ):
         snap_sizes(tiny(data, "partitions=[{sizes: [15], batch: 4}]"), 32)
 
 

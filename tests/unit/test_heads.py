@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from agglo.checkpoints.heads import read_head
 from agglo.config import build
-from agglo.heads._official import read_head
 from agglo.heads.attention import Attention
 from agglo.heads.mlp import Mlp
 from agglo.types import AssetError, ConfigError

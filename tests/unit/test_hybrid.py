@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from agglo.checkpoints.eradio import VARIANTS, options_from_official
 from agglo.config import build
-from agglo.students._eradio import VARIANTS, options_from_official
 from agglo.students._eradio_attention import (
     RECOMPUTED,
     AttentionBlock,

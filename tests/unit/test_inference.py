@@ -89,16 +89,16 @@ def test_what_has_to_be_resized_anyway_comes_to_whole_windows(model: Model, at: 
         with pytest.raises(ConfigError, match=r"do not fill half a window of 32 patches, 256 .*fit: 2, 3, 4, .*10; or"):
             size(32, image)
     with pytest.raises(ConfigError, match=r"^images\[1\]: images of 40x56 pixels \(HxW\) do not fill half"):
-        size(32, [np.zeros((160, 160, 3), np.uint8), photo])  # of many photographs, the one that is too small
+        size(32, [np.zeros((160, 160, 3), np.uint8), photo])  # the small photograph of the list is named
     with pytest.raises(ConfigError, match="no window does; or pass window=0"):
-        size(6, np.zeros((7, 56, 3), np.uint8))  # not said to be stretched: it is refused
+        size(6, np.zeros((7, 56, 3), np.uint8))  # refused, without a warning that it is stretched
 
 
 def test_windows_are_refused_where_there_are_none() -> None:
     model = Model({"kind": "hybrid"}, {}).eval()
-    with pytest.raises(TypeError, match="hybrid student cannot look through windows"):
+    with pytest.raises(TypeError, match="window=2: a hybrid student has no windowed attention"):
         model(torch.rand(1, 3, 64, 64), window=2)
-    with pytest.raises(TypeError, match="no stack of blocks"):
+    with pytest.raises(TypeError, match="hybrid student is not a stack of blocks"):
         model.intermediates(torch.rand(1, 3, 64, 64), 1)
 
 
@@ -257,7 +257,7 @@ def test_settings_travel_with_a_saved_model(model: Model, tmp_path: Path) -> Non
 
 def test_misspelt_options_are_named(model: Model) -> None:
     images = torch.rand(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="alpha: 'zzz' is none of post-alpha, pre-alpha, none"):
+    with pytest.raises(ValueError, match="alpha: 'zzz' is not one of post-alpha, pre-alpha, none"):
         model.intermediates(images, 1, alpha="zzz")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="aggregation: 'dens'"):
         model.intermediates(images, 1, aggregation="dens")  # type: ignore[arg-type]

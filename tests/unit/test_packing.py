@@ -27,10 +27,10 @@ def test_tokens_see_their_own_sequence_only() -> None:
 def test_windows_of_a_pack_come_back() -> None:
     layout = Layout(2, ((4, 4), (2, 6)), packed=True)
     x = torch.randn(1, sum(layout.lengths), 5)
-    prefixes, windows = layout.apart(x, 2)
+    prefixes, windows = layout.split_windows(x, 2)
     assert windows.shape == (4 + 3, 4, 5)
     assert [tuple(p.shape) for p in prefixes] == [(1, 2, 5)] * 2
-    assert torch.equal(layout.together(prefixes, windows, 2), x)
+    assert torch.equal(layout.join_windows(prefixes, windows, 2), x)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from agglo import dist
 from agglo.cli.main import app
 from agglo.config import build
 from agglo.nn.linalg import Moments
-from agglo.nn.placement import Placement, common, meet
+from agglo.nn.placement import Placement, align_to_common_grid, overlap_count
 from agglo.training import loop, parallel
 from agglo.training.checkpoint import checkpoints
 from agglo.training.folder import resume_command
@@ -96,7 +96,7 @@ def train(
         loop.distill(tiny(images, *changes), run, resume=resume, quiet=True, device="cpu")
     except KeyboardInterrupt:
         how = "interrupted"
-    except (ConfigError, dist.ElsewhereError, loop.DivergenceError) as error:
+    except (ConfigError, dist.OtherRankError, loop.DivergenceError) as error:
         return {"how": type(error).__name__, "why": str(error)}
     finally:
         loop.one_step = real
@@ -118,10 +118,10 @@ def tell() -> dict[str, Any]:
         torch.manual_seed(0)
         moments = Moments(2)
         moments.update(torch.arange(12.0).view(6, 2)[: 2 + 2 * here] ** 2)
-        moments.unite()
+        moments.all_reduce()
         return {
             "dropped": dropped, "weights": next(student.parameters()).detach(), "after": after,
-            "total": dist.total(torch.tensor([1.0, here])), "rows": dist.rows(torch.full((2, 1), float(here))),
+            "total": dist.total(torch.tensor([1.0, here])), "rows": dist.gather_rows(torch.full((2, 1), float(here))),
             "anywhere": dist.any_rank(here == 1), "everywhere": dist.all_ranks(torch.tensor(here == 1)),
             "drawn": dist.uniform((2, 3), device=torch.device("cpu")),
             "mean": moments.mean, "covariance": moments.covariance(), "count": moments.count,
@@ -246,21 +246,21 @@ def test_nan_in_one_process_leaves_the_step_out_in_all(runs: Path) -> None:
 
 def test_too_many_of_them_end_all_processes_with_one_checkpoint(runs: Path) -> None:
     one, two = found(runs, "patience")
-    assert (one["how"], two["how"]) == ("DivergenceError", "ElsewhereError")
+    assert (one["how"], two["how"]) == ("DivergenceError", "OtherRankError")
     assert one["why"] in two["why"]
     assert [path.name for path in checkpoints(runs / "patience" / "checkpoints")] == ["step_00000001"]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(runs: Path) -> None:
     one, two = found(runs, "refused")
-    assert (one["how"], two["how"]) == ("ConfigError", "ElsewhereError")
+    assert (one["how"], two["how"]) == ("ConfigError", "OtherRankError")
     assert "partitions.1.batch" in one["why"] and "4 and 6" in one["why"]
     assert not (runs / "refused").exists()
 
 
 def test_folders_that_are_not_the_same_are_said_once(runs: Path) -> None:
     one, two = found(runs, "elsewhere")
-    assert (one["how"], two["how"]) == ("ConfigError", "ElsewhereError")
+    assert (one["how"], two["how"]) == ("ConfigError", "OtherRankError")
     assert "not the same folder" in one["why"]
 
 
@@ -298,7 +298,7 @@ def test_what_processes_tell_each_other(runs: Path) -> None:
 def test_alone_nothing_happens() -> None:
     flag, rows = torch.tensor(False), torch.rand(3, 2)
     assert dist.rank() == 0 and dist.world_size() == 1 and dist.local_slice(4) == slice(0, 4)
-    assert dist.rows(rows) is rows and dist.total(rows) is rows and dist.all_ranks(flag) is flag
+    assert dist.gather_rows(rows) is rows and dist.total(rows) is rows and dist.all_ranks(flag) is flag
     with dist.process_group("cuda:7") as device:
         assert device == "cuda:7"
 
@@ -306,7 +306,7 @@ def test_alone_nothing_happens() -> None:
 def test_what_torchrun_did_not_say_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but RANK.*torchrun --nproc_per_node"):
-        dist.launched()
+        dist.launch_rank()
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "nowhere"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"--device mps.*of its own"):
@@ -334,9 +334,9 @@ def test_what_a_command_says_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp
 def test_positions_that_both_have_seen_are_counted_without_looking() -> None:
     place = Placement(torch.tensor([[0.0, 0.0], [2.0, 1.0]], dtype=torch.float64), (1.0, 1.0), (6, 6))
     other = Placement(torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.float64), (2.0, 2.0), (3, 3))
-    *_, mask = meet(torch.rand(2, 3, 6, 6), place, torch.rand(2, 3, 3, 3), other)
-    assert mask is not None and common(place, other) == int(mask.sum()) > 0
-    assert common(place, place) == 72
+    *_, mask = align_to_common_grid(torch.rand(2, 3, 6, 6), place, torch.rand(2, 3, 3, 3), other)
+    assert mask is not None and overlap_count(place, other) == int(mask.sum()) > 0
+    assert overlap_count(place, place) == 72
 
 
 def test_gradients_travel_in_buckets_of_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from agglo.data.shifts import RenderedBatch, draw_shifts, max_shift
 from agglo.nn.geometry import resample
-from agglo.nn.placement import Placement, bring, meet
+from agglo.nn.placement import Placement, align_to_common_grid, resample_to
 
 
 def place(start: list[list[float]], cell: float, grid: tuple[int, int]) -> Placement:
@@ -20,7 +20,7 @@ def test_whole_offsets_are_slices_bit_for_bit() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 4, 6, 8), torch.randn(3, 5, 6, 8)
     own, other = [[0, 0], [1, -2], [2, 0]], [[0, 0], [-1, 1], [0, 2]]
-    a, b, mask = meet(student, place(own, 1, (6, 8)), teacher, place(other, 1, (6, 8)))
+    a, b, mask = align_to_common_grid(student, place(own, 1, (6, 8)), teacher, place(other, 1, (6, 8)))
     assert b is teacher
     for sample, (mine, theirs) in enumerate(zip(own, other, strict=True)):
         dy, dx = theirs[0] - mine[0], theirs[1] - mine[1]
@@ -35,8 +35,8 @@ def test_whole_offsets_are_slices_bit_for_bit() -> None:
 
 def test_nothing_is_done_where_views_coincide() -> None:
     x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
-    here = Placement.whole(2, (1, 1), (4, 4))
-    a, b, mask = meet(x, here, y, here)
+    here = Placement.full(2, (1, 1), (4, 4))
+    a, b, mask = align_to_common_grid(x, here, y, here)
     assert a is x
     assert b is y
     assert mask is None
@@ -48,7 +48,7 @@ def test_views_that_coincide_on_other_grids_are_averaged_as_without_shifts(
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, *fine, dtype=torch.float64)
-    found, mask = bring(x, Placement.whole(2, (1, 1), fine), Placement.whole(2, (1, 1), coarse))
+    found, mask = resample_to(x, Placement.full(2, (1, 1), fine), Placement.full(2, (1, 1), coarse))
     assert mask is None
     torch.testing.assert_close(found, resample(x, coarse))
 
@@ -63,7 +63,7 @@ def test_a_ramp_keeps_its_value_at_every_valid_cell() -> None:
         ys = source.start[:, :1] + (torch.arange(9) + 0.5) * source.cell[0]
         xs = source.start[:, 1:] + (torch.arange(12) + 0.5) * source.cell[1]
         ramp = (2 * ys[:, :, None] - 3 * xs[:, None, :])[:, None]
-        found, mask = bring(ramp, source, target)
+        found, mask = resample_to(ramp, source, target)
         mask = torch.ones(2, 1, 5, 6, dtype=torch.bool) if mask is None else mask
         ty = target.start[:, :1] + (torch.arange(5) + 0.5) * target.cell[0]
         tx = target.start[:, 1:] + (torch.arange(6) + 0.5) * target.cell[1]
@@ -83,7 +83,7 @@ def test_a_ramp_keeps_its_value_at_every_valid_cell() -> None:
 
 def test_validity_by_brute_force() -> None:
     source, target = place([[0.0, 0.5]], 1.0, (4, 4)), place([[-1.0, 0.5]], 1.5, (3, 3))
-    _, mask = bring(torch.randn(1, 1, 4, 4), source, target)
+    _, mask = resample_to(torch.randn(1, 1, 4, 4), source, target)
     rows = [(-1.0 + 1.5 * k, 0.5 + 1.5 * k) for k in range(3)]
     columns = [(0.5 + 1.5 * k, 2.0 + 1.5 * k) for k in range(3)]
     for i, (y0, y1) in enumerate(rows):
@@ -93,7 +93,9 @@ def test_validity_by_brute_force() -> None:
 
 def test_gradients_flow_to_what_was_picked() -> None:
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    a, _, mask = meet(x, place([[0, 0]], 1, (4, 4)), torch.zeros(1, 2, 4, 4), place([[2, 0]], 1, (4, 4)))
+    a, _, mask = align_to_common_grid(
+        x, place([[0, 0]], 1, (4, 4)), torch.zeros(1, 2, 4, 4), place([[2, 0]], 1, (4, 4))
+    )
     (a * mask).sum().backward()
     assert x.grad[:, :, :2].abs().sum() == 0
     assert torch.equal(x.grad[:, :, 2:], torch.ones(1, 2, 2, 4))
@@ -101,7 +103,9 @@ def test_gradients_flow_to_what_was_picked() -> None:
 
 def test_a_map_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"first map is \(1, 2, 4, 5\)"):
-        meet(torch.zeros(1, 2, 4, 5), place([[0, 0]], 1, (4, 4)), torch.zeros(1, 2, 4, 4), place([[0, 0]], 1, (4, 4)))
+        align_to_common_grid(
+            torch.zeros(1, 2, 4, 5), place([[0, 0]], 1, (4, 4)), torch.zeros(1, 2, 4, 4), place([[0, 0]], 1, (4, 4))
+        )
 
 
 # --- shifts -----------------------------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ def test_views_show_the_same_content_where_their_cells_meet(patches: tuple[int, 
     assert second.shape[-2:] == other
     a = torch.nn.functional.avg_pool2d(first, mine)
     b = torch.nn.functional.avg_pool2d(second, theirs)
-    a, b, mask = meet(a, here.on(tuple(a.shape[-2:])), b, there.on(tuple(b.shape[-2:])))
+    a, b, mask = align_to_common_grid(a, here.with_grid(tuple(a.shape[-2:])), b, there.with_grid(tuple(b.shape[-2:])))
     mask = torch.ones_like(a[:, :1], dtype=torch.bool) if mask is None else mask
     assert mask.float().mean() > 0.3
     assert mask.float().mean() < 1

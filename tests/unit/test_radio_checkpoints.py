@@ -373,7 +373,7 @@ def test_pixels_that_are_wrong(pickle: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(bytes_)  # said once
-        with pytest.warns(UserWarning, match="below one patch are stretched to its 16"):
+        with pytest.warns(UserWarning, match="below one patch are stretched to 16"):
             assert model(torch.rand(1, 3, 5, 9)).spatial.shape[-2:] == (1, 1)
     with pytest.raises(ValueError, match="nearest legal height: 16"):
         model(torch.rand(1, 3, 5, 16), resize=False)

@@ -555,8 +555,8 @@ def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, 
     ("overrides", "message"),
     [
         (("train.windows=[3, 5]",), r"train\.windows: \[3, 5\] fit no size.*32 px: none; 48 px: none; 64 px: 2$"),
-        (("student.window=5",), r"partitions\.0\.sizes: .*multiples of 80 px; 32 is none, the nearest is 80"),
-        (("partitions.0.sizes=[7]",), r"partitions\.0\.sizes.*16 px; 7 is none, the nearest is 16"),
+        (("student.window=5",), r"partitions\.0\.sizes: .*32 is not a multiple of 80 px, .*the nearest is 80"),
+        (("partitions.0.sizes=[7]",), r"partitions\.0\.sizes.*7 is not a multiple of 16 px, .*the nearest is 16"),
         (("train.windows=[1]",), "window: 0 for none"),
     ],
 )

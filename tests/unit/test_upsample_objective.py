@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from agglo import recipe
 from agglo.data.shifts import RenderedBatch
-from agglo.nn.homography import CORNERS, inside, points, warp
+from agglo.nn.homography import CORNERS, cell_centres, inside_mask, warp
 from agglo.objectives.upsample import CONSISTENCY, Downsampler, Upsample, _seams, draw_views, take_apart
 from agglo.objectives.wrapping import Upsampled
 from agglo.preprocess import resize
@@ -82,7 +82,7 @@ def test_views_that_stand_still_are_the_image() -> None:
 def test_zoomed_views_lie_inside_and_everywhere() -> None:
     keys = Objective(kind="upsample", **{**STILL, "zoom": (2.0, 2.0)})
     matrix = draw_views(keys, 0, 0, 200)
-    assert bool(inside(matrix, (4, 4)).all())
+    assert bool(inside_mask(matrix, (4, 4)).all())
     corners = torch.tensor(CORNERS, dtype=torch.float64)
     centre, extent = matrix[:, :2, 2], (matrix[:, :2, :2] @ (corners[2] - corners[0])).abs()
     torch.testing.assert_close(extent, torch.ones_like(extent), atol=1e-6, rtol=0)
@@ -91,7 +91,7 @@ def test_zoomed_views_lie_inside_and_everywhere() -> None:
 
 def test_views_never_fold_over() -> None:
     keys = Objective(kind="upsample", perspective=(5.0, 5.0), rotation=45.0)
-    at = points(draw_views(keys, 0, 0, 200), (16, 16))
+    at = cell_centres(draw_views(keys, 0, 0, 200), (16, 16))
     across, down = at[:, :-1, 1:] - at[:, :-1, :-1], at[:, 1:, :-1] - at[:, :-1, :-1]
     assert bool((across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0] > 0).all())
 
@@ -103,7 +103,7 @@ def test_the_warped_map_is_the_map_of_the_warped_image() -> None:
     view = resize(warp(images, matrix, (64, 64)), SIZE)
     fine = torch.einsum("cd,bdhw->bchw", teacher.matrix, F.avg_pool2d(images, 4))
     moved = F.avg_pool2d(warp(fine, matrix, (16, 16)), 2)
-    whole = F.avg_pool2d(inside(matrix, (16, 16)).float(), 2) == 1
+    whole = F.avg_pool2d(inside_mask(matrix, (16, 16)).float(), 2) == 1
     error = ((moved - teacher(view).spatial) * whole).square().mean()
     still = ((F.avg_pool2d(fine, 2) - teacher(view).spatial) * whole).square().mean()
     assert error < 0.1 * still

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from agglo import recipe
 from agglo.config import build, kinds
-from agglo.nn.homography import CORNERS, from_corners, inside, warp
+from agglo.nn.homography import CORNERS, from_corners, inside_mask, warp
 from agglo.nn.neighbourhood import local_attention
 from agglo.objectives.wrapping import Upsampled, wrap
 from agglo.preprocess import resize
@@ -270,8 +270,8 @@ def test_a_view_by_whole_cells_is_a_slice_and_says_what_lies_outside() -> None:
         return from_corners(box[None])
 
     torch.testing.assert_close(warp(x, window(-0.5, -0.25), (4, 4)), x[..., 3:7, 2:6])
-    assert bool(inside(window(-0.5, -0.25), (4, 4)).all())
-    outside = inside(window(-1.5, 0), (4, 4))[0, 0]
+    assert bool(inside_mask(window(-0.5, -0.25), (4, 4)).all())
+    outside = inside_mask(window(-1.5, 0), (4, 4))[0, 0]
     assert outside.tolist() == [[False, False, True, True]] * 4
 
 

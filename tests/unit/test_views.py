@@ -203,7 +203,7 @@ def test_pixels_lie_where_the_geometry_says(flip, side):
         view = draw_view((300, 400), (side, side + 8), policy, generator(0, 0, sample))
         assert view.flip == flip
         x, y = centroid(render(image, view))
-        u, v = view.to_canvas(210.5, 140.25)
+        u, v = view.to_view(210.5, 140.25)
         assert abs(x - u) < 0.1
         assert abs(y - v) < 0.1
         assert view.to_source(u, v) == pytest.approx((210.5, 140.25))
@@ -220,7 +220,7 @@ def test_a_view_that_leaves_the_image_is_black_there(side):
     assert (out[:, : x0 - 2] == 0).all()
     assert (out[y1 + 2 :] == 0).all()
     dot = render(blob((80, 100), 40.5, 55.0), view)
-    assert centroid(dot) == pytest.approx(view.to_canvas(40.5, 55.0), abs=0.1)
+    assert centroid(dot) == pytest.approx(view.to_view(40.5, 55.0), abs=0.1)
 
 
 def test_the_whole_image_at_its_own_size_is_untouched():

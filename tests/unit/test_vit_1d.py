@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agglo.checkpoints.radio1d import options_from_official, weights_from_official
 from agglo.config import build
 from agglo.students._vit_1d_grids import Merge, Split, merged
-from agglo.students._vit_1d_official import options_from_official, weights_from_official
 from agglo.students.vit_1d import ViT1D
 from agglo.types import ConfigError
 from support.parity import error

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agglo.nn.windows import check_window, from_windows, to_windows, windowed_blocks
+from agglo.nn.windows import check_window_divides, from_windows, to_windows, windowed_blocks
 from agglo.students.vit import ViT
 
 
@@ -36,13 +36,13 @@ def test_windows_are_row_major_and_come_back() -> None:
 
 
 def test_a_window_that_does_not_divide_lists_those_that_do() -> None:
-    check_window((12, 24), 6, 16)
+    check_window_divides((12, 24), 6, 16)
     with pytest.raises(
         ValueError, match=r"12x24 patches of 192x384 pixels; windows that do: 2, 3, 4, 6, 12;.*80 pixels"
     ):
-        check_window((12, 24), 5, 16)
+        check_window_divides((12, 24), 5, 16)
     with pytest.raises(ValueError, match="no window of 2 patches or more does"):
-        check_window((7, 5), 2, 16)
+        check_window_divides((7, 5), 2, 16)
 
 
 @pytest.fixture

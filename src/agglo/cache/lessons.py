@@ -24,7 +24,7 @@ from agglo.config import build
 from agglo.data.loader import Batch, Loader
 from agglo.data.views import ViewPolicy
 from agglo.model.creation import create, snap_sizes
-from agglo.nn.placement import Placement, bring
+from agglo.nn.placement import Placement, resample_to
 from agglo.objectives.distill import Seen, build_teachers
 from agglo.objectives.wrapping import begin_step
 from agglo.preprocess import resize
@@ -199,9 +199,9 @@ def under(view: Placement | None, features: Features) -> Seen:
     spatial = features.spatial
     if spatial is None:
         batch = 1 if features.summary is None else len(features.summary)
-        return Seen(features, Placement.whole(batch, (1, 1), (1, 1)))
+        return Seen(features, Placement.full(batch, (1, 1), (1, 1)))
     grid = spatial.shape[-2], spatial.shape[-1]
-    whole = Placement.whole(len(spatial), (1, 1), grid)
+    whole = Placement.full(len(spatial), (1, 1), grid)
     if view is None:
         return Seen(features, whole)
     starts, counts = [], []
@@ -213,5 +213,5 @@ def under(view: Placement | None, features: Features) -> Seen:
         starts.append(first.clamp(0, grid[axis] - count) * whole.cell[axis])
         counts.append(count)
     place = Placement(torch.stack(starts, 1), whole.cell, (counts[0], counts[1]))
-    cells, _ = bring(spatial, whole, place)
+    cells, _ = resample_to(spatial, whole, place)
     return Seen(Features(features.summary, cells), place)

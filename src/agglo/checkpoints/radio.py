@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agglo.checkpoints.heads import read_head
 from agglo.checkpoints.spectral import materialized
 from agglo.checkpoints.trunks import Trunk, recognize
 from agglo.config import nearest
-from agglo.heads._official import read_head
 from agglo.model.heads import HeadConfig
 from agglo.model.model import Model
 from agglo.types import AggloError, AssetError, ConfigError

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from agglo.checkpoints.eradio import VARIANTS
+from agglo.checkpoints.eradio import options_from_official as eradio_options
+from agglo.checkpoints.radio1d import FACTORIES as RADIO1D
+from agglo.checkpoints.radio1d import options_from_official as radio1d_options
 from agglo.checkpoints.sizes import SIZES, UNUSED, check, is_gated
 from agglo.checkpoints.spectral import MARK
 from agglo.config import nearest
-from agglo.students._eradio import VARIANTS
-from agglo.students._eradio import options_from_official as eradio_options
-from agglo.students._vit_1d_official import FACTORIES as RADIO1D
-from agglo.students._vit_1d_official import options_from_official as radio1d_options
 from agglo.types import AssetError, ConfigError
 
 NOMINAL_V2 = 592

@@ -47,7 +47,7 @@ class Commands(TyperGroup):
         except (AggloError, OSError) as error:
             if os.environ.get("AGGLO_TRACEBACK"):
                 raise
-            if type(error).__name__ == "ElsewhereError":  # the process that met it says so
+            if type(error).__name__ == "OtherRankError":  # the process that met it says so
                 raise typer.Exit(2) from None
             what = str(error) if isinstance(error, AggloError) or not error.strerror else _os_error(error)
             typer.echo(f"agglo: {what}", err=True)
@@ -302,7 +302,7 @@ def export(
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
 ) -> None:
     """Write a model as another library's checkpoint: the backbone, without heads."""
-    from agglo.exports._run import export as write
+    from agglo.exports.base import export as write
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

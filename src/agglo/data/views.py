@@ -361,4 +361,4 @@ def mixup(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
     u = rng.random(count)[mine]
     weight = torch.from_numpy(np.maximum(u, 1 - u)).to(images.dtype).to(images.device, non_blocking=True)
     weight = weight.view(-1, 1, 1, 1)
-    return torch.lerp(dist.rows(images)[order], images, weight)
+    return torch.lerp(dist.gather_rows(images)[order], images, weight)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,11 +13,12 @@ from torch import Tensor, nn
 
 from agglo.checkpoints.foreign import KEPT, NOTES
 from agglo.files import read_json
-from agglo.model.artefact import CONFIG, WEIGHTS, write_tensors
+from agglo.model.artefact import CONFIG
+from agglo.model.artefact import write_folder as write
 from agglo.model.model import Model
 from agglo.preprocess import Conditioner, nearest_size
 from agglo.students.vit import ViT
-from agglo.types import ConfigError, StorageError
+from agglo.types import ConfigError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -120,50 +119,22 @@ def write_folder(
     dtype: Precision,
     same: Callable[[Mapping[str, Any]], bool],
 ) -> Path:
-    """Write weights and texts, each file replaced whole.
+    """Write an export, see :func:`agglo.model.artefact.write_folder`; a conditioner's constants are not cast.
 
     Args:
-        folder: created if need be.
-        tensors: by their foreign names; floating-point ones are cast, but for those of three numbers a conditioner has.
-        texts: file name → content, ``config.json`` and the card among them.
+        folder: created if needed.
+        tensors: by their foreign names.
+        texts: file name to content, ``config.json`` and the card among them.
         dtype: precision on disk.
         same: whether a configuration is of the layout that is written.
 
     Raises:
         ConfigError: the folder holds a model of another layout.
-        ValueError: a weight is not finite in that precision.
-        StorageError: it cannot be written.
     """
     folder = Path(folder).expanduser()
     if (folder / CONFIG).is_file() and not same(read_json(folder / CONFIG)):
         raise ConfigError(f"{folder} holds a model of another layout: name another folder")
-    target = getattr(torch, dtype)
-    state = {}
-    for name, tensor in tensors:
-        cast = tensor.is_floating_point() and "conditioner" not in name
-        state[name] = tensor.detach().to("cpu", target if cast else tensor.dtype).contiguous()
-        if not torch.isfinite(state[name]).all():
-            raise ValueError(f"{name} is not finite as {dtype}: nothing was written to {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(state, folder / f"{WEIGHTS}.partial")
-        for file, text in texts.items():
-            (folder / f"{file}.partial").write_text(text, encoding="utf-8")
-        for file in (WEIGHTS, *texts):
-            (folder / f"{file}.partial").replace(folder / file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            for file in (WEIGHTS, *texts):
-                (folder / f"{file}.partial").unlink(missing_ok=True)
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{folder} cannot be written ({error}): free some space or name another folder") from None
-    return folder
-
-
-def as_json(content: Mapping[str, Any]) -> str:
-    """``content`` as the text of a JSON file."""
-    return json.dumps(content, indent=2) + "\n"
+    return write(folder, tensors, texts, getattr(torch, dtype), keep=("conditioner",))
 
 
 def card(model: Model, name: str, *, library: str, usage: str, missing: list[str], remarks: str) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor
 from agglo.checkpoints.timm import is_timm
 from agglo.exports._vit import (
     Precision,
-    as_json,
     card,
     fitting,
     hidden_width,
@@ -23,7 +22,7 @@ from agglo.exports._vit import (
     write_folder,
 )
 from agglo.exports.base import Export
-from agglo.model.artefact import CARD, CONFIG
+from agglo.model.artefact import CARD, CONFIG, config_text
 from agglo.model.model import Model
 from agglo.students.vit import ViT
 from agglo.types import ConfigError
@@ -89,7 +88,7 @@ class Timm(Export):
             width=model.spec.spatial,
         )  # fmt: skip
         texts = {
-            CONFIG: as_json(_config(model, student)),
+            CONFIG: config_text(_config(model, student)),
             CARD: card(
                 model,
                 name,

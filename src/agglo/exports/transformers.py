@@ -12,7 +12,6 @@ from torch import Tensor
 from agglo.checkpoints.transformers import gated_width, is_native
 from agglo.exports._vit import (
     Precision,
-    as_json,
     card,
     fitting,
     hidden_width,
@@ -24,7 +23,7 @@ from agglo.exports._vit import (
     write_folder,
 )
 from agglo.exports.base import Export
-from agglo.model.artefact import CARD, CONFIG
+from agglo.model.artefact import CARD, CONFIG, config_text
 from agglo.model.model import Model
 from agglo.nn.blocks import NORM_EPS
 from agglo.students.vit import ViT
@@ -74,8 +73,8 @@ class Transformers(Export):
         patch = model.spec.stride
         usage = _USAGE.format(name=name, summary=model.spec.summary, width=model.spec.spatial)
         texts = {
-            CONFIG: as_json(config),
-            "preprocessor_config.json": as_json(_processor(side(model))),
+            CONFIG: config_text(config),
+            "preprocessor_config.json": config_text(_processor(side(model))),
             CARD: card(
                 model,
                 name,

@@ -1,1 +1,1 @@
-"""The artefact: conditioner, student and heads; its folder, its inputs, and how a recipe creates one."""
+"""The saved and loaded unit: conditioner, student and heads; its folder, its inputs, and its creation from a recipe."""

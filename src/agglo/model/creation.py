@@ -1,4 +1,4 @@
-"""From a recipe to a new, untrained model."""
+"""Create an untrained model from a recipe."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ if TYPE_CHECKING:
 
 
 def weights_of(name: str, entry: TeacherEntry, spec: FeatureSpec) -> tuple[float, float]:
-    """The weights of a teacher's summary and spatial term, given what it returns.
+    """The loss weights of a teacher's summary and spatial features; 1 by default, 0 for features it does not have.
 
     Raises:
-        ConfigError: the recipe asks for one, and the teacher has nothing for it.
+        ConfigError: the recipe sets a weight for features that the teacher does not have.
     """
     found = []
     for key, part, width in (("summary_weight", "summary", spec.summary), ("spatial_weight", "map", spec.spatial)):
         weight = getattr(entry, key)
         if weight and width is None:
             raise ConfigError(
-                f"teachers.{name}.{key} is {weight:g}, but this teacher has no {part} to learn from: set `{key}: 0`, "
-                "or leave the key out"
+                f"teachers.{name}.{key}: {weight:g}, but this teacher has no {part}; set `{key}: 0` or omit the key"
             )
         found.append(float(width is not None) if weight is None else weight)
     return found[0], found[1]
 
 
 def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, HeadConfig]:
-    """The heads that a recipe asks for, given what its teachers return; a weight of 0 means no head.
+    """The heads of a recipe by teacher; a loss weight of 0 means no head.
 
     Raises:
-        ConfigError: a teacher is asked for a summary or a map that it does not have.
+        ConfigError: a weight is set for features a teacher does not have, or a teacher is left without any.
     """
     configs = {}
     for slot, (name, entry) in enumerate(recipe.teachers.items()):
@@ -48,7 +47,7 @@ def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, 
         summary, spatial = (weight > 0 for weight in weights_of(name, entry, spec))
         if not summary and not spatial:
             raise ConfigError(
-                f"teachers.{name}: nothing to learn; it has "
+                f"teachers.{name}: all its weights are 0; it has "
                 f"{'no' if spec.summary is None else 'a'} summary and {'no' if spec.spatial is None else 'a'} map"
             )
         configs[name] = HeadConfig(
@@ -63,51 +62,49 @@ def head_configs(recipe: Recipe, specs: Mapping[str, FeatureSpec]) -> dict[str, 
 
 
 def snap_sizes(recipe: Recipe, step: int) -> tuple[Recipe, list[str]]:
-    """The recipe at sizes that the student takes: each one becomes the nearest legal one, of two the smaller.
+    """Round the recipe's sizes to the nearest legal ones (ties down), so that a recipe fits students of any stride.
 
-    So a recipe serves any student, whatever its stride; sizes that become equal in a partition count once.
+    Sizes of a partition that become equal count once.
 
     Args:
         recipe: the run.
-        step: the student's (:meth:`agglo.Model.step`).
+        step: legal sizes are its multiples, in pixels (:meth:`agglo.Model.step`).
 
     Returns:
-        The recipe, and what was changed, a line a partition, for whoever runs it.
+        The recipe, and one message per partition that changed.
 
     Raises:
-        ConfigError: a size is smaller than half the smallest legal one, so that none is near.
+        ConfigError: a size is less than half of ``step``.
     """
-    partitions, said = [], []
+    partitions, messages = [], []
     for index, partition in enumerate(recipe.partitions):
         where, near = f"partitions.{index}.sizes", [(size, _nearest(size, step)) for size in partition.sizes]
         if lost := [size for size, legal in near if abs(size - legal) > step / 2]:
             raise ConfigError(
-                f"{where}: the student takes multiples of {step} px; {lost[0]} is none, the nearest is {step}"
+                f"{where}: {lost[0]} is not a multiple of {step} px, the student's step; the nearest is {step}"
             )
         if moved := [f"{size} -> {legal}" for size, legal in near if size != legal]:
-            said.append(f"{where}: the student takes multiples of {step} px: {', '.join(moved)}")
+            messages.append(f"{where}: the student takes multiples of {step} px: {', '.join(moved)}")
         sizes = list(dict.fromkeys(legal for _, legal in near))
         partitions.append(partition.model_copy(update={"sizes": sizes}))
-    return (recipe.model_copy(update={"partitions": partitions}), said) if said else (recipe, said)
+    return (recipe.model_copy(update={"partitions": partitions}), messages) if messages else (recipe, messages)
 
 
 def _nearest(side: int, step: int) -> int:
-    """The legal side that is nearest; the smaller of two."""
     return min(legal_sizes_near(side, step), key=lambda legal: abs(side - legal))
 
 
 def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, *, initialize: bool = True) -> Model:
-    """A new, untrained model from a recipe.
+    """Create an untrained model from a recipe.
 
     Args:
-        recipe: the recipe, its name or its path.
-        teachers: the recipe's teachers by name. When None they are built here, since heads start from them; where
-            nothing is initialized, their widths are enough, and no weights are read.
-        initialize: start from the weights that the recipe names and from what the teachers know (a vocabulary); False
-            where other weights will be loaded.
+        recipe: a recipe, its name or its path.
+        teachers: the recipe's teachers by name; built here when None and needed for initialisation.
+        initialize: start from the weights that the recipe names and from the teachers' vocabularies. False where other
+            weights will be loaded: no weights are read then.
 
     Raises:
-        ConfigError: the recipe does not fit.
+        ConfigError: the recipe does not fit the student or a teacher.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     if teachers is None and initialize:

@@ -1,4 +1,4 @@
-"""A teacher's pair of heads, as data and as a module."""
+"""The pair of heads of one teacher: configuration and module."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from agglo.types import Features, FeatureSpec
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """One teacher's pair of heads, as data.
+    """Configuration of one teacher's heads.
 
     Args:
         summary: ``{kind, **keys}`` of the summary head, or None.
-        spatial: the same of the spatial head.
-        summary_width: D of the teacher's summary.
+        spatial: ``{kind, **keys}`` of the spatial head, or None.
+        summary_width: channels of the teacher's summary.
         spatial_width: channels of the teacher's map.
-        slot: which class token feeds the summary head, where the student has several.
-        text: ``{kind, **keys}`` of the text tower whose embeddings the summary can be compared with, or None.
+        slot: index of the class token that feeds the summary head, where the student has several.
+        text: ``{kind, **keys}`` of the text tower whose embeddings are comparable with the summary, or None.
     """
 
     summary: dict[str, Any] | None
@@ -33,7 +33,7 @@ class HeadConfig:
 
 
 class Heads(nn.Module):
-    """A teacher's heads: ``summary`` and ``spatial``, each of which may be absent."""
+    """Heads of one teacher: ``summary`` and ``spatial``, either of which may be None."""
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec, *, installed: bool = True) -> None:
         super().__init__()
@@ -46,15 +46,15 @@ class Heads(nn.Module):
             self.spatial = build("heads", config.spatial, spec.spatial, config.spatial_width, installed=installed)
 
     def forward(self, features: Features) -> Features:
-        """Student features to this teacher's space, float32 whatever the precision inside."""
+        """Map student features to this teacher's feature space, in float32."""
         summary = spatial = None
         if self.summary is not None and features.summary is not None:
             token = features.summary.unflatten(1, (self.slots, -1))[:, self.slot]
-            summary = self.summary(_as_weights(token, self.summary)).float()
+            summary = self.summary(_to_dtype_of(self.summary, token)).float()
         if self.spatial is not None and features.spatial is not None:
-            spatial = self.spatial(_as_weights(features.spatial, self.spatial)).float()
+            spatial = self.spatial(_to_dtype_of(self.spatial, features.spatial)).float()
         return Features(summary, spatial)
 
 
-def _as_weights(x: Tensor, head: nn.Module) -> Tensor:
+def _to_dtype_of(head: nn.Module, x: Tensor) -> Tensor:
     return x.to(next(head.parameters()).dtype)

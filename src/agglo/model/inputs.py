@@ -1,97 +1,109 @@
-"""Any image-like as a batch of a size that a model takes."""
+"""Images in any form to a batch of a size that a model accepts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from agglo.nn.windows import check_room, check_window
+from agglo.nn.windows import check_window_divides, check_window_fits
 from agglo.preprocess import check_size, load_image, snap, to_batch
 from agglo.types import ConfigError, ImageError
-
-if TYPE_CHECKING:
-    from agglo.model.model import Model
 
 ImageLike = Tensor | Image.Image | np.ndarray | str | Path
 
 
-def prepare(
-    model: Model, images: ImageLike, *, resize: bool = True, window: int | None = None, listed: bool = False
-) -> Tensor:
-    """Any image-like to a float batch of legal size on the model's device.
+@dataclass(frozen=True, slots=True)
+class InputRules:
+    """What a model accepts in one call.
 
     Args:
-        model: says which sizes are legal, and how far images are made for it.
-        images: as :meth:`agglo.Model.forward` takes them, no list and no clips.
-        resize: False raises where a side is no multiple of a patch.
-        window: side of the windows in patches; None for the model's own.
-        listed: the image comes from a list of many, whose sizes nobody chose for this window.
+        step: image sides must be a multiple of this many pixels.
+        window: side of the attention windows, in steps; 1 for none.
+        windowed: whether the student has windowed attention.
+        conditioned: images are expected to be conditioned already.
+        device: of the batch.
+        max_size: largest side the model was made for, in pixels; None where unknown.
+        warn: called with each warning.
+    """
+
+    step: int
+    window: int
+    windowed: bool
+    conditioned: bool
+    device: torch.device
+    max_size: int | None
+    warn: Callable[[str], None]
+
+
+def prepare(images: ImageLike, rules: InputRules, *, resize: bool = True, in_list: bool = False) -> Tensor:
+    """Convert images to a float batch ``(B, 3, H, W)`` of legal size on the model's device.
+
+    Args:
+        images: as in :meth:`agglo.Model.forward`, without lists and clips.
+        rules: what the model accepts.
+        resize: False raises where a side is not a multiple of the step.
+        in_list: the image is one of a list; its size is then not taken as chosen for the window.
 
     Raises:
-        ValueError: not images in [0, 1]; or an illegal size, a window that does not divide a tensor's patches, or one
-            that an image would have to be more than doubled for (the legal ones are named).
-        TypeError: not images at all; or not conditioned ones, where the conditioner was taken.
+        ValueError: not images in [0, 1]; an illegal size; a window that does not divide a tensor's patches, or for
+            which the image would have to be more than doubled. The legal values are named.
+        TypeError: not images; or unconditioned ones for a model without conditioner.
     """
-    batch = _batch(model, images)
-    step, (height, width) = model.spec.step, batch.shape[-2:]
-    side = model.step(window) // step
+    batch = _batch(images, rules)
+    step, (height, width) = rules.step, batch.shape[-2:]
     if not resize:
         check_size(height, width, step)
-    elif side > 1 and model.student.windows:
-        # Whoever hands over a tensor of whole patches has chosen its grid; what has to be resized anyway has none.
-        if isinstance(images, Tensor) and not listed and height % step == 0 and width % step == 0:
-            check_window((height // step, width // step), side, step)
-        check_room((height, width), side, step)
+    elif rules.window > 1 and rules.windowed:
+        # The grid of a tensor of whole patches was chosen by the caller; any other image is resized anyway.
+        if isinstance(images, Tensor) and not in_list and height % step == 0 and width % step == 0:
+            check_window_divides((height // step, width // step), rules.window, step)
+        check_window_fits((height, width), rules.window, step)
     if min(height, width) < step and resize:
-        model.say_once(f"images with a side below one patch are stretched to its {step} pixels")
-    largest = model.provenance.get("max_size")
-    if largest is not None and max(height, width) > largest:
-        model.say_once(f"images larger than the {largest} pixels this model was made for: it runs, but was not tried")
-    return snap(batch, step * side) if resize else batch
+        rules.warn(f"images with a side below one patch are stretched to {step} pixels")
+    if rules.max_size is not None and max(height, width) > rules.max_size:
+        rules.warn(f"images exceed the {rules.max_size} pixels that this model was made for; quality is untested there")
+    return snap(batch, step * rules.window) if resize else batch
 
 
-def prepare_list(
-    model: Model, images: Sequence[ImageLike], *, resize: bool = True, window: int | None = None
-) -> list[Tensor]:
-    """Each image of a list as :func:`prepare` makes it, ``(1, 3, H, W)``.
+def prepare_list(images: Sequence[ImageLike], rules: InputRules, *, resize: bool = True) -> list[Tensor]:
+    """Prepare each image of a list, see :func:`prepare`, as ``(1, 3, H, W)``.
 
     Raises:
-        ConfigError, ImageError: as there, and a batch among the images; the first such image is named, by its path or
-            its place in the list.
+        ConfigError, ImageError: as in :func:`prepare`, or an entry is a batch; the message starts with the image's path
+            or its index.
     """
     found = []
     for index, image in enumerate(images):
         path = image if isinstance(image, str | Path) else getattr(image, "filename", "")
         name = str(path or f"images[{index}]")
         try:
-            batch = prepare(model, image, resize=resize, window=window, listed=True)
+            batch = prepare(image, rules, resize=resize, in_list=True)
         except ImageError as error:
             raise ImageError(name, error.why) from error
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from error
         if len(batch) != 1:
-            raise ImageError(name, f"is a batch of {len(batch)}: a list holds single images")
+            raise ImageError(name, f"is a batch of {len(batch)}; a list takes single images")
         found.append(batch)
     return found
 
 
-def _batch(model: Model, images: ImageLike) -> Tensor:
-    device = next(model.student.parameters()).device
-    if isinstance(model.conditioner, nn.Identity):
+def _batch(images: ImageLike, rules: InputRules) -> Tensor:
+    if rules.conditioned:
         if not isinstance(images, Tensor) or images.ndim != 4:
-            raise TypeError("this model's conditioner was taken: pass conditioned images, a tensor (B, 3, H, W)")
+            raise TypeError("this model's conditioner was taken: pass conditioned images as a tensor (B, 3, H, W)")
         if not images.numel():
             raise ImageError("images", f"has no pixels (shape {tuple(images.shape)})")
         if not torch.isfinite(torch.stack(torch.aminmax(images))).all():
-            raise ImageError("images", "hold NaN or infinity")
-        return images.to(device)
+            raise ImageError("images", "contain NaN or infinity")
+        return images.to(rules.device)
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        model.say_once("images are a uint8 tensor: divided by 255, as floats in [0, 1] are meant")
+        rules.warn("images are a uint8 tensor: divided by 255 to floats in [0, 1]")
     batch = to_batch(images) if isinstance(images, Tensor) and images.ndim == 4 else load_image(images)[None]
-    return batch.to(device, torch.float32)
+    return batch.to(rules.device, torch.float32)

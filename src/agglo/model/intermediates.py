@@ -1,4 +1,4 @@
-"""Features after chosen blocks, one by one or averaged over the blocks between them."""
+"""Features after chosen blocks, per block or averaged over the blocks in between."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Alpha = Literal["post-alpha", "pre-alpha", "none"]
 
 
 def choose(blocks: int | Sequence[int], depth: int) -> list[int]:
-    """Indices of blocks, ascending and each once.
+    """Indices of blocks, ascending and unique.
 
     Args:
-        blocks: how many of the last ones; or indices, negative ones from the end.
-        depth: how many there are.
+        blocks: number of last blocks; or indices, negative ones from the end.
+        depth: number of blocks of the student.
 
     Raises:
-        ConfigError: none, one that does not exist, or no number at all.
+        ConfigError: no block, one that does not exist, or not a number.
     """
     has = f"this model has {depth} blocks, 0 to {depth - 1} (or -{depth} to -1)"
     try:
@@ -37,7 +37,7 @@ def choose(blocks: int | Sequence[int], depth: int) -> list[int]:
         else:
             found = list(range(depth - operator.index(blocks), depth))
     except TypeError:
-        raise ConfigError(f"blocks: how many of the last ones, or their indices, got {blocks!r}; {has}") from None
+        raise ConfigError(f"blocks: {blocks!r} is neither a count of last blocks nor indices; {has}") from None
     if not found or found[0] < 0 or found[-1] >= depth:
         raise ConfigError(f"blocks {blocks}: {has}")
     return found
@@ -54,44 +54,44 @@ def collect(
     norm: bool = False,
     window: int | None = None,
 ) -> list[Features]:
-    """Run a student's blocks and gather what some of them return.
+    """Run a student and collect features after the chosen blocks.
 
-    With ``y_i`` the centred and rotated map of block ``i``, and ``n`` the blocks since the one chosen before:
-    ``sparse`` gives ``alpha_i y_i``; ``dense`` with ``post-alpha`` ``(sum alpha_i / n) (sum y_i) / n``, with
-    ``pre-alpha`` ``sum(alpha_i y_i) / n``. Class tokens are averaged, never normalised.
+    With ``y_i`` the centred and rotated map of block ``i``, and ``n`` the number of blocks since the previous chosen
+    one: ``sparse`` gives ``alpha_i y_i``; ``dense`` with ``post-alpha`` ``(sum alpha_i / n) (sum y_i) / n``, with
+    ``pre-alpha`` ``sum(alpha_i y_i) / n`` (docs/checkpoints.md, 1.6). Class tokens are averaged, never normalised.
 
     Args:
         student: a stack of blocks.
         images: conditioned, ``(B, 3, H, W)``.
         blocks: chosen indices, ascending.
-        normalizer: the checkpoint's own, if any.
+        normalizer: the checkpoint's own, or None.
         aggregation: ``sparse`` or ``dense``.
-        alpha: where the scales enter; ``none``: neither scales nor rotation.
+        alpha: where the scales are applied; ``none``: neither scales nor rotation.
         norm: apply the student's final norm to every block's tokens.
         window: as in the student's ``forward``.
 
     Returns:
-        One for each chosen block; summaries hold all class tokens.
+        One per chosen block; summaries hold all class tokens.
     """
     for key, value, legal in (("aggregation", aggregation, Aggregation), ("alpha", alpha, Alpha)):
         if value not in get_args(legal):
-            raise ConfigError(f"{key}: {value!r} is none of {', '.join(get_args(legal))}")
+            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(get_args(legal))}")
     active = normalizer if alpha != "none" else None
     gathered: list[Features] = []
     group = _Group()
 
-    def see(index: int, features: Features) -> None:
+    def collect_block(index: int, features: Features) -> None:
         group.add(features, index, active, scaled=alpha == "pre-alpha")
         if index in blocks:
             gathered.append(group.finish(index, active, scaled=alpha == "post-alpha"))
 
-    shown = blocks if aggregation == "sparse" else range(blocks[-1] + 1)
-    student.visit(images, shown, see, norm=norm, window=window)
+    visited = blocks if aggregation == "sparse" else range(blocks[-1] + 1)
+    student.visit(images, visited, collect_block, norm=norm, window=window)
     return gathered
 
 
 class _Group:
-    """Running sums over the blocks of one group: memory for one map, however many blocks are averaged."""
+    """Running sums over the blocks of one group: the memory of one map for any number of blocks."""
 
     def __init__(self) -> None:
         self.count, self.scale = 0, 0.0

@@ -1,4 +1,4 @@
-"""The artefact: conditioner, student and heads in one module that any image goes into and a folder comes out of."""
+"""Conditioner, student and heads as one module that takes images of any size and saves to a folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from agglo.config import build, check_options, find, nearest
 from agglo.model import artefact
 from agglo.model.heads import HeadConfig, Heads
-from agglo.model.inputs import ImageLike, prepare, prepare_list
+from agglo.model.inputs import ImageLike, InputRules, prepare, prepare_list
 from agglo.model.intermediates import Aggregation, Alpha, choose, collect
 from agglo.nn.feature_norm import FeatureNormalizer, IntermediateNormalizer
-from agglo.nn.windows import check_side
+from agglo.nn.windows import check_window_value
 from agglo.preprocess import Conditioner
 from agglo.types import ConfigError, Features, FeatureSpec, ImageError, Output
 
@@ -29,19 +29,19 @@ class Model(nn.Module):
     """Conditioner + student + heads.
 
     ``model(images)`` takes RGB in [0, 1] of any size and returns :class:`agglo.Output`: the backbone's ``summary``
-    (the class tokens of the teachers that have a summary, concatenated) and ``spatial``, and ``heads[name]``, what the
-    student believes teacher ``name`` would say, in that teacher's own space.
+    (the class tokens of the teachers that have a summary, concatenated) and ``spatial``, and ``heads[name]``, the
+    student's prediction of teacher ``name``'s features, in that teacher's feature space.
 
     Args:
         student: ``{kind, **keys}`` of the student.
         heads: by teacher name.
         tokens: names of the teachers that have a class token, in its order; those of ``heads`` when None.
-        summary_slots: which class tokens are the summary; those that feed a summary head when None.
-        normalizers: ``features``: the map is normalised before the heads see it; ``intermediates``: so are those of
-            :meth:`intermediates` (``per_block``: with a rotation for every block). For released models that have them.
-        preferred_size: the side, in pixels, at which the model is at its best.
-        provenance: what is known of the training (recipe, teachers, licences, numbers); kept verbatim.
-        installed: False where the configuration was downloaded, so that only built-in kinds may be named.
+        summary_slots: class tokens that form the summary; those that feed a summary head when None.
+        normalizers: ``features``: normalise the map before the heads; ``intermediates``: normalise the maps of
+            :meth:`intermediates` (``per_block``: with one rotation per block). For released models that have them.
+        preferred_size: recommended side of the input, in pixels.
+        provenance: facts on the training (recipe, teachers, licences, numbers); kept verbatim.
+        installed: False for a downloaded configuration, which may name built-in kinds only.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Model(nn.Module):
         with_summary = sorted({c.slot for c in heads.values() if c.summary is not None}) or [0]
         self.summary_slots = list(with_summary if summary_slots is None else summary_slots) if inner.slots > 1 else [0]
         if not set(self.summary_slots) <= set(range(inner.slots)):
-            raise ConfigError(f"summary_slots {self.summary_slots}: the student has {inner.slots} class tokens")
+            raise ConfigError(f"summary_slots: {self.summary_slots} exceeds 0 to {inner.slots - 1}, the class tokens")
         summary = None if inner.summary is None else inner.summary // inner.slots * len(self.summary_slots)
         self.spec = FeatureSpec(summary, inner.spatial, inner.stride, inner.step, len(self.summary_slots))
         width = inner.spatial or 0
@@ -82,7 +82,7 @@ class Model(nn.Module):
             else None
         )
         self._towers: dict[str, Any] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     # --- inference ---
 
@@ -114,28 +114,26 @@ class Model(nn.Module):
         Args:
             images: ``(B, 3, H, W)`` or ``(3, H, W)`` in [0, 1]; one PIL image, ``(H, W, 3)`` array, or path; clips
                 ``(B, T, 3, H, W)``, whose frames share one viewport of the position table in training; or a list of
-                single images of any sizes and aspects, which a ViT packs into as few passes as fit, without padding.
+                single images of any sizes and aspects, which a ViT packs into few passes, without padding.
             heads: names of the heads to run; None or ``"all"`` for all, ``()`` for none.
-            resize: bring sides that are no multiple of :meth:`step` to the nearest that are; False raises instead.
-            window: side, in patches, of the windows most blocks look through (ViTDet); 0 for none, None for the
-                model's own setting. It must divide the patches of a tensor whose sides are whole patches; images that
-                have to be resized anyway (files, arrays, lists, other sides) come to whole windows, unless one of
-                their sides is less than half a window.
+            resize: resize sides that are not a multiple of :meth:`step` to the nearest one; False raises instead.
+            window: side, in patches, of ViTDet's attention windows; 0 for none, None for the model's own setting. It
+                must divide the patch grid of a tensor whose sides are whole patches; all other images (files, arrays,
+                lists, other sides) are resized to whole windows, unless a side is less than half a window.
 
         Returns:
             ``summary (B, D)``, ``spatial (B, D', H / stride, W / stride)``, and the chosen heads' features; for clips
             ``(B, T, ...)``; for a list, a list of outputs of one image each.
 
         Raises:
-            ValueError: not images in [0, 1]; or ``resize=False`` and an illegal size (the legal ones are named); or a
-                window that does not divide, or that is too large (those that do, and that fit, are named). Of a list,
-                the image is named by its path or its place.
+            ValueError: not images in [0, 1]; an illegal size with ``resize=False``; a window that does not divide the
+                grid or is too large. The message has the legal values and, for a list, the image's path or index.
             KeyError: no such head.
-            TypeError: windows are asked of a student that has none.
+            TypeError: ``window`` is given and the student has no windowed attention.
         """
         names = self._chosen(heads)
         if isinstance(images, list | tuple):
-            batches = prepare_list(self, images, resize=resize, window=window)
+            batches = prepare_list(images, self._input_rules(window), resize=resize)
             found = self.student.forward_list([self._condition(b) for b in batches], **self._windowed(window))
             return [self.decode(features, names) for features in found]
         if isinstance(images, Tensor) and images.ndim == 5:
@@ -160,21 +158,21 @@ class Model(nn.Module):
         return Output(backbone.summary, backbone.spatial, per_clip)
 
     def step(self, window: int | None = None) -> int:
-        """Sides must be a multiple of this many pixels: of a patch, or of a whole window of patches."""
-        check_side(window)
+        """Sides must be a multiple of this many pixels: one patch, or one window of patches."""
+        check_window_value(window)
         window = getattr(self.student, "window", None) if window is None else window
         return self.spec.step * (window or 1)
 
     def prepare(self, images: ImageLike, *, resize: bool = True, window: int | None = None) -> Tensor:
-        """Any image-like to a float batch of legal size on the model's device; see :meth:`forward`."""
-        return prepare(self, images, resize=resize, window=window)
+        """Convert images to a float batch of legal size on the model's device; arguments of :meth:`forward`."""
+        return prepare(images, self._input_rules(window), resize=resize)
 
     def encode(self, images: Tensor, *, window: int | None = None) -> Features:
-        """The student alone, on ``(B, 3, H, W)`` of a legal size: all its class tokens, in their order."""
+        """Features of the student alone for ``(B, 3, H, W)`` of a legal size, with all its class tokens."""
         return self.student(self._condition(images), **self._windowed(window))
 
     def decode(self, features: Features, heads: Iterable[str] | None = None) -> Output:
-        """The student's features, and what the heads make of them."""
+        """Apply the heads to the student's features."""
         names = self._chosen(heads)
         if self.feature_normalizer is not None and features.spatial is not None:
             features = Features(features.summary, self.feature_normalizer(features.spatial))
@@ -195,11 +193,12 @@ class Model(nn.Module):
         """Features after chosen blocks; blocks after the last chosen one are not run.
 
         Args:
-            images: as in :meth:`forward`, no list and no clips.
-            blocks: how many of the last blocks; or their indices, negative ones from the end.
-            aggregation: ``sparse``: of those blocks; ``dense``: averaged over the blocks since the one before.
-            alpha: how the checkpoint's intermediate normalizer, if it has one, scales them (RADIO.md 1.6).
-            norm: apply the student's final norm, if it has one.
+            images: as in :meth:`forward`, without lists and clips.
+            blocks: number of last blocks; or indices, negative ones from the end.
+            aggregation: ``sparse``: features of those blocks; ``dense``: averages over the blocks since the previous
+                one.
+            alpha: how the checkpoint's intermediate normalizer, if any, scales them (docs/checkpoints.md, 1.6).
+            norm: apply the student's final norm, if any.
             resize, window: as in :meth:`forward`.
 
         Returns:
@@ -207,14 +206,14 @@ class Model(nn.Module):
 
         Raises:
             ValueError: no such block; a list or clips.
-            TypeError: this model's student is no stack of blocks.
+            TypeError: the student is not a stack of blocks.
         """
         if not self.student.depth:
-            raise TypeError(f"a {self.student_config['kind']} student is no stack of blocks: it has no intermediates")
+            raise TypeError(f"a {self.student_config['kind']} student is not a stack of blocks: no intermediates")
         if isinstance(images, list | tuple):
-            raise ImageError("images", "a list has no intermediates: call intermediates for each of its images")
+            raise ImageError("images", "is a list; call intermediates for each of its images")
         if isinstance(images, Tensor) and images.ndim == 5:
-            raise ImageError("images", "clips (B, T, 3, H, W) have no intermediates: pass clips.flatten(0, 1)")
+            raise ImageError("images", "are clips (B, T, 3, H, W); pass clips.flatten(0, 1)")
         batch = self._condition(self.prepare(images, resize=resize, window=window))
         found = collect(
             self.student, batch, choose(blocks, self.student.depth), self.intermediate_normalizer,
@@ -223,10 +222,10 @@ class Model(nn.Module):
         return [Features(self._summary(features), features.spatial) for features in found]
 
     def take_conditioner(self) -> nn.Module:
-        """Detach the conditioner, for use in a data loader; from now on the model takes conditioned tensors only.
+        """Detach and return the conditioner, for use in a data loader; the model then takes conditioned tensors only.
 
         Raises:
-            ConfigError: it was taken before; give it back with ``model.conditioner = conditioner``.
+            ConfigError: it was taken before; put it back with ``model.conditioner = conditioner``.
         """
         if isinstance(self.conditioner, nn.Identity):
             raise ConfigError("this model's conditioner was taken before: keep the one that the first call returned")
@@ -236,15 +235,25 @@ class Model(nn.Module):
     def _condition(self, images: Tensor) -> Tensor:
         return self.conditioner(images).to(next(self.student.parameters()).dtype)
 
-    def say_once(self, text: str) -> None:
-        """Warn, unless this model has said so before."""
-        if text not in self._said:
-            self._said.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
             warnings.warn(text, stacklevel=4)
+
+    def _input_rules(self, window: int | None) -> InputRules:
+        return InputRules(
+            step=self.spec.step,
+            window=self.step(window) // self.spec.step,
+            windowed=self.student.windows,
+            conditioned=isinstance(self.conditioner, nn.Identity),
+            device=next(self.student.parameters()).device,
+            max_size=self.provenance.get("max_size"),
+            warn=self._warn_once,
+        )
 
     def _windowed(self, window: int | None) -> dict[str, int]:
         if window is not None and not self.student.windows:
-            raise TypeError(f"a {self.student_config['kind']} student cannot look through windows")
+            raise TypeError(f"window={window}: a {self.student_config['kind']} student has no windowed attention")
         return {} if window is None else {"window": window}
 
     def _chosen(self, heads: Iterable[str] | None) -> list[str]:
@@ -266,19 +275,19 @@ class Model(nn.Module):
     # --- language ---
 
     def text_head(self, head: str | None = None) -> str:
-        """The name of the head that speaks a text tower's language.
+        """The name of the head whose summary is comparable with text: ``head``, or the first one.
 
         Raises:
-            TypeError: there is none, or the named one is not.
+            TypeError: no head has a text tower, or ``head`` has none.
         """
         aligned = [name for name, config in self.head_configs.items() if config.text is not None]
         if head is None and aligned:
             return aligned[0]
         if head in aligned:
             return str(head)
-        none = "load it with heads='text', or train with a text-aligned teacher (kind conse)"
-        known = f"those that do: {', '.join(aligned)}" if aligned else none
-        raise TypeError(f"{head or 'this model'} has no text tower behind it; {known}")
+        advice = "load it with heads='text', or train with a text-aligned teacher (kind conse)"
+        known = f"those that do: {', '.join(aligned)}" if aligned else advice
+        raise TypeError(f"{head or 'this model'} has no text tower; {known}")
 
     def encode_text(self, texts: list[str], head: str | None = None) -> Tensor:
         """Unit-norm ``(N, D)`` embeddings of sentences, comparable with :meth:`encode_image`."""
@@ -300,7 +309,7 @@ class Model(nn.Module):
     # --- the folder ---
 
     def config(self) -> dict[str, Any]:
-        """What :meth:`load` needs besides the weights, as JSON data."""
+        """The configuration that :meth:`load` reads, as JSON data."""
         current = {**self.student_config, **self.student.settings()}
         student = {key: value for key, value in current.items() if key != "init"}
         return {
@@ -318,18 +327,27 @@ class Model(nn.Module):
         }
 
     def save(self, folder: str | Path, *, dtype: torch.dtype = torch.float32, card: str | None = None) -> Path:
-        """Write ``model.safetensors``, ``config.json`` and a model card; each file is replaced whole.
+        """Write ``model.safetensors``, ``config.json`` and a model card, replacing files of these names atomically.
 
         Args:
-            folder: created if need be; files of the same names are replaced.
-            dtype: precision on disk; loading gives float32 back. Running variances stay as they are, because they span
-                more than half precision holds.
+            folder: created if needed.
+            dtype: precision on disk; running variances, whose range exceeds half precision, keep theirs.
             card: Markdown of the card; a plain one is written when None.
 
         Raises:
-            ValueError: a weight is not finite, or leaves the range of ``dtype``.
+            ValueError: a weight is not finite in ``dtype``; the conditioner was taken; or the student is in a state
+                that cannot be saved.
+            StorageError: a file cannot be written.
         """
-        return artefact.save(self, folder, dtype=dtype, card=card)
+        if not isinstance(self.conditioner, Conditioner):
+            raise ValueError("this model's conditioner was taken: restore it with model.conditioner = conditioner")
+        folder, config = Path(folder), artefact.config_text(self.config())
+        if card is None:
+            parameters = sum(p.numel() for p in self.parameters())
+            kind = self.student_config["kind"]
+            card = artefact.plain_card(folder.name, kind, parameters, self.spec.stride, self.provenance)
+        texts = {artefact.CARD: card, artefact.CONFIG: config}
+        return artefact.write_folder(folder, self.state_dict().items(), texts, dtype, keep=("running_var",))
 
     @classmethod
     def load(
@@ -341,17 +359,17 @@ class Model(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Model:
-        """Read a folder written by :meth:`save`; the model comes back in eval mode.
+        """Load a folder written by :meth:`save`, in eval mode.
 
         Args:
-            folder: what :meth:`save` wrote.
-            heads: the heads to keep; None or ``"all"`` for all, ``"text"`` for those with a text tower behind them.
+            folder: written by :meth:`save`.
+            heads: the heads to keep; None or ``"all"`` for all, ``"text"`` for those with a text tower.
             student: keys of the student to change, such as ``window``.
             dtype: of the weights.
-            device: where to.
+            device: of the weights.
 
         Raises:
-            ConfigError: no such folder, or its configuration does not fit this version.
+            ConfigError: not a saved model, or its configuration does not fit this version.
             AssetError: the weights are damaged or belong to another configuration.
             KeyError: no such head.
         """
@@ -363,7 +381,7 @@ class Model(nn.Module):
                 model = cls.from_config({**config, "student": {**config["student"], **(student or {})}})
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{folder / artefact.CONFIG}: not a model's configuration ({error})") from None
-        artefact.fill(model, folder, dtype, device)
+        artefact.load_weights(model, folder, dtype, device)
         if heads == "text":
             heads = [name for name, head in model.head_configs.items() if head.text is not None]
         if heads is not None:
@@ -371,7 +389,7 @@ class Model(nn.Module):
         return model.eval()
 
     def keep_heads(self, heads: Iterable[str]) -> None:
-        """Throw the other heads away. Class tokens and the summary stay as they are.
+        """Remove the other heads. Class tokens and the summary are unchanged.
 
         Raises:
             KeyError: no such head.
@@ -382,7 +400,7 @@ class Model(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model:
-        """A model as :meth:`config` describes it, with random weights."""
+        """A model of this :meth:`config`, with random weights."""
         heads = {name: HeadConfig(**head) for name, head in config["heads"].items()}
         given = {key: config[key] for key in _OPTIONAL if config.get(key) is not None}
         return cls(config["student"], heads, **given, installed=False)

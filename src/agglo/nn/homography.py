@@ -35,7 +35,7 @@ def from_corners(corners: Tensor) -> Tensor:
     return torch.cat([found, one[:, :1]], 1).view(-1, 3, 3)
 
 
-def points(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
+def cell_centres(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
     """Where the cell centres of a view lie in the image: ``(N, 3, 3)`` to ``(N, h, w, 2)`` in float32."""
     y, x = ((2 * torch.arange(n, dtype=torch.float64, device=matrix.device) + 1) / n - 1 for n in grid)
     base = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x)), torch.ones(grid).to(x)], -1)
@@ -45,10 +45,10 @@ def points(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def warp(x: Tensor, matrix: Tensor, grid: tuple[int, int]) -> Tensor:
     """A view of images or maps ``(N, C, H, W)`` under ``(N, 3, 3)``: ``(N, C, h, w)``, bilinear, mirrored outside."""
-    at = points(matrix, grid).to(x.device, x.dtype)
+    at = cell_centres(matrix, grid).to(x.device, x.dtype)
     return F.grid_sample(x, at, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def inside(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
+def inside_mask(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
     """Which cells of a view have their centre on the image, ``(N, 1, h, w)`` bool."""
-    return (points(matrix, grid).abs() <= 1).all(-1)[:, None]
+    return (cell_centres(matrix, grid).abs() <= 1).all(-1)[:, None]

@@ -243,7 +243,7 @@ class Moments:
             self._m2 += other._m2.to(self._m2.device)
             self._shift(other.count, other.mean.to(self.mean.device))
 
-    def unite(self) -> None:
+    def all_reduce(self) -> None:
         """Add what the other processes of the run have seen; all hold the same sums then."""
         if dist.world_size() == 1:
             return

@@ -97,7 +97,7 @@ class Layout:
         """The tokens of each image of a pack, ``(1, P + L_i, C)``; of a batch the batch itself."""
         return list(x.split(self.lengths, dim=1)) if self.packed else [x]
 
-    def apart(self, x: Tensor, window: int) -> tuple[list[Tensor], Tensor]:
+    def split_windows(self, x: Tensor, window: int) -> tuple[list[Tensor], Tensor]:
         """Take the prefix off and cut the patches into windows.
 
         Returns:
@@ -107,8 +107,8 @@ class Layout:
         windows = [to_windows(i[:, self.prefix :], g, window) for i, g in zip(images, self.grids, strict=True)]
         return [i[:, : self.prefix] for i in images], windows[0] if len(windows) == 1 else torch.cat(windows)
 
-    def together(self, prefixes: list[Tensor], windows: Tensor, window: int) -> Tensor:
-        """The inverse of :meth:`apart`."""
+    def join_windows(self, prefixes: list[Tensor], windows: Tensor, window: int) -> Tensor:
+        """The inverse of :meth:`split_windows`."""
         counts = [len(p) * g[0] * g[1] // (window * window) for p, g in zip(prefixes, self.grids, strict=True)]
         parts: list[Tensor] = []
         for prefix, part, grid in zip(prefixes, windows.split(counts), self.grids, strict=True):

@@ -1,8 +1,8 @@
-"""Where the cells of a feature map lie, and how one map is brought onto the cells of another (METHOD 6.3).
+"""Placement of feature maps in a rendered image, and resampling of one map to the cells of another.
 
-Student and teachers look at crops of one canvas that are shifted against each other. A :class:`Placement` says, for
-each sample, which part of the canvas a map's cells cover; :func:`meet` brings two maps onto common cells and says which
-of them both have seen. Crops that differ by whole cells are compared by indexing: no interpolation, bit for bit.
+Student and teachers receive shifted crops of one rendered image (C-RADIOv4, arXiv:2601.17237; docs/method.md, 6.3). A
+:class:`Placement` holds the region that a map's cells cover, per sample; :func:`align_to_common_grid` brings two maps
+to common cells. Crops that differ by whole cells are compared by indexing, without interpolation.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 _WHOLE = 1e-6
-"""How far an offset in cells may be from a whole number and still be one: rounding of a division, not of a view."""
+"""Tolerance, in cells, within which an offset counts as a whole number: the rounding of a division."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The cells of maps ``(B, C, h, w)`` on a canvas: cell ``k`` covers ``[start + k cell, start + (k + 1) cell)``.
+    """Cells of maps ``(B, C, h, w)`` in a rendered image: cell ``k`` covers ``[start + k cell, start + (k + 1) cell)``.
 
     Args:
-        start: ``(B, 2)`` float64 on the CPU, ``(y, x)`` on the canvas where each sample's first cell begins.
-        cell: extent of a cell on the canvas, ``(y, x)``; whatever the unit, all views of a step share it.
+        start: ``(B, 2)`` float64 on the CPU, ``(y, x)`` of the first cell's upper left corner, per sample.
+        cell: ``(y, x)`` extent of a cell, in the unit of ``start``, which all views of a step share.
         grid: ``(h, w)``.
     """
 
@@ -32,27 +32,26 @@ class Placement:
     grid: tuple[int, int]
 
     @classmethod
-    def whole(cls, batch: int, canvas: tuple[int, int], grid: tuple[int, int]) -> Placement:
-        """A map that covers the whole canvas."""
+    def full(cls, batch: int, size: tuple[int, int], grid: tuple[int, int]) -> Placement:
+        """Placement of maps that cover the whole rendered image of ``size``."""
         start = torch.zeros(batch, 2, dtype=torch.float64)
-        return cls(start, (canvas[0] / grid[0], canvas[1] / grid[1]), grid)
+        return cls(start, (size[0] / grid[0], size[1] / grid[1]), grid)
 
-    def on(self, grid: tuple[int, int]) -> Placement:
-        """The same field of view, cut into another grid (a head that is finer than its backbone)."""
+    def with_grid(self, grid: tuple[int, int]) -> Placement:
+        """The same region divided into another grid (of a head that is finer than its backbone)."""
         cell = tuple(self.cell[axis] * self.grid[axis] / grid[axis] for axis in (0, 1))
         return Placement(self.start, (cell[0], cell[1]), grid)
 
 
-def meet(a: Tensor, at: Placement, b: Tensor, bt: Placement) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bring two maps onto the cells of the coarser one (D-11).
+def align_to_common_grid(a: Tensor, at: Placement, b: Tensor, bt: Placement) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Resample the finer of two maps to the cells of the coarser one (docs/method.md, D-11).
 
     Args:
-        a: ``(B, C, h, w)``, placed at ``at``; gradients flow through it.
-        b: ``(B, C', h', w')``, placed at ``bt``.
+        a: ``(B, C, h, w)`` at ``at``; differentiable.
+        b: ``(B, C', h', w')`` at ``bt``.
 
     Returns:
-        Both maps on common cells, and a mask ``(B, 1, h, w)`` of the cells that both have seen in full, or None where
-        they have seen all.
+        Both maps on common cells, and a mask ``(B, 1, h, w)`` of the cells that both cover fully, None for all.
 
     Raises:
         ValueError: a map's shape is not that of its placement.
@@ -61,66 +60,66 @@ def meet(a: Tensor, at: Placement, b: Tensor, bt: Placement) -> tuple[Tensor, Te
         if tuple(x.shape[-2:]) != place.grid or len(x) != len(place.start):
             raise ValueError(f"the {name} map is {tuple(x.shape)}, its placement {len(place.start)} x {place.grid}")
     if _finer(at, bt):
-        a, mask = bring(a, at, bt)
+        a, mask = resample_to(a, at, bt)
     else:
-        b, mask = bring(b, bt, at)
+        b, mask = resample_to(b, bt, at)
     return a, b, mask
 
 
-def common(at: Placement, bt: Placement) -> int:
-    """How many cells of a batch :func:`meet` leaves to be compared: those that both maps have seen in full."""
+def overlap_count(at: Placement, bt: Placement) -> int:
+    """Number of cells of a batch that both maps cover fully, as in :func:`align_to_common_grid`'s mask."""
     source, target = (at, bt) if _finer(at, bt) else (bt, at)
     rows, columns = (_Axis.between(source, target, axis).valid.sum(1) for axis in (0, 1))
     return int((rows * columns).sum())
 
 
 def _finer(at: Placement, bt: Placement) -> bool:
-    """Whether the first is the one that is resampled."""
+    """Whether the first placement has the smaller cells, so that its map is resampled."""
     return math.prod(at.cell) <= math.prod(bt.cell) * (1 + _WHOLE)
 
 
-def bring(x: Tensor, source: Placement, target: Placement) -> tuple[Tensor, Tensor | None]:
-    """Resample a map onto another's cells.
+def resample_to(x: Tensor, source: Placement, target: Placement) -> tuple[Tensor, Tensor | None]:
+    """Resample a map to another placement's cells.
 
     Per axis target cell ``k`` has its centre at ``u(k) = (t + (k + 1/2) c_t - s) / c_s - 1/2`` source cells. Equal
-    cells and whole offsets: indexing. Else the mean of the linear interpolation at ``ceil(c_t / c_s)`` points inside
-    each target cell, as :func:`agglo.nn.geometry.resample` does it.
+    cells at whole offsets are indexed. Otherwise a cell is the mean of the linear interpolation at ``ceil(c_t / c_s)``
+    points inside it, as in :func:`agglo.nn.geometry.resample`.
 
     Args:
-        x: ``(B, C, h, w)`` placed at ``source``.
-        source, target: of one batch size.
+        x: ``(B, C, h, w)`` at ``source``.
+        source, target: of equal batch size.
 
     Returns:
-        ``(B, C, h', w')`` on the target's grid, and the mask ``(B, 1, h', w')`` of cells that lie wholly within the
-        source's field of view (None: all). What a masked cell holds is finite and means nothing.
+        ``(B, C, h', w')`` on the target's grid, and a mask ``(B, 1, h', w')`` of the cells that lie fully within the
+        source's region, None for all. Cells outside the mask are finite and undefined.
     """
     axes = [_Axis.between(source, target, axis) for axis in (0, 1)]
     if all(axis.indices is not None for axis in axes):
         rows, columns = (axis.indices for axis in axes)
-        if not (axes[0].trivial and axes[1].trivial):
-            x = _pick(x, rows, columns)  # type: ignore[arg-type]
+        if not (axes[0].is_identity and axes[1].is_identity):
+            x = _gather(x, rows, columns)  # type: ignore[arg-type]
     else:
         # Autocast would lower the precision of targets, which are resampled here too.
         with torch.autocast(x.device.type, enabled=False):
-            weights = [_sent(axis.matrix().to(x.dtype), x.device) for axis in axes]
+            weights = [_to_device(axis.matrix().to(x.dtype), x.device) for axis in axes]
             x = weights[0][:, None] @ x @ weights[1][:, None].transpose(-1, -2)
     if all(bool(axis.valid.all()) for axis in axes):
         return x, None
-    rows, columns = (_sent(axis.valid, x.device) for axis in axes)
+    rows, columns = (_to_device(axis.valid, x.device) for axis in axes)
     return x, (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def _pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _gather(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """``out[b, :, i, j] = x[b, :, rows[b, i], columns[b, j]]``."""
     width = x.shape[-1]
-    rows, columns = _sent(rows, x.device), _sent(columns, x.device)
+    rows, columns = _to_device(rows, x.device), _to_device(columns, x.device)
     flat = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     picked = x.flatten(2).gather(2, flat[:, None].expand(-1, x.shape[1], -1))
     return picked.unflatten(2, (rows.shape[1], columns.shape[1]))
 
 
-def _sent(small: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it is doing: from page-locked memory where it has its own."""
+def _to_device(small: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device asynchronously, through pinned memory for CUDA."""
     if device.type != "cuda":
         return small.to(device)
     return small.pin_memory().to(device, non_blocking=True)
@@ -128,14 +127,14 @@ def _sent(small: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis of :func:`bring`.
+    """One axis of :func:`resample_to`.
 
     Args:
-        centres: ``(B, n')`` float64, target cells' centres in source cells (0: the centre of the first).
-        ratio: source cells a target cell.
-        length: n, source cells.
-        valid: ``(B, n')``, target cells inside the source's field of view.
-        indices: ``(B, n')`` where every centre falls on a source cell's, else None.
+        centres: ``(B, n')`` float64, centres of the target cells in source cells (0: centre of the first).
+        ratio: source cells per target cell.
+        length: n, number of source cells.
+        valid: ``(B, n')``, target cells inside the source's region.
+        indices: ``(B, n')`` if every target centre coincides with a source centre, else None.
     """
 
     centres: Tensor
@@ -157,8 +156,8 @@ class _Axis:
         return cls(centres, ratio, length, valid, indices)
 
     @property
-    def trivial(self) -> bool:
-        """Whether every cell stays where it is."""
+    def is_identity(self) -> bool:
+        """Whether every cell keeps its index."""
         if self.indices is None or self.indices.shape[1] != self.length:
             return False
         return bool((self.indices == torch.arange(self.length)).all())

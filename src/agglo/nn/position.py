@@ -11,7 +11,7 @@ from torch import Tensor
 from agglo import dist
 
 
-def eval_window(table: Tensor, grid: tuple[int, int], align_corners: bool = False) -> Tensor:
+def eval_embedding(table: Tensor, grid: tuple[int, int], align_corners: bool = False) -> Tensor:
     """The embedding of a grid at inference: the table shrunk to the grid's longer side, then cropped top-left.
 
     So a wide image uses the upper part of a square of its own width, and the aspect of the table is kept.
@@ -31,7 +31,7 @@ def eval_window(table: Tensor, grid: tuple[int, int], align_corners: bool = Fals
     return resized[..., : grid[0], : grid[1]].to(table.dtype)
 
 
-def corner_window(table: Tensor, grid: tuple[int, int]) -> Tensor:
+def corner_embedding(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """The table's top-left ``h x w`` at its own scale; stretched to the grid where the table is too small for it.
 
     The rule of a model whose table is as large as its nominal image (RADIO.md section 2); ``(1, C, h, w)``.
@@ -42,7 +42,7 @@ def corner_window(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(corner.float(), size=grid, mode="bilinear", align_corners=False).to(table.dtype)
 
 
-def train_window(table: Tensor, grid: tuple[int, int], batch: int, drop: float = 0.1) -> Tensor:
+def train_embedding(table: Tensor, grid: tuple[int, int], batch: int, drop: float = 0.1) -> Tensor:
     """A random viewport of the table for every sample (METHOD 2.8 steps 1 to 5).
 
     Scale ``s ~ U(sqrt(0.1), 1)`` and aspect ``a = exp(U(ln 3/4, ln 4/3))`` give an extent ``(s a, s / a)`` in (x, y),

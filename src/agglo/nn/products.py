@@ -77,7 +77,7 @@ def gelu(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x)
 
 
-def tokens_at_once(x: Tensor, widest: int) -> int | None:
+def tokens_per_pass(x: Tensor, widest: int) -> int | None:
     """Into passes of how many tokens inference is best cut on a CPU; None where it is best left whole.
 
     Memory that is fresh for every layer costs more than larger products gain.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agglo.types import ConfigError
 
-USUAL = range(2, 65)
+SUGGESTED = range(2, 65)
 """Window sides, in patches, that errors offer."""
 
 
@@ -28,7 +28,7 @@ def windowed_blocks(depth: int, *, num_windowed: int | None = None, num_global: 
     return tuple(index % period != period - 1 and index != depth - 1 for index in range(depth))
 
 
-def check_side(window: int | None) -> None:
+def check_window_value(window: int | None) -> None:
     """Raise unless a window is None (the model's own), 0 (none), or a whole number of at least 2 patches.
 
     Raises:
@@ -40,7 +40,7 @@ def check_side(window: int | None) -> None:
         )
 
 
-def check_window(grid: tuple[int, int], window: int, patch: int) -> None:
+def check_window_divides(grid: tuple[int, int], window: int, patch: int) -> None:
     """Raise unless the window divides both sides of a grid of patches.
 
     Raises:
@@ -49,7 +49,7 @@ def check_window(grid: tuple[int, int], window: int, patch: int) -> None:
     height, width = grid
     if window >= 1 and height % window == 0 and width % window == 0:
         return
-    legal = [side for side in USUAL if height % side == 0 and width % side == 0]
+    legal = [side for side in SUGGESTED if height % side == 0 and width % side == 0]
     some = f"windows that do: {', '.join(map(str, legal))}" if legal else "no window of 2 patches or more does"
     raise ConfigError(
         f"window {window} does not divide the {height}x{width} patches of {height * patch}x{width * patch} pixels; "
@@ -57,7 +57,7 @@ def check_window(grid: tuple[int, int], window: int, patch: int) -> None:
     )
 
 
-def check_room(size: tuple[int, int], window: int, patch: int) -> None:
+def check_window_fits(size: tuple[int, int], window: int, patch: int) -> None:
     """Raise where an image would have to be more than doubled to hold one window.
 
     Args:

@@ -80,7 +80,7 @@ class AffineNormalizer(Normalizer):
         moments = self._moments
         if moments is None or moments.count < 2:
             raise RuntimeError("no statistics yet: call update() on batches of teacher features before freeze()")
-        moments.unite()
+        moments.all_reduce()
         mean, covariance = moments.mean.cpu(), moments.covariance().cpu()
         if covariance.diagonal().mean() <= _CONSTANT * mean.square().mean():
             raise ValueError(

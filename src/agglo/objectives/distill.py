@@ -15,7 +15,7 @@ from agglo.data.shifts import RenderedBatch
 from agglo.losses.base import Loss
 from agglo.model.creation import weights_of
 from agglo.model.model import Model
-from agglo.nn.placement import Placement, common, meet
+from agglo.nn.placement import Placement, align_to_common_grid, overlap_count
 from agglo.normalizers.base import Normalizer
 from agglo.objectives.auxiliary import Ladder, shown
 from agglo.objectives.inspection import check_finite, named
@@ -41,7 +41,7 @@ class Seen:
     def cells(self, spatial: Tensor) -> Placement:
         """Where the cells of a map of this view lie."""
         height, width = spatial.shape[-2:]
-        return self.placement.on((height, width))
+        return self.placement.with_grid((height, width))
 
 
 Targets = Mapping[str, Seen]
@@ -220,7 +220,7 @@ class Distill(nn.Module):
         blocks = {self.auxiliary.blocks[name] for name in shares}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only), shown(model.student, blocks) as seen:
             features = model.encode(images, window=window)
-        mine = Seen(features, placement or Placement.whole(len(images), (1, 1), (images.shape[-2], images.shape[-1])))
+        mine = Seen(features, placement or Placement.full(len(images), (1, 1), (images.shape[-2], images.shape[-1])))
         rows: dict[str, Tensor] = {}
         extra: dict[str, Tensor] = {}
         places: dict[str, tuple[Loss, Placement, Placement]] = {}
@@ -293,7 +293,7 @@ def compare(measure: Callable[..., Tensor], a: Tensor, at: Placement, b: Tensor,
     """
 
     def on_common_cells(a: Tensor, b: Tensor) -> Tensor:
-        return measure(*meet(a, at, b, bt))
+        return measure(*align_to_common_grid(a, at, b, bt))
 
     if not (torch.is_grad_enabled() and a.requires_grad):
         return on_common_cells(a, b)
@@ -313,7 +313,7 @@ def weighed(
     """
     if dist.world_size() == 1:
         return terms, extra
-    counted = {name: common(at, bt) for name, (loss, at, bt) in places.items() if loss.counts_positions}
+    counted = {name: overlap_count(at, bt) for name, (loss, at, bt) in places.items() if loss.counts_positions}
     if not counted:
         return terms, extra
     mine = torch.tensor([*counted.values()], dtype=torch.float64)

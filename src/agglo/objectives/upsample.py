@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from agglo import dist
 from agglo.data.shifts import RenderedBatch
 from agglo.data.views import generator
-from agglo.nn.homography import CORNERS, from_corners, inside, warp
+from agglo.nn.homography import CORNERS, from_corners, inside_mask, warp
 from agglo.nn.placement import Placement
 from agglo.objectives.distill import Result, Seen
 from agglo.objectives.inspection import check_finite, named
@@ -102,7 +102,7 @@ class Upsample(nn.Module):
             with torch.inference_mode():
                 features = teacher(resize(canvas.images, self.size))
             found[name] = Seen(
-                features.map(lambda x: x.float().clone()), Placement.whole(len(canvas.images), (1, 1), self.size)
+                features.map(lambda x: x.float().clone()), Placement.full(len(canvas.images), (1, 1), self.size)
             )
         return found
 
@@ -153,7 +153,7 @@ class Upsample(nn.Module):
         seen = self.downsampler(warp(found.repeat_interleave(count, 0), matrix, upsampler.finer))
         error = (seen - upsampler.clean(said)).square().mean(1, keepdim=True)
         factor = upsampler.factor
-        shown = inside(matrix, upsampler.finer).to(error)
+        shown = inside_mask(matrix, upsampler.finer).to(error)
         mask = (F.avg_pool2d(shown, factor) > 1 - 1e-3).to(error)
         weight = mask * F.avg_pool2d(warp(self.seams.expand(len(matrix), -1, -1, -1), matrix, upsampler.finer), factor)
         # Few cells that count must not make the loss larger than many would.

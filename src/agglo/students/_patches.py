@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from agglo.nn.position import corner_window, eval_window, train_window
+from agglo.nn.position import corner_embedding, eval_embedding, train_embedding
 from agglo.nn.products import Linear
 
 Position = Literal["cropped", "corner"]
@@ -83,13 +83,13 @@ class PatchGenerator(nn.Module):
         """What is added to the patches of a grid: ``(1 or batch, h w, C)``."""
         table = self.pos_embed.transpose(1, 2).unflatten(2, (self.max_grid, self.max_grid))
         if self.position == "corner":
-            window = corner_window(table, grid)
+            window = corner_embedding(table, grid)
         elif not self.training:
-            window = eval_window(table, grid, self.align_corners)
+            window = eval_embedding(table, grid, self.align_corners)
         else:
             if batch % self.clip_length:
                 raise ValueError(f"{batch} frames are no whole number of clips of {self.clip_length} frames")
-            window = train_window(table, grid, batch // self.clip_length, self.drop)
+            window = train_embedding(table, grid, batch // self.clip_length, self.drop)
             if self.clip_length > 1 and len(window) > 1:
                 window = window.repeat_interleave(self.clip_length, dim=0)
         return window.flatten(2).transpose(1, 2).to(self.embedder.weight.dtype)

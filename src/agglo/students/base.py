@@ -104,7 +104,7 @@ class Student(nn.Module, ABC):
         """
         return {}
 
-    def adopt(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
+    def copy_from(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
         """Take over the weights of a student of the same kind and size, which may know other teachers.
 
         Args:

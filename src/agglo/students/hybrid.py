@@ -24,7 +24,7 @@ class Hybrid(Student):
 
     Stages 0 and 1 are convolutional, 2 and 3 attend inside windows. The neck adds up the maps of the later stages;
     the summary is the mean of the result, one for all teachers. The published networks are in
-    :data:`agglo.students._eradio.VARIANTS`.
+    :data:`agglo.checkpoints.eradio.VARIANTS`.
 
     Windows fit without a detour where the map of stages 2 and 3 is a multiple of ``max(ratios) * window`` cells;
     elsewhere it is blown up to the next multiple, which costs time: :meth:`set_optimal_window` avoids that.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from agglo.nn.blocks import NORM_EPS, Block, MlpKind
 from agglo.nn.packing import Layout
-from agglo.nn.products import tokens_at_once
-from agglo.nn.windows import check_side, check_window, windowed_blocks
+from agglo.nn.products import tokens_per_pass
+from agglo.nn.windows import check_window_divides, check_window_value, windowed_blocks
 from agglo.preprocess import check_size
 from agglo.students._patches import PatchGenerator, Position
 from agglo.students.base import Student, copy_state
@@ -86,7 +86,7 @@ class ViT(Student):
         super().__init__()
         if width % heads:
             raise ConfigError(f"student.heads: {heads} does not divide width {width}")
-        check_side(window)
+        check_window_value(window)
         if mlp == "swiglu" and mlp_norm:
             raise ConfigError("student.mlp_norm: only a gelu MLP has a norm inside")
         if pool == "avg" and cls_per_teacher and len(tokens) > 1:
@@ -111,7 +111,7 @@ class ViT(Student):
     def forward(self, images: Tensor, *, window: int | None = None) -> Features:
         """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the model's own."""
         layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
-        most = None if self.training else tokens_at_once(images, self.widest)
+        most = None if self.training else tokens_per_pass(images, self.widest)
         some = max(1, most // layout.lengths[0]) if most else len(images)
         parts = [self.norm(self._run(self.patch_generator(part), layout, window)) for part in images.split(some)]
         return self._features(parts[0] if len(parts) == 1 else torch.cat(parts), layout.grids[0])
@@ -121,7 +121,7 @@ class ViT(Student):
         grids = [self._grid(image) for image in images]
         order = sorted(range(len(images)), key=lambda index: grids[index][0] * grids[index][1])
         result: dict[int, Features] = {}
-        most = tokens_at_once(images[0], self.widest) if images else None
+        most = tokens_per_pass(images[0], self.widest) if images else None
         for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids], most):
             layout = Layout(self.patch_generator.tokens, tuple(grids[m] for m in members), packed=True)
             x = self.patch_generator.pack([images[m] for m in members])
@@ -155,23 +155,23 @@ class ViT(Student):
         show: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """All blocks, or those up to the last that is shown; inside windows the prefix neither sees nor is seen."""
-        check_side(window)
+        check_window_value(window)
         window = self.window if window is None else window
         for grid in layout.grids if window else ():
-            check_window(grid, window or 0, self.spec.stride)
+            check_window_divides(grid, window or 0, self.spec.stride)
         last = max(shown) if shown else len(self.blocks) - 1
         prefixes = None
         for index, block in enumerate(self.blocks[: last + 1]):
             if window and self.windowed[index]:
                 if prefixes is None:
-                    prefixes, x = layout.apart(x, window)
+                    prefixes, x = layout.split_windows(x, window)
                 x = block(x)
             else:
                 if prefixes is not None:
-                    prefixes, x = None, layout.together(prefixes, x, window or 0)
+                    prefixes, x = None, layout.join_windows(prefixes, x, window or 0)
                 x = block(x, layout.packing)
             if show is not None and index in shown:
-                show(index, x if prefixes is None else layout.together(prefixes, x, window or 0))
+                show(index, x if prefixes is None else layout.join_windows(prefixes, x, window or 0))
         return x
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
@@ -197,8 +197,8 @@ class ViT(Student):
         """In training, this many successive images share one random viewport of the position table."""
         self.patch_generator.clip_length = frames
 
-    def adopt(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
-        """See :meth:`Student.adopt`; class tokens go by their teachers' names, registers by their place."""
+    def copy_from(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
+        """See :meth:`Student.copy_from`; class tokens go by their teachers' names, registers by their place."""
         state = other.state_dict()
         key = "patch_generator.token"
         token, given, slots = self.patch_generator.token.detach().clone(), state[key], other.spec.slots

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from agglo.model.model import Model
-from agglo.nn.windows import USUAL, check_side
+from agglo.nn.windows import SUGGESTED, check_window_value
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError
@@ -59,13 +59,13 @@ def check_windows(recipe: Recipe, model: Model) -> list[str]:
         )
         return []
     for window in windows:
-        check_side(window)
+        check_window_value(window)
     sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
     grids = [size // model.spec.stride for size in sizes]
     idle = [window for window in windows if not any(fits(window, (grid, grid)) for grid in grids)]
     if not idle:
         return []
-    legal = {size: [w for w in USUAL if fits(w, (grid, grid))] for size, grid in zip(sizes, grids, strict=True)}
+    legal = {size: [w for w in SUGGESTED if fits(w, (grid, grid))] for size, grid in zip(sizes, grids, strict=True)}
     lines = [f"{size} px: {', '.join(map(str, found)) or 'none'}" for size, found in legal.items()]
     rule = f"a window divides the grid of patches and is smaller. Those that do: {'; '.join(lines)}"
     if len(idle) == len(windows):

@@ -62,7 +62,7 @@ def differences(one: Recipe, two: Recipe) -> list[str]:
 def resume_command(folder: Path) -> str:
     """What to type to go on with a run, with as many processes as there are now."""
     start = ""
-    if dist.launched()[1] > 1:
+    if dist.launch_rank()[1] > 1:
         here, all_ = os.environ.get("LOCAL_WORLD_SIZE"), os.environ["WORLD_SIZE"]
         start = f"torchrun {f'--nproc_per_node {all_}' if here == all_ else '...'} -m "
     return f"{start}agglo train {shlex.quote(str(folder / 'recipe.yaml'))} --out {shlex.quote(str(folder))} --resume"

@@ -133,7 +133,7 @@ def distill(
     Raises:
         ConfigError: the folder is in use and neither flag is given; a size the student cannot take.
         DivergenceError: the loss became NaN or infinite.
-        ElsewhereError: another process of the run met one of these and raised it.
+        OtherRankError: another process of the run met one of these and raised it.
     """
     folder = Path(folder)
     with dist.process_group(device) as device, one_voice():

@@ -38,7 +38,7 @@ def adopt(model: Model, start_from: str) -> tuple[str, ...]:
             f"the recipe's is a {model.student_config['kind']}"
         )
     try:
-        model.student.adopt(earlier.student, model.tokens, earlier.tokens)
+        model.student.copy_from(earlier.student, model.tokens, earlier.tokens)
     except ValueError as error:
         raise ConfigError(f"train.start_from: {start_from}: {error}") from None
     taken = []

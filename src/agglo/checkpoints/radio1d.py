@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from agglo.config import nearest
-from agglo.students._vit_1d_grids import merged
 from agglo.types import ConfigError
 
 FACTORIES: dict[str, dict[str, Any]] = {
@@ -84,7 +83,7 @@ def options_from_official(
         "downscale_levels": levels,
         "decoder_depth": int(given["decoder_depth"]),
         "decoder_upscale_levels": [int(level) for level in given["decoder_upscale_levels"]],
-        "filler_grid": merged((nominal, nominal), len(levels))[0],
+        "filler_grid": -(-nominal // 2 ** len(levels)),
         "final_norm": bool(model_norm),
         "position": "corner" if table == nominal else "cropped",
     }
