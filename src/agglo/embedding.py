@@ -17,7 +17,7 @@ from agglo.config import build
 from agglo.data.loader import evaluation_batches
 from agglo.extras import require
 from agglo.model.model import Model
-from agglo.preprocess import check_size, decode, nearest_size, to_tensor
+from agglo.preprocess import aspect_size, check_size, decode, fit, nearest_size, to_tensor
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
 from agglo.zoo.loading import DEFAULT, load
@@ -228,10 +228,9 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
             except ImageError as error:
                 skipped[error.name] = error.why
                 continue
-            scale = longest / max(image.size)
-            height, width = nearest_size((round(image.height * scale), round(image.width * scale)), model.step())
+            view = aspect_size((image.height, image.width), (longest, longest), model.step(), inside=True)
             with torch.inference_mode():
-                seen = to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+                seen = fit(image, view, "stretch")
                 spatial = model(seen[None], heads=(), resize=False).spatial
             looks.append(Look(source.name(index), image, spatial[0].float().cpu()))
     if not looks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -320,6 +320,73 @@ def check_size(height: int, width: int, step: int) -> None:
             for n, side in wrong
         )
         raise ValueError(f"images of {height}x{width} pixels (HxW): {which} must be a multiple of {step}; {legal}")
+
+
+# ---------------------------------------------------------------------------------------------------- views
+
+
+def crop_box(full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest centred box ``xyxy`` of an image of ``full`` ``(H, W)`` with the aspect of ``size``; whole pixels."""
+    height, width = full
+    w = min(width, max(1, round(height * size[1] / size[0])))
+    h = min(height, max(1, round(width * size[0] / size[1])))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Centre crop to the aspect of ``size`` ``(H, W)``, then resize to it (bicubic, antialiased).
+
+    The same pixels as "shorter side to r, then centre crop"; the crop comes first so that ground truth can be cropped
+    by :func:`crop_map` and is never resampled.
+    """
+    box = crop_box((image.height, image.width), size)
+    if (box[3] - box[1], box[2] - box[0]) == tuple(size):
+        return image.crop(box)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+
+
+def crop_map(values: object, size: tuple[int, int]) -> Tensor:
+    """A mask or depth map ``(H, W)`` cropped as :func:`crop` crops its image, at full resolution."""
+    array = np.asarray(values)
+    x0, y0, x1, y1 = crop_box((array.shape[0], array.shape[1]), size)
+    return torch.from_numpy(np.ascontiguousarray(array[y0:y1, x0:x1]))
+
+
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    mode: Literal["crop", "stretch", "pad"] = "crop",
+    *,
+    fill: Sequence[float] = (0.5, 0.5, 0.5),
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Tensor:
+    """An image brought to one size, as every encoder of agglo sees it outside training.
+
+    Args:
+        image: of any size and mode.
+        size: ``(H, W)`` in pixels.
+        mode: ``crop``: :func:`crop`, the centre at the aspect of ``size``. ``stretch``: the whole image, resized to
+            ``size``; with a ``size`` from :func:`aspect_size` its aspect is kept. ``pad``: the whole image, scaled to
+            fit into ``size``, in the upper left corner.
+        fill: RGB in [0, 1] of the padding; a model's ``fill`` is the colour that its normalisation maps to zero.
+        resample: filter of ``stretch`` and ``pad``.
+
+    Returns:
+        RGB float32 ``(3, H, W)`` in [0, 1].
+    """
+    if mode == "crop":
+        return to_tensor(crop(image, size))
+    height, width = size if mode == "stretch" else aspect_size((image.height, image.width), size, 1, inside=True)
+    pixels = to_tensor(image if image.size == (width, height) else image.resize((width, height), resample))
+    if mode == "stretch":
+        return pixels
+    canvas = torch.tensor(fill, dtype=torch.float32)[:, None, None].expand(3, *size).clone()
+    canvas[:, :height, :width] = pixels
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------- batches
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -208,7 +208,7 @@ def test_files_give_back_what_was_saved(model: Model, folder: Path, tmp_path: Pa
     np.testing.assert_array_equal(columns["say"], found.aligned)
     assert facts["agglo.size"] == "64x64"
     assert facts["agglo.head"] == "say"
-    assert set(facts) == {"agglo.model.model", "agglo.size", "agglo.version", "agglo.head"}
+    assert set(facts) == {"agglo.model", "agglo.size", "agglo.version", "agglo.head"}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._aspect import encode_summaries
-from agglo.evals._features import shared_features
+from agglo.evals._cache import Encoded
+from agglo.evals._features import encode
+from agglo.evals.base import EvalContext
 from agglo.evals.knn import Knn
 from agglo.evals.zero_shot import ZeroShot
 from agglo.sources.base import Source
@@ -56,32 +57,40 @@ class Size(torch.nn.Module):
         return Features(torch.tensor(rows), None)
 
 
+def encoded(
+    model: Any, source: Any, aspect: str, context: EvalContext | None = None, precision: torch.dtype = torch.float32
+) -> Encoded:
+    return encode(model, source, 32, context or EvalContext(), want="summary", aspect=aspect, precision=precision)
+
+
 def test_sizes_order_and_batches() -> None:
     model = Size()
-    found = encode_summaries(model, Shapes(), 32, aspect="keep")
+    found = encoded(model, Shapes(), "keep")
     assert found.summary is not None
     assert found.summary[:, :2].tolist() == [[32, 64], [32, 32], [64, 32], [32, 64], [32, 128]]
     assert found.summary[:, 2].round().tolist() == [0, 10, 20, 30, 40]
     assert (found.summary[:, 3] > 0.9).all()  # the right end is there
     assert sorted(model.batches) == [1, 1, 1, 2]
-    cropped = encode_summaries(model, Shapes(), 32, aspect="crop").summary
+    cropped = encoded(model, Shapes(), "crop").summary
     assert cropped is not None and cropped[:, :2].unique(dim=0).tolist() == [[32, 32]]
     assert cropped[0, 3] == 0  # and here it is cut off
 
 
 def test_a_suite_keeps_both_apart_and_encodes_each_once() -> None:
     model, source = Size(), Shapes()
-    with shared_features():
-        first = encode_summaries(model, source, 32, aspect="keep").summary
-        crops = encode_summaries(model, source, 32, aspect="crop").summary
-        calls = len(model.batches)
-        assert encode_summaries(model, source, 32, aspect="keep").summary is first
-        assert len(model.batches) == calls
+    context = EvalContext()
+    first = encoded(model, source, "keep", context).summary
+    crops = encoded(model, source, "crop", context).summary
+    calls = len(model.batches)
+    assert encoded(model, source, "keep", context).summary is first
+    assert len(model.batches) == calls
     assert first is not None and crops is not None and not torch.equal(first, crops)
 
 
 def test_a_model_without_a_summary_is_pooled_and_half_precision_is_kept() -> None:
-    found = encode_summaries(Noise(summary=False), Shapes(), 32, aspect="keep", precision=torch.float16).summary
+    found = encode(
+        Noise(summary=False), Shapes(), 32, EvalContext(), want="summary", aspect="keep", precision=torch.float16
+    ).summary
     assert found is not None and found.shape == (5, 4) and found.dtype == torch.float16
 
 
@@ -90,19 +99,21 @@ def test_teachers_choose_their_own_size() -> None:
     h, w = teacher.input_size((32, 64), teacher.spec.stride)
     seen: list[tuple[int, ...]] = []
     teacher.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
-    encode_summaries(teacher, Shapes(), 32, aspect="keep")
+    encoded(teacher, Shapes(), "keep")
     assert (h, w) in seen
     fixed = Toy()
     fixed.canvas = 32
-    with pytest.warns(UserWarning, match="aspect: keep had no effect: Toy sees 32x32 pixels only"):
-        kept = encode_summaries(fixed, Shapes(), 32, aspect="keep").summary  # one canvas only: crops, as ever
-    crops = encode_summaries(fixed, Shapes(), 32, aspect="crop").summary
+    with pytest.warns(UserWarning, match="aspect: keep had no effect: Toy takes 32x32 pixels only"):
+        kept = encode(
+            fixed, Shapes(), 32, EvalContext(), want="summary", aspect="keep"
+        ).summary  # one canvas only: crops, as ever
+    crops = encoded(fixed, Shapes(), "crop").summary
     assert kept is not None and crops is not None and torch.equal(kept, crops)
 
 
 @pytest.mark.parametrize("kind", [Knn, ZeroShot])
 def test_the_key_of_the_evals(kind: Any) -> None:
-    with pytest.raises(ConfigError, match="aspect is crop or keep, not 'whole'"):
+    with pytest.raises(ConfigError, match="aspect must be crop or keep, not 'whole'"):
         kind(aspect="whole")
     assert kind(aspect="keep").aspect == "keep"
 

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import recording
+from agglo.evals.base import EvalContext, ProbeError
 from agglo.evals.correspondence import (
     Correspondence,
     Frame,
@@ -96,8 +95,8 @@ class Shifted(Place):
         return Features(None, moved)
 
 
-def run(model: Any, source: Source, **options: Any) -> dict[str, float]:
-    return Correspondence(size=SIDE, grid=1.0, source=source, **options).run(model)  # type: ignore[arg-type]
+def run(model: Any, source: Source, context: EvalContext | None = None, **options: Any) -> dict[str, float]:
+    return Correspondence(size=SIDE, grid=1.0, source=source, **options).run(model, context)  # type: ignore[arg-type]
 
 
 def test_a_model_that_knows_the_place_finds_it() -> None:
@@ -134,11 +133,11 @@ def test_noise_finds_nothing() -> None:
 
 
 def test_points_that_are_hidden_or_outside_do_not_count() -> None:
-    with recording() as records:
-        run(Place(), Wall((0, 16)))
+    context = EvalContext()
+    run(Place(), Wall((0, 16)), context)
     # Of three points one is NaN, and 12.5 - 16 lies outside the second image.
-    assert records.images["pck"] == {"wall/0 -> wall/1": 1.0}
-    assert set(records.images) == {"3d", "2d", "pck"}
+    assert context.records.images["pck"] == {"wall/0 -> wall/1": 1.0}
+    assert set(context.records.images) == {"3d", "2d", "pck"}
 
 
 def test_categories_count_alike() -> None:

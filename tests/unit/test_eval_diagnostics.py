@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from agglo.evals._augment import OPS, rand_augment, random_crop
 from agglo.evals._corrupt import CORRUPTIONS, corrupt
-from agglo.evals._features import FeatureError
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import recording
+from agglo.evals.base import EvalContext, FeatureError, ProbeError
 from agglo.evals.fixed_pattern import FixedPattern, Locked
 from agglo.evals.knn import Knn
 from agglo.evals.mode_switch import ModeSwitch
@@ -124,7 +122,7 @@ def test_what_mode_switch_needs() -> None:
         modes().run(Broken(1.0, 0, spatial=True))
     with pytest.raises(FeatureError, match="'a': the student says 6 channels and the teacher 3"):
         modes({"a": Cells()}).run(Student(a=lambda x: Features(None, F.avg_pool2d(x, 8).repeat(1, 2, 1, 1))))
-    with pytest.raises(FeatureError, match=r"a student's spatial features of squares/0/0 hold NaN"):
+    with pytest.raises(FeatureError, match=r"a student's spatial features of squares/0/0 contain NaN"):
         modes({"a": Cells()}).run(Student(a=lambda x: Features(None, F.avg_pool2d(x, 8) * float("nan"))))
     with pytest.raises(ConfigError, match="nothing to switch from"):
         ModeSwitch(sizes=[64])
@@ -192,7 +190,7 @@ def test_what_a_pattern_needs() -> None:
         pattern(Plain(torch.zeros_like), 4)
     with pytest.raises(TypeError, match="has none"):
         pattern(Noise(spatial=False), 4)
-    with pytest.raises(FeatureError, match="spatial features of squares/0/1 hold NaN"):
+    with pytest.raises(FeatureError, match="spatial features of squares/0/1 contain NaN"):
         pattern(Broken(float("nan"), 1, spatial=True), 4)
 
 
@@ -341,13 +339,13 @@ def test_corruptions_in_closed_form() -> None:
 def test_robustness_of_a_model() -> None:
     options: dict[str, Any] = {"k": 3, "size": 32, "train": Squares(12), "test": Squares(9, 1)}
     made = Robustness(corruptions=["contrast", "jpeg"], severities=[5], **options)
-    with recording() as records:
-        found = made.run(Noise())
+    context = EvalContext()
+    found = made.run(Noise(), context)
     assert found["top1"] == Knn(**options).run(Noise())["top1"]
     assert found["top1_corrupted"] == pytest.approx((found["top1/contrast"] + found["top1/jpeg"]) / 2)
     assert found["cosine"] == pytest.approx((found["cosine/contrast"] + found["cosine/jpeg"]) / 2)
     assert found["kept"] == pytest.approx(found["top1_corrupted"] / found["top1"] if found["top1"] else 0.0)
-    own = records.images["top1_corrupted"]
+    own = context.records.images["top1_corrupted"]
     assert set(own) == {f"squares/1/{i}" for i in range(9)}
     assert np.mean(list(own.values())) == pytest.approx(found["top1_corrupted"])
     assert made.run(Noise()) == found

@@ -18,13 +18,11 @@ from agglo.evals import depth as depth_eval
 from agglo.evals import knn as knn_eval
 from agglo.evals import normals as normals_eval
 from agglo.evals._dpt import Dpt, Training, _rate
-from agglo.evals._features import FeatureError, encode, shared_features
+from agglo.evals._features import encode, layered
 from agglo.evals._labels import class_names
-from agglo.evals._layers import layered
 from agglo.evals._pixels import PixelTraining
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import recording
 from agglo.evals._windows import Changed, Windows
+from agglo.evals.base import EvalContext, FeatureError, ProbeError
 from agglo.evals.depth import Depth
 from agglo.evals.knn import Knn
 from agglo.evals.linear import Linear
@@ -88,7 +86,8 @@ def test_linear_is_scikit_learns(decay: float) -> None:
     model = Noise()
     eval_ = splits(Linear, count=60, decay=[decay])
     found = eval_.run(model)["top1"]
-    train, test = (encode(model, source, 32, want="summary").summary for source in (eval_.train, eval_.test))
+    context = EvalContext()
+    train, test = (encode(model, source, 32, context, want="summary").summary for source in (eval_.train, eval_.test))
     assert train is not None
     assert test is not None
     mean, std = train.double().mean(0), train.double().std(0, correction=0)
@@ -102,7 +101,7 @@ def test_linear_refuses_what_makes_no_sense() -> None:
     for options, message in (({"decay": []}, "decay"), ({"decay": [-1.0]}, "decay"), ({"steps": 0}, "steps")):
         with pytest.raises(ConfigError, match=message):
             Linear(**options)
-    with pytest.raises(FeatureError, match=r"summary features of squares/0/3 hold NaN"):
+    with pytest.raises(FeatureError, match=r"summary features of squares/0/3 contain NaN"):
         splits(Linear).run(Broken(float("nan"), 3))
 
     class Wrong(Squares):
@@ -131,7 +130,8 @@ def test_the_largest_of_long_rows_are_the_largest() -> None:
 def test_a_majority_vote_is_scikit_learns() -> None:
     model, k = Noise(), 5
     eval_ = Knn(k=k, vote="majority", size=32, train=Squares(60), test=Squares(60, 1))  # type: ignore[arg-type]
-    bank, queries = (encode(model, source, 32, want="summary").summary for source in (eval_.train, eval_.test))
+    context = EvalContext()
+    bank, queries = (encode(model, source, 32, context, want="summary").summary for source in (eval_.train, eval_.test))
     labels = 2 - np.arange(60) % 3  # in the order of their names: blue, green, red; the first wins equal votes
     found = KNeighborsClassifier(k, metric="cosine").fit(bank, labels).predict(queries)
     assert eval_.run(model)["top1"] == pytest.approx((found == labels).mean(), abs=1e-9)
@@ -283,7 +283,7 @@ def test_maps_have_one_memory_layout_whatever_the_models() -> None:
             assert out.spatial is not None
             return Features(out.summary, out.spatial.to(memory_format=torch.channels_last))
 
-    found = encode(Last(), Squares(3), 32, want="spatial").spatial
+    found = encode(Last(), Squares(3), 32, EvalContext(), want="spatial").spatial
     assert found is not None and found.is_contiguous()
 
 
@@ -319,9 +319,7 @@ def test_several_blocks_of_a_student() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Model(student, {}, tokens=("a",)).eval()
-    with shared_features():
-        seen, count = layered(model, 2)
-        assert layered(model, 2)[0] is seen
+    seen, count = layered(model, 2)
     assert count == 2
     assert seen.spec.spatial == 32
     images = torch.rand(2, 3, 32, 32)
@@ -477,28 +475,26 @@ def test_every_image_has_its_own_number() -> None:
         (splits(Depth), "delta1", True),
         (splits(Normals, Tilted), "recall", False),
     ):
-        with recording() as records:
-            found = eval_.run(model)
-        own = records.images[metric]
+        context = EvalContext()
+        found = eval_.run(model, context)
+        own = context.records.images[metric]
         assert set(own) == {f"squares/2/{i}" for i in range(12)}
         if mean:
             assert np.mean(list(own.values())) == pytest.approx(found[metric], abs=1e-9)
         if metric == "top1":
-            assert set(records.classes["top1"]) == {"red", "green", "blue"}
-    with recording() as records:
-        found = Retrieval(size=32, source=Squares(8)).run(Oracle())  # type: ignore[arg-type]
-    assert set(records.images["mrr"]) == {"a red square", "a green square", "a blue square"}
-    assert np.mean(list(records.images["mrr"].values())) == pytest.approx(found["mrr"])
-    with recording() as records:
-        pass
+            assert set(context.records.classes["top1"]) == {"red", "green", "blue"}
+    context = EvalContext()
+    found = Retrieval(size=32, source=Squares(8)).run(Oracle(), context)  # type: ignore[arg-type]
+    assert set(context.records.images["mrr"]) == {"a red square", "a green square", "a blue square"}
+    assert np.mean(list(context.records.images["mrr"].values())) == pytest.approx(found["mrr"])
     splits(Linear).run(model)
-    assert not records.images  # nobody listens any more
+    assert not EvalContext().records.images  # a context starts empty
 
 
 def test_classes_are_recorded_with_their_iou() -> None:
-    with recording() as records:
-        splits(Segmentation, decay=[0.01]).run(Oracle())
-    assert records.classes["iou"] == {"background": 1.0, "red": 1.0, "green": 1.0, "blue": 1.0}
+    context = EvalContext()
+    splits(Segmentation, decay=[0.01]).run(Oracle(), context)
+    assert context.records.classes["iou"] == {"background": 1.0, "red": 1.0, "green": 1.0, "blue": 1.0}
 
 
 def test_changed_images_keep_their_labels() -> None:
@@ -512,9 +508,9 @@ def test_changed_images_keep_their_labels() -> None:
 
 def test_images_that_no_other_eval_asks_for_are_not_kept() -> None:
     model, source = Noise(), Squares(4)
-    with shared_features():
-        first = encode(model, source, 32, want="summary", share=False)
-        assert first.spatial is None
-        encode(model, source, 32, want="summary")
-        encode(model, source, 32, want="summary")
+    context = EvalContext()
+    first = encode(model, source, 32, context, want="summary", share=False)
+    assert first.spatial is None
+    encode(model, source, 32, context, want="summary")
+    encode(model, source, 32, context, want="summary")
     assert model.calls == 2

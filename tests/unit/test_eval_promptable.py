@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import recording
+from agglo.evals.base import EvalContext, ProbeError
 from agglo.evals.promptable import Promptable, canvas, instances, load, masks, overlap
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 from support.checkpoints import tiny_sam
@@ -58,8 +57,8 @@ class Wide(nn.Module):
 def test_the_decoder_is_run_as_its_own_model_runs_it(decoder: str, width: int) -> None:
     """12 channels go through the neck, 16 are the decoder's: masks equal those of the whole model of transformers."""
     source, model = Things(5), Wide(width)
-    with recording() as records:
-        found = Promptable(decoder=decoder, least=2, source=source).run(model)  # type: ignore[arg-type]
+    context = EvalContext()
+    found = Promptable(decoder=decoder, least=2, source=source).run(model, context)  # type: ignore[arg-type]
     assert model.shapes == [(1, 3, 64, 64)] * 5  # the decoder's own size
     sam = load(decoder)
     own = []
@@ -81,7 +80,7 @@ def test_the_decoder_is_run_as_its_own_model_runs_it(decoder: str, width: int) -
         own.append((mask & truth).sum() / max(1, (mask | truth).sum()))
     assert found["miou"] == pytest.approx(np.mean(own), abs=1e-12)
     assert found["iou@0.50"] == np.mean([iou >= 0.5 for iou in own])
-    assert list(records.images["miou"].values()) == pytest.approx(own)
+    assert list(context.records.images["miou"].values()) == pytest.approx(own)
     assert 0 < found["miou"] < 1
     assert Promptable(decoder=decoder, least=2, source=source).run(model) == found  # type: ignore[arg-type]
 
@@ -107,9 +106,9 @@ def test_heads_are_chosen_by_width(decoder: str) -> None:
 def test_a_wide_image_is_padded_below(decoder: str) -> None:
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     full = canvas(image, (64, 64), SimpleNamespace(fill=(0.1, 0.2, 0.3)))
-    assert full.shape == (1, 3, 64, 64)
-    assert full[0, :, 0, 0].tolist() == full[0, :, 31, 63].tolist() == [1, 0, 0]
-    torch.testing.assert_close(full[0, :, 32, 0], torch.tensor([0.1, 0.2, 0.3]))
+    assert full.shape == (3, 64, 64)
+    assert full[:, 0, 0].tolist() == full[:, 31, 63].tolist() == [1, 0, 0]
+    torch.testing.assert_close(full[:, 32, 0], torch.tensor([0.1, 0.2, 0.3]))
     sam = load(decoder)
     draw = torch.Generator().manual_seed(0)
     features = torch.randn(1, 16, 4, 4, generator=draw)

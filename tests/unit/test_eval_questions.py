@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agglo.evals._questions import asked
-from agglo.evals._records import recording
+from agglo.evals.base import EvalContext
 from agglo.evals.vlm import Vlm
 from agglo.types import ConfigError
 from support.models import Oracle
@@ -41,9 +41,9 @@ OWN = [
 def textvqa(folder: Path, answers: Iterable[Mapping[str, Any]], truth: list[dict[str, Any]] = TEXTVQA) -> Any:
     (folder / "truth.json").write_text(json.dumps({"data": truth}))
     given = lines(folder / "answers.jsonl", answers)
-    with recording() as records:
-        found = Vlm(answers=given, truth=str(folder / "truth.json"), benchmark="textvqa").run(Oracle())
-    return found["accuracy"], records.images["accuracy"]
+    context = EvalContext()
+    found = Vlm(answers=given, truth=str(folder / "truth.json"), benchmark="textvqa").run(Oracle(), context)
+    return found["accuracy"], context.records.images["accuracy"]
 
 
 @pytest.mark.parametrize("around", ["{}", f"{{}}{SHORT}", f"{{}}{OCR}", f"{{}}{OCR}{SHORT}", f"{OCR}\n{{}}{SHORT}"])

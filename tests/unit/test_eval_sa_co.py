@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from agglo.config import build
 from agglo.evals import _sam3
 from agglo.evals._concepts import THRESHOLDS, count, decoded, favourable, measures, overlaps, read_pairs, runs
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import recording
-from agglo.evals.sa_co import SaCo, squashed
+from agglo.evals.base import EvalContext, ProbeError
+from agglo.evals.sa_co import SaCo
 from agglo.harness.measuring import measure
+from agglo.preprocess import fit
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 from support import datasets as tiny
 from support.checkpoints import tiny_sam3
@@ -235,10 +235,10 @@ def test_a_file_of_predictions_is_scored(tmp_path: Path) -> None:
         annotated(tmp_path / "c.json", {0: [a], 1: [], 2: [b], 3: []}, p2={"is_instance_exhaustive": 0}),
     ]
     said = predictions(tmp_path / "said.json", {0: [(0.5, a), (0.49, b)], 1: [(0.2, a)], 2: [(1.0, b)]})
-    with recording() as records:
-        found = SaCo(annotations=truth, predictions=said).run(Noise())
+    context = EvalContext()
+    found = SaCo(annotations=truth, predictions=said).run(Noise(), context)
     assert found == {"cgf1": 1, "pmf1": 1, "il_mcc": 1}  # annotator b's pair 0; pair 2 is not whole in c
-    assert records.images["local_f1"] == {"0: cat": 1, "1: dog": 1, "3: dog": 1}
+    assert context.records.images["local_f1"] == {"0: cat": 1, "1: dog": 1, "3: dog": 1}
     one = SaCo(annotations=truth[:1], predictions=said).run(Noise())
     assert one["pmf1"] == pytest.approx(2 / 5)  # one of three, one in the wrong place: 2 / (2 + 3)
 
@@ -375,7 +375,7 @@ def test_a_teachers_own_trunk_gives_the_masks_of_the_stock_model(
         image = Image.open(Path(subset["images"]) / pair.file)
         text = words([pair.phrase], padding="max_length", max_length=16, return_tensors="pt")
         with torch.inference_mode():
-            pixels = (squashed(image, (112, 112)) - 0.5) / 0.5
+            pixels = (fit(image, (112, 112), "stretch", resample=Image.Resampling.BILINEAR)[None] - 0.5) / 0.5
             out = stock(pixel_values=pixels, input_ids=text["input_ids"], attention_mask=text["attention_mask"])
         scores = (out.pred_logits.sigmoid() * out.presence_logits.sigmoid())[0]
         up = torch.nn.functional.interpolate(out.pred_masks.sigmoid(), SIZE, mode="bilinear", align_corners=False)[0]
@@ -448,9 +448,9 @@ def test_images_and_decoders_that_are_not_there(decoder: str, subset: dict[str, 
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes((Path(subset["images"]) / f"{i}.png").read_bytes())
     (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="skipped an image and its 2 phrases: 1.png"), recording() as records:
-        SaCo(decoder=decoder, **elsewhere).run(Trunk(32))
-    assert set(records.images["local_f1"]) == {"0: cat", "1: dog", "4: cat", "5: dog"}
+    with pytest.warns(UserWarning, match="skipped an image and its 2 phrases: 1.png"):
+        SaCo(decoder=decoder, **elsewhere).run(Trunk(32), context := EvalContext())
+    assert set(context.records.images["local_f1"]) == {"0: cat", "1: dog", "4: cat", "5: dog"}
     Image.new("RGB", (7, 9)).save(tmp_path / "1.png")
     with pytest.raises(ConfigError, match=r"1.png is 9x7 pixels \(HxW\), annotated as \(20, 30\)"):
         SaCo(decoder=decoder, **elsewhere).run(Trunk(32))

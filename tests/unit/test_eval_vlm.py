@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from agglo.evals import vlm as vlm_eval
 from agglo.evals._answers import binary, consensus, exact, normalise, polarity
-from agglo.evals._features import FeatureError
-from agglo.evals._records import recording
+from agglo.evals.base import EvalContext, FeatureError
 from agglo.evals.vlm import Vlm, padded
 from agglo.types import ConfigError, Features, FeatureSpec
 from support.models import Noise, Oracle, Squares
@@ -162,9 +161,9 @@ def test_each_benchmarks_own_file(tmp_path: Path) -> None:
     for benchmark, accuracy in (("vqav2", 0.3), ("textvqa", 0.3), ("gqa", 0.5)):
         truth.write_text(json.dumps(files[benchmark]))
         made = Vlm(answers=given, truth=str(truth), benchmark=benchmark)  # type: ignore[arg-type]
-        with recording() as records:
-            assert made.run(Oracle()) == pytest.approx({"accuracy": accuracy})
-        assert set(records.images["accuracy"]) == {"1", "2"}
+        context = EvalContext()
+        assert made.run(Oracle(), context) == pytest.approx({"accuracy": accuracy})
+        assert set(context.records.images["accuracy"]) == {"1", "2"}
     truth.write_text('{"question_id": 1, "label": "yes"}\n{"question_id": 2, "label": "no"}\n')
     found = Vlm(answers=given, truth=str(truth), benchmark="pope").run(Oracle())
     assert found == {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes": 0.5}

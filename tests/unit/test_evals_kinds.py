@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._features import FeatureError, crop_box, crop_truth, encode, shared_features, to_tensor
+from agglo.evals._features import encode
 from agglo.evals._labels import class_names
 from agglo.evals.agreement import Agreement
-from agglo.evals.base import Eval
+from agglo.evals.base import Eval, EvalContext, FeatureError
 from agglo.evals.depth import Depth
 from agglo.evals.knn import Knn
 from agglo.evals.linear import Linear
@@ -25,6 +25,7 @@ from agglo.evals.retrieval import Retrieval, first_right
 from agglo.evals.segmentation import Segmentation
 from agglo.evals.zero_shot import ZeroShot
 from agglo.harness.running import evaluate
+from agglo.preprocess import crop_box, crop_map, fit
 from agglo.sources.folder import Folder
 from agglo.sources.scenes import Scenes
 from agglo.teachers.base import Teacher
@@ -114,7 +115,7 @@ def test_without_a_map(kind: type[Eval]) -> None:
 
 
 def test_without_a_summary_the_pooled_map_is_used() -> None:
-    encoded = encode(Noise(summary=False), Squares(5), 32, want="summary")
+    encoded = encode(Noise(summary=False), Squares(5), 32, EvalContext(), want="summary")
     assert encoded.summary is not None
     assert encoded.spatial is not None
     torch.testing.assert_close(encoded.summary, encoded.spatial.mean((2, 3)))
@@ -133,15 +134,15 @@ def test_a_text_aligned_teacher_needs_no_encode_image() -> None:
 
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
 def test_features_that_are_not_numbers_name_the_image(value: float, word: str) -> None:
-    with pytest.raises(FeatureError, match=rf"summary features of squares/0/4 hold {word}"):
+    with pytest.raises(FeatureError, match=rf"summary features of squares/0/4 contain {word}"):
         squares(Knn).run(Broken(value, 4))
-    with pytest.raises(FeatureError, match=rf"spatial features of squares/0/7 hold {word}"):
+    with pytest.raises(FeatureError, match=rf"spatial features of squares/0/7 contain {word}"):
         squares(Segmentation).run(Broken(value, 7, spatial=True))
 
 
 def test_unreadable_images_are_skipped_and_named() -> None:
     with pytest.warns(UserWarning, match="squares/0/[18]: broken on purpose"):
-        encoded = encode(Oracle(), Squares(9, bad=(1, 8)), 32, want="summary")
+        encoded = encode(Oracle(), Squares(9, bad=(1, 8)), 32, EvalContext(), want="summary")
     assert encoded.index == (0, 2, 3, 4, 5, 6, 7)
     assert encoded.skipped == ("squares/0/1", "squares/0/8")
     assert encoded.summary is not None
@@ -150,7 +151,7 @@ def test_unreadable_images_are_skipped_and_named() -> None:
         pytest.warns(UserWarning, match="skipped"),
         pytest.raises(ImageError, match="no image of this Squares could be read; 2 of 2 skipped"),
     ):
-        encode(Oracle(), Squares(2, bad=(0, 1)), 32, want="summary")
+        encode(Oracle(), Squares(2, bad=(0, 1)), 32, EvalContext(), want="summary")
 
 
 def test_a_skipped_image_takes_its_label_along() -> None:
@@ -175,9 +176,9 @@ def test_every_module_gets_its_own_mode_back() -> None:
 
 
 def test_batches_do_not_change_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = encode(Oracle(), Squares(10), 32, want="spatial")
+    whole = encode(Oracle(), Squares(10), 32, EvalContext(), want="spatial")
     monkeypatch.setattr("agglo.evals._features.BATCH", 3)
-    parts = encode(Oracle(), Squares(10), 32, want="spatial")
+    parts = encode(Oracle(), Squares(10), 32, EvalContext(), want="spatial")
     assert whole.names == parts.names
     assert whole.spatial is not None
     assert parts.spatial is not None
@@ -208,7 +209,7 @@ def test_features_are_held_once(precision: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr("agglo.evals._features.BATCH", 4)
     model = Tracked()
     with pytest.warns(UserWarning, match="squares/0/7"):
-        found = encode(model, Squares(30, bad=(7,)), 16, want="summary", precision=precision)
+        found = encode(model, Squares(30, bad=(7,)), 16, EvalContext(), want="summary", precision=precision)
     assert len(model.alive) == 8
     assert max(model.alive) <= 1
     assert found.summary is not None
@@ -217,18 +218,18 @@ def test_features_are_held_once(precision: torch.dtype, monkeypatch: pytest.Monk
 
 def test_half_precision_rounds_the_same_features_whichever_came_first() -> None:
     source = Squares(9)
-    plain = encode(Tracked(), source, 16, want="summary").summary
+    plain = encode(Tracked(), source, 16, EvalContext(), want="summary").summary
     assert plain is not None
-    first = encode(Tracked(), source, 16, want="summary", precision=torch.float16).summary
-    with shared_features():
-        model = Tracked()
-        encode(model, source, 16, want="summary")
-        second = encode(model, source, 16, want="summary", precision=torch.float16).summary
-        third = encode(model, source, 16, want="summary").summary
-        assert len(model.alive) == 1
+    first = encode(Tracked(), source, 16, EvalContext(), want="summary", precision=torch.float16).summary
+    context = EvalContext()
+    model = Tracked()
+    encode(model, source, 16, context, want="summary")
+    second = encode(model, source, 16, context, want="summary", precision=torch.float16).summary
+    third = encode(model, source, 16, context, want="summary").summary
+    assert len(model.alive) == 1
     assert first is not None and second is not None and third is not None
     assert torch.equal(first, plain.half()) and torch.equal(second, first) and torch.equal(third, plain)
-    with pytest.raises(FeatureError, match=r"squares/0/0 are beyond 65504.*precision: float32"):
+    with pytest.raises(FeatureError, match=r"squares/0/0 exceed 65504.*precision: float32"):
         Knn(k=1, size=16, precision="float16", train=source, test=source).run(Tracked(1e6))  # type: ignore[arg-type]
 
 
@@ -244,24 +245,24 @@ def test_neighbours_in_half_precision() -> None:
 def test_large_maps_are_kept_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agglo.evals._features.KEEP_BYTES", 1000)
     model, source = Noise(), Squares(4)
-    with shared_features():
-        assert encode(model, source, 32, want="summary").spatial is None
-        assert encode(model, source, 32, want="spatial").spatial is not None
-        assert encode(model, source, 32, want="summary").spatial is not None
+    context = EvalContext()
+    assert encode(model, source, 32, context, want="summary").spatial is None
+    assert encode(model, source, 32, context, want="spatial").spatial is not None
+    assert encode(model, source, 32, context, want="summary").spatial is not None
     assert model.calls == 2
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 48), (48, 24)])
 def test_truth_is_cropped_as_its_image_is(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (37, 51), np.uint8)
-    box = crop_box(51, 37, size)
+    box = crop_box((37, 51), size)
     assert min(box) >= 0
     assert (box[2] - box[0]) / (box[3] - box[1]) == pytest.approx(size[1] / size[0], rel=0.05)
-    truth = crop_truth(pixels, size)
+    truth = crop_map(pixels, size)
     image = Image.fromarray(np.repeat(pixels[..., None], 3, 2))
-    exact = to_tensor(image, (truth.shape[0], truth.shape[1]))
+    exact = fit(image, (truth.shape[0], truth.shape[1]))
     assert torch.equal((exact[0] * 255).round().to(torch.uint8), truth)
-    assert to_tensor(image, size).shape == (3, *size)
+    assert fit(image, size).shape == (3, *size)
 
 
 def test_sizes_are_snapped_to_the_models_step() -> None:
@@ -272,11 +273,11 @@ def test_sizes_are_snapped_to_the_models_step() -> None:
             shapes.append(tuple(images.shape[-2:]))
             return super().forward(images)
 
-    encode(Watch(), Squares(1), 30, want="summary")
-    encode(Watch(), Squares(1), (17, 41), want="summary")
+    encode(Watch(), Squares(1), 30, EvalContext(), want="summary")
+    encode(Watch(), Squares(1), (17, 41), EvalContext(), want="summary")
     assert shapes == [(32, 32), (16, 40)]
-    with pytest.raises(ConfigError, match="size is one number"):
-        encode(Noise(), Squares(1), 0, want="summary")
+    with pytest.raises(ConfigError, match="size must be one number"):
+        encode(Noise(), Squares(1), 0, EvalContext(), want="summary")
 
 
 # --- labels and text --------------------------------------------------------------------------------------------------
@@ -525,7 +526,7 @@ def test_agreement_says_what_it_needs() -> None:
     with pytest.raises(FeatureError, match="head 'a' has 6 channels and its teacher 3"):
         Agreement({"a": Pool()}, size=32, sources=sources).run(wide)
     broken = Student(a=lambda x: Features(x.mean((2, 3)) / 0, x))
-    with pytest.raises(FeatureError, match=r"a head's summary features of squares/0/0 hold infinity"):
+    with pytest.raises(FeatureError, match=r"a head's summary features of squares/0/0 contain infinity"):
         Agreement({"a": Pool()}, size=32, sources=sources).run(broken)
 
 
@@ -556,8 +557,8 @@ def test_a_suite_encodes_each_image_set_once() -> None:
 
 def test_two_models_share_nothing() -> None:
     source = Squares(9)
-    with shared_features():
-        a, b = (encode(model, source, 32, want="spatial").spatial for model in (Oracle(), Noise()))
+    context = EvalContext()
+    a, b = (encode(model, source, 32, context, want="spatial").spatial for model in (Oracle(), Noise()))
     assert a is not None
     assert b is not None
     assert a.shape != b.shape

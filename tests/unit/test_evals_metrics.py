@@ -11,9 +11,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from agglo.evals import depth as depth_eval
 from agglo.evals import knn
-from agglo.evals._probe import ProbeError, Standard, predictions
+from agglo.evals._probe import Standard, fit_logistic, predictions
 from agglo.evals.agreement import spatial_agreement
-from agglo.evals.segmentation import _histogram, confusion, fit_logistic, miou
+from agglo.evals.base import ProbeError
+from agglo.evals.segmentation import _histogram, confusion, miou
 from agglo.evals.zero_shot import rank_of
 from agglo.types import ConfigError
 

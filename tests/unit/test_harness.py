@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from agglo.config import build, find, kinds
-from agglo.evals.base import Eval
+from agglo.evals._features import encode, layered
+from agglo.evals.base import Eval, EvalContext, FeatureStore, SourcePool
 from agglo.evals.knn import Knn
 from agglo.harness.measuring import FEATURES, measure
 from agglo.harness.protocols import plan, protocol, protocols, resolved, suite, suites
@@ -171,7 +172,7 @@ def test_one_that_fails_stops_no_other_and_gives_no_number(images: Path) -> None
     assert "no folder or image" in found.failed["gone"]
     assert "no encode_text" in found.skipped["words"]
     broken = measure(Nan(), "nan", [masks], images / "other")
-    assert "hold NaN" in broken.failed["seg"]
+    assert "contain NaN" in broken.failed["seg"]
     assert "camvid/train/0.png" in broken.failed["seg"]
     assert not (images / "other" / "results.jsonl").exists()
 
@@ -303,23 +304,17 @@ def test_a_disk_that_cannot_be_written_costs_no_number(images: Path) -> None:
     (images / "out").mkdir()
     (images / "out" / FEATURES).write_text("in the way")
     found = measure(Noise(), "noise", [pets(images)], images / "out").results["knn"]
-    assert any("features are not kept on disk" in note for note in found.notes)
+    assert any("cannot store features on disk" in note for note in found.notes)
 
 
 def test_maps_come_back_bit_for_bit(images: Path) -> None:
-    from agglo.evals import _features
-    from agglo.evals._store import Store
-
     model = Noise()
     source = {"kind": "folder", "path": str(images / "pets")}
     stores, found = [], []
     for _ in range(2):
-        with _features.shared_features():
-            shared = _features._shared.get()
-            assert shared is not None
-            shared.encoded = store = Store(images / "f", model, "hash", shared.kept)
-            found.append(_features.encode(model, source, 16, want="spatial"))
-            stores.append((store.written, store.read))
+        store = FeatureStore(images / "f", model, "hash", SourcePool())
+        found.append(encode(model, source, 16, EvalContext(features=store), want="spatial"))
+        stores.append((store.written, store.read))
     assert stores == [(1, 0), (0, 1)]
     assert found[0].spatial is not None and found[1].spatial is not None
     assert torch.equal(found[0].spatial, found[1].spatial)
@@ -440,23 +435,18 @@ def test_the_quick_suite_shares_its_images(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_maps_of_several_blocks_are_kept_apart_from_those_of_the_last(images: Path) -> None:
-    from agglo.evals import _features
-    from agglo.evals._layers import layered
-    from agglo.evals._store import Store
     from agglo.model.model import Model
 
     model = Model({"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8}, {}, preferred_size=32).eval()
     source = {"kind": "folder", "path": str(images / "pets")}
     found = []
     for _ in range(2):
-        with _features.shared_features():
-            shared = _features._shared.get()
-            assert shared is not None
-            shared.encoded = store = Store(images / "f", model, "hash", shared.kept)
-            seen, count = layered(model, 2)
-            assert count == 2
-            each = [_features.encode(one, source, 32, want="spatial").spatial for one in (model, seen)]
-            found.append((each, store.written, store.read))
+        store = FeatureStore(images / "f", model, "hash", SourcePool())
+        seen, count = layered(model, 2)
+        assert count == 2
+        context = EvalContext(features=store)
+        each = [encode(one, source, 32, context, want="spatial").spatial for one in (model, seen)]
+        found.append((each, store.written, store.read))
     assert [(written, read) for _, written, read in found] == [(2, 0), (0, 2)]
     (plain, both), (plain_again, both_again) = found[0][0], found[1][0]
     assert plain is not None and both is not None and both.shape[1] == 2 * plain.shape[1]

@@ -13,9 +13,8 @@ from PIL import Image
 
 from agglo.config import build
 from agglo.embedding import embed, look
-from agglo.evals._aspect import encode_summaries, shown
-from agglo.evals._features import encode, input_size, step_of
-from agglo.evals._layers import layered
+from agglo.evals._features import encode, layered, whole_view
+from agglo.evals.base import EvalContext, input_size, step_of
 from agglo.evals.fixed_pattern import FixedPattern
 from agglo.evals.knn import Knn
 from agglo.evals.latency import Latency
@@ -41,7 +40,7 @@ def model() -> Model:
 def test_sizes_are_whole_windows(model: Model) -> None:
     assert step_of(model) == 32
     assert input_size(model, 72) == (64, 64) and input_size(model, (40, 88)) == (32, 96)
-    assert shown(model, TALL, (72, 72)) == (192, 64)  # aspect kept: 180 x 72
+    assert whole_view(model, TALL, (72, 72)) == (192, 64)  # aspect kept: 180 x 72
     assert padded(TALL, 72, model).shape == (3, 64, 32)
     assert model(padded(TALL, 72, model)[None]).spatial.shape[-2:] == (8, 4)
 
@@ -63,15 +62,15 @@ def test_evals_run_at_sizes_that_windows_do_not_divide(model: Model, kind: Any, 
 
 def test_features_are_those_at_the_nearest_whole_windows(model: Model) -> None:
     source = Squares(2)
-    cropped = encode(model, source, 72, want="spatial").spatial
+    cropped = encode(model, source, 72, EvalContext(), want="spatial").spatial
     assert cropped is not None and cropped.shape[-2:] == (8, 8)
     with torch.inference_mode():
         expected = model(np.asarray(source.read(0).resize((64, 64), Image.Resampling.BICUBIC))).summary[0]
-    kept = encode_summaries(model, source, 72, aspect="keep").summary
+    kept = encode(model, source, 72, EvalContext(), want="summary", aspect="keep").summary
     assert kept is not None
     torch.testing.assert_close(kept[0], expected, rtol=1e-4, atol=1e-5)
     several, count = layered(model, 2)
-    maps = encode(several, source, 72, want="spatial").spatial
+    maps = encode(several, source, 72, EvalContext(), want="spatial").spatial
     assert count == 2 and maps is not None and maps.shape[1:] == (64, 8, 8)
 
 

@@ -22,14 +22,13 @@ from agglo.data.views import (
     PartitionLike,
     Quota,
     ViewPolicy,
-    centre_view,
     draw_positions,
     draw_resolution,
     draw_view,
     generator,
     image_at,
-    render,
 )
+from agglo.preprocess import fit
 from agglo.sources.base import FilteredImageError, PartialImage, ReadRequest, Source
 from agglo.types import ConfigError, ImageError, View
 
@@ -376,7 +375,7 @@ def evaluation_batches(
     skipped: dict[str, str] = {}
     for start in range(0, len(source), batch_size):
         indices: list[int] = []
-        pixels: list[np.ndarray] = []
+        pixels: list[Tensor] = []
         for index in range(start, min(start + batch_size, len(source))):
             try:
                 image = source.read(index)
@@ -384,13 +383,12 @@ def evaluation_batches(
                 skipped[error.name] = error.why
                 _log.warning("skipped %s: %s", error.name, error.why)
                 continue
-            view = centre_view((image.height, image.width), canvas, stretch=resize == "stretch")
             indices.append(index)
-            pixels.append(np.divide(render(image, view).numpy(), _WHITE))
+            pixels.append(fit(image, canvas, "stretch" if resize == "stretch" else "crop"))
         if indices:
             if ready is not None:
                 yield ready
-            ready = EvaluationBatch(indices, torch.from_numpy(np.stack(pixels)), skipped)
+            ready = EvaluationBatch(indices, torch.stack(pixels), skipped)
             skipped = {}
     if ready is None:
         example = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:1])

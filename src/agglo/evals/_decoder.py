@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from agglo.config import nearest
-from agglo.evals._features import FeatureError, check
+from agglo.evals._features import check
+from agglo.evals.base import FeatureError
 from agglo.types import ConfigError, Features
 
 

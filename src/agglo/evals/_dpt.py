@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agglo.evals._probe import Labelled, ProbeError, Standard
-from agglo.evals.base import Progress
+from agglo.evals._probe import Labelled, Standard
+from agglo.evals.base import EvalContext, ProbeError
 from agglo.types import ConfigError
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -98,7 +98,7 @@ class _Refine(nn.Module):
         return x + self.second(F.relu(self.first(F.relu(x))))
 
 
-def fit(
+def fit_dpt(
     split: Labelled,
     layers: int,
     out: int,
@@ -106,7 +106,7 @@ def fit(
     training: Training,
     what: str,
     device: torch.device,
-    progress: Progress | None = None,
+    context: EvalContext,
 ) -> tuple[Dpt, Standard]:
     """Train a head on the split's features, standardised per channel.
 
@@ -120,7 +120,7 @@ def fit(
         training: how.
         what: whose probe this is, for errors.
         device: where to train.
-        progress: told of each epoch.
+        context: receives progress.
 
     Raises:
         ProbeError: the loss is not finite, the trained head does worse than the untrained one on the images it began
@@ -152,8 +152,7 @@ def fit(
             optimiser.zero_grad()
             value.backward()
             optimiser.step()
-        if progress is not None:
-            progress(f"{what} probe, epoch {epoch + 1}/{training.epochs}")
+        context.report(f"{what} probe, epoch {epoch + 1}/{training.epochs}")
     if began is None:
         raise ProbeError(f"the training split has no valid {what}: nothing to fit a probe on")
     head.eval()

@@ -1,181 +1,180 @@
-"""What evals share: opening sources, encoding a set of images once, and refusing features that are not numbers."""
+"""Encoding image sets: views, batches, text embeddings, and checks that features are finite."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from agglo.config import build
-from agglo.evals._rows import FeatureError, Rows, rounded
-from agglo.evals.base import Backbone, Progress
-from agglo.model.model import Model
-from agglo.preprocess import nearest_size
+from agglo.evals._cache import Encoded, FeatureKey, source_key
+from agglo.evals.base import (
+    Backbone,
+    EvalContext,
+    FeatureError,
+    Inapplicable,
+    Progress,
+    device_of,
+    frozen,
+    input_size,
+    step_of,
+)
+from agglo.preprocess import aspect_size, fit
 from agglo.sources.base import Source
 from agglo.teachers.base import Teacher
-from agglo.types import AggloError, ConfigError, Features, ImageError
+from agglo.types import ConfigError, Features, FeatureSpec, ImageError
 
 BATCH = 32
 KEEP_BYTES = 512 * 2**20
-"""Spatial maps nobody asked for yet are kept for the next eval of a suite when they take no more than this."""
+"""Spatial maps that were not requested are kept for the next eval of a suite when they take no more than this."""
 
 
-class Inapplicable(AggloError, TypeError):
-    """This model lacks what the eval needs (a text tower, a summary, a spatial map). A suite leaves the eval out."""
+# --- encoding ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A set of images, encoded. All tensors are on the CPU; float32, the summary in whatever ``encode`` was asked for.
+def encode(
+    model: Backbone,
+    options: Mapping[str, Any] | Source,
+    size: int | Sequence[int],
+    context: EvalContext,
+    *,
+    want: Literal["summary", "spatial", "text"],
+    aspect: str = "crop",
+    share: bool = True,
+    precision: torch.dtype = torch.float32,
+) -> Encoded:
+    """Encode every image of a source once, in eval and inference mode; deterministic.
 
     Args:
-        names: the N images that could be read, in the source's order.
-        index: their indices in the source.
-        summary: ``(N, D)``; of a model without one (HOG, SAM) the mean-pooled spatial map stands in.
-        spatial: ``(N, D', h, w)``, or None (the model has none, or it was not asked for and is large).
-        skipped: names of the images that could not be read.
-        sizes: full ``(H, W)`` of each of the N images, before it was cropped.
+        model: encodes images.
+        options: the source.
+        size: side, or ``(H, W)``, in pixels; snapped to what the model can take.
+        context: caches the features and receives progress.
+        want: ``"summary"``, ``"spatial"``, or ``"text"`` (``encode_image``, unit norm, returned as the summary).
+        aspect: ``crop``: the centre of each image at the aspect of ``size``. ``keep``, for summaries: the whole image,
+            scaled to cover ``size``, each side to the nearest multiple of the model's step
+            (:func:`agglo.preprocess.aspect_size`). A teacher with one fixed canvas gets crops, and a warning.
+        share: keep the features for the other evals of a suite; False for images that no other eval uses.
+        precision: of the summaries. They are rounded batch by batch and never held twice; in another precision than
+            float32 no maps are kept.
+
+    Raises:
+        FeatureError: NaN or infinity, in ``precision`` too; names the image.
+        ImageError: no image of the source could be read.
     """
+    view = input_size(model, size)
+    canvas: int | None = getattr(model, "canvas", None)
+    whole = aspect == "keep" and canvas is None
+    if aspect == "keep" and canvas is not None:
+        warnings.warn(
+            f"aspect: keep had no effect: {type(model).__name__} takes {canvas}x{canvas} pixels only and encoded the "
+            "centre of each image, not the whole",
+            stacklevel=2,
+        )
+    if whole:
+        target = (size, size) if isinstance(size, int) else (size[0], size[1])
+        key_size = ("keep", *target)
+    else:
+        target = key_size = view
 
-    names: tuple[str, ...]
-    index: tuple[int, ...]
-    summary: Tensor | None
-    spatial: Tensor | None
-    skipped: tuple[str, ...] = ()
-    sizes: tuple[tuple[int, int], ...] = ()
+    def compute() -> Encoded:
+        return _encode(model, context.sources.open(options), target, want, context, whole, share, precision)
 
-
-@dataclass(slots=True)
-class _Shared:
-    """What the evals of one suite share. Holds the models too, so that an ``id`` in a key stays theirs."""
-
-    sources: dict[str, Source] = field(default_factory=dict)
-    encoded: dict[tuple[Any, ...], Encoded] = field(default_factory=dict)
-    models: dict[int, object] = field(default_factory=dict)
-    kept: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-
-
-_shared: ContextVar[_Shared | None] = ContextVar("agglo_evals_shared", default=None)
-
-
-@contextmanager
-def shared_features() -> Iterator[None]:
-    """Within this block each image set is encoded once a model and size, whatever number of evals asks for it."""
-    token = _shared.set(_Shared())
-    try:
-        yield
-    finally:
-        _shared.reset(token)
-
-
-def kept(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """What ``make`` returns; within a suite it is called once for each key."""
-    shared = _shared.get()
-    if shared is None:
-        return make()
-    if key not in shared.kept:
-        shared.kept[key] = make()
-    return shared.kept[key]
+    if not share:
+        return compute()
+    full = FeatureKey(source_key(options), key_size, _identity(model), want == "text", torch.float32)
+    key = full._replace(precision=precision)
+    for known in dict.fromkeys((key, full)):
+        found = context.features.get(known)
+        if found is None:
+            continue
+        if known != key and found.summary is not None:  # the same numbers, whichever eval came first
+            found = replace(found, summary=rounded(found.summary, precision, found.names), spatial=None)
+            context.features.put(key, found)
+        if want == "text" or getattr(found, want) is not None:
+            return found
+    found = compute()
+    context.features.put(key, found, model, options)
+    return found
 
 
-def open_source(options: Mapping[str, Any] | Source) -> Source:
-    """Build the source a recipe names, or pass one through; one object per recipe within a suite."""
-    if isinstance(options, Source):
-        return options
-    shared, key = _shared.get(), _source_key(options)
-    if shared is not None and key in shared.sources:
-        return shared.sources[key]
-    source = build("sources", dict(options))
-    if not isinstance(source, Source):
-        raise ConfigError(f"{dict(options)} is no source of images")
-    if shared is not None:
-        shared.sources[key] = source
-    return source
+def _encode(
+    model: Backbone,
+    source: Source,
+    target: tuple[int, int],
+    want: str,
+    context: EvalContext,
+    whole: bool,
+    share: bool,
+    precision: torch.dtype,
+) -> Encoded:
+    """Encode without the cache. Maps that were not requested are kept if others may use them and they are small."""
+    forward = _text_features(model) if want == "text" else model
+    device = device_of(model)
+    spare = share and not whole and precision == torch.float32
+    names: list[str] = []
+    index: list[int] = []
+    skipped: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    summaries, maps = Rows(len(source)), Rows(len(source))
+    with frozen(model):
+        for where, batch_names, images in read_batches(source, skipped, context.report):
+            views = [whole_view(model, image, target) if whole else target for image in images]
+            found: dict[int, Tensor] = {}
+            for view in dict.fromkeys(views):  # images of one shape are one batch
+                at = [i for i, own in enumerate(views) if own == view]
+                out = forward(
+                    torch.stack([fit(images[i], view, "stretch" if whole else "crop") for i in at]).to(device)
+                )
+                own_names = [batch_names[i] for i in at]
+                summary = check(out.summary, "summary", own_names, 2)
+                spatial = check(out.spatial, "spatial", own_names, 4) if summary is None or not whole else None
+                if summary is None and spatial is not None:
+                    summary = spatial.mean((2, 3))
+                if summary is not None:
+                    found |= dict(zip(at, rounded(summary, precision, own_names), strict=True))
+                small = spatial is not None and spatial[0].numel() * 4 * len(source) <= KEEP_BYTES
+                if spatial is not None and not whole and (want == "spatial" or (spare and small)):
+                    maps.add(spatial)
+            if found:
+                summaries.add(torch.stack([found[i] for i in range(len(images))]))
+            names += batch_names
+            index += where
+            sizes += [(image.height, image.width) for image in images]
+    if not names:
+        why = f"no image of this {type(source).__name__} could be read; {len(skipped)} of {len(source)} skipped"
+        raise ImageError(skipped[0] if skipped else "empty source", why)
+    return Encoded(tuple(names), tuple(index), summaries.all(), maps.all(), tuple(skipped), tuple(sizes))
 
 
-def input_size(model: Backbone, size: int | Sequence[int]) -> tuple[int, int]:
-    """``(H, W)`` at which to show a model a view of ``size``: what a teacher asks for, else the nearest legal one."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ConfigError(f"size is one number of pixels or a pair (height, width), at least 1; got {size}")
+def check_aspect(kind: str, aspect: str) -> str:
+    """The value of an eval's ``aspect``.
+
+    Raises:
+        ConfigError: neither ``crop`` nor ``keep``.
+    """
+    if aspect not in ("crop", "keep"):
+        raise ConfigError(f"evals.{kind}: aspect must be crop or keep, not {aspect!r}")
+    return aspect
+
+
+def whole_view(model: Backbone, image: Image.Image, target: tuple[int, int]) -> tuple[int, int]:
+    """``(H, W)`` of the model's input for a whole image that is scaled to cover ``target``."""
+    full = image.height, image.width
     if isinstance(model, Teacher):
-        return model.input_size((pair[0], pair[1]), model.spec.stride)
-    return nearest_size((pair[0], pair[1]), step_of(model))
-
-
-def step_of(model: Backbone) -> int:
-    """Sides that a model is shown are multiples of this many pixels: of a patch, or of a whole window of patches."""
-    return model.step() if isinstance(model, Model) else max(1, model.spec.step)
-
-
-def crop_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The largest centred box ``xyxy`` of an image that has the aspect of ``size`` ``(H, W)``, in whole pixels."""
-    w = min(width, max(1, round(height * size[1] / size[0])))
-    h = min(height, max(1, round(width * size[0] / size[1])))
-    x, y = (width - w) // 2, (height - h) // 2
-    return x, y, x + w, y + h
-
-
-def view_of(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Centre crop to the aspect of ``size`` ``(H, W)``, then bicubic with antialiasing.
-
-    The same pixels as "shortest side to r, then centre crop" (METHOD 7), but the crop comes first, so that masks can
-    be cropped alike and never have to be resampled.
-    """
-    box = crop_box(image.width, image.height, size)
-    if (box[3] - box[1], box[2] - box[0]) == size:
-        return image.crop(box)
-    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
-
-
-def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """:func:`view_of` an image as ``(3, H, W)`` in [0, 1]."""
-    return torch.from_numpy(np.array(view_of(image, size))).permute(2, 0, 1).float().div_(255)
-
-
-def crop_truth(truth: Any, size: tuple[int, int]) -> Tensor:
-    """A mask or depth map ``(H, W)`` cropped as :func:`to_tensor` crops its image; full resolution is kept."""
-    array = np.asarray(truth)
-    x0, y0, x1, y1 = crop_box(array.shape[1], array.shape[0], size)
-    return torch.from_numpy(np.ascontiguousarray(array[y0:y1, x0:x1]))
-
-
-@contextmanager
-def frozen(*models: object) -> Iterator[None]:
-    """Inference mode with every module in eval mode; each module's own mode is restored afterwards."""
-    modes = [(m, m.training) for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def device_of(model: object) -> torch.device:
-    """Where the model's parameters live, or its buffers; the CPU if it has neither."""
-    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else iter(())
-    first = next(tensors, None)
-    return torch.device("cpu") if first is None else first.device
+        return model.input_size(aspect_size(full, target, 1), model.spec.stride)
+    return aspect_size(full, target, step_of(model))
 
 
 def read_batches(
-    source: Source, skipped: list[str], progress: Progress | None = None
+    source: Source, skipped: list[str], progress: Progress
 ) -> Iterator[tuple[list[int], list[str], list[Image.Image]]]:
-    """Batches of readable images in order. Unreadable ones are added to ``skipped`` and never stop the loop."""
+    """Batches of readable images in order: indices, names, images. Unreadable ones are added to ``skipped``."""
     index: list[int] = []
     images: list[Image.Image] = []
     for i in range(len(source)):
@@ -186,8 +185,7 @@ def read_batches(
             skipped.append(error.name)
             warnings.warn(f"skipped an image: {error}", stacklevel=2)
         if images and (len(images) == BATCH or i == len(source) - 1):
-            if progress is not None:
-                progress(f"encoding {i + 1}/{len(source)}")
+            progress(f"encoding {i + 1}/{len(source)}")
             yield index, [source.name(j) for j in index], images
             index, images = [], []
     if images:  # the last image of the source was unreadable
@@ -203,147 +201,101 @@ def check(tensor: Tensor | None, what: str, names: Sequence[str], rank: int) -> 
     if tensor is None:
         return None
     if tensor.ndim != rank or tensor.shape[0] != len(names):
-        raise FeatureError(f"{what} of {len(names)} images has shape {tuple(tensor.shape)}; {rank} axes were promised")
+        raise FeatureError(f"{what} of {len(names)} images has shape {tuple(tensor.shape)}; expected {rank} axes")
     tensor = tensor.detach().to("cpu", torch.float32)
     bad = ~torch.isfinite(tensor.flatten(1)).all(1)
     if bool(bad.any()):
         first = int(bad.int().argmax())
         kind = "NaN" if bool(tensor[first].isnan().any()) else "infinity"
-        raise FeatureError(f"the {what} features of {names[first]} hold {kind}: the model cannot be measured")
+        raise FeatureError(f"the {what} features of {names[first]} contain {kind}: the model cannot be measured")
     return tensor
 
 
-def encode(
-    model: Backbone,
-    options: Mapping[str, Any] | Source,
-    size: int | Sequence[int],
-    *,
-    want: str,
-    progress: Progress | None = None,
-    share: bool = True,
-    precision: torch.dtype = torch.float32,
-) -> Encoded:
-    """Encode every image of a source once, in eval and inference mode; deterministic.
-
-    Args:
-        model: encodes images; its step (:func:`step_of`) snaps ``size`` to a legal one.
-        options: the source.
-        size: side, or ``(H, W)``, in pixels.
-        want: ``"summary"``, ``"spatial"``, or ``"text"`` (``encode_image``, unit norm, returned as the summary).
-        progress: told of each batch.
-        share: keep the features for the other evals of a suite; False for images that no other eval will ask for.
-        precision: in which summaries are kept. They are rounded as batches come in and never held twice; what is kept
-            in another precision than float32 has no maps.
+def check_map(model: Backbone, tensor: Tensor | None, names: Sequence[str]) -> Tensor:
+    """:func:`check` of spatial features that the model's spec promises.
 
     Raises:
-        FeatureError: NaN or infinity, in ``precision`` too; the image is named.
-        ImageError: no image of the source could be read.
+        FeatureError: also where there are none.
     """
-    grid = input_size(model, size)
-
-    def make() -> Encoded:
-        return _encode(model, open_source(options), grid, want, progress, spare=share, precision=precision)
-
-    return encoded_once(model, options, grid, want, precision, make) if share else make()
-
-
-def encoded_once(
-    model: Backbone,
-    options: Mapping[str, Any] | Source,
-    size: tuple[Any, ...],
-    want: str,
-    precision: torch.dtype,
-    make: Callable[[], Encoded],
-) -> Encoded:
-    """What ``make`` returns; within a suite once for each image set, model, size and precision."""
-    shared = _shared.get()
-    if shared is None:
-        return make()
-    full = (_source_key(options), size, id(model), want == "text", torch.float32)
-    key = (*full[:-1], precision)
-    for there in dict.fromkeys((key, full)):
-        if there not in shared.encoded:
-            continue
-        known = shared.encoded[there]
-        if there != key and known.summary is not None:  # the same numbers, whichever eval came first
-            summary = rounded(known.summary, precision, known.names)
-            known = shared.encoded[key] = replace(known, summary=summary, spatial=None)
-        if want == "text" or getattr(known, want) is not None:
-            return known
-    encoded = make()
-    shared.models[id(model)] = model
-    shared.models[id(options)] = options
-    shared.encoded[key] = encoded
-    return encoded
-
-
-def nothing_read(source: Source, skipped: Sequence[str]) -> ImageError:
-    """The error of a source none of whose images could be read."""
-    why = f"no image of this {type(source).__name__} could be read; {len(skipped)} of {len(source)} skipped"
-    return ImageError(skipped[0] if skipped else "empty source", why)
-
-
-def _encode(
-    model: Backbone,
-    source: Source,
-    size: tuple[int, int],
-    want: str,
-    progress: Progress | None,
-    *,
-    spare: bool,
-    precision: torch.dtype,
-) -> Encoded:
-    """Encode; maps that nobody asked for are kept where they are ``spare`` and small."""
-    forward = _text_features(model) if want == "text" else model
-    device = device_of(model)
-    keep = want == "spatial"
-    spare = spare and precision == torch.float32
-    names: list[str] = []
-    index: list[int] = []
-    skipped: list[str] = []
-    summaries, maps = Rows(len(source)), Rows(len(source))
-    sizes: list[tuple[int, int]] = []
-    with frozen(model):
-        for where, batch_names, images in read_batches(source, skipped, progress):
-            out = forward(torch.stack([to_tensor(image, size) for image in images]).to(device))
-            summary = check(out.summary, "summary", batch_names, 2)
-            spatial = check(out.spatial, "spatial", batch_names, 4)
-            names += batch_names
-            index += where
-            sizes += [(image.height, image.width) for image in images]
-            if summary is None and spatial is not None:
-                summary = spatial.mean((2, 3))
-            if summary is not None:
-                summaries.add(rounded(summary, precision, batch_names))
-            if spatial is not None and (keep or (spare and spatial[0].numel() * 4 * len(source) <= KEEP_BYTES)):
-                maps.add(spatial)
-    if not names:
-        raise nothing_read(source, skipped)
-    return Encoded(
-        tuple(names),
-        tuple(index),
-        summaries.all(),
-        maps.all(),
-        tuple(skipped),
-        tuple(sizes),
-    )
+    found = check(tensor, "spatial", names, 4)
+    if found is None:
+        raise FeatureError(f"{type(model).__name__} has spatial features in its spec but returned none")
+    return found
 
 
 def need_spatial(model: Backbone, eval_name: str) -> None:
     """Raise unless the model has spatial features."""
     if model.spec.spatial is None:
-        raise Inapplicable(f"{eval_name} probes spatial features and {_called(model)} has none: try knn or zero_shot")
+        raise Inapplicable(f"{eval_name} needs spatial features and {_called(model)} has none: try knn or zero_shot")
+
+
+def summary_of(model: Backbone, found: Encoded) -> Tensor:
+    """``(N, D)`` summaries of an image set.
+
+    Raises:
+        FeatureError: the model returned neither summary nor map.
+    """
+    if found.summary is None:
+        raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
+    return found.summary
+
+
+class Rows:
+    """Rows appended batch by batch into memory allocated once; a list would be held twice when concatenated.
+
+    All rows have one layout, the one read back from disk: layouts differ in the last bits of sums over them.
+
+    Args:
+        most: maximum number of rows; memory beyond those added is never touched.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._filled = 0
+        self._memory: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Append rows."""
+        if self._memory is None:
+            self._memory = torch.empty(self.most, *rows.shape[1:], dtype=rows.dtype)
+        self._memory[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+
+    def all(self) -> Tensor | None:
+        """All rows so far; None before the first."""
+        return None if self._memory is None else self._memory[: self._filled]
+
+
+def rounded(summary: Tensor, precision: torch.dtype, names: Sequence[str]) -> Tensor:
+    """Finite float32 features ``(N, D)`` in another precision.
+
+    Raises:
+        FeatureError: a value out of range; names the first image concerned.
+    """
+    if precision == summary.dtype:
+        return summary
+    found = summary.to(precision)
+    bad = ~torch.isfinite(found).all(1)
+    if bool(bad.any()):
+        raise FeatureError(
+            f"the summary features of {names[int(bad.int().argmax())]} exceed {torch.finfo(precision).max:g}, the "
+            "maximum of half precision: measure with `precision: float32`"
+        )
+    return found
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def encode_texts(model: object, texts: Sequence[str], eval_name: str) -> Tensor:
     """Unit-norm float32 ``(N, D)`` embeddings of texts, on the CPU.
 
     Raises:
-        Inapplicable: the model has no text tower; says which models have one.
+        Inapplicable: the model has no text tower.
         FeatureError: an embedding is not finite.
     """
     tower: Callable[[list[str]], Tensor] | None = getattr(model, "encode_text", None)
-    hint = "give it a text-aligned teacher (conse, open_clip, ...) at training, or measure it with knn"
+    hint = "train it with a text-aligned teacher (conse, open_clip, ...), or measure it with knn"
     if tower is None:
         raise Inapplicable(f"{eval_name} compares images with text and {_called(model)} has no encode_text: {hint}")
     try:
@@ -358,7 +310,7 @@ def encode_texts(model: object, texts: Sequence[str], eval_name: str) -> Tensor:
 
 
 def _text_features(model: Backbone) -> Callable[[Tensor], Features]:
-    """Images to unit-norm features that live in the text space: ``encode_image``, else a text-aligned summary."""
+    """Images to unit-norm features in the text tower's space: ``encode_image``, else a text-aligned summary."""
     encode_image: Callable[[Tensor], Tensor] | None = getattr(model, "encode_image", None)
 
     def forward(images: Tensor) -> Features:
@@ -374,5 +326,39 @@ def _called(model: object) -> str:
     return f"this {type(model).__name__}"
 
 
-def _source_key(options: Mapping[str, Any] | Source) -> str:
-    return f"object {id(options)}" if isinstance(options, Source) else json.dumps(dict(options), sort_keys=True)
+# --- intermediate blocks ----------------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Spatial maps of several blocks of a model, the final norm applied, concatenated along the channels.
+
+    Args:
+        model: has ``intermediates`` and a student of ``depth`` blocks.
+        count: number n of the L blocks: ``L/n - 1, 2L/n - 1, ..., L - 1`` (Probe3d, arXiv:2404.08636, reads 4).
+    """
+
+    def __init__(self, model: Any, count: int) -> None:
+        super().__init__()
+        self.model = model
+        depth = int(model.student.depth)
+        self.blocks = sorted({max(0, (i + 1) * depth // count - 1) for i in range(count)})
+        spec: FeatureSpec = model.spec
+        self.spec = FeatureSpec(None, len(self.blocks) * (spec.spatial or 0), spec.stride, step_of(model))
+
+    def forward(self, images: Tensor) -> Features:
+        """``(B, 3, H, W)`` to a map ``(B, n * D, h, w)`` and no summary."""
+        maps = [found.spatial for found in self.model.intermediates(images, self.blocks, norm=True)]
+        return Features(None, torch.cat([each for each in maps if each is not None], 1))
+
+
+def layered(model: Backbone, count: int) -> tuple[Backbone, int]:
+    """The model read at ``count`` of its blocks, and their number: 1 for a model without accessible blocks."""
+    depth = getattr(getattr(model, "student", None), "depth", 0)
+    if count == 1 or not depth or not hasattr(model, "intermediates"):
+        return model, 1
+    layers = Layers(model, count)
+    return layers, len(layers.blocks)
+
+
+def _identity(model: Backbone) -> tuple[int, tuple[int, ...]]:
+    return (id(model.model), tuple(model.blocks)) if isinstance(model, Layers) else (id(model), ())

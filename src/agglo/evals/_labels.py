@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from agglo.evals._classes import warn_of_empty
 from agglo.sources.base import Source
 from agglo.types import ConfigError
 
@@ -59,3 +58,20 @@ def number_classes(train: Sequence[str], test: Sequence[str]) -> tuple[list[str]
             stacklevel=2,
         )
     return names, torch.tensor([number[name] for name in train]), torch.tensor([number.get(n, -1) for n in test])
+
+
+_SHOWN = 3
+
+
+def warn_of_empty(source: Source) -> None:
+    """Warn of class folders without images: no prediction can be one of their classes."""
+    folders: Callable[[], list[str]] | None = getattr(source, "empty_folders", None)
+    empty = folders() if folders is not None else []
+    if empty:
+        shown = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
+        where = getattr(source, "root", type(source).__name__)
+        warnings.warn(
+            f"{len(empty)} class folder{'s' if len(empty) > 1 else ''} of {where} without an image ({shown}): left out "
+            "of the classes; add images, or remove the folders",
+            stacklevel=3,
+        )

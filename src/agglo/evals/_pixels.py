@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._probe import Labelled, ProbeError, Standard, predictions, truth_of
+from agglo.evals._probe import Labelled, Standard, predictions, truth_of
 from agglo.evals._windows import Windows
-from agglo.evals.base import Progress
+from agglo.evals.base import EvalContext, ProbeError
 from agglo.types import ConfigError
 
 IGNORE = 255
@@ -112,7 +112,7 @@ class Split:
 
 
 def fit_pixels(
-    split: Split, classes: int, training: PixelTraining, device: torch.device, progress: Progress | None = None
+    split: Split, classes: int, training: PixelTraining, device: torch.device, context: EvalContext
 ) -> Probe:
     """Train a batch norm and a 1x1 convolution on the cross-entropy of every pixel that has a class.
 
@@ -147,8 +147,8 @@ def fit_pixels(
         value.backward()
         optimiser.step()
         shown, masks = x, [truth[i] for i in chosen]
-        if progress is not None and step % 100 == 99:
-            progress(f"segmentation probe, step {step + 1}/{training.steps}")
+        if step % 100 == 99:
+            context.report(f"segmentation probe, step {step + 1}/{training.steps}")
     if shown is None:
         raise ProbeError("the training split has no labelled pixel: nothing to fit a probe on")
     with torch.no_grad():  # on the last batch that had labels, after its step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import FeatureError, crop_truth, encode, input_size, open_source
-from agglo.evals.base import Backbone, Progress
+from agglo.evals._features import encode
+from agglo.evals.base import Backbone, EvalContext, FeatureError, ProbeError, input_size
+from agglo.preprocess import crop_map
 from agglo.sources.base import Source
-from agglo.types import AggloError, ConfigError
+from agglo.types import ConfigError
 
 PIXELS = 2**22
 """Predictions at full resolution are made for about this many numbers at a time."""
-
-
-class ProbeError(AggloError, RuntimeError):
-    """A probe diverged or had nothing to learn from: no number is reported for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ def load(
     options: Mapping[str, Any] | Source,
     size: int | tuple[int, int],
     field: str,
-    progress: Progress | None,
+    context: EvalContext,
 ) -> Labelled:
     """Encode a source and read ``annotation(index).<field>`` of each of its images.
 
@@ -51,11 +49,11 @@ def load(
         ConfigError: the source has no such annotation, or one of another size than its image.
         FeatureError: the model's spatial map is missing or not finite.
     """
-    source = open_source(options)
+    source = context.sources.open(options)
     annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
     if annotation is None:
         raise ConfigError(f"{type(source).__name__} has no annotation(): probe a source such as {{kind: scenes}}")
-    encoded = encode(model, options, size, want="spatial", progress=progress)
+    encoded = encode(model, options, size, context, want="spatial")
     if encoded.spatial is None:
         raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
     view = input_size(model, size)
@@ -87,7 +85,7 @@ def truth_of(source: Source, index: int, field: str, full: tuple[int, int], view
             "they must lie pixel on pixel; resize the map (nearest neighbour) or look for the original image"
         )
     planes = found if found.ndim == 3 else found[None]
-    cropped = torch.stack([crop_truth(plane, view) for plane in planes])
+    cropped = torch.stack([crop_map(plane, view) for plane in planes])
     return cropped if found.ndim == 3 else cropped[0]
 
 
@@ -190,6 +188,62 @@ def fit_ridge(
             raise ProbeError(f"the {what} probe diverged: it is not finite at ridge {ridge:g}")
         probes.append((weight.float(), bias.float()))
     return probes
+
+
+def fit_logistic(
+    x: Tensor,
+    y: Tensor,
+    decay: float,
+    steps: int,
+    start: tuple[Tensor, Tensor] | None = None,
+    what: str = "segmentation",
+) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression with soft labels.
+
+    Args:
+        x: ``(n, D)`` standardised features.
+        y: ``(n, K)`` non-negative; a row's sum is its weight.
+        decay: L2 penalty on the weights.
+        steps: L-BFGS iterations at most.
+        start: weight and bias to start from; zeros otherwise.
+        what: whose probe this is, for errors.
+
+    Returns:
+        weight ``(K, D)`` and bias ``(K,)``.
+
+    Raises:
+        ProbeError: nothing is labelled, or the loss is not finite or above that of a probe that knows nothing.
+    """
+    total = float(y.sum())
+    if total <= 0:
+        unit = "pixel" if what == "segmentation" else "image"
+        raise ProbeError(f"the training split has no labelled {unit}: nothing to fit a probe on")
+    zeros = x.new_zeros(y.shape[1], x.shape[1]), x.new_zeros(y.shape[1])
+    weight, bias = (tensor.clone() for tensor in start or zeros)
+    weight.requires_grad_(True)
+    bias.requires_grad_(True)
+    optimiser = torch.optim.LBFGS(
+        [weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe", tolerance_grad=1e-5
+    )
+
+    def loss() -> Tensor:
+        ce = -(y * F.log_softmax(x @ weight.T + bias, 1)).sum() / total
+        return ce + 0.5 * decay * weight.square().sum()
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    with torch.no_grad():
+        final = float(loss())
+    ignorant = math.log(y.shape[1])  # the loss of zeros
+    if not math.isfinite(final) or final > ignorant * (1 + 1e-6):
+        raise ProbeError(f"the {what} probe diverged: loss {final:.4g}, where guessing has {ignorant:.4g}")
+    return weight.detach(), bias.detach()
 
 
 def rank_of(scores: Tensor, truth: Tensor) -> Tensor:

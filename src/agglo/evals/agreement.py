@@ -10,19 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agglo.config import nearest
-from agglo.evals._features import (
-    FeatureError,
-    Inapplicable,
-    check,
-    device_of,
-    frozen,
-    input_size,
-    open_source,
-    read_batches,
-    to_tensor,
-)
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals._features import check, read_batches
+from agglo.evals.base import Backbone, Eval, EvalContext, FeatureError, Inapplicable, device_of, frozen, input_size
 from agglo.nn.geometry import align
+from agglo.preprocess import fit
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features
 
@@ -66,7 +57,7 @@ class Agreement(Eval):
         self.size = size
         self.sources = sources
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         """Measure ``model``, whose outputs must have ``heads``; deterministic.
 
         Raises:
@@ -82,15 +73,15 @@ class Agreement(Eval):
         pairs = {name: _Pairs(name) for name in self.teachers}
         with frozen(model, *self.teachers.values()):
             for options in self.sources:
-                self._collect(model, options, pairs, progress)
+                self._collect(model, options, pairs, context)
         return {metric: value for pair in pairs.values() for metric, value in pair.metrics().items()}
 
     def _collect(
-        self, model: Backbone, options: Mapping[str, Any], pairs: Mapping[str, _Pairs], progress: Progress | None
+        self, model: Backbone, options: Mapping[str, Any], pairs: Mapping[str, _Pairs], context: EvalContext
     ) -> None:
         view = input_size(model, self.size)
-        for _, names, images in read_batches(open_source(options), [], progress):
-            batch = torch.stack([to_tensor(image, view) for image in images])
+        for _, names, images in read_batches(context.sources.open(options), [], context.report):
+            batch = torch.stack([fit(image, view) for image in images])
             heads: Mapping[str, Features] | None = getattr(model(batch.to(device_of(model))), "heads", None)
             if not heads:
                 raise Inapplicable(f"agreement compares heads with teachers: this {type(model).__name__} has no heads")
@@ -98,7 +89,7 @@ class Agreement(Eval):
                 if name not in heads:
                     raise ConfigError(f"the model has no head for teacher {name!r}{nearest(name, heads)}")
                 size = teacher.input_size(view, model.spec.stride)
-                shown = batch if size == view else torch.stack([to_tensor(image, size) for image in images])
+                shown = batch if size == view else torch.stack([fit(image, size) for image in images])
                 pairs[name].add(heads[name], teacher(shown.to(device_of(teacher))), names)
 
 

@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import FeatureError, crop_box, encode, input_size, need_spatial, open_source
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals._features import encode, need_spatial
+from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, FeatureError, ProbeError, Records, input_size
+from agglo.preprocess import crop_box
 from agglo.sources.base import Source
 from agglo.types import ConfigError
-
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 REFERENCE = 512
 """Thresholds in pixels are those of an image whose longer side has so many."""
@@ -92,13 +89,13 @@ class Correspondence(Eval):
         self.pck = tuple(pck)
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         need_spatial(model, "correspondence")
-        source = open_source(self.source)
+        source = context.sources.open(self.source)
         pairs: Callable[[], Sequence[Any]] | None = getattr(source, "pairs", None)
         if pairs is None:
             raise ConfigError(f"{type(source).__name__} has no pairs of images: use a source such as {{kind: scenes}}")
-        encoded = encode(model, self.source, self.size, want="spatial", progress=progress)
+        encoded = encode(model, self.source, self.size, context, want="spatial")
         if encoded.spatial is None:
             raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
         maps = {i: encoded.spatial[row] for row, i in enumerate(encoded.index)}
@@ -106,7 +103,7 @@ class Correspondence(Eval):
             i: Frame.of(full, input_size(model, self.size), self.grid)
             for i, full in zip(encoded.index, encoded.sizes, strict=True)
         }
-        geometric, points = _Geometric(self), _KeyPoints(self)
+        geometric, points = _Geometric(self, context.records), _KeyPoints(self, context.records)
         for pair in pairs():
             if pair.first not in maps or pair.second not in maps:
                 continue  # an image of it could not be read, and was named
@@ -137,7 +134,7 @@ class Frame(NamedTuple):
     @classmethod
     def of(cls, full: tuple[int, int], view: tuple[int, int], scale: float) -> Frame:
         """Of an image of ``full`` pixels that a model sees as ``view``."""
-        box = crop_box(full[1], full[0], view)
+        box = crop_box(full, view)
         # A photograph of twelve megapixels would have a grid of 750 000 points; Probe3d's views are 512 pixels.
         scale *= min(1.0, REFERENCE / max(box[2] - box[0], box[3] - box[1]))
         grid = max(1, round((box[3] - box[1]) * scale)), max(1, round((box[2] - box[0]) * scale))
@@ -207,8 +204,9 @@ def ratio_matches(a: Tensor, b: Tensor, most: int) -> tuple[Tensor, Tensor]:
 class _Geometric:
     """Distances between matched and true points, pair by pair."""
 
-    def __init__(self, protocol: Correspondence) -> None:
+    def __init__(self, protocol: Correspondence, records: Records) -> None:
         self.protocol = protocol
+        self.records = records
         self.names: list[str] = []
         self.world: list[Tensor] = []
         self.image: list[Tensor] = []
@@ -248,7 +246,7 @@ class _Geometric:
             recall = torch.stack([torch.stack([(e < t).double().mean() for t in thresholds]) for e in errors])
             found |= {f"{key}@{label(t)}": float(v) for t, v in zip(thresholds, recall.mean(0), strict=True)}
             found[key] = float(recall.mean())
-            record_images(key, self.names, recall.mean(1))
+            self.records.add_images(key, self.names, recall.mean(1))
         angle = torch.tensor(self.angle)
         two = torch.stack([(e < 0.02).double().mean() for e in self.world])
         borders = self.protocol.angles
@@ -262,8 +260,9 @@ class _Geometric:
 class _KeyPoints:
     """Which key points were found, pair by pair."""
 
-    def __init__(self, protocol: Correspondence) -> None:
+    def __init__(self, protocol: Correspondence, records: Records) -> None:
         self.protocol = protocol
+        self.records = records
         self.names: list[str] = []
         self.right: list[Tensor] = []
         self.category: list[str] = []
@@ -294,7 +293,7 @@ class _KeyPoints:
         for category, one in zip(self.category, self.right, strict=True):
             groups.setdefault(category, []).append(one)
         classes = torch.stack([torch.cat(members, 1).mean(1) for members in groups.values()])
-        record_images("pck", self.names, every[:, 0])
+        self.records.add_images("pck", self.names, every[:, 0])
         return {
             **{f"pck@{t:.2f}": float(v) for t, v in zip(self.protocol.pck, classes.mean(0), strict=True)},
             **{f"pck_image@{t:.2f}": float(v) for t, v in zip(self.protocol.pck, every.mean(0), strict=True)},

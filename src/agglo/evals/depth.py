@@ -9,20 +9,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agglo.evals._dpt import Training, check_probe, fit, predict
-from agglo.evals._features import device_of, need_spatial
-from agglo.evals._layers import layered
-from agglo.evals._probe import Labelled, ProbeError, Standard, fit_ridge, load, predictions, rows
-from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals._dpt import Training, check_probe, fit_dpt, predict
+from agglo.evals._features import layered, need_spatial
+from agglo.evals._probe import Labelled, Standard, fit_ridge, load, predictions, rows
+from agglo.evals.base import (
+    SCENES_TEST,
+    SCENES_TRAIN,
+    SCENES_VAL,
+    Backbone,
+    Eval,
+    EvalContext,
+    ProbeError,
+    Records,
+    device_of,
+)
 from agglo.nn.geometry import resample
 from agglo.types import ConfigError
 
 BINS = 256
-
-SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
-SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 
 class Depth(Eval):
@@ -93,37 +97,36 @@ class Depth(Eval):
         self.val = val
         self.test = test
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         need_spatial(model, "depth")
         if self.probe == "dpt":
-            return self._dpt(model, progress)
+            return self._dpt(model, context)
         train, val, test = (
-            load(model, options, self.size, "depth", progress) for options in (self.train, self.val, self.test)
+            load(model, options, self.size, "depth", context) for options in (self.train, self.val, self.test)
         )
         standard = Standard.of(train.features)
         targets = [cell_log_depth(depth, train.features.shape[-2:]) for depth in train.truth]
         y, w = (torch.cat(parts) for parts in zip(*targets, strict=True))
         limits = depth_limits(train.truth)
-        if progress is not None:
-            progress("depth probe")
+        context.report("depth probe")
         probes = fit_ridge(rows(standard(train.features)), y, w, self.ridge)
         scores = [
             measure(_linear(val, standard, probe, limits))["rmse"] if len(probes) > 1 else 0.0 for probe in probes
         ]
-        return measure(_linear(test, standard, probes[scores.index(min(scores))], limits), test.names)
+        return measure(_linear(test, standard, probes[scores.index(min(scores))], limits), test.names, context.records)
 
-    def _dpt(self, model: Backbone, progress: Progress | None) -> dict[str, float]:
+    def _dpt(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         seen, layers = layered(model, self.layers)
-        train, test = (load(seen, options, self.size, "depth", progress) for options in (self.train, self.test))
+        train, test = (load(seen, options, self.size, "depth", context) for options in (self.train, self.test))
         low, high = depth_limits(train.truth)
         bins = torch.linspace(low, high, BINS)
 
         def loss(found: Tensor, depth: Tensor) -> Tensor | None:
             return depth_loss(from_bins(found, bins.to(found.device)), depth)
 
-        head, standard = fit(train, layers, BINS, loss, self.training, "depth", device_of(model), progress)
+        head, standard = fit_dpt(train, layers, BINS, loss, self.training, "depth", device_of(model), context)
         found = predict(head, standard, test, self.training.batch)
-        return measure(((from_bins(logits, bins), depth) for logits, depth in found), test.names)
+        return measure(((from_bins(logits, bins), depth) for logits, depth in found), test.names, context.records)
 
 
 def _linear(
@@ -166,12 +169,15 @@ def metrics(found: Tensor, depth: Tensor) -> tuple[Tensor, int]:
     return sums, int(valid.sum())
 
 
-def measure(pairs: Iterable[tuple[Tensor, Tensor]], names: Sequence[str] = ()) -> dict[str, float]:
+def measure(
+    pairs: Iterable[tuple[Tensor, Tensor]], names: Sequence[str] = (), records: Records | None = None
+) -> dict[str, float]:
     """All metrics of predicted and true depth maps ``(H, W)``, metres.
 
     Args:
         pairs: prediction and truth of each image.
-        names: of the images, to record their own ``delta1``; none: nothing is recorded.
+        names: of the images.
+        records: receives the ``delta1`` of each image.
 
     Raises:
         ProbeError: there is no valid pixel, or a prediction is not finite.
@@ -188,9 +194,9 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]], names: Sequence[str] = ()) -
             aligned += _sums(scaled(found, depth), depth)[0]
     if not count:
         raise ProbeError("no valid depth to measure on")
-    if names:
+    if records is not None:
         seen = [i for i, value in enumerate(own) if not math.isnan(value)]
-        record_images("delta1", [names[i] for i in seen], [own[i] for i in seen])
+        records.add_images("delta1", [names[i] for i in seen], [own[i] for i in seen])
     deltas = (plain[:3] / count).tolist()
     return {
         **{f"delta{k}": value for k, value in enumerate(deltas, 1)},

@@ -10,22 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._features import (
+from agglo.evals._features import check, need_spatial, read_batches
+from agglo.evals.base import (
+    SCENES_TEST,
+    Backbone,
+    Eval,
+    EvalContext,
     FeatureError,
-    check,
+    ProbeError,
     device_of,
     frozen,
     input_size,
-    need_spatial,
-    open_source,
-    read_batches,
-    to_tensor,
 )
-from agglo.evals._probe import ProbeError
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.preprocess import fit
 from agglo.types import ConfigError
-
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 
 class FixedPattern(Eval):
@@ -67,12 +65,12 @@ class FixedPattern(Eval):
         self.seed = seed
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         need_spatial(model, "fixed_pattern")
         view = input_size(model, self.size)
         energy: Locked | None = None
         with frozen(model):
-            for index, names, images in read_batches(open_source(self.source), [], progress):
+            for index, names, images in read_batches(context.sources.open(self.source), [], context.report):
                 for roll in range(self.rolls):
                     batch = torch.stack(
                         [self._rolled(image, view, i, roll) for image, i in zip(images, index, strict=True)]
@@ -91,7 +89,7 @@ class FixedPattern(Eval):
 
     def _rolled(self, image: Image.Image, view: tuple[int, int], index: int, roll: int) -> Tensor:
         draw = np.random.default_rng([self.seed, index, roll])
-        return to_tensor(image, view).roll((int(draw.integers(view[0])), int(draw.integers(view[1]))), (1, 2))
+        return fit(image, view).roll((int(draw.integers(view[0])), int(draw.integers(view[1]))), (1, 2))
 
 
 class Locked:

@@ -9,15 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._aspect import check_aspect, encode_summaries
-from agglo.evals._features import FeatureError, device_of, open_source
+from agglo.evals._features import check_aspect, encode
 from agglo.evals._labels import class_names, number_classes
-from agglo.evals._records import record_by_class
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import SCENES_TEST, SCENES_TRAIN, Backbone, Eval, EvalContext, FeatureError, device_of
 from agglo.types import ConfigError
-
-SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 _QUERIES = 2048
 _BANK = 32768
@@ -79,21 +74,21 @@ class Knn(Eval):
         self.train = train
         self.test = test
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         precision = _PRECISIONS[self.precision]
         bank, test = (
-            encode_summaries(model, each, self.size, aspect=self.aspect, progress=progress, precision=precision)
+            encode(model, each, self.size, context, want="summary", aspect=self.aspect, precision=precision)
             for each in (self.train, self.test)
         )
         if bank.summary is None or test.summary is None:
             raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
-        test_names = class_names(open_source(self.test), test.index)
-        names, labels, truth = number_classes(class_names(open_source(self.train), bank.index), test_names)
+        test_names = class_names(context.sources.open(self.test), test.index)
+        names, labels, truth = number_classes(class_names(context.sources.open(self.train), bank.index), test_names)
         found = classify(
             bank.summary, labels, test.summary, len(names), self.k, self.temperature, device=device_of(model)
         )
         right = (found == truth).double()
-        record_by_class("top1", test.names, test_names, right)
+        context.records.add_by_class("top1", test.names, test_names, right)
         return {"top1": float(right.mean())}
 
 

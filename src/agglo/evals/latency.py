@@ -8,8 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from agglo.evals._features import device_of, frozen, input_size
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import Backbone, Eval, EvalContext, device_of, frozen, input_size
 from agglo.types import ConfigError
 
 _LEAST = 3
@@ -61,17 +60,17 @@ class Latency(Eval):
         self.seconds = seconds
         self.precision = precision
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         """Measure ``model``; not deterministic."""
-        times = self.times(model, progress)
+        times = self.times(model, context)
         middle = float(np.median(times))
         # "higher": a pass that was made, not a mean of two.
         slow = float(np.quantile(times, 0.9, method="higher"))
         return {"ms": middle * 1e3, "ms_p90": slow * 1e3, "images_per_second": self.batch / middle}
 
-    def times(self, model: Backbone, progress: Progress | None = None) -> list[float]:
+    def times(self, model: Backbone, context: EvalContext | None = None) -> list[float]:
         """Seconds of each pass."""
-        device = device_of(model)
+        context, device = context or EvalContext(), device_of(model)
         view = input_size(model, self.size)
         images = torch.rand(self.batch, 3, *view, generator=torch.Generator().manual_seed(0)).to(device)
         dtype = getattr(torch, self.precision)
@@ -86,8 +85,8 @@ class Latency(Eval):
                 stop = time.perf_counter()
                 if number >= self.warmup:
                     found.append(stop - start)
-                if progress is not None and number % 10 == 9:
-                    progress(f"pass {number + 1}/{self.warmup + self.repeats}")
+                if number % 10 == 9:
+                    context.report(f"pass {number + 1}/{self.warmup + self.repeats}")
                 if len(found) >= _LEAST and stop - began > self.seconds:
                     break
         return found

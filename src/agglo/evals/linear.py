@@ -9,17 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import Encoded, FeatureError, encode, open_source
+from agglo.evals._features import encode, summary_of
 from agglo.evals._labels import class_names, number_classes
-from agglo.evals._logistic import fit_logistic
-from agglo.evals._probe import ProbeError, Standard, rank_of
-from agglo.evals._records import record_by_class
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals._probe import Standard, fit_logistic, rank_of
+from agglo.evals.base import (
+    SCENES_TEST,
+    SCENES_TRAIN,
+    SCENES_VAL,
+    Backbone,
+    Eval,
+    EvalContext,
+    ProbeError,
+)
 from agglo.types import ConfigError
-
-SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
-SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 
 class Linear(Eval):
@@ -65,23 +67,23 @@ class Linear(Eval):
         self.val = val
         self.test = test
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         splits = (self.train, self.val, self.test)
-        train, val, test = (encode(model, one, self.size, want="summary", progress=progress) for one in splits)
+        train, val, test = (encode(model, one, self.size, context, want="summary") for one in splits)
         train_names, val_names, test_names = (
-            class_names(open_source(one), found.index) for one, found in zip(splits, (train, val, test), strict=True)
+            class_names(context.sources.open(one), found.index)
+            for one, found in zip(splits, (train, val, test), strict=True)
         )
         names, labels, truth = number_classes(train_names, test_names)
         number = {name: i for i, name in enumerate(names)}
         chooser = torch.tensor([number.get(name, -1) for name in val_names])
-        standard = Standard.of(_summary(model, train))
-        x, x_val, x_test = (standard(_summary(model, one))[..., 0, 0] for one in (train, val, test))
+        standard = Standard.of(summary_of(model, train)[..., None, None])
+        x, x_val, x_test = (standard(summary_of(model, one)[..., None, None])[..., 0, 0] for one in (train, val, test))
         y = F.one_hot(labels, len(names)).float()
         best: tuple[float, tuple[Tensor, Tensor]] | None = None
         probe: tuple[Tensor, Tensor] | None = None
         for decay in self.decay:  # from strong to weak: each solution starts the next
-            if progress is not None:
-                progress(f"linear probe, decay {decay:g}")
+            context.report(f"linear probe, decay {decay:g}")
             probe = fit_logistic(x, y, decay, self.steps, start=probe, what="linear")
             score = float((_logits(x_val, probe).argmax(1) == chooser).double().mean()) if len(self.decay) > 1 else 0.0
             if best is None or score > best[0]:
@@ -89,16 +91,9 @@ class Linear(Eval):
         if best is None:
             raise ProbeError("no penalty was tried")
         rank = rank_of(_logits(x_test, best[1]), truth)
-        record_by_class("top1", test.names, test_names, (rank < 1).double())
+        context.records.add_by_class("top1", test.names, test_names, (rank < 1).double())
         return {f"top{k}": float((rank < k).double().mean()) for k in (1, 5)}
 
 
 def _logits(x: Tensor, probe: tuple[Tensor, Tensor]) -> Tensor:
     return x @ probe[0].T + probe[1]
-
-
-def _summary(model: Backbone, found: Encoded) -> Tensor:
-    """Summaries as maps of one cell ``(N, D, 1, 1)``."""
-    if found.summary is None:
-        raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
-    return found.summary[..., None, None]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from agglo.evals._features import device_of, frozen, input_size
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import Backbone, Eval, EvalContext, device_of, frozen, input_size
 from agglo.types import ConfigError
 
 _MIB = 2**20
@@ -42,7 +41,7 @@ class Memory(Eval):
         self.size = size
         self.batch = batch
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         device = device_of(model)
         images = torch.zeros(self.batch, 3, *input_size(model, self.size), device=device)
         own = list(model.parameters()) if isinstance(model, nn.Module) else []

@@ -11,22 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from agglo.config import nearest
-from agglo.evals._features import (
-    FeatureError,
-    check,
-    device_of,
-    frozen,
-    input_size,
-    need_spatial,
-    open_source,
-    read_batches,
-    to_tensor,
-)
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals._features import check, need_spatial, read_batches
+from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, FeatureError, device_of, frozen, input_size
+from agglo.preprocess import fit
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features
-
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 SELF = "self"
 
@@ -80,7 +69,7 @@ class ModeSwitch(Eval):
         self.reference = max(sizes) if reference is None else reference
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         """Measure ``model``; deterministic.
 
         Raises:
@@ -91,7 +80,7 @@ class ModeSwitch(Eval):
         need_spatial(model, "mode_switch")
         curves: dict[str, dict[int, Pairs]] = {}
         with frozen(model, *(self.teachers or {}).values()):
-            for _, names, images in read_batches(open_source(self.source), [], progress):
+            for _, names, images in read_batches(context.sources.open(self.source), [], context.report):
                 self._add(model, names, images, curves)
         return {key: value for name, curve in curves.items() for key, value in _metrics(name, curve).items()}
 
@@ -119,7 +108,7 @@ class ModeSwitch(Eval):
 
 
 def _batch(images: Sequence[Image.Image], view: tuple[int, int], model: object) -> Tensor:
-    return torch.stack([to_tensor(image, view) for image in images]).to(device_of(model))
+    return torch.stack([fit(image, view) for image in images]).to(device_of(model))
 
 
 def _metrics(name: str, curve: Mapping[int, Pairs]) -> dict[str, float]:

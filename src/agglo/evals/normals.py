@@ -10,18 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._dpt import Training, check_probe, fit, predict
-from agglo.evals._features import device_of, need_spatial
-from agglo.evals._layers import layered
-from agglo.evals._probe import Labelled, ProbeError, Standard, fit_ridge, load, predictions, rows
-from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals._dpt import Training, check_probe, fit_dpt, predict
+from agglo.evals._features import layered, need_spatial
+from agglo.evals._probe import Labelled, Standard, fit_ridge, load, predictions, rows
+from agglo.evals.base import (
+    SCENES_TEST,
+    SCENES_TRAIN,
+    SCENES_VAL,
+    Backbone,
+    Eval,
+    EvalContext,
+    ProbeError,
+    Records,
+    device_of,
+)
 from agglo.nn.geometry import resample
 from agglo.types import ConfigError
-
-SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
-SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 THRESHOLDS = (11.25, 22.5, 30.0)
 
@@ -87,28 +91,27 @@ class Normals(Eval):
         self.val = val
         self.test = test
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         need_spatial(model, "normals")
         if self.probe == "dpt":
-            return self._dpt(model, progress)
+            return self._dpt(model, context)
         train, val, test = (
-            load(model, options, self.size, "normals", progress) for options in (self.train, self.val, self.test)
+            load(model, options, self.size, "normals", context) for options in (self.train, self.val, self.test)
         )
         standard = Standard.of(train.features)
         targets = [cell_normals(normals, train.features.shape[-2:]) for normals in train.truth]
         y, w = (torch.cat(parts) for parts in zip(*targets, strict=True))
-        if progress is not None:
-            progress("normals probe")
+        context.report("normals probe")
         probes = fit_ridge(rows(standard(train.features)), y, w, self.ridge, "normals")
         angles = [measure(_linear(val, standard, one))["mean_angle"] if len(probes) > 1 else 0.0 for one in probes]
-        return measure(_linear(test, standard, probes[angles.index(min(angles))]), test.names)
+        return measure(_linear(test, standard, probes[angles.index(min(angles))]), test.names, context.records)
 
-    def _dpt(self, model: Backbone, progress: Progress | None) -> dict[str, float]:
+    def _dpt(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         seen, layers = layered(model, self.layers)
-        train, test = (load(seen, options, self.size, "normals", progress) for options in (self.train, self.test))
-        head, standard = fit(train, layers, 4, normal_loss, self.training, "normals", device_of(model), progress)
+        train, test = (load(seen, options, self.size, "normals", context) for options in (self.train, self.test))
+        head, standard = fit_dpt(train, layers, 4, normal_loss, self.training, "normals", device_of(model), context)
         found = predict(head, standard, test, self.training.batch)
-        return measure(((one[:3], normals) for one, normals in found), test.names)
+        return measure(((one[:3], normals) for one, normals in found), test.names, context.records)
 
 
 def _linear(split: Labelled, standard: Standard, probe: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,12 +155,15 @@ def normal_loss(found: Tensor, normals: Tensor) -> Tensor | None:
     return (kappa * angle - (kappa.square() + 1).log() + F.softplus(-kappa * math.pi)).mean()
 
 
-def measure(pairs: Iterable[tuple[Tensor, Tensor]], names: Sequence[str] = ()) -> dict[str, float]:
+def measure(
+    pairs: Iterable[tuple[Tensor, Tensor]], names: Sequence[str] = (), records: Records | None = None
+) -> dict[str, float]:
     """All metrics of predicted and true normals ``(3, H, W)``.
 
     Args:
         pairs: prediction, of any length, and truth of each image.
-        names: of the images, to record their own ``recall``; none: nothing is recorded.
+        names: of the images.
+        records: receives the ``recall`` of each image.
 
     Raises:
         ProbeError: there is no valid pixel, or a prediction is not finite.
@@ -176,8 +182,8 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]], names: Sequence[str] = ()) -
             own.append(sum(float((degrees < limit).double().mean()) for limit in THRESHOLDS) / len(THRESHOLDS))
     if not angles:
         raise ProbeError("no valid normals to measure on")
-    if names:
-        record_images("recall", [names[i] for i in seen], own)
+    if records is not None:
+        records.add_images("recall", [names[i] for i in seen], own)
     every = torch.cat(angles)
     within = [float((every < limit).double().mean()) for limit in THRESHOLDS]
     return {

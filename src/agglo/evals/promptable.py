@@ -13,21 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from agglo.evals._decoder import features_for
-from agglo.evals._features import (
-    device_of,
-    frozen,
-    input_size,
-    need_spatial,
-    open_source,
-    read_batches,
-)
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Place, Progress
+from agglo.evals._features import need_spatial, read_batches
+from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
 from agglo.extras import require
+from agglo.preprocess import fit
 from agglo.types import AssetError, ConfigError, Features
-
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 _BOXES = 32
 
@@ -80,7 +70,7 @@ class Promptable(Eval):
         self.least = least
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         """Measure ``model``; deterministic.
 
         Raises:
@@ -89,7 +79,7 @@ class Promptable(Eval):
             AssetError: the decoder cannot be had, or its weights are not complete.
         """
         need_spatial(model, "promptable")
-        source = open_source(self.source)
+        source = context.sources.open(self.source)
         annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
         if annotation is None:
             raise ConfigError(f"{type(source).__name__} has no annotation(): prompt with a source such as scenes")
@@ -100,12 +90,12 @@ class Promptable(Eval):
         means: list[float] = []
         every: list[Tensor] = []
         with frozen(model, sam):
-            for index, batch, images in read_batches(source, [], progress):
+            for index, batch, images in read_batches(source, [], context.report):
                 for i, name, image in zip(index, batch, images, strict=True):
                     truth = instances(annotation(i), image, name, self.least)
                     if truth is None:
                         continue
-                    out = model(canvas(image, view, model).to(device_of(model)))
+                    out = model(canvas(image, view, model)[None].to(device_of(model)))
                     found = masks(sam, self._features(out, sam, name), truth.boxes, (image.height, image.width))
                     iou = overlap(found.cpu(), truth.masks)
                     names.append(name)
@@ -113,7 +103,7 @@ class Promptable(Eval):
                     every.append(iou)
         if not every:
             raise ProbeError(f"no image has an instance of {self.least} pixels or more: there is nothing to prompt for")
-        record_images("miou", names, means)
+        context.records.add_images("miou", names, means)
         iou = torch.cat(every)
         return {"miou": float(iou.mean()), "iou@0.50": float((iou >= 0.5).double().mean())}
 
@@ -194,17 +184,8 @@ def _whole(
 
 
 def canvas(image: Image.Image, view: tuple[int, int], model: object) -> Tensor:
-    """An image scaled into the upper left corner of a canvas of ``view`` ``(H, W)``: ``(1, 3, H, W)`` in [0, 1].
-
-    The rest has the colour that the model's normalisation turns into zero, where it says which.
-    """
-    scale = min(view[0] / image.height, view[1] / image.width)
-    h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-    small = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC)
-    fill = torch.tensor(getattr(model, "fill", (0.5, 0.5, 0.5)), dtype=torch.float32)
-    full = fill[:, None, None].expand(3, *view).clone()
-    full[:, :h, :w] = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
-    return full[None]
+    """An image scaled into the upper left corner of a canvas of ``view`` ``(H, W)``: ``(3, H, W)`` in [0, 1]."""
+    return fit(image, view, "pad", fill=getattr(model, "fill", (0.5, 0.5, 0.5)))
 
 
 def masks(sam: Any, features: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

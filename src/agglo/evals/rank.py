@@ -11,13 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from agglo.evals._augment import rand_augment, random_crop
-from agglo.evals._features import FeatureError, encode, input_size, open_source
-from agglo.evals._probe import ProbeError
+from agglo.evals._features import encode
 from agglo.evals._windows import Changed
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import SCENES_TRAIN, Backbone, Eval, EvalContext, FeatureError, ProbeError, input_size
 from agglo.types import ConfigError
-
-SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
 
 _EPS = 1e-7
 _RIDGE = 1e-8
@@ -67,13 +64,13 @@ class Rank(Eval):
         self.seed = seed
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         plain = encode(
             model,
             self.source,
             self.size,
+            context,
             want="summary" if model.spec.spatial is None else "spatial",
-            progress=progress,
         )
         if plain.summary is None:
             raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
@@ -81,12 +78,11 @@ class Rank(Eval):
         if plain.spatial is not None:
             found["rank_me_spatial"] = rank_me(plain.spatial.permute(0, 2, 3, 1).flatten(0, 2))
         if self.views:
-            stack, source, view = [plain.summary], open_source(self.source), input_size(model, self.size)
+            stack, source, view = [plain.summary], context.sources.open(self.source), input_size(model, self.size)
             for number in range(1, self.views + 1):
-                if progress is not None:
-                    progress(f"view {number}/{self.views}")
+                context.report(f"view {number}/{self.views}")
                 changed = Changed(source, self._view(view, number), f"view{number}", list(plain.index))
-                again = encode(model, changed, self.size, want="summary", share=False).summary
+                again = encode(model, changed, self.size, context, want="summary", share=False).summary
                 if again is None or len(again) != len(plain.summary):
                     raise FeatureError(f"{type(model).__name__} returned no summary of view {number}")
                 stack.append(again)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.evals._features import FeatureError, encode, encode_texts, open_source
-from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals._features import encode, encode_texts
+from agglo.evals.base import Backbone, Eval, EvalContext, FeatureError
 from agglo.sources.base import Source
 from agglo.types import ConfigError
 
@@ -74,23 +73,23 @@ class Retrieval(Eval):
         self.template = template
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
-        found = self._encoded(model, progress)
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
+        found = self._encoded(model, context)
         ranks = torch.cat([
             first_right(found.scores(rows), found.right[rows.start : rows.stop]) for rows in found.blocks()
         ]).double()  # fmt: skip
-        record_images("mrr", found.asked, 1 / ranks)
+        context.records.add_images("mrr", found.asked, 1 / ranks)
         recalls = {f"recall@{k}": float((ranks <= k).double().mean()) for k in (1, 5, 10)}
         return {**recalls, "mrr": float((1 / ranks).mean())}
 
-    def rank(self, model: Backbone, progress: Progress | None = None) -> list[Ranking]:
+    def rank(self, model: Backbone, context: EvalContext | None = None) -> list[Ranking]:
         """Every text's ranking of all images, for reports of few.
 
         Raises:
             TypeError: the model has no text tower.
             ConfigError: the source has neither queries nor captions.
         """
-        found = self._encoded(model, progress)
+        found = self._encoded(model, context or EvalContext())
         answers = []
         for rows in found.blocks():
             values, order = found.scores(rows).sort(dim=1, descending=True, stable=True)
@@ -100,11 +99,11 @@ class Retrieval(Eval):
                 answers.append(Ranking(found.asked[i], names, tuple(scores), right))
         return answers
 
-    def _encoded(self, model: Backbone, progress: Progress | None) -> _Search:
-        source = open_source(self.source)
+    def _encoded(self, model: Backbone, context: EvalContext) -> _Search:
+        source = context.sources.open(self.source)
         texts = _texts(source)
         encode_texts(model, [self.template], "retrieval")  # a model without text says so before images are encoded
-        images = encode(model, self.source, self.size, want="text", progress=progress)
+        images = encode(model, self.source, self.size, context, want="text")
         right: dict[str, list[int]] = {}
         for place, index in enumerate(images.index):
             for text in dict.fromkeys(texts(index)):

@@ -14,16 +14,13 @@ from torch import Tensor
 
 from agglo.config import nearest
 from agglo.evals._corrupt import CORRUPTIONS, corrupt
-from agglo.evals._features import FeatureError, device_of, encode, input_size, open_source, view_of
+from agglo.evals._features import encode
 from agglo.evals._labels import class_names, number_classes
-from agglo.evals._records import record_by_class
 from agglo.evals._windows import Changed
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import SCENES_TEST, SCENES_TRAIN, Backbone, Eval, EvalContext, FeatureError, device_of, input_size
 from agglo.evals.knn import classify
+from agglo.preprocess import crop
 from agglo.types import ConfigError
-
-SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 
 class Robustness(Eval):
@@ -82,13 +79,13 @@ class Robustness(Eval):
         self.train = train
         self.test = test
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
-        bank = encode(model, self.train, self.size, want="summary", progress=progress)
-        clean = encode(model, self.test, self.size, want="summary", progress=progress)
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
+        bank = encode(model, self.train, self.size, context, want="summary")
+        clean = encode(model, self.test, self.size, context, want="summary")
         if bank.summary is None or clean.summary is None:
             raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
-        source, labels = open_source(self.test), class_names(open_source(self.test), clean.index)
-        names, known, truth = number_classes(class_names(open_source(self.train), bank.index), labels)
+        source, labels = context.sources.open(self.test), class_names(context.sources.open(self.test), clean.index)
+        names, known, truth = number_classes(class_names(context.sources.open(self.train), bank.index), labels)
         stored, mean, device = bank.summary, clean.summary.mean(0), device_of(model)
 
         def right(summary: Tensor) -> Tensor:
@@ -101,10 +98,9 @@ class Robustness(Eval):
         for name in self.corruptions:
             hits, cosines = [], []
             for severity in self.severities:
-                if progress is not None:
-                    progress(f"{name} {severity}")
+                context.report(f"{name} {severity}")
                 changed = Changed(source, self._change(model, name, severity), f"{name}{severity}", list(clean.index))
-                found = encode(model, changed, self.size, want="summary", share=False).summary
+                found = encode(model, changed, self.size, context, want="summary", share=False).summary
                 if found is None or len(found) != len(clean.summary):
                     raise FeatureError(f"{type(model).__name__} returned no summary of {name} pictures")
                 hits.append(right(found))
@@ -113,7 +109,7 @@ class Robustness(Eval):
             corrupted[f"cosine/{name}"] = float(torch.stack(cosines).mean())
             own += torch.stack(hits).mean(0)
         count = len(self.corruptions)
-        record_by_class("top1_corrupted", clean.names, labels, own / count)
+        context.records.add_by_class("top1_corrupted", clean.names, labels, own / count)
         both = {
             kind: sum(corrupted[f"{kind}/{name}"] for name in self.corruptions) / count for kind in ("top1", "cosine")
         }
@@ -131,6 +127,6 @@ class Robustness(Eval):
 
         def change(image: Image.Image, index: int) -> Image.Image:
             draw = np.random.default_rng([self.seed, index, severity, zlib.crc32(name.encode())])
-            return corrupt(view_of(image, size), name, severity, draw)
+            return corrupt(crop(image, size), name, severity, draw)
 
         return change

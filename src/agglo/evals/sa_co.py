@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from agglo.evals._concepts import Count, Pair, favourable, measures, read_pairs, read_predictions
 from agglo.evals._decoder import features_for
-from agglo.evals._features import device_of, frozen, input_size, need_spatial
-from agglo.evals._probe import ProbeError
-from agglo.evals._records import record_images
+from agglo.evals._features import need_spatial
 from agglo.evals._sam3 import Sam3
-from agglo.evals.base import Backbone, Eval, Place, Progress
-from agglo.preprocess import decode
+from agglo.evals.base import Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
+from agglo.preprocess import decode, fit
 from agglo.types import ConfigError, ImageError
 
 
@@ -104,7 +100,7 @@ class SaCo(Eval):
         """Of ``images`` those that are annotated: the folder may hold the images of all subsets."""
         return sorted({pair.file for pair in self._pairs}) if key == "images" else None
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         """Measure ``model``, or score ``predictions``; deterministic.
 
         Raises:
@@ -116,7 +112,7 @@ class SaCo(Eval):
         if not pairs:
             raise ProbeError("no pair was marked in full by every annotator: there is nothing to score")
         answers = (
-            self._predicted(pairs) if self.decoder is None else self._answered(self.decoder, model, pairs, progress)
+            self._predicted(pairs) if self.decoder is None else self._answered(self.decoder, model, pairs, context)
         )
         counts: list[Count] = []
         names: list[str] = []
@@ -125,7 +121,7 @@ class SaCo(Eval):
             names.append(f"{pair.id}: {pair.phrase}")
         if not counts:
             raise ProbeError("no image could be read: there is nothing to score")
-        record_images("local_f1", names, [each.local for each in counts])
+        context.records.add_images("local_f1", names, [each.local for each in counts])
         return measures(counts)
 
     def _predicted(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, list[np.ndarray]]]:
@@ -133,7 +129,7 @@ class SaCo(Eval):
         return ((pair, pair.masks(found[pair.id])) for pair in pairs)
 
     def _answered(
-        self, decoder: str, model: Backbone, pairs: Sequence[Pair], progress: Progress | None
+        self, decoder: str, model: Backbone, pairs: Sequence[Pair], context: EvalContext
     ) -> Iterator[tuple[Pair, list[np.ndarray]]]:
         """The pairs, image by image, with the masks found on the model's features."""
         need_spatial(model, "sa_co")
@@ -150,8 +146,7 @@ class SaCo(Eval):
         sam = Sam3(decoder).to(device_of(model))
         view = input_size(model, self.size or sam.side * model.spec.stride)
         for index, (file, asked) in enumerate(by_image.items(), 1):
-            if progress is not None:
-                progress(f"image {index}/{len(by_image)}")
+            context.report(f"image {index}/{len(by_image)}")
             try:
                 image = decode(root / file, file)
             except ImageError as error:
@@ -160,14 +155,9 @@ class SaCo(Eval):
             if any(pair.size != (image.height, image.width) for pair in asked):
                 raise ConfigError(f"{file} is {image.height}x{image.width} pixels (HxW), annotated as {asked[0].size}")
             # A generator must not be left in inference mode where it yields: the answers of one image at a time.
+            shown = fit(image, view, "stretch", resample=Image.Resampling.BILINEAR)[None]  # as SAM 3 does it
             with frozen(model, sam):
-                out = model(squashed(image, view).to(device_of(model)))
+                out = model(shown.to(device_of(model)))
                 seen = sam.see(features_for(out, self.head, {sam.width}, "sa_co", file, usual="sam3"))
                 found = [sam.answer(seen, pair.phrase, pair.size) for pair in asked]
             yield from zip(asked, found, strict=True)
-
-
-def squashed(image: Image.Image, view: tuple[int, int]) -> Tensor:
-    """An image brought to ``view`` ``(H, W)`` whatever its aspect, bilinear with antialiasing: ``(1, 3, H, W)``."""
-    small = image.resize((view[1], view[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 255

@@ -9,19 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import device_of, input_size, kept, need_spatial, open_source
-from agglo.evals._logistic import fit_logistic
+from agglo.evals._features import need_spatial
 from agglo.evals._pixels import IGNORE, PixelTraining, Probe, Split, check_mask, check_masks, fit_pixels
-from agglo.evals._probe import ProbeError, Standard, load, rows
-from agglo.evals._records import record_classes, record_images
+from agglo.evals._probe import Standard, fit_logistic, load, rows
 from agglo.evals._windows import Windows
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import (
+    SCENES_TEST,
+    SCENES_TRAIN,
+    SCENES_VAL,
+    Backbone,
+    Eval,
+    EvalContext,
+    ProbeError,
+    device_of,
+    input_size,
+)
 from agglo.nn.geometry import resample
 from agglo.types import ConfigError
-
-SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
-SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 
 class Segmentation(Eval):
@@ -104,16 +108,16 @@ class Segmentation(Eval):
         self.val = val
         self.test = test
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         need_spatial(model, "segmentation")
-        names = ("background", *_classes(open_source(self.train)))
-        train = self._split(model, self.train, progress)
+        names = ("background", *_classes(context.sources.open(self.train)))
+        train = self._split(model, self.train, context)
         if self.adamw is not None:
             check_masks(train, len(names))
-            probe = fit_pixels(train, len(names), self.adamw, device_of(model), progress)
-            test = self._split(model, self.test, progress)
-            return self._measure(test, probe, names)
-        val, test = (self._split(model, options, progress) for options in (self.val, self.test))
+            probe = fit_pixels(train, len(names), self.adamw, device_of(model), context)
+            test = self._split(model, self.test, context)
+            return self._measure(test, probe, names, context)
+        val, test = (self._split(model, options, context) for options in (self.val, self.test))
         standard, grid = Standard.of(train.labelled.features), train.labelled.features.shape[-2:]
         x = rows(standard(train.labelled.features))
         y = rows(
@@ -127,8 +131,7 @@ class Segmentation(Eval):
         fitted: tuple[Tensor, Tensor] | None = None
         best: tuple[float, Probe] | None = None
         for decay in self.decay:  # from strong to weak: each solution starts the next
-            if progress is not None:
-                progress(f"segmentation probe, decay {decay:g}")
+            context.report(f"segmentation probe, decay {decay:g}")
             fitted = fit_logistic(x, y, decay, self.steps, start=fitted)
             probe = Probe(standard, *fitted)
             # With one penalty there is nothing to choose.
@@ -139,30 +142,32 @@ class Segmentation(Eval):
                 best = score, probe
         if best is None:
             raise ProbeError("no penalty was tried")
-        return self._measure(test, best[1], names)
+        return self._measure(test, best[1], names, context)
 
-    def _split(self, model: Backbone, options: Mapping[str, Any], progress: Progress | None) -> Split:
+    def _split(self, model: Backbone, options: Mapping[str, Any], context: EvalContext) -> Split:
         if self.inference == "whole":
-            return Split(load(model, options, self.size, "semantic", progress))
+            return Split(load(model, options, self.size, "semantic", context))
         view = input_size(model, self.size)
-        source = open_source(options)
+        source = context.sources.open(options)
         stride = min(self.stride or max(1, min(view) * 2 // 3), min(view))
         key = ("windows", id(source), view, stride, self.short)
-        windows: Windows = kept(key, lambda: Windows(source, view, stride, self.short or max(view)))
-        return Split(load(model, windows, view, "semantic", progress), windows)
+        windows: Windows = context.features.once(key, lambda: Windows(source, view, stride, self.short or max(view)))
+        return Split(load(model, windows, view, "semantic", context), windows)
 
     def _confusions(self, split: Split, probe: Probe, classes: int) -> Iterator[Tensor]:
         """The confusion matrix of each image."""
         for name, (found, truth) in zip(split.names(), split.answers(probe), strict=True):
             yield confusion(truth, found, classes, name)
 
-    def _measure(self, test: Split, probe: Probe, names: Sequence[str]) -> dict[str, float]:
+    def _measure(self, test: Split, probe: Probe, names: Sequence[str], context: EvalContext) -> dict[str, float]:
         matrices = list(self._confusions(test, probe, len(names)))
         matrix = torch.stack(matrices).sum(0)
         iou, occurs = iou_of(matrix)
-        record_classes("iou", [name for name, seen in zip(names, occurs.tolist(), strict=True) if seen], iou[occurs])
+        context.records.add_classes(
+            "iou", [name for name, seen in zip(names, occurs.tolist(), strict=True) if seen], iou[occurs]
+        )
         seen = [i for i, one in enumerate(matrices) if float(one.sum())]
-        record_images("miou", [test.names()[i] for i in seen], [miou(matrices[i]) for i in seen])
+        context.records.add_images("miou", [test.names()[i] for i in seen], [miou(matrices[i]) for i in seen])
         return {"miou": miou(matrix), "pixel_accuracy": float(matrix.trace() / matrix.sum())}
 
 

@@ -8,31 +8,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from agglo.evals._answers import BENCHMARKS, score
-from agglo.evals._features import (
+from agglo.evals._features import check, need_spatial, read_batches
+from agglo.evals._questions import pair, read_answers, read_truth
+from agglo.evals.base import (
+    SCENES_TEST,
+    Backbone,
+    Eval,
+    EvalContext,
     FeatureError,
-    check,
+    Place,
+    ProbeError,
     device_of,
     frozen,
     input_size,
-    need_spatial,
-    open_source,
-    read_batches,
     step_of,
 )
-from agglo.evals._probe import ProbeError
-from agglo.evals._questions import pair, read_answers, read_truth
-from agglo.evals._records import record_images
-from agglo.evals.base import Backbone, Eval, Place, Progress
+from agglo.preprocess import aspect_size, fit
 from agglo.types import ConfigError
-
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 _SHARD = 1024
 _TENSORS = "features-{:05d}.safetensors"
@@ -106,7 +104,7 @@ class Vlm(Eval):
         self.language_model = language_model
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         """Write, score, or both.
 
         Raises:
@@ -119,19 +117,19 @@ class Vlm(Eval):
             asked = read_truth(self.truth, self.benchmark)
             said = pair(read_answers(self.answers), asked, self.benchmark, self.questions)
             found, own = score(said, [question.truth for question in asked], self.benchmark)
-            record_images("accuracy", [question.id for question in asked], own)
+            context.records.add_images("accuracy", [question.id for question in asked], own)
         if self.folder is not None:
-            written = self._write(model, Path(self.folder), progress)
+            written = self._write(model, Path(self.folder), context)
             found = found or written
         return found
 
-    def _write(self, model: Backbone, folder: Path, progress: Progress | None) -> dict[str, float]:
+    def _write(self, model: Backbone, folder: Path, context: EvalContext) -> dict[str, float]:
         need_spatial(model, "vlm")
         folder.mkdir(parents=True, exist_ok=True)
         waiting: dict[str, Tensor] = {}
         lines: list[dict[str, Any]] = []
         with frozen(model):
-            for _, names, images in read_batches(open_source(self.source), [], progress):
+            for _, names, images in read_batches(context.sources.open(self.source), [], context.report):
                 for name, image in zip(names, images, strict=True):
                     shown = padded(image, self.size, model)[None].to(device_of(model))
                     map_ = check(model(shown).spatial, "spatial", [name], 4)
@@ -158,19 +156,15 @@ class Vlm(Eval):
 def padded(image: Image.Image, size: int, model: Backbone) -> Tensor:
     """An image with its longer side scaled to the legal length nearest to ``size``: ``(3, H, W)`` in [0, 1].
 
-    The shorter side is padded at the end to the next legal length, with the colour that normalisation turns into zero.
-    Models that see one canvas only get that one.
+    The shorter side is padded at its end to the next legal length, with the colour that the model's normalisation maps
+    to zero. A model with one fixed canvas gets that canvas.
     """
-    view = input_size(model, size)
-    step = step_of(model)
-    scale = min(view) / max(image.height, image.width)
-    h, w = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-    small = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC)
-    full = view if getattr(model, "canvas", None) else (-(-h // step) * step, -(-w // step) * step)
-    fill = torch.tensor(getattr(model, "fill", (0.5, 0.5, 0.5)), dtype=torch.float32)
-    out = fill[:, None, None].expand(3, *full).clone()
-    out[:, :h, :w] = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
-    return out
+    view, step = input_size(model, size), step_of(model)
+    pixels = fit(image, view, "pad", fill=getattr(model, "fill", (0.5, 0.5, 0.5)))
+    if getattr(model, "canvas", None):
+        return pixels
+    h, w = aspect_size((image.height, image.width), view, 1, inside=True)
+    return pixels[:, : -(-h // step) * step, : -(-w // step) * step]
 
 
 def _half(map_: Tensor, name: str) -> Tensor:

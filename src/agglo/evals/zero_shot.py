@@ -11,18 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agglo.config import nearest
-from agglo.evals._aspect import check_aspect, encode_summaries
-from agglo.evals._features import Encoded, FeatureError, encode_texts, open_source
+from agglo.evals._cache import Encoded
+from agglo.evals._features import check_aspect, encode, encode_texts
 from agglo.evals._labels import class_names
 from agglo.evals._probe import rank_of
-from agglo.evals._records import record_by_class
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, FeatureError
 from agglo.extras import require
+from agglo.sources.base import Source
 from agglo.types import ConfigError
 from agglo.weights.bundled import imagenet_classes, imagenet_wnids
-
-SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
-
 
 _TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES", "base": None}
 
@@ -77,13 +74,13 @@ class ZeroShot(Eval):
         self.aspect = check_aspect("zero_shot", aspect)
         self.source = source
 
-    def run(self, model: Backbone, progress: Progress | None = None) -> dict[str, float]:
+    def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         # Text first: a model without it must say so before any image is encoded.
         encode_texts(model, [self.templates[0].replace("{}", "thing")], "zero_shot")
-        images = encode_summaries(model, self.source, self.size, aspect=self.aspect, want="text", progress=progress)
+        images = encode(model, self.source, self.size, context, want="text", aspect=self.aspect)
         if images.summary is None:
             raise FeatureError(f"{type(model).__name__} returned no image embeddings")
-        names, truth = self.labels(images)
+        names, truth = self.labels(images, context.sources.open(self.source))
         bank = class_bank(model, names, self.templates)
         if bank.shape[1] != images.summary.shape[1]:
             raise FeatureError(f"texts have {bank.shape[1]} channels and images {images.summary.shape[1]}")
@@ -92,12 +89,11 @@ class ZeroShot(Eval):
             for chunk, answer in zip(images.summary.split(1024), truth.split(1024), strict=True)
         ]
         rank = torch.cat(hits)
-        record_by_class("top1", images.names, [names[i] for i in truth.tolist()], (rank < 1).double())
+        context.records.add_by_class("top1", images.names, [names[i] for i in truth.tolist()], (rank < 1).double())
         return {f"top{k}": float((rank < k).double().mean()) for k in (1, 5)}
 
-    def labels(self, images: Encoded) -> tuple[list[str], Tensor]:
+    def labels(self, images: Encoded, source: Source) -> tuple[list[str], Tensor]:
         """The class names that compete, and each image's position among them."""
-        source = open_source(self.source)
         if self.classes == "imagenet":
             number = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
             wnids = [PurePath(name).name.split(".")[0].split("_")[0] for name in images.names]

@@ -14,9 +14,7 @@ from torch import nn
 
 from agglo import __version__
 from agglo.config import build
-from agglo.evals._aspect import view_of_all
-from agglo.evals._features import device_of
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import Backbone, Eval, Progress, device_of, view_of_all
 from agglo.files import versions
 from agglo.harness.protocols import PREFERRED, resolved
 from agglo.harness.running import Outcome, named, run_each

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from agglo.config import build
-from agglo.evals._features import frozen, input_size, to_tensor
-from agglo.evals.base import Backbone
+from agglo.evals.base import Backbone, frozen, input_size
 from agglo.evals.correspondence import Frame, View, project, ratio_matches
+from agglo.preprocess import fit
 from agglo.report.picture import pca_basis, pca_picture
 from agglo.report.visuals import gallery_images, square
 from agglo.types import AggloError
@@ -83,7 +83,7 @@ def _matches(model: Backbone, target: Path) -> list[dict[str, Any]]:
 
 def _map(model: Backbone, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     with frozen(model):
-        spatial = model(to_tensor(image, size)[None]).spatial
+        spatial = model(fit(image, size)[None]).spatial
     if spatial is None:
         raise ValueError("the model promised a spatial map and gave none")
     return spatial[0].float().cpu()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,17 @@ from typing import Any
 import torch
 
 from agglo.config import build
-from agglo.evals._features import Inapplicable, _shared, shared_features
-from agglo.evals._reading import Opened
-from agglo.evals._records import Records, recording
-from agglo.evals._store import Store
-from agglo.evals.base import Backbone, Eval, Progress
+from agglo.evals.base import (
+    Backbone,
+    Eval,
+    EvalContext,
+    FeatureCache,
+    FeatureStore,
+    Inapplicable,
+    Progress,
+    Records,
+    SourcePool,
+)
 from agglo.harness.protocols import suite
 from agglo.results.identity import takes_teachers
 from agglo.teachers.base import Teacher
@@ -86,15 +91,15 @@ def evaluate(
     results: dict[str, dict[str, Any]] = {}
     skipped: dict[str, Any] = {}
     todo = named(evals, teachers)
-    with _sharing(workers):
+    with SourcePool(workers) as sources:
+        features = FeatureCache()
         for name, each in todo.items():
-            report = prefixed(progress, name)
+            context = EvalContext(prefixed(progress, name), Records(), sources, features)
             try:
-                results[name] = each.run(model, report)
+                results[name] = each.run(model, context)
             except Inapplicable as error:
                 skipped[name] = str(error)
-                if report is not None:
-                    report(f"left out: {error}")
+                context.report(f"left out: {error}")
     return {**results, "skipped": skipped} if skipped else results
 
 
@@ -117,16 +122,16 @@ def run_each(
         workers: threads that read images ahead.
         features: folder of encoded images and the model's hash; None keeps them in memory for this call.
     """
-    with _sharing(workers) as shared:
-        if features is not None:
-            shared.encoded = Store(features[0], model, features[1], shared.kept)
+    with SourcePool(workers) as sources:
+        cache = FeatureCache() if features is None else FeatureStore(features[0], model, features[1], sources)
         for name, each in todo.items():
+            context = EvalContext(prefixed(progress, name), Records(), sources, cache)
             began = time.perf_counter()
             metrics, why, failed = None, "", False
-            with recording() as records, warnings.catch_warnings(record=True) as caught:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    metrics = each.run(model, prefixed(progress, name))
+                    metrics = each.run(model, context)
                 except Inapplicable as error:
                     why = str(error)
                 except AggloError as error:
@@ -137,22 +142,7 @@ def run_each(
                     first = next(iter(str(error).strip().splitlines()), "")
                     why, failed = f"{type(error).__name__}: {first}", True
             notes = tuple(dict.fromkeys(str(warning.message) for warning in caught))
-            done(Outcome(name, each, metrics, why, failed, records, time.perf_counter() - began, notes))
-
-
-@contextmanager
-def _sharing(workers: int) -> Iterator[Any]:
-    """:func:`shared_features`, with sources that are read ahead."""
-    opened = Opened(workers)
-    try:
-        with shared_features():
-            shared = _shared.get()
-            if shared is None:
-                raise RuntimeError("no features are shared here")
-            shared.sources = opened
-            yield shared
-    finally:
-        opened.close()
+            done(Outcome(name, each, metrics, why, failed, context.records, time.perf_counter() - began, notes))
 
 
 def prefixed(progress: Progress | None, name: str) -> Progress | None:
