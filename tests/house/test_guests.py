@@ -20,7 +20,7 @@ HOSTS: dict[str, set[str]] = {
     "transformers": {
         "evals/_sam3.py",
         "evals/promptable.py",
-        "teachers/_family.py",
+        "teachers/_families.py",
         "text/minilm.py",
         "text/siglip2.py",
     },

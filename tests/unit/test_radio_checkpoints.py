@@ -23,7 +23,7 @@ from agglo.config import build
 from agglo.exports._vit import fitting
 from agglo.exports.transformers import _check
 from agglo.model.model import Model
-from agglo.teachers._official import COPIES_ALIGN, advice, is_repository, is_version
+from agglo.teachers._published import COPIES_ALIGN, advice, is_repository, is_version
 from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import Checkpoint

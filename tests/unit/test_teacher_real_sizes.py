@@ -81,7 +81,7 @@ def test_a_recipe_decodes_without_network_or_libraries(monkeypatch: pytest.Monke
         raise AssertionError(f"decoding a recipe needs {arguments}")
 
     monkeypatch.setattr("agglo.hub.download", refuse)
-    for module in ("_family", "open_clip"):
+    for module in ("_families", "open_clip"):
         monkeypatch.setattr(f"agglo.teachers.{module}.require", refuse)
     tree = load("quickstart").flat()
     tree["teachers"] = {

@@ -254,7 +254,7 @@ def test_timm_sizes() -> None:
         assert free(images(96, 128)).spatial.shape[-2:] == (6, 8)
     sized = build("teachers", {**KINDS["vit"], "size": 192})
     assert sized.input_size((128, 256), 16) == (192, 384)
-    with pytest.raises(ConfigError, match="step of 16"):
+    with pytest.raises(ConfigError, match="not a multiple of 16 pixels, the step of"):
         build("teachers", {**KINDS["vit"], "size": 100})
     # 260 pixels, EfficientNet-Lite2's own size, is no multiple of 16: the stride must not be read off such an image.
     lite2 = build("teachers", {"kind": "timm", "model": "tf_efficientnet_lite2", "weights": "random"})
@@ -401,7 +401,7 @@ def test_conse_spec_and_licence(conse: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"prompt": "a photo"}, "where the class name goes"),
+        ({"prompt": "a photo"}, "exactly once, for the class name"),
         ({"temperature": 0.0}, "temperature"),
         ({"text": {"kind": "minilmm"}}, "minilm"),
         ({"text": {"kind": "minilm", "bacth": 3}}, "batch"),

@@ -195,7 +195,7 @@ def test_refuses_folders(stored: Any, tmp_path: Path) -> None:
         make(folder)
     make(folder, weights="random")  # its architecture is enough for that
     (folder / "open_clip_config.json").write_text("{}")
-    with pytest.raises(AssetError, match="describes no model"):
+    with pytest.raises(AssetError, match="lacks embed_dim or vision_cfg"):
         make(folder)
     with pytest.raises(ConfigError, match="32x32 only"):
         make(stored("vit"))(batch(64))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agglo.config import build
-from agglo.teachers import _agglomerated, _aligned, _dino, _generic, _segment
+from agglo.teachers import _families
 from agglo.teachers._processor import pixels_of
 from agglo.teachers._published import PUBLISHED
 from agglo.teachers.base import spec_of
@@ -103,14 +103,11 @@ def test_processor_and_conditioner_agree(stored: Any) -> None:
 
 # --- planted faults ---------------------------------------------------------------------------------------------------
 
-MODULES = (_agglomerated, _aligned, _dino, _generic, _segment)
 TOKENS = ["siglip", "naflex", "clip", "dinov2", "dinov2_registers", "dinov3", "sam3", "radio", "generic_vit"]
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
-    for module in MODULES:
-        if hasattr(module, "grid"):
-            monkeypatch.setattr(module, "grid", fault)
+    monkeypatch.setattr(_families, "grid", fault)
 
 
 def _keeps_prefix(tokens: Tensor, pixels: Tensor, patch: int, prefix: int = 0) -> Tensor:
@@ -364,7 +361,7 @@ def test_pixels_are_read_not_assumed(stored: Any, tmp_path: Path) -> None:
         ("sam", {"summary": True}, "no summary, only a map; set `summary: false`"),
         ("sam3", {"summary": True}, "summary_weight: 0"),
         ("sam3", {"size": 224}, "runs at 112 pixels only, not at 224"),
-        ("dinov3", {"size": 100}, "no multiple of the 16 pixels.*nearest is 96"),
+        ("dinov3", {"size": 100}, "not a multiple of 16 pixels.*nearest is 96"),
         ("dinov3", {"dtype": "bf16"}, "bfloat16"),
         ("dinov3", {"sumary": False}, "did you mean 'summary'"),
     ],
@@ -416,7 +413,7 @@ def test_refuses_weights_that_are_not_of_this_model(stored: Any, tmp_path: Path)
     with pytest.raises(AssetError, match="1 tensors of DINOv3ViTModel are missing"):
         make(folder)
     shutil.copy(stored("siglip") / "model.safetensors", folder)
-    with pytest.raises(AssetError, match=r"not the weights of its config\.json"):
+    with pytest.raises(AssetError, match=r"the weights do not fit its config\.json"):
         make(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))

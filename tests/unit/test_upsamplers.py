@@ -1,4 +1,4 @@
-"""Upsamplers: what each makes of a teacher, FeatSharp's parts against closed forms, and its weights on disk."""
+"""Upsamplers: their contract, FeatSharp's parts against closed forms, its weights on disk."""
 
 import json
 import math
@@ -19,15 +19,14 @@ from agglo.preprocess import resize
 from agglo.recipe import TeacherEntry
 from agglo.teachers.base import Teacher
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec, StorageError
-from agglo.upsamplers._parts import Fusion, Guided, primes
-from agglo.upsamplers._tiling import split, stitch
-from agglo.upsamplers.featsharp import BIAS_GAIN, FeatSharp
+from agglo.upsamplers.featsharp import BIAS_GAIN, FeatSharp, Fusion, Guided, primes
+from agglo.upsamplers.tiles import split, stitch
 
 SIZE = (16, 16)
 
 
 class Square(Teacher):
-    """A teacher of one size whose cells are linear maps of their own pixels, plus a pattern of its own."""
+    """A teacher of one size whose cells are linear maps of their own pixels, plus a fixed pattern."""
 
     def __init__(self, pattern: float = 0.0, summary: int | None = 5) -> None:
         super().__init__()
@@ -50,7 +49,7 @@ class Square(Teacher):
 
 
 def featsharp(teacher: Teacher, factor: int = 2, **keys: Any) -> FeatSharp:
-    """One with statistics and random weights in everything that starts at zero."""
+    """With statistics, and random values in all weights that start at zero."""
     made = FeatSharp(teacher.spec, SIZE, factor=factor, **keys)
     made.normalizer.update(teacher(torch.rand(16, 3, *SIZE)).spatial)
     made.normalizer.freeze()
@@ -89,12 +88,12 @@ def test_every_kind_keeps_the_contract(kind: str, factor: int) -> None:
         with pytest.raises(ConfigError, match="map of whole cells"):
             build("upsamplers", {"kind": kind}, spec, SIZE)
     if kind != "featsharp":
-        with pytest.raises(TypeError, match="learns nothing"):
+        with pytest.raises(TypeError, match="no trained weights"):
             upsampler.save("nowhere")
 
 
-def test_a_teacher_that_looks_at_its_own_pixels_only_is_tiled_exactly() -> None:
-    """Stitched tiles are then the teacher on the larger image; rows and columns swapped would not be."""
+def test_tiles_of_a_local_teacher_equal_the_whole_image() -> None:
+    """A swap of rows and columns would differ."""
     teacher = Square()
     images = torch.rand(2, 3, 48, 48)
     found = build("upsamplers", {"kind": "tiles", "factor": 3}, teacher.spec, SIZE)(teacher, images).spatial
@@ -110,42 +109,42 @@ def test_bilinear_of_a_ramp_is_a_ramp() -> None:
     found = build("upsamplers", {"kind": "bilinear"}, teacher.spec, SIZE)(teacher, ramp).spatial[0, 0, 3, 1:-1]
     torch.testing.assert_close(
         found.diff(), found.diff().mean().expand(5), rtol=0.03, atol=0
-    )  # the resize meets borders
+    )  # border effects of the resize
 
 
 # --- FeatSharp ---
 
 
-def test_before_its_first_step_it_is_the_mean_of_the_guided_map_and_the_tiles() -> None:
+def test_initial_output_is_the_mean_of_guided_map_and_tiles() -> None:
     teacher = Square()
     made = FeatSharp(teacher.spec, SIZE, factor=2)
     made.normalizer.load_state_dict(featsharp(teacher).normalizer.state_dict())
     with torch.no_grad():
         made.fusion.scales.zero_()
         images = torch.rand(2, 3, 32, 32)
-        looks = made.look(teacher, images)
-        guided = made.guided[0](made.normalizer(looks.low), images)
-        tiles = stitch(made.normalizer(looks.tiles), 2)
-        torch.testing.assert_close(made.sharpen(images, looks), (guided + tiles) / 2)
+        features = made.encode(teacher, images)
+        guided = made.guided[0](made.normalizer(features.low), images)
+        tiles = stitch(made.normalizer(features.tiles), 2)
+        torch.testing.assert_close(made.sharpen(images, features), (guided + tiles) / 2)
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-def test_it_answers_in_the_teachers_own_space(factor: int) -> None:
-    """Of an image of one colour it says what the teacher says of that colour, at every cell."""
+def test_output_is_in_the_teachers_space(factor: int) -> None:
+    """Every cell of an image of one colour has the teacher's features of that colour."""
     teacher = Square()
     made = featsharp(teacher, factor)
     with torch.no_grad():
         for parameter in (made.bias, made.tile_bias, made.fusion.scales):
             parameter.zero_()
         flat = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1).expand(1, 3, 16 * factor, 16 * factor)
-        said = teacher(flat[..., :16, :16]).spatial
+        expected = teacher(flat[..., :16, :16]).spatial
         found = made(teacher, flat).spatial
-        torch.testing.assert_close(found, said[..., :1, :1].expand_as(found), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(made.plain(teacher, flat[..., :16, :16]).spatial, said, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected[..., :1, :1].expand_as(found), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made.plain(teacher, flat[..., :16, :16]).spatial, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_of_the_heads_fade_with_rows_and_half_with_columns() -> None:
-    """METHOD 4.1: head ``h`` loses ``2^-((h + 2) // 2)`` a row where ``h`` is even, a column where it is odd."""
+def test_heads_decay_alternately_with_rows_and_columns() -> None:
+    """docs/method.md, 4.1: head ``h`` loses ``2^-((h + 2) // 2)`` per row if ``h`` is even, per column if it is odd."""
     distances = Fusion(16, 4).distances
     assert distances.shape == (4, 7, 7) and bool((distances[:, 3, 3] == 0).all())
     down, across = distances[:, :, 3], distances[:, 3]
@@ -155,7 +154,7 @@ def test_half_of_the_heads_fade_with_rows_and_half_with_columns() -> None:
         assert torch.equal(across[head], -slope * steps * (head % 2 == 1))
 
 
-def test_the_teacher_is_asked_once_for_one_and_u_squared_images() -> None:
+def test_teacher_runs_once_on_one_plus_u_squared_images() -> None:
     teacher = Square()
     made = featsharp(teacher, 3)
     teacher.calls.clear()
@@ -163,8 +162,8 @@ def test_the_teacher_is_asked_once_for_one_and_u_squared_images() -> None:
     assert teacher.calls == [2 * (1 + 9)]
 
 
-def test_the_bias_takes_a_fixed_pattern_out_of_everything() -> None:
-    """With ``b = -N(pattern)`` the patterned teacher is the clean one: finer map and plain pass alike."""
+def test_bias_removes_a_fixed_pattern() -> None:
+    """With ``b = -N(pattern)`` both the finer map and the plain pass equal those of the clean teacher."""
     dirty = Square(pattern=1.0)
     clean = Square()
     clean.net.load_state_dict(dirty.net.state_dict())
@@ -184,9 +183,8 @@ def test_every_parameter_gets_a_gradient() -> None:
     teacher = Square()
     made = featsharp(teacher, 6)
     images = torch.rand(1, 3, 96, 96)
-    made.sharpen(images, made.look(teacher, images)).square().mean().backward()
+    made.sharpen(images, made.encode(teacher, images)).square().mean().backward()
     missing = [n for n, p in made.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # A bias on all keys alike changes no softmax, and colours are compared by their direction only.
     assert not missing
 
 
@@ -195,11 +193,11 @@ def test_prime_factors(number: int, found: list[int]) -> None:
     assert primes(number) == found
 
 
-def test_guided_upsampling_keeps_constants_and_follows_the_edges_of_the_image() -> None:
+def test_guided_upsampling_keeps_constants_and_follows_edges() -> None:
     stage = Guided(2)
     constant = torch.full((1, 2, 5, 5), 3.0)
     torch.testing.assert_close(stage(constant, torch.rand(1, 3, 20, 20)), torch.full((1, 2, 10, 10), 3.0))
-    with torch.no_grad():  # colours that tell black from white, and an interest in nothing else
+    with torch.no_grad():  # a guide that separates black from white only
         stage.colours = nn.Conv2d(3, 2, 1)
         stage.colours.weight.copy_(torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])[..., None, None])
         stage.colours.bias.zero_()
@@ -237,7 +235,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [(5, 7), (8, 8), (11, 3), (17, 9)])
 @pytest.mark.parametrize("learned", [False, True])
-def test_local_attention_is_the_plain_sum(size: tuple[int, int], learned: bool) -> None:
+def test_local_attention_equals_the_plain_sum(size: tuple[int, int], learned: bool) -> None:
     q, k = (torch.randn(2, 3, *size, 4, dtype=torch.float64) for _ in range(2))
     v = torch.randn(2, 3, *size, 6, dtype=torch.float64)
     bias = torch.randn(3, 7, 7, dtype=torch.float64, requires_grad=learned)
@@ -253,7 +251,7 @@ def test_local_attention_is_the_plain_sum(size: tuple[int, int], learned: bool) 
 # --- homographies ---
 
 
-def test_homographies_go_where_the_corners_go() -> None:
+def test_homographies_map_the_corners() -> None:
     corners = torch.tensor(CORNERS, dtype=torch.float64) * 0.7 + 0.1 * torch.rand(5, 4, 2, dtype=torch.float64)
     matrix = from_corners(corners)
     points = torch.cat([torch.tensor(CORNERS, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64)], 1)
@@ -261,8 +259,8 @@ def test_homographies_go_where_the_corners_go() -> None:
     torch.testing.assert_close(moved[..., :2] / moved[..., 2:], corners)
 
 
-def test_a_view_by_whole_cells_is_a_slice_and_says_what_lies_outside() -> None:
-    """D-16: with cell centres, a window of half the side, two cells in, is a slice; cells outside are told."""
+def test_warp_by_whole_cells_is_a_slice() -> None:
+    """docs/method.md, D-16: with cell centres, a window of half the side is a slice; cells outside are marked."""
     x = torch.rand(1, 2, 8, 8)
 
     def window(left: float, top: float) -> Tensor:
@@ -289,10 +287,10 @@ def test_weights_round_trip(tmp_path: Path) -> None:
         assert torch.equal(again(teacher, images).spatial, made(teacher, images).spatial)
     assert not FeatSharp(teacher.spec, SIZE).trained
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
-    assert modes["upsampler.safetensors"] == modes["upsampler.json"], "another user could not read a shared run"
+    assert modes["upsampler.safetensors"] == modes["upsampler.json"], "other users must be able to read a shared run"
 
 
-def test_a_full_disk_is_said_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = Square()
     made, folder = featsharp(teacher), tmp_path / "model"
     before = made.save(folder).joinpath("upsampler.safetensors").read_bytes()
@@ -311,10 +309,10 @@ def test_a_full_disk_is_said_and_leaves_no_part(tmp_path: Path, monkeypatch: pyt
     assert (folder / "upsampler.safetensors").read_bytes() == before
 
 
-def test_weights_that_do_not_fit_say_why(tmp_path: Path) -> None:
+def test_loading_refuses_weights_that_do_not_fit(tmp_path: Path) -> None:
     teacher = Square()
     folder = featsharp(teacher).save(tmp_path / "made")
-    with pytest.raises(ConfigError, match="factor: 2 there, 3 here"):
+    with pytest.raises(ConfigError, match="factor: 2 instead of 3"):
         FeatSharp(teacher.spec, SIZE, factor=3, weights=str(folder))
     with pytest.raises(ConfigError, match=r"objective: \{kind: upsample\}"):
         FeatSharp(teacher.spec, SIZE, weights=str(tmp_path))
@@ -339,8 +337,8 @@ def entry(**keys: Any) -> TeacherEntry:
     return TeacherEntry(teacher={"kind": "toy"}, upsampler=keys)
 
 
-def test_as_a_teacher_it_looks_closer_where_the_student_does() -> None:
-    """METHOD 3.2's column of SigLIP2: 24 x 24 cells up to a student of 432 pixels, 72 x 72 from 512 on."""
+def test_as_a_teacher_it_features_closer_where_the_student_does() -> None:
+    """SigLIP2 in docs/method.md, 3.2: 24 x 24 cells up to a student of 432 pixels, 72 x 72 from 512 on."""
 
     class Large(Square):
         def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -356,7 +354,7 @@ def test_as_a_teacher_it_looks_closer_where_the_student_does() -> None:
     assert teacher.spec.stride == 16 and teacher.spec.step == 384
 
 
-def test_as_a_teacher_it_answers_at_both_sizes(tmp_path: Path) -> None:
+def test_wrapped_teacher_runs_at_both_sizes(tmp_path: Path) -> None:
     square = Square()
     made = featsharp(square)
     teacher = wrap(square, entry(kind="featsharp", weights=str(made.save(tmp_path))), "t")
@@ -370,7 +368,7 @@ def test_as_a_teacher_it_answers_at_both_sizes(tmp_path: Path) -> None:
     assert not any(module.training for module in teacher.modules())
 
 
-def test_what_cannot_be_a_teacher_says_what_to_do() -> None:
+def test_wrap_refuses_unusable_teachers() -> None:
     with pytest.raises(ConfigError, match=r"teachers\.t\.upsampler.*learned nothing yet.*`weights:`"):
         wrap(Square(), entry(kind="featsharp"), "t")
     with pytest.raises(ConfigError, match="any size"):
@@ -384,7 +382,7 @@ def test_what_cannot_be_a_teacher_says_what_to_do() -> None:
 
 
 def test_siglip2_at_its_real_size() -> None:
-    """METHOD 1.5, 4: 24 x 24 cells of 1536 channels become 72 x 72; ten passes of the teacher for one image."""
+    """docs/method.md, 1.5 and 4: 24 x 24 cells of 1536 channels become 72 x 72."""
     with torch.device("meta"):
         made = FeatSharp(FeatureSpec(1536, 1536, stride=16, step=384), (384, 384), factor=3)
     assert (made.larger, made.finer) == ((1152, 1152), (72, 72))

@@ -148,7 +148,7 @@ class Upsample(nn.Module):
         with torch.no_grad():
             views = resize(warp(repeated, matrix, upsampler.larger), upsampler.size)
             said = _map(teacher(views))
-        looks = upsampler.look(teacher, images)
+        looks = upsampler.encode(teacher, images)
         found = upsampler.sharpen(images, looks)
         seen = self.downsampler(warp(found.repeat_interleave(count, 0), matrix, upsampler.finer))
         error = (seen - upsampler.clean(said)).square().mean(1, keepdim=True)

@@ -1,1 +1,1 @@
-"""Teachers, one kind a file."""
+"""Teachers, one kind per file."""

@@ -1,4 +1,4 @@
-"""A frozen timm backbone that conditions its own input: shared by the teachers that stand on one."""
+"""A frozen timm backbone that normalises its own input, shared by the kinds ``timm`` and ``conse``."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _LITE = {f"tf_efficientnet_lite{size}": size for size in bundled.LITE_SIZES}
 
 
 class Backbone(nn.Module):
-    """A timm model, its weights and its mean and standard deviation.
+    """A timm model with its weights, mean and standard deviation.
 
     Args:
-        model: timm's name; or a folder with ``config.json`` and the weights, as timm saves them; or
-            ``hf_hub:OWNER/NAME``, a repository of that form. Mean, standard deviation and size are then its own.
-        weights: ``"bundled"``, ``"random"`` (or None), ``"hub"`` or the path of a safetensors file. A folder or a
-            repository brings its own: ``"bundled"`` and ``"hub"`` mean those.
-        size: side of the images it will see; a model that is built for one size is built for this one.
+        model: timm's name; a folder with ``config.json`` and weights, as timm saves them; or ``hf_hub:OWNER/NAME``, a
+            repository of that form. A folder or repository has its own mean, standard deviation and size.
+        weights: ``"bundled"``, ``"random"`` (or None), ``"hub"`` or the path of a safetensors file. For a folder or a
+            repository, ``"bundled"`` and ``"hub"`` are its own weights.
+        size: input side in pixels; a model of one fixed size is built for this one.
 
     Attributes:
         net: the timm model.
-        side: the only legal side length in pixels, or None where any size runs.
-        default_side: the side length of the images the weights were trained on, or ``side``.
+        side: the only legal input side in pixels, or None if any size runs.
+        default_side: input side in pixels of the training, or ``side``.
         licence: licence of the weights.
-        processor: mean, standard deviation and :attr:`default_side` by name.
-        patch: side of a token in pixels where all stages have tokens of one side (a plain vision transformer), or None.
+        processor: as :attr:`Teacher.processor`.
+        patch: side of a token in pixels if all stages have tokens of one side (a plain vision transformer), or None.
 
     Raises:
-        ConfigError: unknown model, folder or repository, or weights that do not exist for it.
+        ConfigError: unknown model, folder or repository, or no such weights.
         AssetError: weights that do not fit the model; no network; a gated repository.
     """
 
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     def condition(self, images: Tensor) -> Tensor:
-        """RGB ``(B, 3, H, W)`` in [0, 1] to what the weights expect."""
+        """Normalise RGB ``(B, 3, H, W)`` in [0, 1]."""
         return ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,26 +81,21 @@ class Backbone(nn.Module):
 
 
 def check_name(model: str) -> None:
-    """Refuse a name timm does not know.
-
-    Raises:
-        ConfigError: unknown; offers the nearest names.
-        MissingExtraError: timm is not installed.
-    """
+    """Raise :class:`ConfigError` with the nearest names if timm has no such model."""
     timm = require("timm", "timm")
     if ":" in model or "/" in model:
         raise ConfigError(
-            f"model {model!r}: give timm's own name, a folder that exists, or hf_hub:OWNER/NAME; a file of weights "
-            "goes into `weights:`"
+            f"model {model!r}: use a name of timm, an existing folder, or hf_hub:OWNER/NAME; a file of weights goes "
+            "into `weights:`"
         )
     if not timm.is_model(model):
         name = model.split(".")[0]
-        close = difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.3)  # it knows more than a thousand
+        close = difflib.get_close_matches(name, timm.list_models(), n=6, cutoff=0.3)  # of more than a thousand
         raise ConfigError(f"timm has no model {model!r}{nearest(name, close)}")
 
 
 def _stored(model: str) -> ModelFiles | None:
-    """Where a model is that brings its own configuration; None for timm's own names."""
+    """The files of a model that has its own configuration; None for timm's own names."""
     scheme = model.partition(":")[0].replace("_", "-").lower()
     if scheme not in ("hf-hub", "local-dir") and not Path(model).expanduser().is_dir():
         return None
@@ -108,12 +103,12 @@ def _stored(model: str) -> ModelFiles | None:
 
 
 def _open(source: ModelFiles, model: str, size: int | None, *, weights: bool) -> tuple[Any, dict[str, Any]]:
-    """A model of a folder or a repository, by its own configuration."""
+    """Build a model from a folder or a repository by its own configuration."""
     source.need("config.json")
     if "architecture" not in source.json("config.json"):
         raise ConfigError(
-            f"teachers.timm: config.json of {source.label} names no timm `architecture`; a model of transformers is "
-            "named with `kind: transformers`"
+            f"teachers.timm: config.json of {source.label} has no timm `architecture`; for a model of transformers "
+            "use `kind: transformers`"
         )
     if weights:
         source.weights()
@@ -136,33 +131,33 @@ def _patch(net: Any) -> int | None:
 
 
 def _create(model: str, pretrained: bool, size: int | None) -> tuple[Any, dict[str, Any]]:
-    """The timm model and the options it took: one whose position embedding can be resized is asked to do so."""
+    """The timm model, with resizable position embeddings if it has them, and the options it accepted."""
     timm = require("timm", "timm")
     attempts: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
     if size is not None:
         attempts.insert(1, {"img_size": size})
     with torch.random.fork_rng(devices=[]):
         for options in attempts:
-            torch.manual_seed(0)  # random weights are the same in every process, and the caller's state is untouched
+            torch.manual_seed(0)  # the same random weights in every process; the caller's state is unchanged
             try:
                 net = timm.create_model(model, pretrained=pretrained, **options)
             except TypeError as error:  # this architecture does not take the option
                 if not any(key in str(error) for key in options):
                     raise
             except RuntimeError as error:
-                raise ConfigError(f"timm cannot make {model!r}: {error}") from error
+                raise ConfigError(f"timm cannot build {model!r}: {error}") from error
             except Exception as error:
                 if pretrained and not model.startswith("local-dir:"):
-                    raise _unfetched(timm, model, error) from error
+                    raise _download_error(timm, model, error) from error
                 raise
-            else:  # some architectures swallow the first option and stay as they are
+            else:  # some architectures accept the first option and ignore it
                 if "dynamic_img_size" not in options or getattr(net, "dynamic_img_size", False):
                     return net, options
-    raise ConfigError(f"timm cannot make {model!r}")
+    raise ConfigError(f"timm cannot build {model!r}")
 
 
-def _unfetched(timm: Any, model: str, error: Exception) -> AssetError | ConfigError:
-    """What to tell of weights that timm could not download."""
+def _download_error(timm: Any, model: str, error: Exception) -> AssetError | ConfigError:
+    """The error for weights that timm could not download."""
     known = timm.get_pretrained_cfg(model)
     if known is not None and known.hf_hub_id:
         return ModelFiles(f"hf-hub:{known.hf_hub_id}", "teachers.timm").refusal("model.safetensors", error)
@@ -174,17 +169,17 @@ def _unfetched(timm: Any, model: str, error: Exception) -> AssetError | ConfigEr
 
 
 def _layout(net: nn.Module) -> torch.memory_format:
-    """Put convolutional nets into channels-last order, in which they run 1.3 to 1.7 times faster on a CPU."""
+    """Use channels-last for convolutional networks: 1.3 to 1.7 times faster on a CPU."""
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     if len(convolutions) <= sum(isinstance(module, nn.Linear) for module in net.modules()):
         return torch.contiguous_format
-    for convolution in convolutions:  # only these: other 4-D parameters may be viewed in their own order
+    for convolution in convolutions:  # only these: other 4-D parameters may depend on their memory order
         convolution.to(memory_format=torch.channels_last)
     return torch.channels_last
 
 
 def _load(net: nn.Module, model: str, weights: str | None, config: dict[str, Any]) -> str:
-    """Put ``weights`` into ``net``; returns their licence."""
+    """Load ``weights`` into ``net``; return their licence."""
     if weights in (None, "random"):
         return "none (random weights)"
     if weights == "hub":

@@ -1,4 +1,4 @@
-"""What a checkpoint's own image processor says: mean, standard deviation and size. Nothing is assumed."""
+"""Mean, standard deviation and size from a checkpoint's own image processor; nothing is assumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from agglo.hub import ModelFiles
-from agglo.teachers._family import guest, side
+from agglo.teachers._families import side, transformers
 from agglo.types import AssetError
 
 RGB = tuple[float, float, float]
@@ -22,7 +22,7 @@ class Pixels:
 
     Args:
         mean, std: per channel, for pixels in [0, 1].
-        side: side in pixels of the square the processor makes, or None where it keeps another shape.
+        side: side in pixels of the square output, or None if it is not square.
     """
 
     mean: RGB
@@ -31,16 +31,12 @@ class Pixels:
 
     @property
     def processor(self) -> dict[str, Any]:
-        """The same by name, as JSON has it (:attr:`agglo.teachers.base.Teacher.processor`)."""
+        """The JSON form (:attr:`agglo.teachers.base.Teacher.processor`)."""
         return {"mean": list(self.mean), "std": list(self.std), "size": self.side}
 
 
 class Conditioner(nn.Module):
-    """The normalisation as a module, so that its numbers are where the network is.
-
-    Args:
-        pixels: what the processor says.
-    """
+    """The normalisation as a module, so that its buffers follow the network to its device."""
 
     mean: Tensor
     std: Tensor
@@ -56,17 +52,17 @@ class Conditioner(nn.Module):
         return images if self.identity else (images - self.mean) / self.std
 
 
-AS_THEY_ARE = Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""For networks that normalise by themselves."""
+IDENTITY = Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""For networks that normalise pixels themselves."""
 
 
 def read_pixels(source: ModelFiles) -> Pixels:
-    """What preprocessor_config.json, or the image part of processor_config.json, of a checkpoint says.
+    """Normalisation and size from preprocessor_config.json, or the image part of processor_config.json.
 
-    A key that the file leaves out is its processor class's own default.
+    Missing keys have the default of the processor's class.
 
     Raises:
-        AssetError: there is no such file, or it does not say how pixels are normalised.
+        AssetError: no such file, or no valid normalisation in it.
     """
     content = source.json("preprocessor_config.json")
     if not content:
@@ -77,17 +73,13 @@ def read_pixels(source: ModelFiles) -> Pixels:
 
 
 def pixels_of(content: Mapping[str, Any], where: str) -> Pixels:
-    """The meaning of a processor's settings.
-
-    Raises:
-        AssetError: they do not say how pixels are normalised.
-    """
-    defaults = getattr(guest(), str(content.get("image_processor_type")), None)
+    """Normalisation and size from the content of a processor's file; raises :class:`AssetError` if invalid."""
+    defaults = getattr(transformers(), str(content.get("image_processor_type")), None)
 
     def value(key: str) -> Any:
         return content[key] if key in content else getattr(defaults, key, None)
 
-    # The processor scales bytes; ours are scaled to [0, 1] already. What is left is 1 for every released checkpoint.
+    # The processor scales bytes; ours are already in [0, 1]. The remaining factor is 1 for every released checkpoint.
     scale = 255 * float(value("rescale_factor") or 1 / 255) if value("do_rescale") in (None, True) else 255.0
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -111,7 +103,7 @@ def _rgb(value: Any, where: str, key: str) -> RGB:
     if isinstance(value, int | float):
         value = [value] * 3
     if not isinstance(value, Sequence) or len(value) != 3:
-        raise AssetError(f"{where} says {key}: {value!r}, not three numbers; fetch it again")
+        raise AssetError(f"{where}: {key} is {value!r}, not three numbers; fetch it again")
     return float(value[0]), float(value[1]), float(value[2])
 
 

@@ -1,11 +1,14 @@
-"""The teachers that the papers name, as data: what each returns is known without a network and without weights.
+"""Published models by name: the teachers of the papers as data, and RADIO releases that must be converted first.
 
-Facts of the released checkpoints (METHOD 1.5): architecture, processor, licence. Used where no weights are read: for
-widths of heads, sizes of inputs, plans and runs with random weights. With weights, the checkpoint's own files count.
+Architecture, processor and licence of the released checkpoints (docs/method.md, 1.5), used when no weights are read:
+for widths of heads, sizes of inputs, plans and random weights. With weights, the checkpoint's own files decide.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,11 @@ class Published:
     """One checkpoint of transformers.
 
     Args:
-        config: the part of its config.json that is about the vision encoder.
-        side: side in pixels of the square its processor makes, or None where it keeps the aspect.
+        config: the vision encoder's part of its config.json.
+        side: side in pixels of the processor's square output, or None if it keeps the aspect ratio.
         mean, std: of its processor, for pixels in [0, 1].
         licence: of its weights.
-        gated: whether the licence must be accepted before the weights can be fetched.
+        gated: whether the licence must be accepted before a download.
     """
 
     config: dict[str, Any]
@@ -172,12 +175,12 @@ PUBLISHED: dict[str, Published] = {
     "facebook/sam3": Published(_SAM3, 1008, licence="SAM License", gated=True),
     "nvidia/C-RADIOv4-H": Published(_RADIO_V4_H, None, *_CLIP, licence="NVIDIA Open Model License"),
 }
-"""Name on the hub → what is known of it."""
+"""By name on the hub."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedOpenCLIP:
-    """One checkpoint of OpenCLIP: its architecture is open_clip's own, known without a network."""
+    """One checkpoint of OpenCLIP; open_clip contains its architecture."""
 
     architecture: str
     licence: str
@@ -189,4 +192,83 @@ OPEN_CLIP: dict[str, PublishedOpenCLIP] = {
     "apple/DFN5B-CLIP-ViT-H-14-378": PublishedOpenCLIP("ViT-H-14-378-quickgelu", "Apple Machine Learning Research"),
     "apple/DFN5B-CLIP-ViT-H-14": PublishedOpenCLIP("ViT-H-14-quickgelu", "Apple Machine Learning Research"),
 }
-"""Name on the hub → what is known of it."""
+"""By name on the hub."""
+
+
+# --- NVIDIA's own layout ----------------------------------------------------------------------------------------------
+# transformers would read it by running the code of the repository, so it is converted once instead.
+
+_VERSION = re.compile(r"(?:[ce]-?)?radio[-_]?v\d[^/]*", re.IGNORECASE)
+_REPOSITORY = re.compile(r"nvidia/(?:[ce]-?)?radio(?:[-_]?v?\d[^/]*|[-_][^/]*)?", re.IGNORECASE)
+_COMMERCIAL = re.compile(r"(?:nvidia/)?c-radio[-_]?v(\d[^/]*)", re.IGNORECASE)
+"""A C-RADIO is named by repository, nvidia/C-RADIOv3-H, or by version, c-radio_v3-h."""
+
+COPIES_ALIGN = ("c-radio_v3-b", "c-radio_v3-h")
+"""The code in these repositories resizes positions with align_corners, which transformers cannot."""
+
+_UNSUPPORTED = (
+    (r"e-?radio.*", "its trunk is not a transformer"),
+    (r"radio[-_]?1d.*", "its tokens are one-dimensional"),
+    (r"(?:radio(?:[-_]?v2\.5)?-g|dino_v2).*", "it has a norm after its last block"),
+    (r".*mlpnorm", "it has norms inside its MLPs"),
+    (r"radio.*-norm", "its map is normalised"),
+)
+"""Releases, or values of ``args.model``, that transformers' ``RadioModel`` cannot represent, and why."""
+
+
+def is_version(name: str) -> bool:
+    """Whether a name has the form of a release's version, ``c-radio_v3-h``, and is not a repository."""
+    return _VERSION.fullmatch(name) is not None
+
+
+def is_repository(name: str) -> bool:
+    """Whether a repository, ``owner/name``, is named like NVIDIA's releases."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def advice(where: str, name: str, config: Mapping[str, Any] | None = None, *, local: bool = False) -> str:
+    """How to convert a release of NVIDIA's own layout, or why that is impossible.
+
+    Args:
+        where: recipe key, for messages.
+        name: version name, repository without a revision, or folder.
+        config: its ``config.json``, if known.
+        local: whether ``name`` is a folder.
+    """
+    config = config or {}
+    problem = f"{where}: {name} is a RADIO in NVIDIA's own layout, which this kind does not read"
+    why = _unsupported(name, config)
+    if why is not None:
+        return f"{problem}, and transformers cannot represent it: {why}. Use another: `model: nvidia/C-RADIOv4-H`"
+    # Loaded by its version name, a release behaves as torch.hub's code, which transformers can represent.
+    release = None if local else _release(name)
+    command = f"`agglo export {shlex.quote(release or name)} --to transformers -o FOLDER`"
+    if release is None and not {_release(each) for each in _names(name, config)}.isdisjoint(COPIES_ALIGN):
+        command = f'`agglo.export(agglo.load({name!r}, align_corners=False), "transformers", "FOLDER")` in Python'
+    return f"{problem}. Convert it once with {command}, then use `model: FOLDER`"
+
+
+def _release(name: str) -> str | None:
+    """The version name of a C-RADIO in any spelling."""
+    found = _COMMERCIAL.fullmatch(name)
+    return None if found is None else f"c-radio_v{found[1].lower()}"
+
+
+def _names(name: str, config: Mapping[str, Any]) -> tuple[str, str]:
+    """The name of the repository or folder, and the version in ``config.json``."""
+    return name.rstrip("/").rpartition("/")[2], str(config.get("version", ""))
+
+
+def _unsupported(name: str, config: Mapping[str, Any]) -> str | None:
+    """Why transformers cannot represent a release, or None; the configuration takes precedence over the name."""
+    args = config.get("args") or {}
+    model = str(args.get("model", ""))
+    if args.get("model_norm"):
+        model = "dino_v2"
+    elif config.get("feature_normalizer_config"):
+        model = "radio-norm"
+    for each in (model,) if model else _names(name, config):
+        for pattern, why in _UNSUPPORTED:
+            if re.fullmatch(pattern, each, re.IGNORECASE):
+                return why
+    return None

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from agglo.config import build
 from agglo.teachers._backbone import Backbone
-from agglo.teachers._sizes import check_images, scaled_size
-from agglo.teachers.base import Teacher, Vocabulary
+from agglo.teachers.base import Teacher, Vocabulary, check_images, check_size, scaled_size
 from agglo.types import ConfigError, Features, FeatureSpec
 from agglo.weights import bundled
 
@@ -19,20 +18,20 @@ _TEXT: dict[str, Any] = {"kind": "minilm"}
 
 
 class Conse(Teacher):
-    """Convex combination of semantic embeddings: the mean text embedding of ImageNet's class names under a classifier.
+    """Convex combination of semantic embeddings: an ImageNet classifier's mean text embedding of the class names.
 
     ``summary = sum_c p_c t_c``, ``p = softmax(z / temperature)`` with ``z`` the logits of the 1000 classes and ``t_c``
     the unit-norm text embedding of the prompt filled with the name of class c (Norouzi et al. 2013, arXiv:1312.5650,
-    with all classes kept instead of the top ten). The weights sum to one and the result is not renormalised: its
-    length, at most 1, falls as the classifier grows unsure. Compare it with text by cosine (:meth:`encode_image`).
+    with all classes instead of the top ten). The weights sum to one and the result is not normalised: its length, at
+    most 1, decreases with the classifier's confidence. Compare it with text by cosine (:meth:`encode_image`).
 
     Args:
         model: timm's name of an ImageNet-1k classifier.
-        weights: as for the ``timm`` teacher: ``bundled``, ``hub``, ``random`` or the path of a safetensors file.
+        weights: as of the ``timm`` kind: ``bundled``, ``hub``, ``random`` or the path of a safetensors file.
         text: the text tower: its kind and keys.
-        prompt: sentence with one ``{}`` where the class name goes.
-        temperature: above 1 spreads the weight over more classes.
-        size: shorter side in pixels at which the classifier sees every view; None shows it the student's size.
+        prompt: sentence with one ``{}`` for the class name.
+        temperature: values above 1 spread the weight over more classes.
+        size: shorter side in pixels of its input; null for the student's size.
 
     Raises:
         ConfigError: unknown model, weights or text tower; a model without 1000 classes; a prompt without ``{}``; a
@@ -55,7 +54,7 @@ class Conse(Teacher):
     ) -> None:
         super().__init__()
         if prompt.count("{}") != 1:
-            raise ConfigError(f"teachers.conse: prompt {prompt!r} must hold {{}} once, where the class name goes")
+            raise ConfigError(f"teachers.conse: prompt {prompt!r} must contain {{}} exactly once, for the class name")
         if not temperature > 0:
             raise ConfigError(f"teachers.conse: temperature must be positive, got {temperature}")
         self.backbone = Backbone(model, weights, size)
@@ -70,11 +69,8 @@ class Conse(Teacher):
         self.size = size
         self.licence = " AND ".join(dict.fromkeys((self.backbone.licence, self.text.licence)))
         self.spec = FeatureSpec(summary=self.text.width, spatial=None, step=self._step())
-        if size is not None and (size < 1 or size % self.spec.step):
-            raise ConfigError(
-                f"teachers.conse: size {size} is no multiple of {model}'s step of {self.spec.step} pixels"
-            )
-        # A buffer, so that it follows the module to its device; filled when first asked for.
+        check_size(size, self.spec.step, "teachers.conse", model)
+        # A buffer, so that it follows the module to its device; computed at first use.
         self.register_buffer("_names_text", None, persistent=False)
         self.requires_grad_(False).eval()
 
@@ -83,7 +79,7 @@ class Conse(Teacher):
         return self.backbone.side or int(patch if isinstance(patch, int) else max(patch))
 
     def forward(self, images: Tensor) -> Features:
-        """Encode RGB images ``(B, 3, H, W)`` in [0, 1]; the summary ``(B, D)`` lies in the text tower's space."""
+        """Encode RGB images ``(B, 3, H, W)`` in [0, 1]; the summary ``(B, D)`` is in the text tower's space."""
         weights = (self.classify(images) / self.temperature).softmax(-1)
         return Features(weights @ self._class_text().to(weights.dtype), None)
 
@@ -98,15 +94,15 @@ class Conse(Teacher):
         return F.normalize(summary, dim=-1)
 
     def encode_text(self, texts: list[str]) -> Tensor:
-        """Unit-norm ``(N, D)`` embeddings of N sentences, as the text tower gives them."""
+        """Unit-norm ``(N, D)`` embeddings of N sentences."""
         return self.text.encode(texts)
 
     def vocabulary(self) -> Vocabulary:
-        """The 1000 class names and the text embeddings that the summary is a mean of."""
+        """The 1000 class names and their text embeddings."""
         return Vocabulary(self.names, self._class_text())
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
-        """``(H, W)`` to show this teacher: its fixed size, or the view scaled so that its shorter side is ``size``."""
+        """The model's fixed size, or the view scaled so that its shorter side is ``size``."""
         if self.backbone.side is not None:
             return self.backbone.side, self.backbone.side
         if self.size is None:
@@ -116,7 +112,7 @@ class Conse(Teacher):
     def _class_text(self) -> Tensor:
         text = self._names_text
         if text is None:
-            # Heads train through this matrix: it must not be an inference tensor, whoever asks for it first.
+            # Heads train through this matrix: it must not be an inference tensor, even if eval code asks first.
             with torch.inference_mode(False), torch.no_grad():
                 text = self.text.encode([self.prompt.replace("{}", name) for name in self.names])
             self._names_text = text

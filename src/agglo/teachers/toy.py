@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglo.teachers._sizes import check_images
-from agglo.teachers.base import Teacher
+from agglo.teachers.base import Teacher, check_images
 from agglo.types import ConfigError, Features, FeatureSpec
 
 
@@ -21,7 +20,7 @@ class Toy(Teacher):
         channels: width of the spatial map.
         stride: side of a patch in pixels.
         summary: width of the summary, or None for a dense-only teacher.
-        seed: which random map.
+        seed: of the random map.
 
     Raises:
         ConfigError: a width or the stride is not positive.

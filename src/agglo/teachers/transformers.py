@@ -1,4 +1,4 @@
-"""Any vision encoder of transformers as a teacher: SigLIP2, DINOv3, SAM 3 and friends."""
+"""Any vision encoder of transformers as a teacher: SigLIP2, DINOv3, SAM 3 and others."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from agglo.config import build
 from agglo.hub import ModelFiles
-from agglo.teachers._families import family_of
-from agglo.teachers._family import Family
-from agglo.teachers._official import advice, is_repository, is_version
-from agglo.teachers._precision import Precision, halve, products
-from agglo.teachers._processor import AS_THEY_ARE, Conditioner, Pixels, read_pixels
-from agglo.teachers._published import PUBLISHED, Published
-from agglo.teachers._sizes import check_canvas, check_images, scaled_size, snap
-from agglo.teachers.base import Teacher
+from agglo.teachers._families import Family, family_of
+from agglo.teachers._processor import IDENTITY, Conditioner, Pixels, read_pixels
+from agglo.teachers._published import PUBLISHED, Published, advice, is_repository, is_version
+from agglo.teachers.base import Precision, Teacher, autocast, check_images, check_size, halve, scaled_size
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 
 _WHERE = "teachers.transformers"
@@ -26,33 +21,32 @@ _WHERE = "teachers.transformers"
 class TransformersTeacher(Teacher):
     """A frozen vision encoder of transformers, by its name on the hub or from a local folder.
 
-    SigLIP and SigLIP2 (fixed and NaFlex), CLIP, DINOv2 (with registers or without), DINOv3 (transformer and ConvNeXt),
-    SAM, the trunk of SAM 3 and RADIO are read as their authors mean them (one small class each); every other encoder
-    that AutoModel builds by the rule of ``_generic.py``. Prefix tokens are never part of the map; mean, standard
-    deviation and size are those of the checkpoint's own processor. From checkpoints that hold more, only the vision
-    encoder is kept.
+    SigLIP and SigLIP2 (fixed and NaFlex), CLIP, DINOv2 (with or without registers), DINOv3 (transformer and ConvNeXt),
+    SAM, the trunk of SAM 3 and RADIO each have their own reader; every other encoder that AutoModel builds is read by a
+    general rule. Prefix tokens are never part of the map; mean, standard deviation and size are those of the
+    checkpoint's own processor. Of larger models, only the vision encoder is loaded.
 
     Args:
         model: ``OWNER/NAME`` on the hub, or a folder with ``config.json``, ``preprocessor_config.json`` and weights.
         revision: branch, tag or commit on the hub; null for the default branch.
         weights: ``pretrained``, or ``random`` (fixed seed; needs the configuration only): for sizes and speed.
-        size: side in pixels at which the teacher sees every view. null: a model that was trained at one size sees it
-            at the size of its processor, every other one at the size that gives it as many tokens as the student has.
+        size: side in pixels of its input. null: the size of its processor for a model trained at one size; for every
+            other one, the size that gives as many tokens as the student has.
         dtype: ``float32``, or ``bfloat16`` / ``float16``: linear layers in half precision under autocast, norms,
             positions and the residual stream in float32.
-        compile: let torch.compile fuse the network, at its first batch of each size.
-        summary: False for a dense-only teacher; True insists on a summary; null takes one where there is one.
+        compile: compile the network with torch.compile, at its first batch of each size.
+        summary: False for a dense-only teacher; True requires a summary; null uses one if there is one.
         text: the text tower that belongs to the summary (``{kind: siglip2, repo: ...}``), for zero-shot and search.
 
     Attributes:
         net: transformers' network.
-        family: what agglo knows of it.
-        condition: pixels in [0, 1] to what the network expects.
+        family: how its configuration and output are read.
+        condition: normalises pixels in [0, 1].
 
     Raises:
-        ConfigError: no such repository, folder or revision; no vision encoder; a size that is not legal; a summary
-            asked of a model without one.
-        AssetError: a gated repository, no network, no weights, files that are corrupt or do not fit.
+        ConfigError: no such repository, folder or revision; not a vision encoder; an illegal size; a required summary
+            that the model lacks.
+        AssetError: a gated repository, no network, no weights, files that are damaged or do not fit.
         MissingExtraError: transformers is not installed.
     """
 
@@ -76,7 +70,7 @@ class TransformersTeacher(Teacher):
         self.condition = Conditioner(pixels)
         self.native = _native(self.family, pixels, model)
         self.canvas = _canvas(self.family, self.native, size, model)
-        self.size, self.text = size, text
+        self.size, self.text_options = size, text
         self.dtype: Precision = dtype
         self.patch = self.family.patch if self.family.tokens else None
         stated = _stated(self.family, pixels)
@@ -91,14 +85,13 @@ class TransformersTeacher(Teacher):
         if self.spec.summary is None:
             self.family.without_summary(self.net)
         halve(self.net, dtype)
-        self._tower: list[Any] = []  # in a list: a text tower is no part of this module, and is made when asked for
         self.requires_grad_(False).eval()
         if compile:
             self.net.compile()
 
     @classmethod
     def spec_of(cls, **keys: Any) -> FeatureSpec:
-        """What such a teacher returns, from the configuration alone; published models need no network for it."""
+        """As :meth:`Teacher.spec_of`, from the configuration alone; published models need no network."""
         model = keys["model"]
         source, published = _located(model, keys.get("revision"))
         family = family_of(_config(source, published, random=True), f"{_WHERE}: {model}")
@@ -108,40 +101,17 @@ class TransformersTeacher(Teacher):
 
     def forward(self, images: Tensor) -> Features:
         """Encode RGB images ``(B, 3, H, W)`` in [0, 1], H and W multiples of ``spec.step``; features are float32."""
-        if self.family.rigid and self.canvas is not None:
-            check_canvas(images, self.canvas)
-        check_images(images, self.spec.step)
-        with products(self.dtype, images.device):
+        check_images(images, self.spec.step, self.canvas if self.family.rigid else None)
+        with autocast(self.dtype, images.device):
             summary, spatial = self.family.read(self.net, self.condition(images))
         kept = summary if self.spec.summary is not None else None
         return Features(None if kept is None else kept.float(), spatial.float().contiguous())
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
-        """``(H, W)`` to show this teacher a view of ``size``: its canvas, its ``size``, or equally many tokens."""
+        """Its canvas; the view scaled to the key ``size``; or the size with equally many tokens."""
         if self.canvas is None and self.size is not None:
             return scaled_size(size, self.size, self.spec.step)
         return super().input_size(size, stride)
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Unit-norm ``(N, D)`` embeddings of N sentences, by the text tower of the key ``text``.
-
-        Raises:
-            TypeError: this teacher was given no text tower.
-            ConfigError: the tower's vectors are not as long as the summary.
-            AssetError: the tower's weights or tokenizer are missing.
-        """
-        if self.text is None:
-            return super().encode_text(texts)
-        if not self._tower:
-            tower = build("text", self.text, where=f"{_WHERE}.text")
-            if tower.width != self.spec.summary:
-                raise ConfigError(
-                    f"{_WHERE}.text: its vectors have {tower.width} channels, the summary has {self.spec.summary}; "
-                    "name the text tower of the same checkpoint"
-                )
-            self._tower.append(tower)
-        device = next(self.net.parameters()).device
-        return self._tower[0].to(device).encode(texts)
 
 
 def _located(model: str, revision: str | None) -> tuple[ModelFiles, Published | None]:
@@ -154,13 +124,13 @@ def _located(model: str, revision: str | None) -> tuple[ModelFiles, Published | 
 
 
 def _config(source: ModelFiles, published: Published | None, *, random: bool) -> Mapping[str, Any]:
-    """The content of config.json; of a published model whose weights are not read, from our table."""
+    """The content of config.json; from :data:`PUBLISHED` if no weights are read."""
     if published is not None and random:
         return published.config
     try:
         source.need("config.json")
     except AssetError as error:
-        # What it is called has to do where its configuration cannot be had.
+        # Without its configuration, only the name identifies a RADIO.
         if source.local or published is not None or not is_repository(source.name):
             raise
         raise ConfigError(advice(_WHERE, source.name)) from error
@@ -172,14 +142,14 @@ def _config(source: ModelFiles, published: Published | None, *, random: bool) ->
 
 def _pixels(family: Family, source: ModelFiles, published: Published | None, *, random: bool) -> Pixels:
     if family.conditions:
-        return AS_THEY_ARE
+        return IDENTITY
     if published is not None and random:
         return Pixels(published.mean, published.std, published.side)
     return read_pixels(source)
 
 
 def _stated(family: Family, pixels: Pixels) -> Pixels:
-    """The normalisation, whoever does it: the processor, or a network that conditions its own input."""
+    """The normalisation of the processor, or of a network that normalises pixels itself."""
     if not family.conditions:
         return pixels
     config = family.config
@@ -187,14 +157,14 @@ def _stated(family: Family, pixels: Pixels) -> Pixels:
 
 
 def _native(family: Family, pixels: Pixels, model: str) -> int | None:
-    """The side the weights were made for: the processor's, in whole patches, unless the network allows one only."""
+    """The side the weights were made for: the processor's, in whole patches, or the only one of a rigid network."""
     native = family.native
     if pixels.side is not None:
         native = max(family.step, pixels.side - pixels.side % family.step)
     if family.rigid and native != family.native:
         raise ConfigError(
             f"{_WHERE}: the processor of {model} makes images of {pixels.side} pixels, but the network runs at "
-            f"{family.native} only: they are not of one checkpoint"
+            f"{family.native} only: they belong to different checkpoints"
         )
     return native
 
@@ -203,12 +173,7 @@ def _canvas(family: Family, native: int | None, size: int | None, model: str) ->
     """The side of a fixed canvas, or None for a model that follows the student."""
     if size is not None and family.rigid and size != native:
         raise ConfigError(f"{_WHERE}.size: {model} runs at {native} pixels only, not at {size}")
-    if size is not None and (size < 1 or size % family.step):
-        near = snap((size, size), family.step)[0]
-        raise ConfigError(
-            f"{_WHERE}.size: {size} is no multiple of the {family.step} pixels of {model}'s patches; the nearest is "
-            f"{near}"
-        )
+    check_size(size, family.step, _WHERE, model)
     if not family.fixed:
         return None
     return size or native

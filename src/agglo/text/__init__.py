@@ -1,1 +1,1 @@
-"""Text towers, one kind a file."""
+"""Text towers, one kind per file."""

@@ -1,1 +1,1 @@
-"""Upsamplers: from a teacher of one size and a larger image to a finer map."""
+"""Upsamplers: finer maps from a teacher of one size and a larger image."""

@@ -1,33 +1,30 @@
-"""The plain baseline: one pass, interpolated."""
+"""Baseline: one pass, interpolated."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from agglo.preprocess import resize
 from agglo.types import Features, FeatureSpec
-from agglo.upsamplers.base import Upsampler
-
-if TYPE_CHECKING:
-    from agglo.teachers.base import Teacher
+from agglo.upsamplers.base import FrozenTeacher, Upsampler
 
 
 class Bilinear(Upsampler):
-    """The teacher's map of the image at its own size, interpolated between cell centres. One pass, no detail.
+    """The teacher's map at its own size, interpolated between cell centres: one pass, no added detail.
 
     Args:
         spec: of the teacher.
-        size: of the teacher.
-        factor: how many times finer.
+        size: of the teacher, ``(H, W)`` in pixels.
+        factor: ratio of the finer grid to the teacher's.
     """
 
     def __init__(self, spec: FeatureSpec, size: tuple[int, int], /, *, factor: int = 2) -> None:
         super().__init__(spec, size, factor)
 
-    def forward(self, teacher: Teacher, images: Tensor) -> Features:
+    def forward(self, teacher: FrozenTeacher, images: Tensor) -> Features:
         self.check(images)
-        found = teacher(resize(images, self.size))
-        return Features(found.summary, F.interpolate(found.spatial, self.finer, mode="bilinear", align_corners=False))
+        features = teacher(resize(images, self.size))
+        return Features(
+            features.summary, F.interpolate(features.spatial, self.finer, mode="bilinear", align_corners=False)
+        )
