@@ -36,7 +36,7 @@ command("eval", home + "/model", "--evals", "knn", "--out", home + "/results")
 command("train", home + "/tiny.yaml", "--out", home + "/run")
 command("kinds")
 command("models")
-command("info", "agglo-lite")
+command("info", home + "/model")
 """
 
 DOORS: dict[str, tuple[str, str]] = {

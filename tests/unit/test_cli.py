@@ -157,7 +157,7 @@ def test_embed_writes_names_the_bad_and_goes_on(model: Path, folder: Path, bad: 
     with np.load(out) as file:
         assert file["path"].tolist() == [str(folder / f"{i}.png") for i in range(6)]
         assert file["summary"].shape == (6, 32)
-        assert json.loads(str(file["metadata"]))["agglo.model.model"] == str(model)
+        assert json.loads(str(file["metadata"]))["agglo.model"] == str(model)
 
 
 def test_embed_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path) -> None:
