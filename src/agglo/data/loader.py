@@ -266,9 +266,10 @@ class Loader:
         except FilteredImageError as error:
             with self._lock:
                 flags = self._left_out.setdefault(source, np.zeros(self._lengths[source], bool))
-                self.filtered[error.rule] += int(not flags[index])
-                count, flags[index] = self.filtered[error.rule], True
-            if str(count).strip("0") == "1":  # the first, the tenth, the hundredth, ...
+                new, flags[index] = not flags[index], True  # another thread may have read the same image meanwhile
+                self.filtered[error.rule] += int(new)
+                count = self.filtered[error.rule]
+            if new and str(count).strip("0") == "1":  # the first, the tenth, the hundredth, ...
                 _log.warning("left out %d so far by %s, such as %s: %s", count, error.rule, error.name, error.why)
             raise
         except ImageError as error:
