@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     name keeps the suffix of ``path``, because many writers choose the format by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{PARTIAL}{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{os.urandom(4).hex()}{PARTIAL}{path.suffix}")
     try:
         yield partial
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""Data sets in the layouts people have: what they hold, and what is said when they are not there or only partly."""
+"""Datasets in their published layouts: contents, and errors when they are missing or incomplete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from agglo.config import build
 from agglo.evals._probe import truth_of
 from agglo.evals.correspondence import project
-from agglo.sources._dataset import normals_of
+from agglo.sources._dataset import normals_from_depth
 from agglo.types import ConfigError, ImageError
 from agglo.weights.bundled import imagenet_classes, imagenet_wnids
 from support import datasets as tiny
@@ -29,25 +29,25 @@ def refused(kind: str, **keys) -> str:
 
 
 @pytest.mark.parametrize("kind", tiny.MAKERS)
-def test_a_missing_one_says_where_to_get_it_and_what_it_must_look_like(kind: str, tmp_path: Path) -> None:
+def test_missing_dataset_error_names_download_and_structure(kind: str, tmp_path: Path) -> None:
     line = refused(kind, path=str(tmp_path / "nowhere"))
-    assert "there is no" in line
+    assert "does not exist" in line
     assert "Get it from" in line
-    assert "must look like" in line
+    assert "; expected: " in line
     (tmp_path / "empty").mkdir()
     assert "Get it from" in refused(kind, path=str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("kind", tiny.MAKERS)
-def test_a_split_that_does_not_exist_lists_those_that_do(kind: str, tmp_path: Path) -> None:
+def test_unknown_split_error_lists_the_known_ones(kind: str, tmp_path: Path) -> None:
     keys = tiny.MAKERS[kind](tmp_path)
     line = refused(kind, **{**keys, "split": "tset"})
-    assert "no split 'tset'; it has: " in line
+    assert "no split 'tset'; choose from: " in line
     assert keys["split"] in line
 
 
 @pytest.mark.parametrize("kind", tiny.MAKERS)
-def test_read_pickled_and_named_alike(kind: str, tmp_path: Path) -> None:
+def test_pickled_copies_read_the_same_images(kind: str, tmp_path: Path) -> None:
     made = source(kind, tmp_path)
     names = [made.name(i) for i in range(len(made))]
     assert len(set(names)) == len(names) > 0
@@ -78,7 +78,7 @@ def test_read_pickled_and_named_alike(kind: str, tmp_path: Path) -> None:
         ("coco", "annotations/instances_val2017.json", "1 of 1 annotation files are missing"),
     ],
 )
-def test_half_a_download_is_counted(kind: str, victim: str, what: str, tmp_path: Path) -> None:
+def test_missing_files_are_counted(kind: str, victim: str, what: str, tmp_path: Path) -> None:
     keys = tiny.MAKERS[kind](tmp_path)
     build("sources", {"kind": kind, **keys})
     (tmp_path / victim).unlink()
@@ -86,7 +86,7 @@ def test_half_a_download_is_counted(kind: str, victim: str, what: str, tmp_path:
     assert what in line
 
 
-def test_imagenet_labels_are_among_all_thousand(tmp_path: Path) -> None:
+def test_imagenet_labels_index_all_1000_classes(tmp_path: Path) -> None:
     made = source("imagenet", tmp_path)
     assert len(made) == 6
     assert {made.label(i) for i in range(6)} == {0, 7, 999}
@@ -94,7 +94,7 @@ def test_imagenet_labels_are_among_all_thousand(tmp_path: Path) -> None:
     assert made.name(0) == f"imagenet/val/{imagenet_wnids()[0]}/val_0.JPEG"
 
 
-def test_imagenet_classes_by_name_empty_ones_and_strange_ones(tmp_path: Path) -> None:
+def test_imagenet_class_names_and_unknown_or_empty_folders(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("Tench", "great_white-shark"):
             tiny.picture(tmp_path / split / name / "0.png")
@@ -107,12 +107,12 @@ def test_imagenet_classes_by_name_empty_ones_and_strange_ones(tmp_path: Path) ->
     assert "{kind: folder}" in refused("imagenet", path=str(tmp_path))
 
 
-def test_imagenet_val_without_classes_says_what_to_do(tmp_path: Path) -> None:
+def test_imagenet_val_without_class_folders_is_an_error(tmp_path: Path) -> None:
     tiny.picture(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
-    assert "sort them" in refused("imagenet", path=str(tmp_path))
+    assert "sort the images" in refused("imagenet", path=str(tmp_path))
 
 
-def test_masks_follow_the_contract_of_segmentation(tmp_path: Path) -> None:
+def test_masks_follow_the_segmentation_contract(tmp_path: Path) -> None:
     for kind, values, classes in (
         ("ade20k", {1, 2, 3, 255}, 150),  # 0 is "not annotated"
         ("voc", {0, 1, 2, 3, 255}, 20),
@@ -123,11 +123,11 @@ def test_masks_follow_the_contract_of_segmentation(tmp_path: Path) -> None:
         mask = made.annotation(0).semantic
         assert mask.dtype == np.uint8
         assert set(np.unique(mask)) == values
-        truth_of(made, 0, "semantic", (tiny.H, tiny.W), (16, 16))  # lies pixel on pixel
+        truth_of(made, 0, "semantic", (tiny.H, tiny.W), (16, 16))  # has the size of the image
     assert source("ade20k", tmp_path / "again").classes[2] == "thing 3"
 
 
-def test_camvid_in_folders_of_images_and_labels_and_masks_of_another_list(tmp_path: Path) -> None:
+def test_camvid_nested_folders_and_foreign_class_lists(tmp_path: Path) -> None:
     tiny.picture(tmp_path / "val" / "images" / "a.png")
     mask = tiny.grey(tmp_path / "val" / "labels" / "a.png", tiny.stripes(12))
     made = build("sources", {"kind": "camvid", "path": str(tmp_path)})
@@ -140,7 +140,7 @@ def test_camvid_in_folders_of_images_and_labels_and_masks_of_another_list(tmp_pa
         made.annotation(0)
 
 
-def test_cifar_in_every_form(tmp_path: Path) -> None:
+def test_cifar_formats(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     ten = source("cifar", tmp_path / "a")
     assert [ten.label(i) for i in range(4)] == [0, 3, 9, 3]
@@ -158,21 +158,21 @@ def test_cifar_in_every_form(tmp_path: Path) -> None:
     assert "label 2" in refused("cifar", path=str(tmp_path / "d.npz"))
 
 
-def test_cifar_cut_off_and_malicious(tmp_path: Path) -> None:
+def test_cifar_truncated_and_malicious_files(tmp_path: Path) -> None:
     keys = tiny.cifar(tmp_path)
     file = tmp_path / "cifar-10-batches-bin" / "test_batch.bin"
     file.write_bytes(file.read_bytes()[:-5])
-    assert "cut off" in refused("cifar", **keys)
+    assert "is truncated" in refused("cifar", **keys)
     (tmp_path / "b").mkdir()
     keys = tiny.cifar100(tmp_path / "b")
     (tmp_path / "b" / "cifar-100-python" / "test").write_bytes(
         b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
     )
-    assert "it asks for os.system" in refused("cifar", **keys)
+    assert "it refers to os.system" in refused("cifar", **keys)
     assert not (tmp_path / "owned").exists()
 
 
-def test_spair_pairs_hold_points_boxes_and_categories(tmp_path: Path) -> None:
+def test_spair_pairs_have_points_boxes_and_categories(tmp_path: Path) -> None:
     made = source("spair", tmp_path)
     pairs = made.pairs()
     assert [pair.category for pair in pairs].count("cat") == 2
@@ -202,7 +202,7 @@ def test_navi_geometry_is_consistent_between_views(tmp_path: Path) -> None:
     assert torch.allclose(project(world, two), torch.tensor([[16.0 + 40 * 10 / 500, 12.0]], dtype=torch.float64))
 
 
-def test_navi_cameras_that_look_backwards_are_turned(tmp_path: Path) -> None:
+def test_navi_cameras_that_look_along_negative_z_are_converted(tmp_path: Path) -> None:
     from agglo.sources.navi import _pose
 
     pose = _pose({"q": [2.0, 0, 0, 0], "t": [10, 20, -500]})
@@ -212,24 +212,24 @@ def test_navi_cameras_that_look_backwards_are_turned(tmp_path: Path) -> None:
     assert np.allclose(turned[:3, :3], [[np.cos(0.6), 0, np.sin(0.6)], [0, 1, 0], [-np.sin(0.6), 0, np.cos(0.6)]])
 
 
-def test_normals_of_a_slanted_plane_and_of_an_edge() -> None:
+def test_normals_from_depth_of_a_plane_and_an_edge() -> None:
     K = np.array([[50.0, 0, 16], [0, 50.0, 12], [0, 0, 1]])
     normal = np.array([0.3, -0.2, -1.0]) / np.linalg.norm([0.3, -0.2, -1.0])
     y, x = np.mgrid[0:24, 0:32] + 0.5
     rays = np.stack(((x - 16) / 50, (y - 12) / 50, np.ones_like(x)))
     depth = -2.0 / np.einsum("c,chw->hw", normal, rays)  # normal . X = -2
-    found = normals_of(depth, K)
+    found = normals_from_depth(depth, K)
     assert np.abs(found[:, 1:-1, 1:-1] - normal[:, None, None]).max() < 1e-5
     assert np.isnan(found[:, 0]).all()
     depth[:, 16:] *= 2
     depth[5, 5] = 0
-    broken = normals_of(depth, K)
+    broken = normals_from_depth(depth, K)
     assert np.isnan(broken[:, 1:-1, 15:17]).all()
     assert np.isnan(broken[:, 4:7, 5]).all()
     assert np.isfinite(broken[:, 10, 10]).all()
 
 
-def test_nyu_pairs_of_pictures_and_files_of_arrays(tmp_path: Path) -> None:
+def test_nyu_image_pairs_and_array_files(tmp_path: Path) -> None:
     made = source("nyu", tmp_path)
     known = made.annotation(0)
     assert known.depth.dtype == np.float32
@@ -247,7 +247,7 @@ def test_nyu_pairs_of_pictures_and_files_of_arrays(tmp_path: Path) -> None:
         build("sources", {"kind": "nyu", "path": str(tmp_path / "arrays")}).read(1)
 
 
-def test_nyu_the_labelled_file(tmp_path: Path) -> None:
+def test_nyu_labelled_mat_file(tmp_path: Path) -> None:
     h5py, scipy_io = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
     rng = np.random.default_rng(0)
     images, depths = rng.integers(0, 256, (4, 3, 12, 8), dtype=np.uint8), rng.random((4, 12, 8)).astype(np.float32) + 1
@@ -263,7 +263,7 @@ def test_nyu_the_labelled_file(tmp_path: Path) -> None:
     assert "1 of 2 images of test are not in" in refused("nyu", path=str(tmp_path))
 
 
-def test_coco_small_things_are_on_top_and_crowds_have_no_class(tmp_path: Path) -> None:
+def test_coco_small_objects_are_on_top_and_crowds_are_ignored(tmp_path: Path) -> None:
     made = source("coco", tmp_path)
     known = made.annotation(0)
     assert made.classes == ("car", "dog")
@@ -281,18 +281,18 @@ def test_coco_small_things_are_on_top_and_crowds_have_no_class(tmp_path: Path) -
     assert made.annotation(0).caption is None
 
 
-def test_coco_run_lengths_that_do_not_fit(tmp_path: Path) -> None:
+def test_coco_invalid_run_lengths_are_refused(tmp_path: Path) -> None:
     from agglo.sources.coco import mask_of
 
     column = mask_of({"size": [2, 3], "counts": [1, 2, 3]}, (2, 3), "x")
     assert column.tolist() == [[False, True, False], [True, False, False]]
-    with pytest.raises(ConfigError, match="run lengths are of"):
+    with pytest.raises(ConfigError, match="run lengths are for"):
         mask_of({"size": [2, 2], "counts": [4]}, (2, 3), "x")
-    with pytest.raises(ConfigError, match="compressed"):
+    with pytest.raises(ConfigError, match="compressed run lengths"):
         mask_of({"size": [2, 3], "counts": "abc"}, (2, 3), "x")
 
 
-def test_masks_of_another_size_than_their_image_are_refused_by_the_eval(tmp_path: Path) -> None:
+def test_masks_of_the_wrong_size_are_refused_by_the_eval(tmp_path: Path) -> None:
     keys = tiny.ade20k(tmp_path)
     tiny.grey(tmp_path / "ADEChallengeData2016" / "annotations" / "validation" / "ADE_0.png", np.ones((5, 6), np.uint8))
     made = build("sources", {"kind": "ade20k", **keys})
@@ -300,7 +300,7 @@ def test_masks_of_another_size_than_their_image_are_refused_by_the_eval(tmp_path
         truth_of(made, 0, "semantic", (tiny.H, tiny.W), (16, 16))
 
 
-def test_a_damaged_image_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+def test_damaged_image_is_named_and_others_are_read(tmp_path: Path) -> None:
     made = source("voc", tmp_path)
     made.file(0).write_bytes(b"nothing")
     with pytest.raises(ImageError, match="2007_03"):

@@ -1,4 +1,4 @@
-"""The loader: batches depend on the step alone; bad images never stop a run."""
+"""The loader: batches depend on the step alone; unreadable images do not stop a run."""
 
 import gc
 import logging
@@ -81,7 +81,7 @@ def test_batches_depend_on_seed_and_step(straight):
     assert len({batch.images.numpy().tobytes() for batch in straight}) == 12
 
 
-def test_batches_are_what_they_say(straight):
+def test_batch_fields_are_consistent(straight):
     assert {b.images.shape[1:] for b in straight} <= {(3, 16, 16), (3, 24, 24), (3, 32, 32)}
     assert {b.partition for b in straight} == {0, 1}
     for step, batch in enumerate(straight):
@@ -92,19 +92,19 @@ def test_batches_are_what_they_say(straight):
         assert all(view.size == tuple(batch.images.shape[2:]) for view in batch.views)
 
 
-def test_every_image_is_seen_once_a_pass():
+def test_every_image_is_seen_once_per_epoch():
     batches = list(loader(Noise(8), Noise(4, tag="more"), weights=[2, 1]).iterate(0, 200))
     names = [name for batch in batches for name in batch.names]
     for tag, length in (("noise", 8), ("more", 4)):
-        mine = [n for n in names if n.startswith(tag)]
-        assert abs(len(mine) - len(names) * length / 12) <= 1
-        for i in range(0, len(mine) - length + 1, length):
-            assert sorted(mine[i : i + length]) == sorted(f"{tag}/{k}" for k in range(length))
+        own = [n for n in names if n.startswith(tag)]
+        assert abs(len(own) - len(names) * length / 12) <= 1
+        for i in range(0, len(own) - length + 1, length):
+            assert sorted(own[i : i + length]) == sorted(f"{tag}/{k}" for k in range(length))
     drawn = draw_indices(0, 0, 6, [8, 4], [2, 1])
     assert batches[0].names == [f"{('noise', 'more')[s]}/{i}" for s, i in drawn]
 
 
-def test_bad_images_are_replaced_named_once_and_counted(caplog):
+def test_unreadable_images_are_replaced_named_once_and_counted(caplog):
     source = Noise(10, bad=[2, 7])
     one = loader(source)
     with caplog.at_level(logging.WARNING, "agglo"):
@@ -124,7 +124,7 @@ def test_bad_images_are_replaced_named_once_and_counted(caplog):
     assert source.reads.count(2) == source.reads.count(7) == 1
 
 
-def test_one_bad_file_in_a_folder_never_stops_a_run(tmp_path):
+def test_bad_file_in_a_folder_does_not_stop_a_run(tmp_path):
     for i in range(6):
         Image.new("RGB", (40, 30), (i * 40, 0, 0)).save(tmp_path / f"{i}.jpg")
     (tmp_path / "4.jpg").write_bytes((tmp_path / "4.jpg").read_bytes()[:400])
@@ -137,13 +137,13 @@ def test_one_bad_file_in_a_folder_never_stops_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_source_without_a_readable_image_is_an_error(workers):
+def test_source_without_readable_images_is_an_error(workers):
     one = loader(Noise(5), Noise(3, bad=range(3), tag="rotten"), workers=workers)
     with pytest.raises(ConfigError, match=r"data\.sources\.1: none of its 3 images.*rotten/\d: is broken"):
         list(one.iterate(0, 3))
 
 
-def test_decoded_images_are_kept_within_the_budget():
+def test_decoded_images_are_cached_within_the_budget():
     source = Noise(10)
     one = loader(source)
     list(one.iterate(0, 30))
@@ -153,7 +153,7 @@ def test_decoded_images_are_kept_within_the_budget():
     assert len(uncached.reads) > 100
 
 
-def test_large_images_are_shrunk_whether_cached_or_not():
+def test_large_images_are_shrunk_with_and_without_cache():
     class Large(Noise):
         def read(self, index):
             return super().read(index).resize((900, 300))
@@ -166,7 +166,7 @@ def test_large_images_are_shrunk_whether_cached_or_not():
             assert view.box[3] <= 30 + 1e-6
 
 
-def test_other_errors_are_raised_where_their_batch_is_due():
+def test_other_errors_are_raised_at_their_batch():
     class Faulty(Noise):
         def read(self, index):
             raise RuntimeError("the disk is on fire")
@@ -209,7 +209,7 @@ def test_prefetch_is_bounded():
     batches = loader(source, workers=1, cache_mb=0).iterate(0, 1000)
     next(batches)
     time.sleep(0.3)
-    # One batch was given, at most two more are ready or in the making.
+    # One batch was returned; at most two more are ready or in progress.
     assert len(source.reads) <= 6 * 3
     batches.close()
 
@@ -224,7 +224,7 @@ def test_prefetch_is_bounded():
         ([Noise(3)], None, [], "partitions"),
     ],
 )
-def test_what_cannot_be_drawn_from_is_refused_at_once(sources, weights, partitions, why):
+def test_invalid_arguments_are_refused_on_construction(sources, weights, partitions, why):
     with pytest.raises(ConfigError, match=why):
         Loader(sources, weights, partitions, ViewPolicy())
 
@@ -246,7 +246,7 @@ def test_evaluation_batches_cover_and_stretch():
     np.testing.assert_allclose(images[0].permute(1, 2, 0).numpy() * 255, pixels, atol=1e-4)
 
 
-def test_evaluation_batches_report_every_bad_image():
+def test_evaluation_batches_report_every_unreadable_image():
     batches = list(evaluation_batches(Noise(9, bad=[1, 3, 4, 5, 8]), 16, 3))
     assert [b.indices for b in batches] == [[0, 2], [6, 7]]
     assert [sorted(b.skipped) for b in batches] == [["noise/1"], ["noise/3", "noise/4", "noise/5", "noise/8"]]
@@ -256,7 +256,7 @@ def test_evaluation_batches_report_every_bad_image():
         next(evaluation_batches(Noise(2), 16, 3, "squeeze"))
 
 
-def test_a_canvas_renders_more_pixels_of_the_same_crops(tmp_path):
+def test_canvas_renders_the_same_crops_at_more_pixels(tmp_path):
     for index in range(3):
         Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / f"{index}.png")
     source = Folder(path=str(tmp_path))
@@ -273,7 +273,7 @@ def test_a_canvas_renders_more_pixels_of_the_same_crops(tmp_path):
             assert one.flip == two.flip
 
 
-def test_a_bad_image_does_not_keep_batches_alive(tmp_path):
+def test_unreadable_image_does_not_keep_batches_alive(tmp_path):
     for index in range(2):
         Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / f"{index}.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
@@ -283,4 +283,6 @@ def test_a_bad_image_does_not_keep_batches_alive(tmp_path):
     assert loader.skipped
     assert not any(reference() is not None for reference in alive)
     assert len(loader._bad) == 1
-    assert all(isinstance(why, tuple) for why in loader._bad.values())  # no exception, whose traceback holds its frames
+    assert all(
+        isinstance(why, tuple) for why in loader._bad.values()
+    )  # not exceptions with tracebacks

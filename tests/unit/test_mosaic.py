@@ -1,4 +1,4 @@
-"""Many small views on one canvas: places, cutting back, masks, and the teacher that is shown them."""
+"""Mosaics of small views: layout, packing and unpacking, masks, and the wrapped teacher."""
 
 import itertools
 
@@ -17,8 +17,8 @@ from agglo.types import ConfigError, Features, FeatureSpec
 GREY = torch.full((3,), 0.5)
 
 
-class Canvas(Teacher):
-    """A teacher of one size. A token is a linear map of its own pixels; with ``mixing``, of all of the canvas too."""
+class FixedSizeTeacher(Teacher):
+    """A token is a linear map of its own pixels; with ``mixing``, of the whole image too."""
 
     fill = (0.5, 0.25, 0.75)
 
@@ -42,7 +42,7 @@ class Canvas(Teacher):
         return Features(spatial.mean((2, 3))[:, :4], spatial)
 
 
-# METHOD 3.2: student size, the view's side on SAM3's canvas of 1008 pixels, views a canvas.
+# docs/method.md, 3.2: student size, side of the view in SAM3's input of 1008 pixels, views per mosaic.
 TABLE = [
     (128, 112, 81), (192, 168, 36), (224, 196, 25), (256, 224, 16), (384, 336, 9), (432, 378, 4), (512, 448, 4),
     (768, 672, 1), (1024, 896, 1), (1152, 1008, 1),
@@ -50,55 +50,55 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("size", "side", "count"), TABLE)
-def test_the_table_of_sizes_on_a_canvas_of_1008(size: int, side: int, count: int) -> None:
-    mosaic = Mosaic(Canvas(1008), (1008, 1008))
+def test_view_sizes_in_a_mosaic_of_1008_pixels(size: int, side: int, count: int) -> None:
+    mosaic = Mosaic(FixedSizeTeacher(1008), (1008, 1008))
     assert mosaic.input_size((size, size), 16) == (side, side)
     tiling = Tiling((72, 72), (side // 14, side // 14))
     assert tiling.count == count
-    places = draw_layout(tiling, count, seed=1, step=2)
-    masks = places.masks()
-    assert places.mosaics == 1
+    layout = draw_layout(tiling, count, seed=1, step=2)
+    masks = layout.masks()
+    assert layout.mosaics == 1
     assert int(masks.sum(0).max()) == 1, "two views share a cell"
     assert masks.flatten(1).sum(1).tolist() == [(side // 14) ** 2] * count
-    starts = tiling.starts(0)  # D-12: every tile has at least floor(72 / tiles) whole cells
+    starts = tiling.starts(0)  # docs/method.md, D-12: every tile has at least floor(72 / tiles) whole cells
     assert min(b - a for a, b in itertools.pairwise(starts)) == 72 // tiling.tiles[0]
 
 
-def test_views_larger_than_the_canvas_are_shown_all_of_it() -> None:
-    mosaic = Mosaic(Canvas(56), (56, 56))
+def test_views_larger_than_the_mosaic_fill_it() -> None:
+    mosaic = Mosaic(FixedSizeTeacher(56), (56, 56))
     assert mosaic.input_size((2048, 2048), 16) == (56, 56)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7, 9])
-def test_what_is_packed_comes_back(batch: int) -> None:
-    """Cutting the canvas at the places, one cell a pixel, is the identity: for a full canvas, two, and an odd rest."""
+def test_unpack_inverts_pack(batch: int) -> None:
+    """With one pixel per cell, for a full mosaic, two of them, and a remainder."""
     tiling = Tiling((9, 11), (4, 3))
     images = torch.rand(batch, 3, 4, 3)
     for step in range(20):
-        places = draw_layout(tiling, batch, seed=0, step=step)
-        assert places.mosaics == -(-batch // 6)
-        canvases = pack(images, places, 1, GREY)
-        assert torch.equal(unpack(canvases, places), images)
-        covered = torch.zeros(places.mosaics, 9, 11, dtype=torch.bool)
-        for canvas, mask in zip(places.mosaic, places.masks(), strict=True):
-            assert not (covered[canvas] & mask).any()
-            covered[canvas] |= mask
-        uncovered = canvases.permute(0, 2, 3, 1)[~covered]
+        layout = draw_layout(tiling, batch, seed=0, step=step)
+        assert layout.mosaics == -(-batch // 6)
+        mosaics = pack(images, layout, 1, GREY)
+        assert torch.equal(unpack(mosaics, layout), images)
+        covered = torch.zeros(layout.mosaics, 9, 11, dtype=torch.bool)
+        for mosaic, mask in zip(layout.mosaic, layout.masks(), strict=True):
+            assert not (covered[mosaic] & mask).any()
+            covered[mosaic] |= mask
+        uncovered = mosaics.permute(0, 2, 3, 1)[~covered]
         assert torch.equal(uncovered, GREY.expand_as(uncovered))
 
 
-def test_places_are_a_pure_function_of_seed_and_step_and_move_about() -> None:
+def test_layout_is_a_pure_function_of_seed_and_step_and_varies() -> None:
     tiling = Tiling((9, 9), (4, 4))
     same = [draw_layout(tiling, 4, seed=3, step=5) for _ in range(2)]
     assert same[0] == same[1]
     draws = [draw_layout(tiling, 4, seed=3, step=step) for step in range(60)]
     assert len({(*p.y, *p.x) for p in draws}) > 30
-    # The first image comes to every tile, and every place in it.
+    # The first image reaches every tile and every offset in it.
     assert {p.y[0] for p in draws} == {0, 4, 5}
 
 
-def test_a_mosaic_of_one_is_the_plain_pass_bit_for_bit() -> None:
-    teacher = Canvas(56, mixing=True)
+def test_mosaic_of_one_equals_the_plain_forward_pass() -> None:
+    teacher = FixedSizeTeacher(56, mixing=True)
     mosaic = Mosaic(teacher, (56, 56))
     images = torch.rand(5, 3, 56, 56)
     for step in range(3):
@@ -108,7 +108,7 @@ def test_a_mosaic_of_one_is_the_plain_pass_bit_for_bit() -> None:
         assert torch.equal(out.spatial, teacher(images).spatial)
 
 
-def test_a_real_teacher_in_a_mosaic_of_one() -> None:
+def test_mosaic_of_one_with_a_real_teacher() -> None:
     teacher = build("teachers", {"kind": "timm", "model": "tf_efficientnet_lite0", "size": 64})
     mosaic = wrap(teacher, TeacherEntry(teacher={"kind": "timm"}, summary_weight=0, mosaic=True), "t")
     images = torch.rand(2, 3, 64, 64)
@@ -118,65 +118,65 @@ def test_a_real_teacher_in_a_mosaic_of_one() -> None:
     assert mosaic.licence == teacher.licence
 
 
-def test_each_view_gets_its_own_features() -> None:
-    """A teacher whose tokens see nothing but themselves says of a view in a mosaic what it says of it alone."""
-    teacher = Canvas(56)
+def test_features_of_a_view_do_not_depend_on_its_neighbours() -> None:
+    """For a teacher whose tokens depend on their own pixels only."""
+    teacher = FixedSizeTeacher(56)
     mosaic = Mosaic(teacher, (56, 56))
     views = torch.rand(6, 3, 28, 14)
     for step in range(10):
         begin_step([teacher, mosaic], 7, step)
         teacher.seen.clear()
         found = mosaic(views).spatial
-        assert len(teacher.seen) == 1 and len(teacher.seen[0]) == 1, "eight views fit one canvas"
+        assert len(teacher.seen) == 1 and len(teacher.seen[0]) == 1, "eight views fit one mosaic"
         alone = teacher.net(views - torch.tensor(teacher.fill).view(1, 3, 1, 1))
         torch.testing.assert_close(found, alone)
 
 
-def test_what_is_empty_is_the_colour_that_normalisation_makes_zero() -> None:
-    teacher = Canvas(56)
+def test_uncovered_cells_have_the_mean_colour() -> None:
+    teacher = FixedSizeTeacher(56)
     mosaic = Mosaic(teacher, (56, 56))
     mosaic(torch.ones(1, 3, 14, 14))
-    canvas = teacher.seen[-1] - torch.tensor(teacher.fill).view(1, 3, 1, 1)
-    assert int((canvas != 0).any(1).sum()) == 14 * 14
+    image = teacher.seen[-1] - torch.tensor(teacher.fill).view(1, 3, 1, 1)
+    assert int((image != 0).any(1).sum()) == 14 * 14
 
 
-def test_cells_that_are_off_by_one_are_noticed() -> None:
-    """The planted fault: a tile border that is no token border (201 pixels of 14) would shift what is cut back."""
+def test_off_by_one_layout_is_detected() -> None:
+    """A tile border off the token grid would shift the unpacked features."""
     tiling = Tiling((9, 9), (4, 4))
     images = torch.rand(4, 3, 4, 4)
-    places = draw_layout(tiling, 4, seed=0, step=0)
-    moved = MosaicLayout(tiling, places.mosaics, places.mosaic, places.y, [max(0, x - 1) for x in places.x])
-    assert not torch.equal(unpack(pack(images, places, 1, GREY), moved), images)
+    layout = draw_layout(tiling, 4, seed=0, step=0)
+    moved = MosaicLayout(tiling, layout.mosaics, layout.mosaic, layout.y, [max(0, x - 1) for x in layout.x])
+    assert not torch.equal(unpack(pack(images, layout, 1, GREY), moved), images)
 
 
 def entry(**keys) -> TeacherEntry:
     return TeacherEntry(teacher={"kind": "toy"}, **{"summary_weight": 0, **keys})
 
 
-def test_keys_that_do_not_go_together_say_what_to_do() -> None:
+def test_incompatible_keys_are_refused() -> None:
     toy = build("teachers", {"kind": "toy"})
     with pytest.raises(ConfigError, match=r"teachers\.t\.mosaic.*summary_weight: 0"):
-        wrap(Canvas(), entry(mosaic=True, summary_weight=1.0), "t")
+        wrap(FixedSizeTeacher(), entry(mosaic=True, summary_weight=1.0), "t")
     with pytest.raises(ConfigError, match=r"teachers\.t\.mosaic: this teacher takes images of any size.*`size:`"):
         wrap(toy, entry(mosaic=True), "t")
     with pytest.raises(ConfigError, match="keep one of them"):
-        wrap(Canvas(), entry(mosaic=True, upsampler={"kind": "tiles"}), "t")
+        wrap(FixedSizeTeacher(), entry(mosaic=True, upsampler={"kind": "tiles"}), "t")
     assert wrap(toy, entry(), "t") is toy
-    mosaic = Mosaic(Canvas(), (56, 56))
+    mosaic = Mosaic(FixedSizeTeacher(), (56, 56))
     for shape in ((60, 56), (70, 70)):
         with pytest.raises(ConfigError, match="multiples of 14 pixels up to 56x56"):
             mosaic(torch.rand(1, 3, *shape))
     with pytest.raises(ConfigError, match="whole cells"):
-        Mosaic(Canvas(56), (60, 60))
-    with pytest.raises(ConfigError, match="does not fit a canvas"):
+        Mosaic(FixedSizeTeacher(56), (60, 60))
+    with pytest.raises(ConfigError, match="does not fit a mosaic"):
         Tiling((4, 4), (5, 4))
-    with pytest.raises(ValueError, match="places are for images"):
+    with pytest.raises(ValueError, match="layout is for images"):
         pack(torch.rand(2, 3, 4, 4), draw_layout(Tiling((9, 9), (4, 4)), 3, 0, 0), 1, GREY)
-    with pytest.raises(ValueError, match="canvases"):
+    with pytest.raises(ValueError, match="mosaics"):
         unpack(torch.rand(2, 3, 9, 9), draw_layout(Tiling((9, 9), (4, 4)), 3, 0, 0))
 
 
-def test_a_recipe_with_a_mosaic_trains(tmp_path) -> None:
+def test_recipe_with_a_mosaic_trains(tmp_path) -> None:
     from agglo.training.loop import distill
 
     loaded = recipe.load(
@@ -190,9 +190,9 @@ def test_a_recipe_with_a_mosaic_trains(tmp_path) -> None:
     assert model(torch.rand(1, 3, 32, 32)).heads["lite0"].spatial.shape[1:] == (112, 2, 2)
 
 
-def test_neighbours_are_others_at_every_step() -> None:
-    """What mixes over the canvas differs from step to step: that is what random slots are for."""
-    mosaic = Mosaic(Canvas(56, mixing=True), (56, 56))
+def test_neighbours_differ_at_every_step() -> None:
+    """Features of a mixing teacher therefore differ from step to step."""
+    mosaic = Mosaic(FixedSizeTeacher(56, mixing=True), (56, 56))
     views = torch.rand(20, 3, 14, 14)
     mosaic.begin_step(0, 0)
     first = mosaic(views).spatial

@@ -111,7 +111,7 @@ def test_a_map_of_another_shape_is_refused() -> None:
 # --- shifts -----------------------------------------------------------------------------------------------------------
 
 
-def test_shifts_follow_the_rounded_normal_and_are_a_function_of_their_place() -> None:
+def test_shifts_follow_the_rounded_normal_and_are_pure_functions() -> None:
     drawn = torch.cat([draw_shifts(3, step, 1, 64, 0.5) for step in range(200)])
     shares = {m: (drawn == m).double().mean().item() for m in range(-2, 3)}
     assert shares[0] == pytest.approx(0.683, abs=0.01)  # METHOD 2.4
@@ -124,7 +124,7 @@ def test_shifts_follow_the_rounded_normal_and_are_a_function_of_their_place() ->
 
 
 @pytest.mark.parametrize("std", [0.3, 0.5, 0.8, 1.5, 3.0])
-def test_wide_shifts_do_not_pile_up_where_they_are_cut_off(std: float) -> None:
+def test_clipped_shifts_do_not_accumulate_at_the_maximum(std: float) -> None:
     drawn = torch.cat([draw_shifts(3, step, 1, 64, std) for step in range(200)])
     assert drawn.abs().max() <= max_shift(std)
     beyond = lambda patches: math.erfc(patches / std / math.sqrt(2))  # noqa: E731
@@ -135,8 +135,8 @@ def test_wide_shifts_do_not_pile_up_where_they_are_cut_off(std: float) -> None:
 
 
 @pytest.mark.parametrize("patches", [(16, 14), (16, 16), (8, 16)])
-def test_views_show_the_same_content_where_their_cells_meet(patches: tuple[int, int]) -> None:
-    """A canvas whose pixels tell where they are: after the meeting, equal cells hold equal places."""
+def test_shifted_views_have_equal_content_in_matching_cells(patches: tuple[int, int]) -> None:
+    """Pixel values encode position: after alignment, matching cells hold equal values."""
     torch.manual_seed(0)
     mine, theirs = patches
     n = 6
@@ -145,9 +145,9 @@ def test_views_show_the_same_content_where_their_cells_meet(patches: tuple[int, 
     side = size[0] + 2 * margin
     ramp = (torch.arange(side) + 0.5) / side
     images = torch.stack([ramp[:, None].expand(side, side), ramp[None].expand(side, side), torch.zeros(side, side)])
-    canvas = RenderedBatch(images[None].repeat(4, 1, 1, 1), (size[0] / side, size[1] / side))
-    first, here = canvas.crop(size, mine, draw_shifts(0, 0, 0, 4, 0.9))
-    second, there = canvas.crop(other, theirs, draw_shifts(0, 0, 1, 4, 0.9))
+    batch = RenderedBatch(images[None].repeat(4, 1, 1, 1), (size[0] / side, size[1] / side))
+    first, here = batch.crop(size, mine, draw_shifts(0, 0, 0, 4, 0.9))
+    second, there = batch.crop(other, theirs, draw_shifts(0, 0, 1, 4, 0.9))
     assert first.shape[-2:] == size
     assert second.shape[-2:] == other
     a = torch.nn.functional.avg_pool2d(first, mine)

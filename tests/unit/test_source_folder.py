@@ -1,4 +1,4 @@
-"""Folders of many images: listed once, listed again when they change, held in no memory."""
+"""Large folders: the listing is cached on disk, memory-mapped, and repeated when a folder changes."""
 
 import logging
 import os
@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agglo.sources import _index, _progress, _walk
-from agglo.sources._index import Table, Writer, place, read
-from agglo.sources._progress import Tally
+from agglo.sources import _index, folder
+from agglo.sources._index import ProgressCounter, Table, TableWriter, index_path, read
 from agglo.sources.base import SourceError
 from agglo.sources.folder import Folder
 from agglo.types import ConfigError
@@ -21,15 +20,15 @@ from support.datasets import names
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("AGGLO_CACHE", str(folder))
-    return folder
+    path = tmp_path / "cache"
+    monkeypatch.setenv("AGGLO_CACHE", str(path))
+    return path
 
 
 @pytest.fixture
-def kept(monkeypatch):
-    """Every listing is kept, as that of a large folder would be."""
-    monkeypatch.setattr(_walk, "KEPT_FROM", 0)
+def cached(monkeypatch):
+    """Cache every listing, as for a large folder."""
+    monkeypatch.setattr(folder, "_CACHED_FROM", 0)
 
 
 def touch(path):
@@ -38,10 +37,10 @@ def touch(path):
 
 
 def age(root, seconds=60):
-    """As if nothing had changed for a while."""
+    """Set modification times in the past."""
     then = time.time_ns() - int(seconds * 1e9)
-    for folder in [root, *(p for p in root.rglob("*") if p.is_dir())]:
-        os.utime(folder, ns=(then, then))
+    for path in [root, *(p for p in root.rglob("*") if p.is_dir())]:
+        os.utime(path, ns=(then, then))
 
 
 @pytest.fixture
@@ -58,17 +57,17 @@ def forbid(monkeypatch):
     def walk(*args):
         raise AssertionError("the folder was listed again")
 
-    monkeypatch.setattr(_walk, "_walk", walk)
+    monkeypatch.setattr(folder._Walk, "names", walk)
 
 
-def test_names_come_in_the_order_of_their_paths(tree):
+def test_names_are_sorted_by_path(tree):
     got = names(Folder(path=str(tree)))
     assert got == sorted(got)
     assert len(got) == 8
     assert got[:3] == ["images/a-b/y.jpg", "images/a.b/z.jpg", "images/a/sub/q.jpeg"]
 
 
-def test_order_holds_for_any_tree(tmp_path):
+def test_random_trees_are_sorted_by_path(tmp_path):
     rng = np.random.default_rng(0)
     letters = list("ab-./_0é")
     root = tmp_path / "random"
@@ -82,14 +81,14 @@ def test_order_holds_for_any_tree(tmp_path):
     assert names(Folder(path=str(root))) == sorted(made)
 
 
-def test_a_kept_listing_is_used_until_a_folder_changes(tree, kept, monkeypatch):
+def test_cached_listing_is_used_until_a_folder_changes(tree, cached, monkeypatch):
     first = names(Folder(path=str(tree)))
     with monkeypatch.context() as patch:
         forbid(patch)
         again = Folder(path=str(tree))
         assert names(again) == first
-        assert again._table.path is not None  # mapped, not held
-        (tree / "b/2.jpg").write_bytes(b"other content")  # what stands in the files is not part of a listing
+        assert again._table.path is not None  # memory-mapped
+        (tree / "b/2.jpg").write_bytes(b"other content")  # file contents do not invalidate a listing
         assert names(Folder(path=str(tree))) == first
     changes = (
         lambda: touch(tree / "b/3.jpg"),
@@ -110,15 +109,15 @@ def test_a_kept_listing_is_used_until_a_folder_changes(tree, kept, monkeypatch):
         )
 
 
-def test_a_folder_that_changed_a_moment_ago_is_not_trusted(tree, kept, monkeypatch):
-    os.utime(tree / "b")  # a later change could bear the same modification time
+def test_listing_of_a_recently_changed_folder_is_not_reused(tree, cached, monkeypatch):
+    os.utime(tree / "b")  # a later change could have the same modification time
     names(Folder(path=str(tree)))
     forbid(monkeypatch)
     with pytest.raises(AssertionError, match="listed again"):
         Folder(path=str(tree))
 
 
-def test_listings_differ_by_what_was_asked(tree, kept):
+def test_listings_are_cached_per_options(tree, cached):
     assert len(Folder(path=str(tree))) == 8
     assert len(Folder(path=str(tree), recursive=False)) == 1
     assert len(Folder(path=str(tree), extensions=("png",))) == 1
@@ -127,23 +126,23 @@ def test_listings_differ_by_what_was_asked(tree, kept):
     assert sorted(halves[0] + halves[1]) == names(Folder(path=str(tree)))
 
 
-def test_small_folders_leave_nothing_behind(tree, cache):
+def test_small_folders_are_not_cached(tree, cache):
     assert len(Folder(path=str(tree))) == 8
     assert not cache.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
-def test_a_damaged_listing_is_made_anew(tree, kept, cache, damage):
+def test_damaged_listing_is_rebuilt(tree, cached, cache, damage):
     first = names(Folder(path=str(tree)))
     (file,) = (cache / "indices").iterdir()
     data = file.read_bytes()
     file.write_bytes({"cut": data[:-9], "garbage": data[:40] + data[41:], "empty": b""}[damage])
     assert names(Folder(path=str(tree))) == first
     assert read(file) is not None
-    assert [p.name for p in (cache / "indices").iterdir()] == [file.name]  # nothing half written
+    assert [p.name for p in (cache / "indices").iterdir()] == [file.name]  # no temporary file left
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tree, kept, tmp_path, monkeypatch):
+def test_unwritable_cache_falls_back_to_memory(tree, cached, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AGGLO_CACHE", str(tmp_path / "file"))
     source = Folder(path=str(tree))
@@ -151,7 +150,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tree, kept, tmp_p
     assert names(pickle.loads(pickle.dumps(source))) == names(source)
 
 
-def test_a_failed_write_leaves_no_file(tree, kept, cache, monkeypatch):
+def test_failed_write_leaves_no_file(tree, cached, cache, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -160,18 +159,18 @@ def test_a_failed_write_leaves_no_file(tree, kept, cache, monkeypatch):
     assert list((cache / "indices").iterdir()) == []
 
 
-def test_a_mapped_listing_pickles_as_its_path(tree, kept):
+def test_mapped_listing_pickles_as_its_path(tree, cached):
     source = Folder(path=str(tree))
     text = pickle.dumps(source)
     assert b"x.png" not in text
     copy = pickle.loads(text)
     assert names(copy) == names(source)
     source._table.path.unlink()
-    with pytest.raises(SourceError, match="open its source again"):
+    with pytest.raises(SourceError, match="open the source again to rebuild it"):
         pickle.loads(text)
 
 
-def test_a_folder_that_cannot_be_listed_is_said(tree, caplog, monkeypatch):
+def test_folder_that_cannot_be_listed_is_logged(tree, caplog, monkeypatch):
     scandir = os.scandir
 
     def fail(path):
@@ -179,28 +178,28 @@ def test_a_folder_that_cannot_be_listed_is_said(tree, caplog, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(_walk.os, "scandir", fail)
+    monkeypatch.setattr(folder.os, "scandir", fail)
     with caplog.at_level(logging.WARNING, "agglo"):
         assert len(Folder(path=str(tree))) == 6
     assert "Permission denied" in caplog.text and "/b" in caplog.text
 
 
-def test_errors_after_a_kept_listing(tree, kept):
+def test_errors_with_a_cached_listing(tree, cached):
     Folder(path=str(tree))
-    with pytest.raises(ConfigError, match=r"none of its 8 images falls into share"):
+    with pytest.raises(ConfigError, match=r"share \[0\.0, 1e-09\] selects none of its 8 images"):
         Folder(path=str(tree), share=(0.0, 1e-9))
-    with pytest.raises(ConfigError, match=r"none of its 8 images falls into share"):
-        Folder(path=str(tree), share=(0.0, 1e-9))  # the empty listing is kept too
+    with pytest.raises(ConfigError, match=r"share \[0\.0, 1e-09\] selects none of its 8 images"):
+        Folder(path=str(tree), share=(0.0, 1e-9))  # the empty listing is cached too
     with pytest.raises(ConfigError, match="no image in"):
         Folder(path=str(tree), extensions=("bmp",))
     with pytest.raises(ConfigError, match="min_side"):
         Folder(path=str(tree), min_side=-1)
 
 
-def test_tables_hold_what_was_put_in(tmp_path):
+def test_tables_return_the_rows_written(tmp_path):
     rows = [(f"n{i}/ä{'x' * (i % 7)}", i * i, 2**40 + i) for i in range(5000)]
     for path in (None, tmp_path / "t"):
-        with Writer("a", "b") as writer:
+        with TableWriter("a", "b") as writer:
             for name, a, b in rows:
                 writer.add(name, a=a, b=b)
             table = writer.finish({"fact": 1}, path)
@@ -209,43 +208,43 @@ def test_tables_hold_what_was_put_in(tmp_path):
             assert got == rows
             assert one.name(-1) == rows[-1][0]
             assert one.facts == {"fact": 1}
-    with Writer("a") as writer:
+    with TableWriter("a") as writer:
         assert len(writer.finish({}, tmp_path / "none")) == 0
     assert read(tmp_path / "absent") is None
     assert isinstance(read(tmp_path / "none"), Table)
 
 
-def test_names_that_are_no_text_survive(tmp_path):
+def test_non_utf8_names_round_trip(tmp_path):
     name = os.fsdecode(b"\xff\xfe.png")
     try:
         Image.new("RGB", (3, 3)).save(tmp_path / name, "PNG")
     except OSError:
-        pytest.skip("this file system allows text only")
+        pytest.skip("this file system requires UTF-8 names")
     source = Folder(path=str(tmp_path))
     assert source.file(0) == tmp_path / name
     assert source.read(0).size == (3, 3)
 
 
-def test_places_lie_in_the_cache_folder(monkeypatch):
-    assert place("x", 1) == Path(os.environ["AGGLO_CACHE"]) / "indices" / place("x", 1).name
-    assert place("x", 1) != place("x", 2)
+def test_index_paths_are_in_the_cache_folder(monkeypatch):
+    assert index_path("x", 1) == Path(os.environ["AGGLO_CACHE"]) / "indices" / index_path("x", 1).name
+    assert index_path("x", 1) != index_path("x", 2)
     monkeypatch.delenv("AGGLO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert place("x", 1).parent == Path("/somewhere/agglo/indices")
+    assert index_path("x", 1).parent == Path("/somewhere/agglo/indices")
 
 
-def test_progress_is_shown_once_a_count_takes_long(caplog, monkeypatch, capsys):
+def test_progress_is_shown_for_slow_counts(caplog, monkeypatch, capsys):
     with caplog.at_level(logging.INFO, "agglo"):
-        quick = Tally("listing", "images")
+        quick = ProgressCounter("listing", "images")
         quick.add()
         quick.done()
         assert not caplog.records
-        slow = Tally("listing", "images", total=3000, every=0.0)
+        slow = ProgressCounter("listing", "images", total=3000, every=0.0)
         slow.add(1500)
         slow.done()
     assert "listing: 1,500 of 3,000 images" in caplog.text
-    monkeypatch.setattr(_progress.sys.stderr, "isatty", lambda: True, raising=False)
-    shown = Tally("listing", "images", every=0.0)
+    monkeypatch.setattr(_index.sys.stderr, "isatty", lambda: True, raising=False)
+    shown = ProgressCounter("listing", "images", every=0.0)
     shown.add(7)
     shown.done()
     assert capsys.readouterr().err.endswith("\rlisting: 7 images\n")

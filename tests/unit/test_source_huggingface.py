@@ -1,4 +1,4 @@
-"""Hugging Face datasets: on disk, as parquet files, on the hub; the image column is found or asked for."""
+"""Hugging Face datasets: on disk, as parquet files, on the hub; the image column is detected or configured."""
 
 import pickle
 
@@ -36,11 +36,11 @@ def saved(tmp_path):
     return tmp_path / "pets"
 
 
-def test_a_saved_dataset(saved):
+def test_saved_dataset(saved):
     source = HuggingFace(dataset=str(saved))
     assert (len(source), source.column) == (6, "picture")
     assert [source.name(i) for i in (0, 5, -1)] == ["pets/train/0", "pets/train/5", "pets/train/5"]
-    assert source.encoded(3) == jpeg(3)  # the file's own bytes, not what someone decoded
+    assert source.encoded(3) == jpeg(3)  # the stored bytes, undecoded
     assert source.read(3).size == (40, 30)
     copy = pickle.loads(pickle.dumps(source))
     assert (copy.name(2), copy.encoded(2)) == ("pets/train/2", jpeg(2))
@@ -49,7 +49,7 @@ def test_a_saved_dataset(saved):
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "garbage", "state"])
 @pytest.mark.parametrize("splits", [False, True])
-def test_a_damaged_saved_dataset_is_named_with_what_to_do(tmp_path, damage, splits):
+def test_damaged_saved_dataset_is_named(tmp_path, damage, splits):
     saved = rows() if not splits else datasets.DatasetDict({"train": rows()})
     saved.save_to_disk(tmp_path / "pets")
     arrow = next((tmp_path / "pets").glob("**/*.arrow"))
@@ -65,11 +65,11 @@ def test_a_damaged_saved_dataset_is_named_with_what_to_do(tmp_path, damage, spli
         HuggingFace(dataset=str(tmp_path / "pets"))
 
 
-def test_a_saved_dataset_of_splits(tmp_path, monkeypatch):
+def test_saved_dataset_with_splits(tmp_path, monkeypatch):
     datasets.DatasetDict({"train": rows(4), "validation": rows(2)}).save_to_disk(tmp_path / "pets")
     monkeypatch.setenv("PLACE", str(tmp_path))
     assert len(HuggingFace(dataset="${PLACE}/pets", split="validation")) == 2
-    with pytest.raises(ConfigError, match=r"has no split 'test'; it has: train, validation"):
+    with pytest.raises(ConfigError, match=r"has no split 'test'; choose from: train, validation"):
         HuggingFace(dataset=str(tmp_path / "pets"), split="test")
 
 
@@ -94,10 +94,10 @@ def test_plain_parquet_with_bytes(tmp_path):
     assert (source.column, source.encoded(1), source.name(1)) == ("jpg", jpeg(1), "plain/train/1")
 
 
-def test_columns_are_found_named_or_asked_for(tmp_path):
+def test_image_column_is_detected_or_configured(tmp_path):
     two = [{"bytes": jpeg(9), "path": None}] * 6
     rows(mask=(datasets.Image(), two)).save_to_disk(tmp_path / "two")
-    with pytest.raises(ConfigError, match=r"columns picture, mask could all hold the images; name one as `column`"):
+    with pytest.raises(ConfigError, match=r"columns picture, mask could all hold the images; set `column` to one"):
         HuggingFace(dataset=str(tmp_path / "two"))
     assert HuggingFace(dataset=str(tmp_path / "two"), column="mask").encoded(0) == jpeg(9)
     with pytest.raises(ConfigError, match=r"no column 'pictures'; did you mean 'picture'\? \(columns: label \(int64\)"):
@@ -105,11 +105,11 @@ def test_columns_are_found_named_or_asked_for(tmp_path):
     with pytest.raises(ConfigError, match=r"column 'label' cannot hold images"):
         HuggingFace(dataset=str(tmp_path / "two"), column="label")
     rows().remove_columns("picture").save_to_disk(tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"has no column of images; .*label \(int64\)"):
+    with pytest.raises(ConfigError, match=r"has no image column; .*label \(int64\)"):
         HuggingFace(dataset=str(tmp_path / "none"))
 
 
-def test_rows_that_are_paths_or_empty(tmp_path):
+def test_rows_with_paths_or_empty(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     data = {"file": [str(tmp_path / "a.jpg"), str(tmp_path / "gone.jpg"), None]}
     datasets.Dataset.from_dict(data).save_to_disk(tmp_path / "paths")
@@ -117,11 +117,11 @@ def test_rows_that_are_paths_or_empty(tmp_path):
     assert source.encoded(0) == jpeg(0)
     with pytest.raises(ImageError, match=r"paths/train/1: .*gone\.jpg cannot be read \(No such file"):
         source.read(1)
-    with pytest.raises(ImageError, match=r"paths/train/2: its row holds no image in column file"):
+    with pytest.raises(ImageError, match=r"paths/train/2: column file of its row holds no image"):
         source.read(2)
 
 
-def test_a_bad_row_never_stops_a_run(tmp_path):
+def test_bad_rows_do_not_stop_a_run(tmp_path):
     cells = [{"bytes": jpeg(i)[: 300 if i == 2 else None], "path": None} for i in range(5)] + [None]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path / "bad")
@@ -130,11 +130,11 @@ def test_a_bad_row_never_stops_a_run(tmp_path):
     assert sorted(loader.skipped) == ["bad/train/2", "bad/train/5"]
 
 
-def test_what_is_not_there(tmp_path, saved):
-    with pytest.raises(ConfigError, match=r"there is no .*pet'; did you mean .*pets\?"):
+def test_missing_or_empty_datasets(tmp_path, saved):
+    with pytest.raises(ConfigError, match=r"pet' does not exist; did you mean .*pets\?"):
         HuggingFace(dataset=str(tmp_path / "pet"))
     (tmp_path / "photos").mkdir()
-    with pytest.raises(ConfigError, match=r"neither .* nor parquet files; a folder of image files is `kind: folder`"):
+    with pytest.raises(ConfigError, match=r"neither .* nor parquet files; use `kind: folder` for image files"):
         HuggingFace(dataset=str(tmp_path / "photos"))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(ConfigError, match=r"broken\.parquet cannot be read as parquet"):
@@ -144,7 +144,7 @@ def test_what_is_not_there(tmp_path, saved):
         HuggingFace(dataset=str(tmp_path / "empty.parquet"))
 
 
-def test_the_hub_without_a_network(monkeypatch):
+def test_hub_without_network(monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("Couldn't reach 'owner/pets' on the Hub (OfflineModeIsEnabled)")
 
@@ -177,7 +177,7 @@ def test_the_hub_without_a_network(monkeypatch):
         (ValueError("Config name is missing.\nPlease pick one among ..."), "Config name is missing"),
     ],
 )
-def test_the_hub_says_no(monkeypatch, error, why):
+def test_hub_errors(monkeypatch, error, why):
     def refuse(*args, **options):
         raise error
 
@@ -186,15 +186,15 @@ def test_the_hub_says_no(monkeypatch, error, why):
         HuggingFace(dataset="owner/pets", split="dev")
 
 
-def test_the_hub_is_asked_for_what_was_named(monkeypatch):
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or rows())
+def test_hub_arguments_are_passed_on(monkeypatch):
+    requests = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: requests.append((args, options)) or rows())
     source = HuggingFace(dataset="owner/pets", split="dev", config="small", revision="main")
-    assert asked == [(("owner/pets", "small"), {"split": "dev", "revision": "main"})]
+    assert requests == [(("owner/pets", "small"), {"split": "dev", "revision": "main"})]
     assert source.name(0) == "pets/dev/0"
 
 
-def test_a_missing_package_is_named(monkeypatch, saved):
+def test_missing_package_is_named(monkeypatch, saved):
     def absent(module, extra):
         raise MissingExtraError(f'{module} is not installed: pip install "agglo[{extra}]"')
 
@@ -203,7 +203,7 @@ def test_a_missing_package_is_named(monkeypatch, saved):
         HuggingFace(dataset=str(saved))
 
 
-def test_classes_come_from_the_label_column(tmp_path):
+def test_classes_from_the_label_column(tmp_path):
     kinds = datasets.ClassLabel(names=["cat", "dog"])
     rows(3, species=(kinds, [1, 0, None]), colour=(datasets.Value("string"), ["red", "blue", "red"])).save_to_disk(
         tmp_path / "pets"

@@ -1,4 +1,4 @@
-"""Images read in part: the same pixels as whole ones, or as close as shrinking allows."""
+"""Partial reading: the same pixels as whole images, or as close as shrinking allows."""
 
 import io
 
@@ -54,7 +54,7 @@ def part(data, shrink=1, rows=None):
 
 @pytest.fixture(scope="module")
 def picture():
-    return photo().crop((40, 30, 301, 200))  # 261 x 170: odd, and no multiple of a block
+    return photo().crop((40, 30, 301, 200))  # 261 x 170: odd, and not a multiple of a block
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
@@ -83,16 +83,16 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_whole_is_what_decode_gives(picture, form, decoder):
+def test_full_request_equals_decode(picture, form, decoder):
     data = jpeg(picture, **FORMS[form])
     whole = np.asarray(decode(io.BytesIO(data)))
     got = part(data)
     np.testing.assert_array_equal(got.array, whole)
     assert got.size == whole.shape[:2]
-    assert _jpeg.frame(data) is not None
+    assert _jpeg.parse_frame(data) is not None
 
 
-def test_grey_ones_too(picture, decoder):
+def test_greyscale(picture, decoder):
     data = jpeg(picture.convert("L"))
     np.testing.assert_array_equal(part(data, 2, 50).array[:25], part(data, 2).array[:25])
     np.testing.assert_array_equal(part(data).array, np.asarray(decode(io.BytesIO(data))))
@@ -100,7 +100,7 @@ def test_grey_ones_too(picture, decoder):
 
 @pytest.mark.parametrize("form", ["4:2:0", "4:2:2", "4:4:4", "restarts", "rgb", "progressive", "orientation 6"])
 @pytest.mark.parametrize("shrink", [1, 2, 4, 8])
-def test_rows_are_those_of_the_whole_bit_for_bit(picture, form, shrink, decoder):
+def test_requested_rows_equal_those_of_the_whole_image(picture, form, shrink, decoder):
     data = jpeg(picture, **FORMS[form])
     whole = part(data, shrink)
     saved = []
@@ -126,7 +126,7 @@ def test_both_decoders_agree_bit_for_bit(picture, shrink, monkeypatch):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_images_keep_their_place_when_shrunk(orientation):
+def test_rotated_images_stay_aligned_when_shrunk(orientation):
     for size in ((261, 170), (264, 168)):
         image = photo().resize(size)
         data = jpeg(image, subsampling=0, **turned(orientation))
@@ -137,19 +137,19 @@ def test_turned_images_keep_their_place_when_shrunk(orientation):
         assert got.shrink == (4 if orientation == 1 or size == (264, 168) else got.shrink) and got.shrink in (1, 2, 4)
 
 
-def test_what_is_no_plain_jpeg_is_read_whole(picture, decoder):
+def test_other_formats_are_read_whole(picture, decoder):
     png = io.BytesIO()
     picture.save(png, "PNG")
     for data in (png.getvalue(), jpeg(picture.convert("CMYK")), jpeg(picture)[:-2] + b"\xff\xff\xd9" + b"\0" * 70):
         source = Files(data)
-        got = source.read_part(0, lambda size: pytest.fail("nothing to choose from"))
+        got = source.read_part(0, lambda size: pytest.fail("partial reading is impossible"))
         assert isinstance(got, Image.Image)
         assert got.mode == "RGB" and got.tobytes() == source.read(0).tobytes() == decode(io.BytesIO(data)).tobytes()
 
 
 @pytest.mark.parametrize("cache_mb", [0, 1, 64])
-def test_images_that_are_read_whole_are_shown_as_ever(cache_mb):
-    """Neither moved onto pixels nor resampled by other code: a run of PNG files sees the same bits as before."""
+def test_whole_images_are_rendered_exactly(cache_mb):
+    """Neither aligned to the pixel grid nor resampled by the fast path: bit-exact for PNG files."""
     files = []
     for name in ("coffee", "china"):
         out = io.BytesIO()
@@ -170,7 +170,7 @@ def test_images_that_are_read_whole_are_shown_as_ever(cache_mb):
 
 
 @pytest.mark.parametrize("rows", [8, 170])
-def test_whether_an_image_is_bad_does_not_depend_on_the_part(picture, rows):
+def test_damage_is_detected_for_any_part(picture, rows):
     data = jpeg(picture)
     for bad in (data[:-2000], data[:300], b"", data[:2] + b"\xff\xd9"):
         with pytest.raises(ImageError, match="files/0"):
@@ -180,19 +180,19 @@ def test_whether_an_image_is_bad_does_not_depend_on_the_part(picture, rows):
     np.testing.assert_array_equal(part(data + b"\0" * 20, 2, rows).array, part(data, 2, rows).array)
 
 
-def test_a_height_of_zero_and_nonsense_markers_are_left_to_pillow(picture):
+def test_invalid_headers_are_left_to_pillow(picture):
     data = bytearray(jpeg(picture))
-    at = _jpeg.frame(bytes(data)).at
+    at = _jpeg.parse_frame(bytes(data)).at
     data[at : at + 2] = b"\0\0"
-    assert _jpeg.frame(bytes(data)) is None
-    assert _jpeg.frame(b"\xff\xd8\xff\xd9") is None
-    assert _jpeg.frame(b"\xff\xd8\xff\xc0\x00\x03\x08\xff\xd9") is None
+    assert _jpeg.parse_frame(bytes(data)) is None
+    assert _jpeg.parse_frame(b"\xff\xd8\xff\xd9") is None
+    assert _jpeg.parse_frame(b"\xff\xd8\xff\xc0\x00\x03\x08\xff\xd9") is None
     for cut in range(0, 700, 7):
-        _jpeg.frame(bytes(data[:cut]) + b"\xff\xd9")  # raises nothing, whatever is there
+        _jpeg.parse_frame(bytes(data[:cut]) + b"\xff\xd9")  # never raises
 
 
 @pytest.mark.parametrize("name", ["china", "coffee", "chelsea", "retina"])
-def test_views_of_shrunk_images_are_close_to_views_of_whole_ones(name):
+def test_views_of_shrunk_images_are_close_to_those_of_whole_images(name):
     """At twice the view's resolution and more: mean absolute error below 2/255 over the views, below 4/255 in each."""
     image = photo(name)
     image = image.crop((0, 0, image.width // 2 * 2 - 1, image.height // 2 * 2 - 1))  # odd sides
@@ -212,12 +212,12 @@ def test_views_of_shrunk_images_are_close_to_views_of_whole_ones(name):
         shrinks.add(need.shrink)
         errors.append(error.mean())
         moved = np.abs(np.roll(got, 1, axis=2) - render(whole, view).numpy()).mean()
-        assert moved > 1.5 * error.mean()  # a shift by one pixel would be seen
+        assert moved > 1.5 * error.mean()  # a shift by one pixel would be detected
     assert np.mean(errors) < 2 and max(errors) < 4 and len(errors) > 8
     assert len(shrinks) > 1 or shrinks == {2}
 
 
-def test_resampling_is_that_of_render_but_for_rounding():
+def test_resample_equals_render_up_to_rounding():
     image = photo("china")
     pixels = PartialImage(np.asarray(image), 1, (image.height, image.width))
     for sample in range(12):
@@ -235,7 +235,7 @@ def test_resampling_is_that_of_render_but_for_rounding():
         assert np.abs(got[:, 4:-4, 4:-4] - inner).mean() < 1
 
 
-def test_views_move_onto_pixels_by_little_and_the_same_at_every_size():
+def test_aligned_views_move_little_and_equally_at_every_size():
     rng = np.random.default_rng(0)
     for sample in range(300):
         full = (int(rng.integers(1, 1500)), int(rng.integers(1, 1500)))
@@ -302,14 +302,14 @@ def test_batches_do_not_depend_on_workers_or_memory(tree, straight, workers, cac
 
 
 @pytest.mark.parametrize(("together", "held", "wait"), [(1, 1 << 40, 1), (3, 1 << 40, 3), (8, 0, 1), (8, 300_000, 4)])
-def test_how_many_images_wait_changes_nothing(tree, straight, monkeypatch, together, held, wait):
+def test_grouping_of_images_does_not_change_pixels(tree, straight, monkeypatch, together, held, wait):
     monkeypatch.setattr(pixels, "_TOGETHER", together)
     monkeypatch.setattr(pixels, "_HELD", held)
     waited, finish = [], pixels.BatchRenderer._render
 
-    def counted(canvases):
-        waited.append(len(canvases._waiting))
-        finish(canvases)
+    def counted(renderer):
+        waited.append(len(renderer._waiting))
+        finish(renderer)
 
     monkeypatch.setattr(pixels.BatchRenderer, "_render", counted)
     assert all(same(a, b) for a, b in zip(batches(tree)[0], straight, strict=True))
@@ -324,7 +324,7 @@ def test_mirror_images(width):
     np.testing.assert_array_equal(pixels._mirrored(turned), turned[:, :, ::-1])
 
 
-def test_views_say_where_the_pixels_are(tree, straight):
+def test_views_match_the_pixels(tree, straight):
     source = Folder(path=str(tree))
     index = {source.name(i): i for i in range(len(source))}
     for batch in straight:
@@ -333,19 +333,19 @@ def test_views_say_where_the_pixels_are(tree, straight):
             assert float((image * 255 - whole).abs().mean()) < 4
 
 
-def test_only_what_a_view_needs_is_decoded(tree, monkeypatch):
-    asked = []
+def test_only_the_needed_resolution_is_decoded(tree, monkeypatch):
+    shapes = []
     decode_part = _jpeg._decode
-    monkeypatch.setattr(_jpeg, "_decode", lambda *a: asked.append(a[1:]) or decode_part(*a))
+    monkeypatch.setattr(_jpeg, "_decode", lambda *a: shapes.append(a[1:]) or decode_part(*a))
     batches(tree, cache_mb=0)
-    assert {shrink for _, shrink in asked} >= {1, 2, 4}
-    full = len(asked)
-    asked.clear()
+    assert {shrink for _, shrink in shapes} >= {1, 2, 4}
+    full = len(shapes)
+    shapes.clear()
     batches(tree, cache_mb=500)
-    assert len(asked) < full
+    assert len(shapes) < full
 
 
-def test_sources_that_know_nothing_of_parts_are_read_as_ever(tree):
+def test_sources_without_partial_reading_are_read_whole(tree):
     class Plain(Source):
         def __init__(self):
             self.inner = Folder(path=str(tree))
@@ -369,7 +369,7 @@ def test_sources_that_know_nothing_of_parts_are_read_as_ever(tree):
             assert torch.equal(image, render(loader.sources[0].read(index), view) / torch.tensor(255.0))
 
 
-def test_a_source_that_shrinks_less_than_it_may_serves_all(tree):
+def test_source_that_shrinks_less_than_requested_is_reused(tree):
     class Reluctant(Files):
         reads = 0
 
@@ -380,14 +380,14 @@ def test_a_source_that_shrinks_less_than_it_may_serves_all(tree):
     data = (tree / "0.jpg").read_bytes()
     loader = Loader([Reluctant(data)], None, PARTITIONS, ViewPolicy(), 5, workers=0)
     list(loader.iterate(0, 12))
-    assert Reluctant.reads <= 4  # once for each resolution that is asked for, not once a view
+    assert Reluctant.reads <= 4  # once per requested resolution, not once per view
 
 
-def test_long_sources_are_shuffled_without_a_table(monkeypatch):
+def test_long_sources_are_shuffled_without_a_permutation(monkeypatch):
     from agglo.data import views
 
     orders = [image_at(3, 1, p, 1000) for p in range(1000)]
-    assert orders == generator(3, 0, 1, views._ORDER).permutation(1000).tolist()  # as it has always been
+    assert orders == generator(3, 0, 1, views._ORDER).permutation(1000).tolist()  # unchanged order
     monkeypatch.setattr(views, "_LONG", 500)
     for length in (501, 1000, 1024, 1025):
         passes = [[image_at(3, 1, p, length) for p in range(k * length, (k + 1) * length)] for k in (0, 1)]
@@ -399,8 +399,8 @@ def test_long_sources_are_shuffled_without_a_table(monkeypatch):
     assert len({_shuffled(p, 10**9, (1, 2, 3, 4, 5, 6)) for p in range(2000)}) == 2000
 
 
-def test_blank_images_are_told_by_the_whole(monkeypatch):
-    monkeypatch.setattr(_encoded, "_NEARLY_BLANK", 500.0)  # every image is looked at whole, none is blank
+def test_uniform_filter_checks_the_whole_image(monkeypatch):
+    monkeypatch.setattr(_encoded, "_NEARLY_BLANK", 500.0)  # check every whole image; none is uniform
     data = jpeg(photo().resize((200, 160)))
     assert part(data, 2).shrink == 2
     Files(data, skip_uniform=True).read_part(0, lambda size: ReadRequest(8, 8))

@@ -1,4 +1,4 @@
-"""Filters, and several sources of different kinds with weights: counted, said, and the same whatever came before."""
+"""Filters, and weighted mixtures of sources: counted, logged, independent of history."""
 
 import io
 import logging
@@ -38,7 +38,7 @@ def noise(number, size=(90, 70)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight fit; three are small, three of one colour, one is broken."""
+    """Eight images pass; three are small, three have a single colour, one is broken."""
     root = tmp_path / "mixed"
     root.mkdir()
     for number in range(8):
@@ -65,25 +65,25 @@ def names(batches):
     return [name for batch in batches for name in batch.names]
 
 
-def unwanted(source):
-    left, bad = Counter(), []
+def excluded(source):
+    counts, bad = Counter(), []
     for index in range(len(source)):
         try:
             source.read(index)
         except FilteredImageError as error:
-            left[error.rule] += 1
+            counts[error.rule] += 1
         except ImageError as error:
             bad.append(error.name)
-    return dict(left), bad
+    return dict(counts), bad
 
 
-def test_filters_leave_out_what_they_say(folder):
-    assert unwanted(Folder(path=str(folder))) == ({}, ["mixed/broken.jpg"])
-    assert unwanted(Folder(path=str(folder), min_side=70)) == ({"min_side: 70": 3}, ["mixed/broken.jpg"])
-    assert unwanted(Folder(path=str(folder), min_side=71))[0] == {"min_side: 71": 15}  # the broken one's header says so
-    assert unwanted(Folder(path=str(folder), skip_uniform=True))[0] == {"skip_uniform: true": 3}
+def test_filters_exclude_by_their_rule(folder):
+    assert excluded(Folder(path=str(folder))) == ({}, ["mixed/broken.jpg"])
+    assert excluded(Folder(path=str(folder), min_side=70)) == ({"min_side: 70": 3}, ["mixed/broken.jpg"])
+    assert excluded(Folder(path=str(folder), min_side=71))[0] == {"min_side: 71": 15}  # the broken one by its header
+    assert excluded(Folder(path=str(folder), skip_uniform=True))[0] == {"skip_uniform: true": 3}
     both = Folder(path=str(folder), min_side=41, skip_uniform=True)
-    assert unwanted(both)[0] == {"min_side: 41": 3, "skip_uniform: true": 3}
+    assert excluded(both)[0] == {"min_side: 41": 3, "skip_uniform: true": 3}
     error = FilteredImageError("a", "b", "c")
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.name, copy.why, copy.rule, str(copy)) == ("a", "b", "c", "a: b")
@@ -117,23 +117,23 @@ def test_area_and_aspect_are_filtered_by_the_header_alone(tmp_path, monkeypatch,
         raise AssertionError("pixels were decoded")
 
     monkeypatch.setattr(_encoded, "decode", refuse)
-    with pytest.raises(FilteredImageError, match=r"121x40 pixels, its sides are 3\.02 to 1, beyond 3"):
+    with pytest.raises(FilteredImageError, match=r"121x40 pixels, its aspect ratio is 3\.02, above 3"):
         Folder(path=str(tmp_path), max_aspect=3).read(order.index("wide"))
     for keys in ({"max_aspect": 0.5}, {"max_aspect": -1}, {"min_pixels": -1}):
         with pytest.raises(ConfigError, match=next(iter(keys))):
             Folder(path=str(tmp_path), **keys)
 
 
-def test_two_levels_in_one_pixel_are_no_single_colour(tmp_path):
+def test_one_differing_pixel_is_not_a_single_colour(tmp_path):
     pixels = np.full((70, 90, 3), 128, np.uint8)
-    pixels[1, 2] += 1  # all three channels: a range of length 1.7, where no coarse look would find it
+    pixels[1, 2] += 1  # all three channels: a range of length 1.7, missed by a coarse sample
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert Folder(path=str(tmp_path), skip_uniform=True).read(0).size == (90, 70)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cache_mb", [0, 10])
-def test_filtered_images_are_replaced_counted_and_said_once(folder, workers, cache_mb, caplog):
+def test_filtered_images_are_replaced_counted_and_logged_once(folder, workers, cache_mb, caplog):
     source = Folder(path=str(folder), min_side=70, skip_uniform=True)
     loader = Loader([source], None, PARTITIONS, ViewPolicy(), 1, workers, cache_mb=cache_mb)
     with caplog.at_level(logging.WARNING, "agglo"):
@@ -142,10 +142,10 @@ def test_filtered_images_are_replaced_counted_and_said_once(folder, workers, cac
     assert loader.filtered == {"min_side: 70": 3, "skip_uniform: true": 3}
     assert list(loader.skipped) == ["mixed/broken.jpg"]
     assert {name for batch in batches for name in batch.skipped} == {"mixed/broken.jpg"}
-    told = sorted(record.getMessage().partition(" by ")[0] for record in caplog.records)
-    assert told == [
-        "left out 1 so far",
-        "left out 1 so far",
+    logged = sorted(record.getMessage().partition(" by ")[0] for record in caplog.records)
+    assert logged == [
+        "excluded 1 so far",
+        "excluded 1 so far",
         "skipped mixed/broken.jpg: " + loader.skipped["mixed/broken.jpg"],
     ]
     resumed = Loader([source], None, PARTITIONS, ViewPolicy(), 1, 0, cache_mb=cache_mb)
@@ -153,7 +153,7 @@ def test_filtered_images_are_replaced_counted_and_said_once(folder, workers, cac
         assert torch.equal(a.images, b.images) and a.names == b.names
 
 
-def test_unwanted_images_are_not_read_again(folder, monkeypatch):
+def test_filtered_images_are_read_once(folder, monkeypatch):
     reads = Counter()
     read = Folder.encoded
 
@@ -168,16 +168,16 @@ def test_unwanted_images_are_not_read_again(folder, monkeypatch):
     assert reads["mixed/0.jpg"] > 3
 
 
-def test_a_filter_that_leaves_nothing_says_so(folder):
+def test_filter_that_excludes_all_images_is_an_error(folder):
     loader = Loader([Folder(path=str(folder), min_side=500)], None, PARTITIONS, ViewPolicy(), workers=0)
-    with pytest.raises(ConfigError, match=r"none of its 15 images can be read; 15 left out by min_side: 500"):
+    with pytest.raises(ConfigError, match=r"none of its 15 images can be read; 15 excluded by min_side: 500"):
         loader.batch(0)
     loader = Loader([Folder(path=str(folder), min_side=500)], None, PARTITIONS, ViewPolicy(), workers=1)
-    with pytest.raises(ConfigError, match=r"15 left out"):
+    with pytest.raises(ConfigError, match=r"15 excluded by min_side"):
         list(loader.iterate(0, 2))
 
 
-def test_evals_pass_over_them_too(folder):
+def test_evaluation_batches_skip_filtered_images(folder):
     (batch,) = evaluation_batches(Folder(path=str(folder), min_side=70, skip_uniform=True), 16, 100)
     assert len(batch.indices) == 8
     assert len(batch.skipped) == 7
@@ -211,7 +211,7 @@ def loader(sources, workers=0, **options):
     return Loader(sources, [6, 3, 1], [Partition([16, 24], 5), Partition([40], 2)], policy, 7, workers, **options)
 
 
-def test_weights_hold_at_every_moment(sources):
+def test_weights_hold_at_every_step(sources):
     drawn = names(loader(sources).iterate(0, 100))
     prefixes = ("mixed/", "shard/", "rows/")
     for count in (10, 37, 200, len(drawn)):
@@ -219,11 +219,11 @@ def test_weights_hold_at_every_moment(sources):
             assert abs(sum(name.startswith(prefix) for name in drawn[:count]) - share * count) <= 1
     ours = [name for name in drawn if name.startswith("rows/")]
     for start in range(0, len(ours) - 6, 6):
-        assert len(set(ours[start : start + 6])) == 6  # every image once a pass
+        assert len(set(ours[start : start + 6])) == 6  # every image once per pass
 
 
 @pytest.mark.parametrize(("workers", "cache_mb"), [(0, 0), (1, 0), (2, 0), (2, 1)])
-def test_the_same_batches_with_any_workers_and_after_a_resume(sources, workers, cache_mb):
+def test_batches_are_equal_for_any_workers_and_after_resume(sources, workers, cache_mb):
     straight = list(loader(sources).iterate(0, 12))
     whole = list(loader(sources, workers, cache_mb=cache_mb).iterate(0, 12))
     resumed = list(loader(pickle.loads(pickle.dumps(sources)), workers, cache_mb=cache_mb).iterate(5, 12))

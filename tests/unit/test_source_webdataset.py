@@ -1,4 +1,4 @@
-"""WebDataset shards: any image at once, here or far away; bad shards and images are named and counted."""
+"""WebDataset shards: random access, local and remote; bad shards and images are named and counted."""
 
 import functools
 import http.server
@@ -49,7 +49,7 @@ def samples(first, count):
     for number in range(first, first + count):
         members[f"{number:06d}.jpg"] = jpeg(number)
         members[f"{number:06d}.json"] = json.dumps({"number": number}).encode()
-        members[f"{number:06d}.seg.png"] = b"no image of ours"
+        members[f"{number:06d}.seg.png"] = b"not an image"
     return members
 
 
@@ -62,7 +62,7 @@ EXPECTED = [f"shard-{k:03d}/{10 * k + i:06d}.jpg" for k in range(3) for i in ran
 
 
 @pytest.mark.parametrize("pattern", ["shard-{000..002}.tar", "*.tar", "", "shard-00{0,1,2}.tar", "shard-00[0-2].tar"])
-def test_shards_are_named_in_many_ways(shards, pattern):
+def test_shards_by_braces_glob_and_folder(shards, pattern):
     source = WebDataset(shards=str(shards[0].parent / pattern))
     assert names(source) == EXPECTED
     assert len(source) == 15
@@ -73,7 +73,7 @@ def test_shards_are_named_in_many_ways(shards, pattern):
         source.name(15)
 
 
-def test_a_list_of_shards_keeps_its_order_and_counts_each_once(shards, monkeypatch):
+def test_list_of_shards_keeps_its_order_without_duplicates(shards, monkeypatch):
     monkeypatch.setenv("SHARDS", str(shards[0].parent))
     source = WebDataset(shards=["${SHARDS}/shard-001.tar", "${SHARDS}/*.tar"])
     assert names(source)[:6] == [*EXPECTED[4:9], EXPECTED[0]]
@@ -81,7 +81,7 @@ def test_a_list_of_shards_keeps_its_order_and_counts_each_once(shards, monkeypat
     assert len(build("sources", {"kind": "webdataset", "shards": str(shards[0])})) == 4
 
 
-def test_braces_are_those_of_a_shell():
+def test_braces_expand_as_in_a_shell():
     assert braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert braces("{3..1}") == ["3", "2", "1"]
     assert braces("{a,b{1,2}}-{x,y}") == ["a-x", "a-y", "b1-x", "b1-y", "b2-x", "b2-y"]
@@ -91,21 +91,21 @@ def test_braces_are_those_of_a_shell():
         braces("{0..99999999}")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files open
-def test_the_webdataset_package_finds_the_same_images(tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the package leaves files open
+def test_same_images_as_the_webdataset_package(tmp_path):
     package = pytest.importorskip("webdataset")
     path = tmp_path / "made.tar"
     with package.TarWriter(str(path)) as sink:
         for number in range(5):
             sink.write({"__key__": f"folder/{number:04d}", "jpg": jpeg(number), "cls": number})
     source = WebDataset(shards=str(path))
-    theirs = list(package.WebDataset(str(path), shardshuffle=False))
-    assert [f"made/{sample['__key__']}.jpg" for sample in theirs] == names(source)
-    assert [sample["jpg"] for sample in theirs] == [source.encoded(i) for i in range(5)]
+    reference = list(package.WebDataset(str(path), shardshuffle=False))
+    assert [f"made/{sample['__key__']}.jpg" for sample in reference] == names(source)
+    assert [sample["jpg"] for sample in reference] == [source.encoded(i) for i in range(5)]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_and_odd_names(tmp_path, format):
+def test_long_and_unusual_names(tmp_path, format):
     long = "deep/" * 40 + "x" * 120 + ".JPG"
     members = {long: jpeg(0), "ä/ö.Jpeg": jpeg(1), "a.b.jpg": b"", "folder/jpg": b""}
     source = WebDataset(shards=str(write(tmp_path / "t.tar", members, format)))
@@ -113,35 +113,37 @@ def test_long_and_odd_names(tmp_path, format):
     assert source.encoded(1) == jpeg(1)
 
 
-def test_endings_are_all_that_follows_the_first_dot(shards, tmp_path):
+def test_extension_is_all_that_follows_the_first_dot(shards, tmp_path):
     source = WebDataset(shards=str(shards[0]), extensions=("SEG.png",))
     assert names(source)[0] == "shard-000/000000.seg.png"
     odd = write(tmp_path / "odd.tar", {"img.1.jpg": jpeg(0), "img.2.jpg": jpeg(1)})
-    with pytest.raises(ConfigError, match=r"no image in 1 shards; looked for .*saw 1 \.1\.jpg.*first dot.*extensions"):
+    with pytest.raises(
+        ConfigError, match=r"no image in 1 shards; searched for .*found 1 \.1\.jpg.*first dot.*extensions"
+    ):
         WebDataset(shards=str(odd))
 
 
-def test_shards_of_one_name_are_told_apart(tmp_path):
+def test_shards_with_equal_file_names_get_distinct_names(tmp_path):
     paths = [str(write(tmp_path / part / "000.tar", {"a.jpg": jpeg(0)})) for part in ("x", "y")]
     assert names(WebDataset(shards=paths)) == ["x/000/a.jpg", "y/000/a.jpg"]
 
 
-def test_an_index_is_made_once_and_again_when_the_shard_changes(shards, monkeypatch, cache):
+def test_index_is_built_once_and_rebuilt_when_the_shard_changes(shards, monkeypatch, cache):
     assert len(WebDataset(shards=str(shards[1]))) == 5
     with monkeypatch.context() as patch:
-        patch.setattr(_shards, "survey", lambda *a: pytest.fail("indexed again"))
+        patch.setattr(_shards, "scan", lambda *a: pytest.fail("indexed again"))
         again = WebDataset(shards=str(shards[1]))
         assert names(again) == EXPECTED[4:9]
     write(shards[1], samples(50, 2))
     assert names(WebDataset(shards=str(shards[1]))) == ["shard-001/000050.jpg", "shard-001/000051.jpg"]
-    with pytest.raises(SourceError, match=r"shard-001\.tar changed while it was in use; start again"):
+    with pytest.raises(SourceError, match=r"shard-001\.tar changed while in use; restart to index it again"):
         again.encoded(0)
     shards[1].unlink()
-    with pytest.raises(SourceError, match=r"shard-001\.tar cannot be read .*bring it back"):
+    with pytest.raises(SourceError, match=r"shard-001\.tar cannot be read .*restore it and resume"):
         again.encoded(0)
 
 
-def test_a_damaged_index_is_made_anew(shards, cache):
+def test_damaged_index_is_rebuilt(shards, cache):
     WebDataset(shards=str(shards[0]))
     (file,) = (cache / "indices").iterdir()
     file.write_bytes(file.read_bytes()[:-5])
@@ -152,7 +154,7 @@ def test_sources_pickle(shards, tmp_path, monkeypatch):
     source = pickle.loads(pickle.dumps(WebDataset(shards=str(shards[0].parent))))
     assert names(source) == EXPECTED
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("AGGLO_CACHE", str(tmp_path / "file"))  # no index can be kept
+    monkeypatch.setenv("AGGLO_CACHE", str(tmp_path / "file"))  # no index can be cached
     source = pickle.loads(pickle.dumps(WebDataset(shards=str(shards[0].parent))))
     assert source.encoded(4) == jpeg(10)
 
@@ -160,7 +162,7 @@ def test_sources_pickle(shards, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- bad shards
 
 
-def test_a_truncated_shard_gives_its_whole_images(shards, caplog):
+def test_truncated_shard_yields_its_complete_images(shards, caplog):
     whole = shards[1].read_bytes()
     offset = WebDataset(shards=str(shards[1]))._at(3)[1].columns["offset"][3]
     for cut, images in ((int(offset) + 100, 3), (int(offset) - 300, 3), (int(offset) - 512, 3)):
@@ -171,22 +173,25 @@ def test_a_truncated_shard_gives_its_whole_images(shards, caplog):
         assert len(source) == 4 + images + 6
         assert list(source.damaged) == [str(shards[1])]
         assert "truncated" in source.damaged[str(shards[1])]
-        assert "1 of 3 shards used as far as they are whole" in caplog.text and "shard-001.tar" in caplog.text
+        assert "1 of 3 shards used in part" in caplog.text and "shard-001.tar" in caplog.text
         assert all(source.read(i).size == (40, 30) for i in range(len(source)))
     shards[1].write_bytes(whole[: int(offset) + 100])
-    assert f"lacks {len(jpeg(13)) - 100} bytes" in WebDataset(shards=str(shards[1])).damaged[str(shards[1])]
+    assert (
+        f"{len(jpeg(13)) - 100} bytes of its last member are missing"
+        in WebDataset(shards=str(shards[1])).damaged[str(shards[1])]
+    )
     WebDataset(shards=str(shards[1]))
-    assert WebDataset(shards=str(shards[1])).damaged  # said again when the index is read, not only when it is made
+    assert WebDataset(shards=str(shards[1])).damaged  # reported for a cached index too
 
 
-def test_garbage_in_the_middle_is_found(shards):
+def test_garbage_in_the_middle_is_detected(shards):
     data = bytearray(shards[0].read_bytes())
     at = int(WebDataset(shards=str(shards[0]))._at(2)[1].columns["offset"][2]) - 512
     data[at : at + 512] = b"\x55" * 512
     shards[0].write_bytes(data)
     source = WebDataset(shards=str(shards[0]))
     assert len(source) == 2
-    assert f"is damaged: what stands at byte {at} is no member" in source.damaged[str(shards[0])]
+    assert f"is damaged: no valid member header at byte {at}" in source.damaged[str(shards[0])]
 
 
 BAD = {
@@ -199,21 +204,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_shard_is_left_out_as_a_whole(shards, kind, caplog):
+def test_files_that_are_not_shards_are_skipped(shards, kind, caplog):
     data, why = BAD[kind]
     shards[1].write_bytes(data)
     with caplog.at_level(logging.WARNING, "agglo"):
         source = WebDataset(shards=str(shards[0].parent))
     assert names(source) == EXPECTED[:4] + EXPECTED[9:]
-    assert "1 of 3 shards left out as a whole" in caplog.text
+    assert "1 of 3 shards skipped" in caplog.text
     assert list(source.damaged) == [str(shards[1])]
     with pytest.raises(ConfigError, match=rf"no image in 1 shards.*shard-001\.tar {why}"):
         WebDataset(shards=str(shards[1]))
 
 
-def test_an_archive_of_nothing_is_no_damage_but_no_source(tmp_path):
+def test_empty_archive_is_not_damaged_but_has_no_images(tmp_path):
     path = write(tmp_path / "none.tar", {})
-    with pytest.raises(ConfigError, match=r"no image in 1 shards; looked for [^;]*$"):
+    with pytest.raises(ConfigError, match=r"no image in 1 shards; searched for [^;]*$"):
         WebDataset(shards=str(path))
 
 
@@ -224,11 +229,11 @@ def test_missing_shards_are_named_and_counted(shards):
         WebDataset(shards=str(shards[0].parent / "*.tgz"))
     with pytest.raises(ConfigError, match="not run"):
         WebDataset(shards="pipe:cat x.tar")
-    with pytest.raises(ConfigError, match="no way to read nonsense://"):
+    with pytest.raises(ConfigError, match="unknown protocol nonsense://"):
         WebDataset(shards="nonsense://x.tar")
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     def absent(protocol):
         raise ImportError("Install s3fs to access S3")
 
@@ -243,7 +248,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     _shards._connected.cache_clear()
 
 
-def test_a_corrupt_image_is_skipped_named_and_counted(tmp_path):
+def test_corrupt_image_is_skipped_named_and_counted(tmp_path):
     members = {f"{i}.jpg": jpeg(i) for i in range(6)} | {"2.jpg": jpeg(2)[:300], "4.jpg": b"nothing"}
     source = WebDataset(shards=str(write(tmp_path / "t.tar", members)))
     with pytest.raises(ImageError, match=r"^t/2\.jpg: truncated"):
@@ -254,7 +259,7 @@ def test_a_corrupt_image_is_skipped_named_and_counted(tmp_path):
     assert not {n for b in batches for n in b.names} & set(loader.skipped)
 
 
-# ---------------------------------------------------------------------------------------------------- far away
+# ---------------------------------------------------------------------------------------------------- remote
 
 
 @pytest.fixture
@@ -271,24 +276,24 @@ def remote(shards):
 
 
 @pytest.mark.parametrize("pattern", ["memory://bucket/shard-{000..002}.tar", "memory://bucket/*.tar"])
-def test_remote_shards_are_read_in_ranges(remote, pattern, monkeypatch):
+def test_remote_shards_are_read_by_range(remote, pattern, monkeypatch):
     source = WebDataset(shards=pattern)
     assert names(source) == EXPECTED
-    asked = []
+    requests = []
     cat = type(remote).cat_file
-    monkeypatch.setattr(type(remote), "cat_file", lambda s, p, **k: asked.append(k) or cat(s, p, **k))
+    monkeypatch.setattr(type(remote), "cat_file", lambda s, p, **k: requests.append(k) or cat(s, p, **k))
     assert [source.encoded(i) for i in (14, 0, 4)] == [jpeg(25), jpeg(0), jpeg(10)]
-    assert [k["end"] - k["start"] for k in asked] == [len(jpeg(n)) for n in (25, 0, 10)]
+    assert [k["end"] - k["start"] for k in requests] == [len(jpeg(n)) for n in (25, 0, 10)]
     assert pickle.loads(pickle.dumps(source)).encoded(4) == jpeg(10)
 
 
-def test_a_remote_index_is_kept(remote, monkeypatch):
+def test_remote_index_is_cached(remote, monkeypatch):
     WebDataset(shards="memory://bucket/*.tar")
-    monkeypatch.setattr(_shards, "survey", lambda *a: pytest.fail("indexed again"))
+    monkeypatch.setattr(_shards, "scan", lambda *a: pytest.fail("indexed again"))
     assert len(WebDataset(shards="memory://bucket/*.tar")) == 15
 
 
-def test_trouble_on_the_way_is_tried_again_and_never_blamed_on_an_image(remote, monkeypatch):
+def test_network_errors_are_retried_and_skip_no_image(remote, monkeypatch):
     source = WebDataset(shards="memory://bucket/*.tar")
     cat, failures = type(remote).cat_file, [0]
 
@@ -306,17 +311,19 @@ def test_trouble_on_the_way_is_tried_again_and_never_blamed_on_an_image(remote, 
 
     monkeypatch.setattr(type(remote), "cat_file", gone)
     loader = Loader([source], None, [Partition([16], 4)], ViewPolicy(), workers=1)
-    with pytest.raises(SourceError, match=r"memory:///?bucket/shard-.* 4 times .*no route to host.*check the network"):
+    with pytest.raises(
+        SourceError, match=r"memory:///?bucket/shard-.* after 4 attempts .*no route to host.*check the network"
+    ):
         list(loader.iterate(0, 2))
     assert not loader.skipped
 
 
-def test_some_remote_shards_may_be_kept_here(remote, cache, monkeypatch, shards):
+def test_remote_shards_are_copied_up_to_keep_gb(remote, cache, monkeypatch, shards):
     sizes = [path.stat().st_size for path in shards]
     source = WebDataset(shards="memory://bucket/*.tar", keep_gb=(sizes[0] + sizes[1]) / 1e9)
     monkeypatch.setattr(type(remote), "cat_file", lambda *a, **k: b"")
     assert [source.encoded(i) for i in (0, 5)] == [jpeg(0), jpeg(11)]
-    with pytest.raises(SourceError, match="does not give parts of files, or the file has changed"):
+    with pytest.raises(SourceError, match="does not support range requests, or the file has changed"):
         source.encoded(10)
     copies = sorted(p.stat().st_size for p in (cache / "indices").glob("*.tar"))
     assert copies == sorted(sizes[:2])
@@ -324,7 +331,7 @@ def test_some_remote_shards_may_be_kept_here(remote, cache, monkeypatch, shards)
     assert names(WebDataset(shards="memory://bucket/*.tar", keep_gb=(sizes[0] + sizes[1]) / 1e9)) == EXPECTED
 
 
-def test_a_full_disk_keeps_no_copies_and_goes_on(remote, cache, monkeypatch, caplog):
+def test_full_disk_falls_back_to_remote_reads(remote, cache, monkeypatch, caplog):
     monkeypatch.setattr(_shards.shutil, "disk_usage", lambda p: type("U", (), {"free": 10})())
     with caplog.at_level(logging.WARNING, "agglo"):
         source = WebDataset(shards="memory://bucket/*.tar", keep_gb=1)
@@ -333,7 +340,7 @@ def test_a_full_disk_keeps_no_copies_and_goes_on(remote, cache, monkeypatch, cap
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """A file server that gives parts of files."""
+    """A file server with range requests."""
 
     def log_message(self, *arguments):
         pass
@@ -371,12 +378,12 @@ def test_shards_on_a_web_server(shards):
         server.shutdown()
         server.server_close()
         thread.join()
-    with pytest.raises(SourceError, match="cannot be reached, 4 times"):
+    with pytest.raises(SourceError, match="cannot be reached after 4 attempts"):
         source.encoded(0)
 
 
-class Ill(http.server.BaseHTTPRequestHandler):
-    """A server that answers with the status its path names."""
+class FailingServer(http.server.BaseHTTPRequestHandler):
+    """Responds with the status code in the path."""
 
     def log_message(self, *arguments):
         pass
@@ -388,14 +395,16 @@ class Ill(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
 
-def test_a_web_server_that_does_not_answer_is_not_a_missing_shard(monkeypatch):
+def test_unreachable_server_is_not_a_missing_shard(monkeypatch):
     pytest.importorskip("aiohttp")
     pauses = []
     monkeypatch.setattr(_shards.time, "sleep", pauses.append)
-    with socket.socket() as taken:  # bound and not listening: nobody else gets the port, and nobody answers
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/0.tar"
-        with pytest.raises(SourceError, match=rf"{url} cannot be reached, 4 times \(ClientConnect.*check the network"):
+    with socket.socket() as bound:  # not listening: the port is reserved and connections are refused
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/0.tar"
+        with pytest.raises(
+            SourceError, match=rf"{url} cannot be reached after 4 attempts \(ClientConnect.*check the network"
+        ):
             WebDataset(shards=url)
     assert len(pauses) == 3
 
@@ -405,12 +414,12 @@ def test_a_web_server_that_does_not_answer_is_not_a_missing_shard(monkeypatch):
     [
         (404, ConfigError, "1 of 1 shards do not exist"),
         (403, SourceError, "access is denied .*credentials"),
-        (503, SourceError, "cannot be reached, 4 times .*503"),
+        (503, SourceError, "cannot be reached after 4 attempts .*503"),
     ],
 )
-def test_what_a_web_server_answers_is_told_as_it_is(status, kind, why):
+def test_http_status_decides_the_error(status, kind, why):
     pytest.importorskip("aiohttp")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ill)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FailingServer)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -425,7 +434,7 @@ def test_what_a_web_server_answers_is_told_as_it_is(status, kind, why):
 # ---------------------------------------------------------------------------------------------------- in training
 
 
-def test_batches_are_the_same_near_and_far_with_any_workers_and_after_a_resume(remote, shards):
+def test_local_remote_and_resumed_batches_are_equal(remote, shards):
     partitions = [Partition([16, 24], batch=5)]
 
     def batches(where, start, workers):
@@ -444,7 +453,7 @@ def test_batches_are_the_same_near_and_far_with_any_workers_and_after_a_resume(r
             assert (a.names, a.views) == (b.names, b.views)
 
 
-def test_many_threads_read_at_once(shards):
+def test_concurrent_reads(shards):
     source = WebDataset(shards=str(shards[0].parent))
     wanted = [source.encoded(i) for i in range(15)]
     wrong = []

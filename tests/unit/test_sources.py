@@ -34,7 +34,7 @@ def tree(tmp_path):
     return root
 
 
-def test_folder_is_sorted_and_leaves_out_what_is_hidden_or_no_image(tree):
+def test_folder_is_sorted_and_skips_hidden_and_other_files(tree):
     source = Folder(path=str(tree))
     assert names(source) == [
         "pets/cats/a.png",
@@ -49,7 +49,7 @@ def test_folder_is_sorted_and_leaves_out_what_is_hidden_or_no_image(tree):
     assert source.file(0) == tree / "cats/a.png"
 
 
-def test_folder_names_do_not_depend_on_how_it_is_written(tree, monkeypatch):
+def test_folder_names_do_not_depend_on_the_spelling_of_the_path(tree, monkeypatch):
     monkeypatch.chdir(tree)
     assert names(Folder(path=".")) == names(Folder(path=str(tree)))
     monkeypatch.setenv("HOME", str(tree.parent))
@@ -64,7 +64,7 @@ def test_folder_labels(tree):
     assert Folder(path=str(tree)).labels() == ["cats", "cats/siamese", "cats", "dogs"]
 
 
-def test_folder_may_be_one_image_of_any_ending(tmp_path):
+def test_folder_accepts_a_single_image_of_any_extension(tmp_path):
     paint(tmp_path / "one.png")
     (tmp_path / "one.png").rename(tmp_path / "one.dat")
     source = Folder(path=str(tmp_path / "one.dat"))
@@ -80,8 +80,8 @@ def test_folder_follows_links_once(tree):
     assert len(Folder(path=str(tree))) == 6
 
 
-def test_folder_errors_tell_what_was_looked_for(tree):
-    with pytest.raises(ConfigError, match=r"no folder or image.*did you mean .*pets"):
+def test_folder_errors_name_the_searched_extensions(tree):
+    with pytest.raises(ConfigError, match=r"pet' does not exist; did you mean .*pets"):
         Folder(path=str(tree.parent / "pet"))
     empty = tree.parent / "empty"
     empty.mkdir()
@@ -90,14 +90,14 @@ def test_folder_errors_tell_what_was_looked_for(tree):
     (empty / "a.csv").write_text("")
     (empty / "b.csv").write_text("")
     (empty / "README").write_text("")
-    with pytest.raises(ConfigError, match=r"saw 3 other files \(2 \.csv, 1 no ending\)"):
+    with pytest.raises(ConfigError, match=r"found 3 other files \(2 \.csv, 1 no ending\)"):
         Folder(path=str(empty))
     (tree / "top.bmp").unlink()
     with pytest.raises(ConfigError, match=r"2 sub-folders: set `recursive: true`"):
         Folder(path=str(tree), recursive=False)
 
 
-def test_folder_bad_image_is_named_as_the_source_names_it(tree):
+def test_folder_names_a_bad_image(tree):
     (tree / "cats/a.png").write_bytes(b"")
     source = pickle.loads(pickle.dumps(Folder(path=str(tree))))
     with pytest.raises(ImageError, match=r"^pets/cats/a\.png: is empty"):
@@ -115,11 +115,11 @@ def test_photo_splits_partition_the_table():
     assert len({p.sha256 for p in PHOTOS}) == len({p.name for p in PHOTOS}) == len(PHOTOS) == 22
     by_name = {p.name: p for p in PHOTOS}
     assert by_name["motorcycle_left"].heldout == by_name["motorcycle_right"].heldout
-    for query in {p.query for p in PHOTOS}:  # a query that two photos share must not straddle the splits
+    for query in {p.query for p in PHOTOS}:  # a query that two photos share must be in one split
         assert len({p.heldout for p in PHOTOS if p.query == query}) == 1
 
 
-def test_photos_are_what_the_table_says():
+def test_photos_decode():
     source = Photos(split="all")
     for index, photo in enumerate(source.photos):
         image = source.read(index)
@@ -139,7 +139,7 @@ def test_photos_do_not_import_the_packages():
 
 
 def test_photos_unknown_split():
-    with pytest.raises(ConfigError, match="train, heldout, all; got 'test'"):
+    with pytest.raises(ConfigError, match="no split 'test'; choose from: train, heldout, all"):
         Photos(split="test")
 
 
@@ -171,14 +171,14 @@ def test_shares_of_a_folder_are_disjoint_complete_and_stable(tmp_path: Path) -> 
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == 60
     assert 15 < len(names[0]) < 45
-    (tmp_path / "00.png").unlink()  # what else is in the folder does not move an image to the other side
+    (tmp_path / "00.png").unlink()  # other files do not change the split of an image
     again = Folder(path=str(tmp_path), share=(0.0, 0.5))
     assert {again.name(i) for i in range(len(again))} == {name for name in names[0] if not name.endswith("/00.png")}
     with pytest.raises(ConfigError, match="share"):
         Folder(path=str(tmp_path), share=(0.5, 0.5))
 
 
-def test_a_variable_in_a_path_is_expanded_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_in_paths_are_expanded_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     monkeypatch.setenv("SOME_IMAGES", str(tmp_path))
     assert len(Folder(path="${SOME_IMAGES}")) == 1

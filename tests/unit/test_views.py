@@ -1,4 +1,4 @@
-"""Views: pure functions of (seed, step, sample), and geometry that agrees with the pixels."""
+"""Views: pure functions of (seed, step, sample), with geometry that matches the rendered pixels."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ PARTITIONS = [Partition([64, 96], batch=8, weight=3), Partition([(128, 96)], bat
 # --- randomness and quotas ---
 
 
-def test_generator_is_keyed_by_each_of_its_arguments():
+def test_generator_depends_on_each_argument():
     keys = list(itertools.product([0, 1, -1, 2**63], [0, 1, 2**40], [0, 1], [0, 1]))
     draws = {key: tuple(generator(*key).random(4)) for key in keys}
     assert len(set(draws.values())) == len(keys)
@@ -52,7 +52,7 @@ def test_neighbouring_generators_are_independent():
     weights=st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=1, max_size=6).filter(any),
     start=st.integers(0, 10**13),
 )
-def test_quota_is_exact_and_counts_what_it_chose(weights, start):
+def test_quota_counts_are_exact(weights, start):
     quota = Quota(weights)
     counts = quota.before(start)
     assert sum(counts) == start
@@ -67,13 +67,13 @@ def test_quota_is_exact_and_counts_what_it_chose(weights, start):
     assert (np.abs(np.array(quota.before(1000)) - shares * 1000) <= levels / 2 + 1e-3).all()
 
 
-def test_quota_begins_with_what_is_frequent():
+def test_quota_starts_with_the_most_frequent_choice():
     assert Quota([1, 99]).choice(0)[0] == 1
     assert Quota([99, 1]).choice(0)[0] == 0
 
 
 @pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [float("nan")], [float("inf"), 1]])
-def test_quota_refuses_weights_that_are_none(weights):
+def test_quota_refuses_invalid_weights(weights):
     with pytest.raises(ConfigError, match="weights"):
         Quota(weights)
 
@@ -99,7 +99,7 @@ def test_resolution_refuses_empty_partitions():
             draw_resolution(0, 0, partitions)
 
 
-def test_every_image_comes_once_a_pass_and_every_pass_has_its_own_order():
+def test_every_epoch_is_a_new_permutation():
     lengths, weights = [7, 30], [1, 2]
     drawn = list(itertools.chain(*(draw_indices(3, s, 10, lengths, weights) for s in range(0, 900, 10))))
     assert Counter(source for source, _ in drawn) == {0: 300, 1: 600}
@@ -113,7 +113,7 @@ def test_every_image_comes_once_a_pass_and_every_pass_has_its_own_order():
     assert draw_indices(4, 0, 10, lengths, weights) != drawn[:10]
 
 
-def test_sources_of_one_length_are_shuffled_differently():
+def test_sources_of_equal_length_are_shuffled_differently():
     orders = [[image_at(0, source, p, 20) for p in range(20)] for source in (0, 1)]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1])
@@ -138,13 +138,13 @@ def test_crops_stay_inside_and_keep_the_aspect(source, size, step):
     slack = 1e-6 * max(source)
     assert -slack <= x0 < x1 <= source[1] + slack
     assert -slack <= y0 < y1 <= source[0] + slack
-    stretch = view.scale[1] / view.scale[0]  # horizontal over vertical extent, relative to the canvas
+    stretch = view.scale[1] / view.scale[0]  # horizontal over vertical extent, relative to the view
     assert policy.aspect[0] * (1 - 1e-6) <= stretch <= policy.aspect[1] * (1 + 1e-6)
     area = (x1 - x0) * (y1 - y0) / (source[0] * source[1])
     assert area <= policy.scale[1] * (1 + 1e-6)
-    canvas = size[1] / size[0]
-    widest = source[1] / source[0] / canvas
-    if 0.8 < widest < 1.25:  # nearly the canvas's shape: every area fits
+    aspect = size[1] / size[0]
+    widest = source[1] / source[0] / aspect
+    if 0.8 < widest < 1.25:  # nearly the view's shape: every area fits
         assert area >= policy.scale[0] * (1 - 1e-6)
 
 
@@ -173,7 +173,7 @@ def test_distribution_of_crops():
         ("mixup", -0.1),
     ],
 )
-def test_policy_names_the_key(key, value):
+def test_policy_errors_name_the_key(key, value):
     with pytest.raises(ConfigError, match=f"views.{key}"):
         ViewPolicy(**{key: value})
 
@@ -196,7 +196,7 @@ def centroid(pixels):
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("side", [24, 64, 200])
-def test_pixels_lie_where_the_geometry_says(flip, side):
+def test_rendered_pixels_match_the_geometry(flip, side):
     policy = ViewPolicy(scale=(0.6, 0.9), flip=float(flip))
     image = blob((300, 400), 210.5, 140.25)
     for sample in range(6):
@@ -210,7 +210,7 @@ def test_pixels_lie_where_the_geometry_says(flip, side):
 
 
 @pytest.mark.parametrize("side", [32, 100])
-def test_a_view_that_leaves_the_image_is_black_there(side):
+def test_view_is_black_outside_the_image(side):
     image = Image.new("RGB", (100, 80), "white")
     scale = side / 100
     view = View(size=(side, side), scale=(scale, scale), offset=(20 * scale, -30 * scale))
@@ -223,7 +223,7 @@ def test_a_view_that_leaves_the_image_is_black_there(side):
     assert centroid(dot) == pytest.approx(view.to_view(40.5, 55.0), abs=0.1)
 
 
-def test_the_whole_image_at_its_own_size_is_untouched():
+def test_identity_view_returns_the_image():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     view = View(size=(20, 30), scale=(1, 1), offset=(0, 0))
     expected = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -257,7 +257,7 @@ def test_centre_view():
 def test_mixup_blends_pairs_of_the_batch():
     images = torch.eye(6).view(6, 1, 1, 6).expand(6, 3, 2, 6).contiguous()
     out = mixup(images, 0, 0, 1.0)
-    weights = out[:, 0, 0]  # row i: how much of each image is in the blend i
+    weights = out[:, 0, 0]  # row i: share of each image in blend i
     torch.testing.assert_close(weights.sum(1), torch.ones(6))
     assert ((weights > 0).sum(1) <= 2).all()
     assert (weights.diagonal() >= 0.5).all()

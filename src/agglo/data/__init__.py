@@ -1,1 +1,1 @@
-"""From sources to batches of views."""
+"""Batches of views from image sources."""

@@ -1,4 +1,4 @@
-"""Batches for training and for evals: read, crop, stack; ahead of time, in order, and without surprises."""
+"""Batches for training and evaluation: read, crop and stack images, prefetched and in deterministic order."""
 
 from __future__ import annotations
 
@@ -38,19 +38,17 @@ _WHITE = np.float32(255)
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's images.
+    """The images of one step.
 
     Args:
-        images: RGB float32 ``(B, 3, H, W)`` in [0, 1]; not mixed yet (:func:`agglo.data.views.mixup`), so that
-            the blend can be made on the device.
-        views: where each lies in its source image, in pixels of the image as the loader keeps it (``max_side``).
-        names: each image's name.
+        images: RGB float32 ``(B, 3, H, W)`` in [0, 1], before :func:`agglo.data.views.mixup`, which runs on the device.
+        views: geometry of each crop, in pixels of its source image (after ``max_side``).
+        names: name of each image.
         step: the step.
-        partition: index of the partition the size came from.
-        skipped: names of bad images whose place another took.
-        size: ``(H, W)`` that the student is to see this step; the images are larger where ``canvas`` or ``margin`` ask
-            for it.
-        field: share of the images' sides ``(h, w)`` that a view shows, in the middle; (1, 1) without a margin.
+        partition: index of the partition of this step.
+        skipped: names of unreadable images that were replaced.
+        size: ``(H, W)`` of the student's input; the images are larger with ``canvas`` or ``margin``.
+        field: central share ``(h, w)`` of the images' sides that a view covers; (1, 1) without a margin.
     """
 
     images: Tensor
@@ -64,38 +62,38 @@ class Batch:
 
 
 class _StoppedError(Exception):
-    """The consumer has gone; unfinished batches need not be finished."""
+    """The consumer has stopped; abandon unfinished batches."""
 
 
 class Loader:
-    """Training batches as a pure function of the step, whatever the threads, the cache and the history.
+    """Training batches as a pure function of the step, independent of threads, cache and history.
 
-    Decoded images stay in memory until ``cache_mb`` is used up, and are never evicted: over shuffled passes that keeps
-    the largest share of hits. A bad image is replaced by the next readable one of its source's pass, named once in the
-    log and in :attr:`skipped`. One that a filter of its source leaves out is replaced the same way and only counted.
+    Decoded images stay in memory until ``cache_mb`` is used up and are never evicted, which maximises hits over
+    shuffled epochs. An unreadable image is replaced by the next readable one of its source's epoch, and named once in
+    the log and in :attr:`skipped`. An image excluded by a filter is replaced likewise and only counted.
 
-    Sources that can read a part (:meth:`agglo.sources.base.Source.read_part`) are asked for no more than a view needs.
+    Sources with partial reading (:meth:`agglo.sources.base.Source.read_part`) decode only what a view needs.
 
     Args:
-        sources: where images come from.
-        weights: share of samples from each source, or None for shares by length.
-        partitions: sizes, batches and shares of steps.
+        sources: sources of images.
+        weights: share of samples from each source; None uses their lengths.
+        partitions: sizes, batch sizes and shares of steps.
         policy: distribution of crops.
-        seed: of everything random here.
-        workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
-        cache_mb: budget of decoded images, in MiB.
-        canvas: views are rendered with at least this shorter side, in pixels, for teachers that want more pixels than
-            the student; whoever wants fewer shrinks them. One number, or one for each size of each partition.
-        margin: pixels of the student's view that are rendered beyond each of its sides, for views that are shifted.
-        max_side: images with a longer side in pixels are read whole and shrunk to it, always, cached or not.
-        part: ``(k, n)``: of every batch only the k-th of n equal parts, in the order of its samples.
+        seed: seed of all randomness here.
+        workers: prefetching threads; 0 prepares each batch on request.
+        cache_mb: memory for decoded images, in MiB.
+        canvas: minimum shorter side, in pixels, at which views are rendered, for teachers with larger inputs than the
+            student's. One number, or one per size of each partition.
+        margin: pixels rendered beyond each side of the student's view, for shifted views.
+        max_side: images with a longer side (pixels) are read whole and shrunk to it, whether cached or not.
+        part: ``(k, n)``: prepare only the k-th of n equal parts of every batch.
 
     Attributes:
-        skipped: name to reason of every bad image met so far.
-        filtered: how many images each filter has left out so far.
+        skipped: reason for each unreadable image so far, by name.
+        filtered: number of images excluded so far, by filter.
 
     Raises:
-        ConfigError: no sources, an empty one, or weights or partitions that cannot be drawn from.
+        ConfigError: no sources, an empty source, or invalid weights or partitions.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class Loader:
             if length == 0:
                 raise ConfigError(f"data.sources.{number}: the source is empty")
         if weights is not None and len(weights) != len(sources):
-            raise ConfigError(f"data.sources: {len(weights)} weights for {len(sources)} sources")
+            raise ConfigError(f"data.sources: {len(weights)} weights for {len(sources)} sources; give one per source")
         self.sources = tuple(sources)
         self.weights = tuple(self._lengths if weights is None else weights)
         self.partitions = tuple(partitions)
@@ -144,68 +142,64 @@ class Loader:
         ]
         self._kept: dict[tuple[int, int], dict[int, PartialImage]] = {}
         self._bad: dict[tuple[int, int], tuple[str, str]] = {}
-        self._left_out: dict[int, np.ndarray] = {}  # for each source that has filters, a flag an image
+        self._excluded: dict[int, np.ndarray] = {}  # one flag per image, for sources with filters
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step.
-
-        Raises:
-            ConfigError: no image of a source it needs can be read.
-        """
+        """The batch of a step; raises ConfigError if no image of a required source can be read."""
         return self._prepare(step, Event())
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps ``start .. stop``, in order, prepared ahead by ``workers`` threads.
+        """Batches of steps ``start .. stop``, in order, prefetched by ``workers`` threads.
 
-        At most ``workers + 1`` batches wait. An error is raised where its batch is due. Closing the generator, or an
-        exception in it such as Ctrl-C, drops what is unfinished.
+        At most ``workers + 1`` batches are buffered. Errors are raised in order of the batches. Closing the generator,
+        or an exception in it such as Ctrl-C, discards unfinished batches.
         """
         if self.workers < 1:
             for step in range(start, stop):
                 yield self.batch(step)
             return
-        gone = Event()
+        stopped = Event()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="agglo-loader")
         steps = iter(range(start, stop))
-        waiting: deque[Future[Batch]] = deque()
+        pending: deque[Future[Batch]] = deque()
         try:
             for step in steps:
-                waiting.append(pool.submit(self._prepare, step, gone))
-                if len(waiting) > self.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(self._prepare, step, stopped))
+                if len(pending) > self.workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            gone.set()
+            stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, step: int, gone: Event) -> Batch:
-        """Runs in threads, so without torch kernels that would start threads of their own."""
+    def _prepare(self, step: int, stopped: Event) -> Batch:
+        """Runs in threads, so it avoids torch kernels, which start threads themselves."""
         draw = draw_resolution(self.seed, step, self.partitions)
         size = self._rendered(draw.size, draw.partition)
         first, count = self._share(draw)
-        shown = BatchRenderer(count, size)
+        renderer = BatchRenderer(count, size)
         views: list[View] = []
         names: list[str] = []
         skipped: list[str] = []
         for sample, (source, position) in enumerate(draw_positions(draw.start + first, count, self.weights), first):
-            if gone.is_set():
+            if stopped.is_set():
                 raise _StoppedError
             index, (part, view), bad = self._readable(size, step, sample, source, position)
-            shown.add(part, view)
+            renderer.add(part, view)
             views.append(view)
             names.append(self.sources[source].name(index))
             skipped.extend(bad)
         field = draw.size[0] / (draw.size[0] + 2 * self.margin), draw.size[1] / (draw.size[1] + 2 * self.margin)
-        return Batch(shown.finish(), views, names, step, draw.partition, skipped, draw.size, field)
+        return Batch(renderer.finish(), views, names, step, draw.partition, skipped, draw.size, field)
 
     def _share(self, draw: Draw) -> tuple[int, int]:
-        """The first of a step's samples that this loader prepares, and how many."""
+        """First sample and number of samples of a step that this loader prepares."""
         count = draw.batch // self.part[1]
         return self.part[0] * count, count
 
     def _chance(self, step: int, sample: int, source: int, index: int, position: int) -> np.random.Generator:
-        """What decides a sample's crop: here where in the run it comes, elsewhere which image it is."""
+        """Generator of a sample's crop, here by position in the run; subclasses may use the image instead."""
         del source, index, position
         return generator(self.seed, step, sample)
 
@@ -217,12 +211,12 @@ class Loader:
     def _readable(
         self, size: tuple[int, int], step: int, sample: int, source: int, position: int
     ) -> tuple[int, tuple[PartialImage | Image.Image, View], list[str]]:
-        """The image at a position and its view, or the next readable one of the same pass.
+        """The image at a position and its view, or the next readable one of the same epoch.
 
-        The search goes round within the pass, so that it depends on nothing but the position.
+        The search wraps around within the epoch, so that it depends on the position alone.
 
         Returns:
-            ``(index, (image, view), names of bad images passed over)``.
+            ``(index, (image, view), names of unreadable images skipped)``.
         """
         length = self._lengths[source]
         first = position - position % length
@@ -230,47 +224,47 @@ class Loader:
         for offset in range(length):
             index = image_at(self.seed, source, first + (position + offset) % length, length)
 
-            def look(full: tuple[int, int], index: int = index) -> View:
+            def view_of(full: tuple[int, int], index: int = index) -> View:
                 return draw_view(full, size, self.policy, self._chance(step, sample, source, index, position))
 
             try:
-                with self._noting(source, index):
-                    return index, self._open(source, index, look), bad
+                with self._recording(source, index):
+                    return index, self._open(source, index, view_of), bad
             except FilteredImageError:
                 continue
             except ImageError as error:
                 bad.append(error.name)
         why = [f"{bad[0]}: {self.skipped[bad[0]]}"] if bad else []
-        why += [f"{count} left out by {rule}" for rule, count in self.filtered.items()]
+        why += [f"{count} excluded by {rule}" for rule, count in self.filtered.items()]
         raise ConfigError(f"data.sources.{source}: none of its {length} images can be read; {'; '.join(why)}")
 
     def _open(
-        self, source: int, index: int, look: Callable[[tuple[int, int]], View]
+        self, source: int, index: int, view_of: Callable[[tuple[int, int]], View]
     ) -> tuple[PartialImage | Image.Image, View]:
         if self._parts[source]:
-            return self._read_part(source, index, look)
+            return self._read_part(source, index, view_of)
         image = self._read(source, index)
-        return image, look((image.height, image.width))
+        return image, view_of((image.height, image.width))
 
     @contextmanager
-    def _noting(self, source: int, index: int) -> Iterator[None]:
-        """Remembers which images are bad or unwanted, and tells of them once; reads none of them twice."""
+    def _recording(self, source: int, index: int) -> Iterator[None]:
+        """Record unreadable and excluded images, log them once, and raise at once for those recorded."""
         key = source, index
         if key in self._bad:
-            # A fresh error each time: one that is kept would keep, through its traceback, every batch it passed.
+            # A new error each time: the traceback of a stored one would keep batches alive.
             raise ImageError(*self._bad[key])
-        if source in self._left_out and self._left_out[source][index]:
+        if source in self._excluded and self._excluded[source][index]:
             raise FilteredImageError("", "", "")
         try:
             yield
         except FilteredImageError as error:
             with self._lock:
-                flags = self._left_out.setdefault(source, np.zeros(self._lengths[source], bool))
-                new, flags[index] = not flags[index], True  # another thread may have read the same image meanwhile
+                flags = self._excluded.setdefault(source, np.zeros(self._lengths[source], bool))
+                new, flags[index] = not flags[index], True  # another thread may have recorded it meanwhile
                 self.filtered[error.rule] += int(new)
                 count = self.filtered[error.rule]
             if new and str(count).strip("0") == "1":  # the first, the tenth, the hundredth, ...
-                _log.warning("left out %d so far by %s, such as %s: %s", count, error.rule, error.name, error.why)
+                _log.warning("excluded %d so far by %s, e.g. %s: %s", count, error.rule, error.name, error.why)
             raise
         except ImageError as error:
             with self._lock:
@@ -282,31 +276,31 @@ class Loader:
             raise
 
     def _read_part(
-        self, source: int, index: int, look: Callable[[tuple[int, int]], View]
+        self, source: int, index: int, view_of: Callable[[tuple[int, int]], View]
     ) -> tuple[PartialImage | Image.Image, View]:
-        """What a view needs of an image, and the view. Images are kept whole, at each resolution that was needed."""
+        """The part of an image that a view needs, and the view. Caches whole images at each requested resolution."""
         key = source, index
         if (cached := self._cache.get(key)) is not None:
-            return cached, look((cached.height, cached.width))
+            return cached, view_of((cached.height, cached.width))
         kept = self._kept.get(key, {})
         for known in kept.values():
-            view, wanted = align_view(look(known.size), known.size)
+            view, wanted = align_view(view_of(known.size), known.size)
             if (part := kept.get(wanted.shrink)) is not None:
                 return part, view
             break
-        asked: list[tuple[View, ReadRequest]] = []
+        requests: list[tuple[View, ReadRequest]] = []
 
         def need(full: tuple[int, int]) -> ReadRequest:
-            view, wanted = align_view(look(full), full)
-            asked.append((view, wanted))
+            view, wanted = align_view(view_of(full), full)
+            requests.append((view, wanted))
             fits = 3 * full[0] * full[1] <= self._room * wanted.shrink**2
             return wanted._replace(rows=full[0]) if fits else wanted
 
         part = self.sources[source].read_part(index, need)
         if isinstance(part, Image.Image):
             self._keep(key, part)
-            return part, look((part.height, part.width))
-        view, wanted = asked[-1]
+            return part, view_of((part.height, part.width))
+        view, wanted = requests[-1]
         cost = part.array.nbytes
         if len(part.array) == -(-part.size[0] // part.shrink) and cost <= self._room:
             with self._lock:
@@ -315,7 +309,7 @@ class Loader:
                     kept[part.shrink] = part
                     self._room -= cost
                 if part.shrink in kept:
-                    kept[wanted.shrink] = kept[part.shrink]  # it cannot be shrunk any further while it is read
+                    kept[wanted.shrink] = kept[part.shrink]  # the source cannot shrink it further
                     self._kept[key] = kept
         return part, view
 
@@ -343,9 +337,9 @@ class EvaluationBatch(NamedTuple):
     """Images for an eval.
 
     Args:
-        indices: in the source, of the images that are here.
+        indices: index in the source of each image.
         images: RGB float32 ``(B, 3, H, W)`` in [0, 1].
-        skipped: name to reason of the bad images passed over since the batch before.
+        skipped: reason for each unreadable image since the previous batch, by name.
     """
 
     indices: list[int]
@@ -359,20 +353,20 @@ def evaluation_batches(
     """Every readable image of a source once, in order.
 
     Args:
-        size: side of the square, or ``(H, W)``, in pixels.
-        batch_size: images at a time; fewer where some are bad, and at the end.
-        resize: ``cover`` scales the image until it covers the canvas and keeps the centre; ``stretch`` bends it.
+        size: side of a square, or ``(H, W)``, in pixels.
+        batch_size: images per batch; fewer if some are unreadable, and at the end.
+        resize: ``cover`` keeps the aspect ratio and crops the centre; ``stretch`` ignores the aspect ratio.
 
     Raises:
         ConfigError: the source is empty or none of its images can be read.
-        ValueError: no such resize, or a batch of no images.
+        ValueError: an unknown ``resize``, or ``batch_size`` below 1.
     """
     if resize not in ("cover", "stretch"):
-        raise ValueError(f"resize is cover or stretch, got {resize!r}")
+        raise ValueError(f"resize must be cover or stretch, got {resize!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    canvas = (size, size) if isinstance(size, int) else size
-    ready: EvaluationBatch | None = None  # held back by one, so that skips after the last good image are reported
+    shape = (size, size) if isinstance(size, int) else size
+    ready: EvaluationBatch | None = None  # delayed by one batch, to report skips after the last readable image
     skipped: dict[str, str] = {}
     for start in range(0, len(source), batch_size):
         indices: list[int] = []
@@ -385,7 +379,7 @@ def evaluation_batches(
                 _log.warning("skipped %s: %s", error.name, error.why)
                 continue
             indices.append(index)
-            pixels.append(fit(image, canvas, "stretch" if resize == "stretch" else "crop"))
+            pixels.append(fit(image, shape, "stretch" if resize == "stretch" else "crop"))
         if indices:
             if ready is not None:
                 yield ready

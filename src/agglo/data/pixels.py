@@ -1,4 +1,4 @@
-"""Views cut out of images that are read no further than a view needs (:meth:`agglo.sources.base.Source.read_part`)."""
+"""Rendering of views from partially read images (:meth:`agglo.sources.base.Source.read_part`)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from agglo.types import View
 
 _GRIDS = (1, 2, 4, 8)
 _FINEST = 64
-"""An image's shorter side has at least so many cells of its grid."""
+"""Minimum number of grid cells along the shorter side of an image."""
 _SPARE = 1.0
-"""Pixels read for a pixel of the view, at least, where an image is shrunk while it is read. Near 1 a view shows the
-JPEG decoder's own low pass, which is a little sharper than ours: by 0.9/255 on average over photographs at 1, by 0.4 at
-1.25. Between the bilinear and the bicubic kernel it is 1.1."""
+"""Minimum number of decoded pixels per view pixel when an image is shrunk while decoding. Near 1 the view shows the
+JPEG decoder's low pass, which is slightly sharper than ours: by 0.9/255 on average over photographs at 1, by 0.4 at
+1.25. The difference between the bilinear and the bicubic kernel is 1.1."""
 _WHITE = np.float32(255)
 _TOGETHER = 8
-"""So many images are decoded, then so many resampled: each kind of work finds its code and tables in the caches."""
+"""Number of images decoded before they are resampled together, which keeps code and tables in the CPU caches."""
 _HELD = 1 << 26
-"""Bytes of decoded images that may wait for that."""
+"""Maximum bytes of decoded images waiting to be resampled."""
 
 
 class BatchRenderer:
-    """Views of a batch, rendered into one array.
+    """Renders the views of a batch into one array.
 
     Args:
-        count: how many there will be.
+        count: number of views.
         size: ``(H, W)`` of each, in pixels.
     """
 
@@ -41,7 +41,7 @@ class BatchRenderer:
         self._held = 0
 
     def add(self, image: PartialImage | Image.Image, view: View) -> None:
-        """The next view; one of :class:`~agglo.sources.base.PartialImage` comes from :func:`align_view`."""
+        """Add the next view; views of a :class:`~agglo.sources.base.PartialImage` must come from :func:`align_view`."""
         self._waiting.append((image, view))
         self._held += image.array.nbytes if isinstance(image, PartialImage) else 4 * image.width * image.height
         if len(self._waiting) == _TOGETHER or self._held > _HELD:
@@ -62,16 +62,15 @@ class BatchRenderer:
 
 
 def align_view(view: View, source_size: tuple[int, int]) -> tuple[View, ReadRequest]:
-    """A view moved onto the pixels of the image as it will be read, and what must be read of the image.
+    """Align a view with the pixel grid of the image at reduced resolution; returns it with the part to read.
 
-    Reading may shrink an image by 2, 4 or 8, as long as a pixel of the view still stands for a pixel or more that is
-    read. So that every view can be cut out of every such reading without resampling it twice, the view's edges are
-    moved onto a grid of 8 pixels, or of fewer in an image with a side below 512: by at most 1/128 of the image's side.
-    The grid depends on the image alone, so views of the same crop at several sizes move alike. The returned view says
-    where it is, exactly.
+    Decoding may shrink an image by 2, 4 or 8, while each view pixel covers at least one decoded pixel. To cut every
+    view out of the decoded image without resampling twice, its edges are rounded to a grid of 8 pixels, or fewer in
+    images with a side below 512: by at most 1/128 of the side. The grid depends on the image alone, so views of the
+    same crop at several sizes are rounded equally. The returned view holds the exact geometry.
 
     Args:
-        view: inside its image.
+        view: a view inside its image.
         source_size: ``(H, W)`` of the image.
     """
     grid = max(n for n in _GRIDS if n == 1 or n * _FINEST <= min(source_size))
@@ -87,24 +86,23 @@ def align_view(view: View, source_size: tuple[int, int]) -> tuple[View, ReadRequ
 def resample(pixels: PartialImage, view: View) -> np.ndarray:
     """The pixels of a view from :func:`align_view`: one bicubic, antialiased resampling, then the flip.
 
-    As :func:`agglo.data.views.render` of the same pixels, but for rounding (a few 255ths at most, 0.3 on average), and
-    several times as fast.
+    Equals :func:`agglo.data.views.render` up to rounding (a few 255ths at most, 0.3 on average), several times faster.
 
     Returns:
         uint8 ``(3, H, W)``, strided.
     """
     x0, y0, x1, y1 = (round(side / pixels.shrink) for side in view.box)
     window = np.require(pixels.array[y0:y1, x0:x1], requirements=["C", "W"])
-    # In 8 bits and with the channels last this is a vectorised kernel of one thread, so any thread may call it.
-    shown = interpolate(
+    # For channels-last uint8 this is a vectorised single-threaded kernel, so any thread may call it.
+    resized = interpolate(
         torch.from_numpy(window).permute(2, 0, 1)[None], view.size, mode="bicubic", align_corners=False, antialias=True
     )
-    array = shown[0].numpy()
+    array = resized[0].numpy()
     return _mirrored(array) if view.flip else array
 
 
 def _mirrored(array: np.ndarray) -> np.ndarray:
-    """The last axis the other way round, for bytes: whole words are turned and put in reverse, which is much faster."""
+    """Reverse the last axis of a byte array; whole words are byte-swapped and reversed, which is much faster."""
     word = next(size for size in (8, 4, 2, 1) if array.shape[-1] % size == 0)
     if word == 1 or not array.flags.c_contiguous:
         return array[..., ::-1]

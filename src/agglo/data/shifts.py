@@ -1,9 +1,9 @@
-"""Crops of one canvas, shifted against each other by whole patches (METHOD 2.4, 6.3).
+"""Crops of one rendered batch, shifted against each other by whole patches (docs/method.md, 2.4 and 6.3).
 
-The loader renders a canvas with a margin around what a view shows. Every view of a step (the student's, each
-teacher's, the averaged student's) is a crop of that canvas at a place of its own: ``round(N(0, std))`` of *its own*
-patches from the middle, each axis and sample by itself. No shift is rejected, no padding is seen, and views whose
-patches show equal content differ by whole cells.
+The loader renders images with a margin around the field of view. Each view of a step (the student's, each teacher's,
+the EMA student's) is a crop at an independent offset from the centre: ``round(N(0, std))`` of *its own* patches, per
+axis and sample. No shift is rejected, no padding is visible, and views whose patches show equal content differ by whole
+cells.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from agglo.nn.placement import Placement
 from agglo.preprocess import resize
 
 _SHIFTS = 4
-"""The stream of random numbers (:func:`agglo.data.views.generator`), apart from those of views and mixing."""
+"""Random stream (:func:`agglo.data.views.generator`) of shifts."""
 
 
 @dataclass(frozen=True)
 class RenderedBatch:
-    """A batch's images with a margin, and where the view lies in them.
+    """A batch's rendered images, with a margin around the field of view.
 
     Args:
-        images: ``(B, 3, H, W)``; the field of view is the middle ``field`` of it.
-        field: ``(h, w)``, share of each side that a view shows; (1, 1) where there is no margin.
+        images: ``(B, 3, H, W)``.
+        field: central share ``(h, w)`` of each side that a view covers; (1, 1) without a margin.
     """
 
     images: Tensor
     field: tuple[float, float]
 
     def crop(self, size: tuple[int, int], cell: float, shifts: Tensor) -> tuple[Tensor, Placement]:
-        """A view: the canvas at the view's scale, cropped at a place of each sample's own.
+        """Resize the images to the scale of a view and crop each sample at its own offset.
 
         Args:
             size: ``(h, w)`` of the view in pixels.
-            cell: pixels of the view a shift of 1 moves it by: its own patch.
-            shifts: ``(B, 2)`` whole numbers ``(y, x)``.
+            cell: pixels per unit of shift: the view's patch size.
+            shifts: ``(B, 2)`` integers ``(y, x)``.
 
         Returns:
-            ``(B, 3, h, w)``, and where its pixels lie on the canvas, whose sides count as 1; the grid is that of
-            pixels, for :meth:`Placement.on`.
+            ``(B, 3, h, w)``, and the placement of its pixels in the rendered image (side length 1), for
+            :meth:`Placement.on`.
         """
         outer = [max(side, round(side / share)) for side, share in zip(size, self.field, strict=True)]
         scaled = resize(self.images, (outer[0], outer[1]))
@@ -59,32 +59,31 @@ class RenderedBatch:
             images = torch.stack(
                 [scaled[i, :, y : y + size[0], x : x + size[1]] for i, (y, x) in enumerate(corner.tolist())]
             )
-        # One unit for all views of a step: the whole canvas has side 1.
+        # Common unit of all views of a step: the rendered image has side 1.
         unit = [1 / outer[0], 1 / outer[1]]
         start = corner.double() * torch.tensor(unit, dtype=torch.float64)
         return images, Placement(start, (unit[0], unit[1]), size)
 
 
 def max_shift(std: float) -> int:
-    """How many patches a shift of such a deviation is cut off at: 2 at the usual 0.5, 0 at 0.
+    """Maximum shift in patches, which also sets the margin: five standard deviations (2 for 0.5, 0 for 0).
 
-    Five deviations, so that one in 1.7 million would go further, and none piles up at the end. The margin of a canvas
-    is as large.
+    Only one draw in 1.7 million would exceed it, so clipped draws do not accumulate at the maximum.
     """
     return max(2, math.ceil(5 * std - 0.5)) if std > 0 else 0
 
 
 def draw_shifts(seed: int, step: int, view: int, batch: int, std: float) -> Tensor:
-    """Shifts ``(B, 2)`` in patches, ``(y, x)``: ``round(N(0, std))``, at most :func:`max_shift` either way.
+    """Shifts ``(B, 2)`` in patches, ``(y, x)``: ``round(N(0, std))``, clipped to ±:func:`max_shift`.
 
-    A pure function of its arguments; ``std`` 0 gives zeros.
+    A pure function of its arguments.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: the step.
-        view: number of the view; views differ.
-        batch: samples.
-        std: deviation in patches; 0.5 in C-RADIOv4.
+        view: index of the view; each has independent shifts.
+        batch: number of samples.
+        std: standard deviation in patches; 0.5 in C-RADIOv4.
     """
     if std <= 0:
         return torch.zeros(batch, 2, dtype=torch.long)

@@ -1,13 +1,12 @@
-"""What every step sees, as pure functions of (seed, step, sample).
+"""Partition, size, images and crops of every step, as pure functions of (seed, step, sample).
 
-Nothing here has state. Which partition, which size, which images, which crop: each is computed from the seed and the
-step alone, so a run is the same on any number of threads, in any order, and after it is resumed.
+Nothing here has state, so a run is the same with any number of threads, in any order, and after it is resumed.
 
-Two devices make that cheap. Randomness comes from Philox, a counter-based generator, keyed by the seed and addressed
-by (stream, step, sample). Shares (of sources in the samples, of partitions in the steps) are *quotas*: of the first
-``n`` draws between two choices, ``round(n w_1 / (w_1 + w_2))`` go to the first; more choices are halves of halves.
-Every share holds to within half a draw a level, at any point, and how often a choice was drawn before is computed in
-O(log choices), hence where each source stands in its own shuffled passes.
+Two techniques make that cheap. Random numbers come from Philox, a counter-based generator keyed by the seed and
+addressed by (stream, step, sample). Shares (of sources among samples, of partitions among steps) are *quotas*: of the
+first ``n`` draws between two choices, ``round(n w_1 / (w_1 + w_2))`` go to the first; more choices form a binary tree.
+Every share is exact to half a draw per level at any point, and the number of earlier draws of a choice, hence the
+position of each source in its shuffled epochs, is computed in O(log choices).
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from agglo import dist
 from agglo.types import ConfigError, View
 
 _VIEWS, _ORDER, _SIZES, _MIX = range(4)
-"""Streams of random numbers that never meet."""
+"""Independent random streams."""
 _WORD = (1 << 64) - 1
 _RESOLUTION_OF_WEIGHTS = 1 << 32
 _LONG = 1 << 20
-"""Sources of more images are shuffled without a table of their order."""
+"""Longer sources are shuffled without storing a permutation."""
 _ROUNDS = 6
 
 
@@ -76,7 +75,7 @@ class Partition:
 
 
 class PartitionLike(Protocol):
-    """Sides of squares or ``(H, W)`` in pixels, images a step, and the share of steps (the recipe's partitions fit)."""
+    """Sides of squares or ``(H, W)`` in pixels, images per step, and the share of steps."""
 
     @property
     def sizes(self) -> Sequence[int | tuple[int, int]]: ...
@@ -90,13 +89,13 @@ class PartitionLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What a step is made of.
+    """Size and samples of one step.
 
     Args:
         partition: index of the partition.
         size: ``(H, W)`` of every view in the step.
-        batch: images in the step.
-        start: samples drawn by all steps before it.
+        batch: number of images.
+        start: number of samples in all earlier steps.
     """
 
     partition: int
@@ -109,12 +108,12 @@ class Draw:
 
 
 def generator(seed: int, step: int, sample: int, stream: int = _VIEWS) -> np.random.Generator:
-    """Random numbers that belong to one sample of one step, independent of all others (Philox, Salmon et al. 2011).
+    """Independent generator for one sample of one step (Philox, Salmon et al. 2011).
 
     Args:
-        seed: of the run; reduced modulo 2**64.
+        seed: seed of the run, modulo 2**64.
         step, sample: non-negative.
-        stream: separates uses that must not share numbers.
+        stream: separates independent uses.
     """
     bits = np.random.Philox(
         key=np.array([seed & _WORD, stream], dtype=np.uint64),
@@ -127,30 +126,30 @@ def generator(seed: int, step: int, sample: int, stream: int = _VIEWS) -> np.ran
 
 
 class Quota:
-    """Draws among weighted choices in fixed shares, countable at any point.
+    """Deterministic draws among weighted choices, countable at any point.
 
     Args:
         weights: non-negative and finite, at least one positive; resolved to one part in 2**32.
 
     Raises:
-        ConfigError: no such weights.
+        ConfigError: invalid weights.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         total = math.fsum(weights)
         if not weights or not all(w >= 0 for w in weights) or not 0 < total < math.inf:
-            raise ConfigError(f"weights must be finite, at least 0, and not all 0; got {list(weights)}")
-        # Integers, because rounded floats would miscount after many draws.
+            raise ConfigError(f"weights must be finite, non-negative and not all 0; got {list(weights)}")
+        # Integers, because float rounding would miscount after many draws.
         whole = [max(1, round(w / total * _RESOLUTION_OF_WEIGHTS)) if w > 0 else 0 for w in weights]
         self._sums = [0, *itertools.accumulate(whole)]
 
     def _left(self, first: int, middle: int, last: int, draws: int) -> int:
-        """How many of ``draws`` among the choices ``first .. last`` fall before ``middle``."""
+        """Number of ``draws`` among the choices ``first .. last`` that fall before ``middle``."""
         total = self._sums[last] - self._sums[first]
         return (2 * (self._sums[middle] - self._sums[first]) * draws + total) // (2 * total) if total else 0
 
     def before(self, draw: int) -> list[int]:
-        """How often each choice occurs in the first ``draw`` draws."""
+        """Count of each choice in the first ``draw`` draws."""
 
         def count(first: int, last: int, draws: int) -> list[int]:
             if last - first == 1:
@@ -162,7 +161,7 @@ class Quota:
         return count(0, len(self._sums) - 1, draw)
 
     def choice(self, draw: int) -> tuple[int, int]:
-        """``(choice, how often it was drawn before)`` of draw number ``draw`` (from 0)."""
+        """``(choice, number of earlier draws of it)`` of draw number ``draw`` (from 0)."""
         first, last = 0, len(self._sums) - 1
         while last - first > 1:
             middle = (first + last) // 2
@@ -175,12 +174,12 @@ class Quota:
 
 
 def draw_resolution(seed: int, step: int, partitions: Sequence[PartitionLike]) -> Draw:
-    """The partition, size and samples of a step; the same on every rank (METHOD 3.1).
+    """The partition, size and samples of a step; equal on every rank (docs/method.md, 3.1).
 
     Partitions follow their weights by quota; the size is uniform in the partition.
 
     Raises:
-        ConfigError: no partitions, or one without sizes or images.
+        ConfigError: no partitions, or one without sizes or with batch below 1.
     """
     if not partitions:
         raise ConfigError("partitions: at least one is needed")
@@ -197,18 +196,18 @@ def draw_resolution(seed: int, step: int, partitions: Sequence[PartitionLike]) -
 
 
 def draw_positions(start: int, count: int, weights: Sequence[float]) -> list[tuple[int, int]]:
-    """Samples ``start .. start + count`` as ``(source, position in that source's endless sequence)``."""
+    """Samples ``start .. start + count`` as ``(source, position in the endless sequence of that source)``."""
     quota = Quota(weights)
     return [quota.choice(sample) for sample in range(start, start + count)]
 
 
 def image_at(seed: int, source: int, position: int, length: int) -> int:
-    """The image at a position of a source's endless sequence: pass after pass, each in an order of its own.
+    """The image at a position of a source's endless sequence of independently shuffled epochs.
 
     Args:
-        source: the source's number; sources of equal length are shuffled differently.
-        position: from 0; the pass is ``position // length``.
-        length: images in the source.
+        source: index of the source; sources of equal length are shuffled differently.
+        position: from 0; the epoch is ``position // length``.
+        length: number of images in the source.
     """
     epoch, place = divmod(position, length)
     if length > _LONG:
@@ -219,13 +218,13 @@ def image_at(seed: int, source: int, position: int, length: int) -> int:
 def draw_indices(
     seed: int, start: int, count: int, lengths: Sequence[int], weights: Sequence[float] | None = None
 ) -> list[tuple[int, int]]:
-    """Which images make up a batch: ``(source, index)`` of samples ``start .. start + count``.
+    """``(source, index)`` of samples ``start .. start + count``.
 
-    Sources are mixed by quota; within a source every image comes once before any comes twice.
+    Sources are mixed by quota; within a source every image occurs once per epoch.
 
     Args:
-        start: samples drawn before, :attr:`Draw.start` of the step.
-        lengths: images in each source.
+        start: :attr:`Draw.start` of the step.
+        lengths: number of images in each source.
         weights: share of samples from each source; default: by length.
     """
     drawn = draw_positions(start, count, lengths if weights is None else weights)
@@ -243,10 +242,10 @@ def _round_keys(seed: int, source: int, epoch: int) -> tuple[int, ...]:
 
 
 def _shuffled(place: int, length: int, keys: Sequence[int]) -> int:
-    """A keyed permutation of ``0 .. length - 1``, one place at a time and without memory.
+    """One element of a keyed permutation of ``0 .. length - 1``, in constant memory.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the next power of 4; results beyond the end are sent through it
-    again until they are inside, which takes fewer than four rounds on average (Black and Rogaway 2002).
+    A Feistel network (Luby and Rackoff 1988) permutes the next power of 4; results out of range pass through it again,
+    fewer than four times on average (Black and Rogaway 2002).
     """
     half = ((length - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
@@ -267,20 +266,20 @@ def _shuffled(place: int, length: int, keys: Sequence[int]) -> int:
 def draw_view(
     source_size: tuple[int, int], size: tuple[int, int], policy: ViewPolicy, rng: np.random.Generator
 ) -> View:
-    """A random crop of an image, as geometry.
+    """Geometry of a random crop inside an image.
 
-    The area is drawn first; then the aspect from that part of its range which fits the image at that area; then the
-    place. Always five numbers are drawn and none is rejected. The crop lies inside the image.
+    The area is drawn first, then the aspect ratio from the part of its range that fits the image at that area, then the
+    position. Exactly five numbers are drawn and none is rejected.
 
     Args:
         source_size: ``(H, W)`` of the image.
-        size: ``(H, W)`` of the canvas.
+        size: ``(H, W)`` of the view.
     """
     (height, width), (rows, columns) = source_size, size
     u_area, u_aspect, u_x, u_y, u_flip = rng.random(5).tolist()
     area = policy.scale[0] + (policy.scale[1] - policy.scale[0]) * u_area
     low, high = (a * columns / rows for a in policy.aspect)
-    fit_low, fit_high = area * width / height, width / (area * height)  # where the crop's height, width still fit
+    fit_low, fit_high = area * width / height, width / (area * height)  # limits from the image's height and width
     if max(low, fit_low) <= min(high, fit_high):
         low, high = max(low, fit_low), min(high, fit_high)
         aspect = low * (high / low) ** u_aspect
@@ -293,7 +292,7 @@ def draw_view(
 
 
 def centre_view(source_size: tuple[int, int], size: tuple[int, int], *, stretch: bool = False) -> View:
-    """The view evals use: the largest central crop of the canvas's shape, or the whole image stretched onto it."""
+    """The view used by evals: the largest central crop of the given shape, or the whole image stretched to it."""
     (height, width), (rows, columns) = source_size, size
     if stretch:
         return _window(0, 0, width, height, size)
@@ -303,26 +302,22 @@ def centre_view(source_size: tuple[int, int], size: tuple[int, int], *, stretch:
 
 
 def _window(x: float, y: float, width: float, height: float, size: tuple[int, int], flip: bool = False) -> View:
-    """The view that shows a window of the source, given by its corner and extent in source pixels."""
+    """The view of a window of the source, given by corner and extent in source pixels."""
     scale = size[1] / width, size[0] / height
     return View(size=size, scale=scale, offset=(-x * scale[0], -y * scale[1]), flip=flip)
 
 
 def render(image: Image.Image, view: View) -> Tensor:
-    """The pixels of a view: one bicubic, antialiased resampling, then the flip. Outside the image it is black.
+    """Pixels of a view of an RGB image, uint8 ``(3, H, W)``; black outside the image.
 
-    Args:
-        image: RGB.
-
-    Returns:
-        uint8 ``(3, H, W)``.
+    One bicubic, antialiased resampling, then the flip.
     """
     x0, y0, x1, y1 = view.box
     left, top = min(0, math.floor(x0 + 1e-6)), min(0, math.floor(y0 + 1e-6))
     right, bottom = max(image.width, math.ceil(x1 - 1e-6)), max(image.height, math.ceil(y1 - 1e-6))
     if (left, top, right, bottom) != (0, 0, image.width, image.height):
-        image = image.crop((left, top, right, bottom))  # whole pixels: pads, does not resample
-    # The clamps undo rounding errors only, which PIL would refuse.
+        image = image.crop((left, top, right, bottom))  # whole pixels: pads without resampling
+    # Clamp rounding errors, which PIL refuses.
     box = (
         max(x0 - left, 0.0),
         max(y0 - top, 0.0),
@@ -339,19 +334,17 @@ def render(image: Image.Image, view: View) -> Tensor:
 def mixup(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
     """Mixup for distillation: ``lambda x + (1 - lambda) x[order]`` ("function matching", Beyer et al. 2022).
 
-    Student and teachers must see the very same blend, so this comes before all of them. Each image has a lambda of its
-    own: ``max(u, 1 - u)`` of a uniform u, i.e. Beta(1, 1) with the image itself as the stronger part.
-
-    Where several processes train, images are blended across all of them.
+    Runs before student and teachers, which need the same blend. Each image has its own lambda: ``max(u, 1 - u)`` of a
+    uniform u, that is Beta(1, 1) with the image itself as the larger part. Images are blended across all processes.
 
     Args:
         images: float ``(B, 3, H, W)``, on any device: this process's part of the batch.
-        seed: of the run.
-        step: with the seed it decides everything here.
-        probability: that the step is mixed, :attr:`ViewPolicy.mixup`.
+        seed: seed of the run.
+        step: the step; determines the blend together with the seed.
+        probability: probability of blending a step, :attr:`ViewPolicy.mixup`.
 
     Returns:
-        The blend, or ``images`` itself where the step is not mixed.
+        The blend, or ``images`` itself if the step is not blended.
     """
     rng = generator(seed, step, 0, _MIX)
     if rng.random() >= probability:

@@ -1,1 +1,1 @@
-"""Image sources, one kind a file."""
+"""Image sources, one kind per file."""

@@ -1,8 +1,7 @@
-"""What data sets in published layouts share: their folder, files as images, masks, and telling what is missing."""
+"""Shared parts of published datasets: folder layout, file-backed images, masks, and reports of missing files."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,61 +11,52 @@ from PIL import Image
 
 from agglo.preprocess import decode
 from agglo.sources._encoded import EncodedSource
-from agglo.sources._paths import expanded
+from agglo.sources._paths import expanded, not_found
 from agglo.types import ConfigError, ImageError
 
-NONE = 255
-"""The value of a pixel without a class."""
+IGNORE = 255
+"""Semantic value of pixels without a class."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a data set is and how it lies.
+    """Origin and folder structure of a dataset.
 
     Args:
-        kind: the source's.
-        get: where to get it.
-        looks: what its folder must look like.
-        nested: sub-folders in which the data set may lie below the path that is named.
-        marks: folders or files by which its root is known; one is enough.
+        kind: kind of the source.
+        download: where to get the dataset.
+        structure: the expected content of its folder, for messages.
+        nested: sub-folders that may hold the dataset, relative to the configured path.
+        markers: files or folders that identify its root; one is enough.
     """
 
     kind: str
-    get: str
-    looks: str
+    download: str
+    structure: str
     nested: tuple[str, ...]
-    marks: tuple[str, ...]
+    markers: tuple[str, ...]
 
     def root(self, path: str) -> Path:
-        """The data set's root at or below a path.
+        """The dataset's root at or below a path.
 
         Raises:
-            ConfigError: it is not there; says where to get it and what it must look like.
+            ConfigError: it is absent; names the download and the expected structure.
         """
         base = Path(expanded(path)).expanduser()
         for candidate in (base, *(base / name for name in self.nested)):
-            if any((candidate / mark).exists() for mark in self.marks):
+            if any((candidate / marker).exists() for marker in self.markers):
                 return candidate
-        if not base.exists():
-            names = [p.name for p in base.parent.iterdir()] if base.parent.is_dir() else []
-            near = difflib.get_close_matches(base.name, names, n=1)
-            why = f"there is no {path!r}" + (f" (did you mean {base.parent / near[0]}?)" if near else "")
-        else:
-            why = f"{path!r} holds none of {', '.join(self.marks)}"
-        raise ConfigError(f"source {self.kind}: {why}. Get it from {self.get}; it must look like this: {self.looks}")
+        why = f"{path!r} holds none of {', '.join(self.markers)}" if base.exists() else not_found(path, base)
+        raise ConfigError(f"source {self.kind}: {why}. Get it from {self.download}; expected: {self.structure}")
 
-    def split(self, split: str, known: Sequence[str]) -> str:
-        """The split, if the data set has it.
-
-        Raises:
-            ConfigError: it has not.
-        """
+    def check_split(self, split: str, known: Sequence[str]) -> str:
+        """Return the split; raise ConfigError if the dataset does not have it."""
         if split not in known:
-            raise ConfigError(f"source {self.kind}: no split {split!r}; it has: {', '.join(known)}")
+            raise ConfigError(f"source {self.kind}: no split {split!r}; choose from: {', '.join(known)}")
         return split
 
-    def whole(self, files: Iterable[Path], what: str) -> None:
-        """Raise unless every file is there: ConfigError that counts those that are not."""
+    def require_files(self, files: Iterable[Path], what: str) -> None:
+        """Raise ConfigError with the number of missing files, if any is missing."""
         total, missing, first = 0, 0, None
         for file in files:
             total += 1
@@ -75,17 +65,17 @@ class Layout:
                 first = first or file
         if missing:
             raise ConfigError(
-                f"source {self.kind}: {missing} of {total} {what} are missing, {first} is the first: the data set is "
-                f"only partly here. Get the rest from {self.get}"
+                f"source {self.kind}: {missing} of {total} {what} are missing, first {first}: the dataset is "
+                f"incomplete; get the rest from {self.download}"
             )
 
-    def nothing(self, where: Path) -> ConfigError:
-        """The error of a split without images."""
-        return ConfigError(f"source {self.kind}: no image in {where}; it must look like this: {self.looks}")
+    def no_images(self, where: Path) -> ConfigError:
+        """The error for a split without images."""
+        return ConfigError(f"source {self.kind}: no image in {where}; expected: {self.structure}")
 
 
-class Files(EncodedSource):
-    """Images that are files below a root.
+class FileSource(EncodedSource):
+    """Images in files below a root.
 
     Args:
         kind: first part of every image's name.
@@ -103,11 +93,11 @@ class Files(EncodedSource):
         return len(self._files)
 
     def name(self, index: int) -> str:
-        """The kind and the path inside the data set."""
+        """The kind and the path inside the dataset."""
         return f"{self._kind}/{self._files[index]}"
 
     def file(self, index: int) -> Path:
-        """Where the image is on this machine."""
+        """Local path of an image."""
         return self.root / self._files[index]
 
     def encoded(self, index: int) -> bytes:
@@ -115,27 +105,46 @@ class Files(EncodedSource):
         try:
             return path.read_bytes()
         except OSError:
-            decode(path, self.name(index))  # knows what to call it
+            decode(path, self.name(index))  # raises an ImageError that says why
             raise
 
 
-def listed(folder: Path, *endings: str) -> list[str]:
-    """Names of the files of a folder with one of these endings, sorted; none where there is no folder."""
+class MaskedFiles(FileSource):
+    """Images in files, each with one mask file.
+
+    Args:
+        kind: first part of every image's name.
+        root: the folder.
+        files: paths of the images relative to it, with ``/``.
+        masks: path of each image's mask.
+    """
+
+    def __init__(self, kind: str, root: Path, files: Sequence[str], masks: Sequence[Path]) -> None:
+        super().__init__(kind, root, files)
+        self._masks = tuple(masks)
+
+    def annotation_files(self, index: int) -> tuple[Path, ...]:
+        """Path of the mask."""
+        return (self._masks[index],)
+
+
+def list_files(folder: Path, *extensions: str) -> list[str]:
+    """Sorted names of a folder's visible files with one of these extensions; empty if the folder is absent."""
     if not folder.is_dir():
         return []
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in extensions and not p.name.startswith("."))
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A mask's values ``(H, W)`` as stored: indices of a palette, greys of 8 or 16 bits.
+    """Stored values of a mask, ``(H, W)``: palette indices, or 8 or 16 bit grey levels.
 
     Raises:
-        ImageError: it cannot be read, or is a picture in colours.
+        ImageError: it cannot be read, or is a colour image.
     """
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "I", "I;16", "I;16B", "1"):
-                raise ImageError(str(path), f"is a picture ({image.mode}); a mask holds one number a pixel")
+                raise ImageError(str(path), f"is a colour picture ({image.mode}); a mask has one channel")
             return np.array(image)
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, ImageError):
@@ -143,16 +152,16 @@ def read_mask(path: Path) -> np.ndarray:
         raise ImageError(str(path), str(error)) from error
 
 
-def normals_of(depth: np.ndarray, K: np.ndarray, jump: float = 0.05) -> np.ndarray:
-    """Unit normals ``(3, H, W)`` float32 of a depth map, facing the camera; NaN where they are not known.
+def normals_from_depth(depth: np.ndarray, K: np.ndarray, jump: float = 0.05) -> np.ndarray:
+    """Unit normals ``(3, H, W)`` float32 of a depth map, facing the camera; NaN where undefined.
 
-    The cross product of central differences of the points. Pixels whose four neighbours are not all valid, or differ in
-    depth from them by more than ``jump`` of it, have none.
+    The cross product of central differences of the points. Pixels with an invalid neighbour, or one whose depth differs
+    by more than ``jump`` times their own, have no normal.
 
     Args:
         depth: ``(H, W)`` metres along the optical axis, 0 or NaN where unknown.
         K: ``(3, 3)`` intrinsics in pixels, centres at +0.5.
-        jump: relative step in depth that is an edge.
+        jump: relative depth step that counts as an edge.
     """
     height, width = depth.shape
     z = np.where(np.isfinite(depth) & (depth > 0), depth, np.nan).astype(np.float64)

@@ -1,8 +1,7 @@
-"""Tables of names and offsets that are built once, kept in the cache folder, and read through memory maps.
+"""Tables of names and offsets: built once, kept in the cache folder, read through memory maps.
 
-A table of ten million entries costs no memory until it is looked at, then the pages that are looked at; all threads
-and processes of a machine share those. Tables are written beside their place and renamed, so that a reader never
-sees half of one and a crash leaves none.
+A mapped table of ten million entries uses memory only for the pages that are read, shared by all threads and
+processes of a machine. Tables are written atomically, so that readers never see a partial one.
 """
 
 from __future__ import annotations
@@ -10,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import sys
 import tempfile
+import time
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,18 +21,20 @@ from typing import Any
 
 import numpy as np
 
+from agglo.files import replacing
 from agglo.sources.base import SourceError
 
+_log = logging.getLogger(__name__)
 _MAGIC = b"agglo-table-0001"
 _PAGE = 1 << 20
 
 
-def place(what: str, *key: Any) -> Path:
-    """Where the table of a thing is kept: in ``$AGGLO_CACHE/indices``, by default below ``~/.cache/agglo``.
+def index_path(what: str, *key: Any) -> Path:
+    """Path of a table in ``$AGGLO_CACHE/indices``, by default below ``~/.cache/agglo``.
 
     Args:
-        what: first part of the file's name, for people.
-        key: what the table depends on, JSON-able.
+        what: readable prefix of the file name.
+        key: everything the table depends on; JSON-serialisable.
     """
     base = os.environ.get("AGGLO_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "agglo"
@@ -40,13 +44,13 @@ def place(what: str, *key: Any) -> Path:
 
 
 class Table:
-    """Names with one or more columns of whole numbers. Picklable: as its path where it is on disk, else as a whole.
+    """Names with one or more integer columns. Pickles as its path if it is on disk, else by value.
 
     Args:
-        text: the names, UTF-8, one after another.
-        columns: whole numbers, each column as long as there are names; ``ends`` says where each name ends.
-        facts: what the table was made from; JSON-able.
-        path: the file it is mapped from.
+        text: the concatenated names, UTF-8.
+        columns: integer columns, one entry per name; ``ends`` holds the end offset of each name in ``text``.
+        facts: what the table was built from; JSON-serialisable.
+        path: the mapped file, if any.
     """
 
     def __init__(
@@ -67,22 +71,27 @@ class Table:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None:
-            return _again, (self.path,)
+            return open_table, (self.path,)
         return Table, (self.text, self.columns, self.facts)
 
 
-def _again(path: Path) -> Table:
+def open_table(path: Path) -> Table:
+    """The table in a file that must exist.
+
+    Raises:
+        SourceError: it is absent or damaged.
+    """
     table = read(path)
     if table is None:
-        raise SourceError(f"{path}: this index is gone or damaged; open its source again, which builds it anew")
+        raise SourceError(f"{path}: this index is missing or damaged; open the source again to rebuild it")
     return table
 
 
-class Writer:
-    """Collects rows in order; the names go to a temporary file once they are many. To be closed, as a context manager.
+class TableWriter:
+    """Collects rows in order and spools the names to a temporary file once they are many. A context manager.
 
     Args:
-        columns: names of the columns beside the names' own.
+        columns: names of the integer columns.
     """
 
     def __init__(self, *columns: str) -> None:
@@ -93,14 +102,14 @@ class Writer:
     def __len__(self) -> int:
         return len(self._columns["ends"])
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> TableWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._text.close()
 
     def add(self, name: str, **values: int) -> None:
-        """One row."""
+        """Append one row."""
         encoded = name.encode("utf-8", "surrogateescape")
         self._text.write(encoded)
         self._end += len(encoded)
@@ -109,13 +118,13 @@ class Writer:
             self._columns[column].append(value)
 
     def finish(self, facts: dict[str, Any], path: Path | None) -> Table:
-        """The table; on disk at ``path``, or in memory where that is None or cannot be written."""
+        """The table, on disk at ``path``, or in memory if that is None or not writable."""
         columns = {name: np.frombuffer(values, np.uint64) for name, values in self._columns.items() if values}
         columns = {name: columns.get(name, np.zeros(0, np.uint64)) for name in self._columns}
         text = self._text
         if path is not None:
             text.seek(0)
-            with contextlib.suppress(OSError):  # a full disk or a read-only home: the table serves from memory
+            with contextlib.suppress(OSError):  # a full disk or a read-only home: fall back to memory
                 _write(path, iter(lambda: text.read(_PAGE), b""), columns, facts)
                 if (table := read(path)) is not None:
                     return table
@@ -124,30 +133,22 @@ class Writer:
 
 
 def _write(path: Path, text: Iterable[bytes], columns: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Layout: columns, text, JSON, its length (8 bytes), magic. Columns first, so that they are aligned."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for values in columns.values():
-                file.write(values.astype("<u8", copy=False).data)
-            start = file.tell()
-            for piece in text:
-                file.write(piece)
-            tail = {"names": list(columns), "rows": len(columns["ends"]), "text": [start, file.tell()], "facts": facts}
-            encoded = json.dumps(tail).encode()
-            file.write(encoded + len(encoded).to_bytes(8, "little") + _MAGIC)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+    """Layout: columns, text, JSON, its length (8 bytes), magic. Columns come first, so that they are aligned."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        for values in columns.values():
+            file.write(values.astype("<u8", copy=False).data)
+        start = file.tell()
+        for piece in text:
+            file.write(piece)
+        tail = {"names": list(columns), "rows": len(columns["ends"]), "text": [start, file.tell()], "facts": facts}
+        encoded = json.dumps(tail).encode()
+        file.write(encoded + len(encoded).to_bytes(8, "little") + _MAGIC)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> Table | None:
-    """The table in a file, mapped; None where there is none, or where it is damaged or of another version."""
+    """The memory-mapped table in a file; None if it is absent, damaged or of another version."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -168,3 +169,44 @@ def read(path: Path) -> Table | None:
         name: np.asarray(mapped[8 * rows * k : 8 * rows * (k + 1)]).view("<u8") for k, name in enumerate(tail["names"])
     }
     return Table(np.asarray(mapped[start:end]), columns, tail["facts"], path)
+
+
+class ProgressCounter:
+    """Counts, and shows the count every few seconds: on a terminal in one line that is overwritten, else in the log.
+
+    Args:
+        what: the text before the count, e.g. ``"indexing photos"``.
+        unit: what is counted.
+        total: the expected count, if known.
+        every: seconds between two updates.
+    """
+
+    def __init__(self, what: str, unit: str, total: int | None = None, every: float = 3.0) -> None:
+        self.count = 0
+        self._what, self._unit, self._total, self._every = what, unit, total, every
+        self._due = time.monotonic() + every
+        self._shown = False
+
+    def add(self, count: int = 1) -> None:
+        """Count more units."""
+        self.count += count
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + self._every
+            self._show()
+
+    def done(self) -> None:
+        """Show the final count, if any was shown before."""
+        if self._shown:
+            self._show()
+            if sys.stderr.isatty():
+                sys.stderr.write("\n")
+
+    def _show(self) -> None:
+        self._shown = True
+        of = f" of {self._total:,}" if self._total is not None else ""
+        line = f"{self._what}: {self.count:,}{of} {self._unit}"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{line}")
+            sys.stderr.flush()
+        else:
+            _log.info(line)

@@ -1,11 +1,10 @@
-"""JPEG files decoded no further than a view needs: at 1/2, 1/4 or 1/8 of their resolution, and from the top to a row.
+"""Partial decoding of JPEG files: at 1/2, 1/4 or 1/8 of their resolution, and only the top rows.
 
-A JPEG is a grid of cosine coefficients. An inverse transform of 4, 2 or 1 samples a side instead of 8 gives the image
-at 1/2, 1/4, 1/8 (libjpeg's ``scale_denom``), low-passed, at a part of the cost. Rows are saved by writing a smaller
-height into the header: in a file of one sequential scan, the decoder then stops below that row of blocks. One row of
-blocks more than asked is decoded, because the interpolation of colour looks at its neighbours; so what is returned
-equals the same part of the whole image, bit for bit, and bit for bit with Pillow, which takes simplejpeg's place
-where that is not installed.
+An inverse cosine transform of 4, 2 or 1 samples per side instead of 8 gives the low-passed image at 1/2, 1/4, 1/8
+(libjpeg's ``scale_denom``) at a fraction of the cost. Rows are skipped by writing a smaller height into the header: in
+a file of one sequential scan the decoder stops below that row of blocks. One extra row of blocks is decoded, because
+chroma upsampling reads its neighbours. The result equals the same part of the whole image bit for bit, also with
+Pillow, the fallback when simplejpeg is not installed.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from agglo.sources.base import PartialImage, ReadRequest
 from agglo.types import MissingExtraError
 
 _START_OF_FRAME = {0xC0: True, 0xC1: True, 0xC2: False}
-"""Baseline, extended, progressive; whether rows can be left away. All others are left to Pillow."""
+"""Baseline, extended, progressive: whether rows can be skipped. Pillow decodes all others."""
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _ORIENTATION = 0x0112
 _TAIL = 64
-"""The end mark is looked for in so many last bytes: some programs append a few."""
+"""Number of trailing bytes in which the end marker is searched: some programs append a few bytes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """A JPEG file that can be read in part.
+class JpegFrame:
+    """A JPEG file that can be decoded in part.
 
     Args:
         data: the file.
         height, width: in pixels, as stored.
-        at: where the height stands in the file.
-        block: rows of pixels in a row of blocks, or 0 where rows cannot be left away.
-        orientation: EXIF's, 1 to 8.
+        at: byte offset of the height field.
+        block: pixel rows per row of blocks, or 0 if rows cannot be skipped.
+        orientation: EXIF orientation, 1 to 8.
     """
 
     data: bytes
@@ -55,10 +54,10 @@ class Frame:
         return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
 
     def decode(self, need: ReadRequest) -> PartialImage | None:
-        """What is needed, or None where the decoder refuses: then Pillow has the last word.
+        """The requested part, or None if the decoder fails; Pillow then decides whether the file is readable.
 
-        A turned image is read whole, and shrunk only by what divides it: else the pixels at its far sides, which
-        stand for less than ``shrink``, would come first.
+        A rotated image is decoded whole, and shrunk only by divisors of its size: otherwise the pixels at its far
+        sides, which cover less than ``shrink``, would come first.
         """
         shrink, height = need.shrink, self.height
         if self.orientation != 1:
@@ -72,18 +71,18 @@ class Frame:
         shape = -(-height // shrink), -(-self.width // shrink), 3
         try:
             array = _decode(data, shape, shrink)
-        except Exception:  # noqa: BLE001 (decoders raise nearly anything on damaged files)
+        except Exception:  # noqa: BLE001 (damaged files raise many exception types)
             return None
         if array.shape != shape:
             return None
         return PartialImage(_upright(array, self.orientation), shrink, self.size)
 
 
-def frame(data: bytes) -> Frame | None:
-    """The frame of a JPEG file; None for every other file, and for one that only Pillow can judge or read.
+def parse_frame(data: bytes) -> JpegFrame | None:
+    """The frame of a JPEG file; None for other formats and for files left to Pillow.
 
-    Those are: files without an end mark (truncated, perhaps), more than 8 bits, CMYK, arithmetic coding, lossless
-    and hierarchical files, and decompression bombs.
+    Those are files without an end marker (possibly truncated), more than 8 bits, CMYK, arithmetic coding, lossless and
+    hierarchical files, and decompression bombs.
     """
     if data[:3] != b"\xff\xd8\xff" or b"\xff\xd9" not in data[-_TAIL:]:
         return None
@@ -107,8 +106,8 @@ def frame(data: bytes) -> Frame | None:
     return None
 
 
-def _frame(data: bytes, at: int, sequential: bool, *, scan: int, tagged: bool) -> Frame | None:
-    """The frame whose header lies at ``at``; ``scan`` is how many components the first scan holds."""
+def _frame(data: bytes, at: int, sequential: bool, *, scan: int, tagged: bool) -> JpegFrame | None:
+    """The frame whose header starts at ``at``; ``scan`` is the number of components in the first scan."""
     height, width = int.from_bytes(data[at + 1 : at + 3], "big"), int.from_bytes(data[at + 3 : at + 5], "big")
     components = data[at + 5] if len(data) > at + 5 else 0
     if data[at] != 8 or components not in (1, 3) or not height * width:
@@ -118,15 +117,15 @@ def _frame(data: bytes, at: int, sequential: bool, *, scan: int, tagged: bool) -
     factors = data[at + 7 : at + 6 + 3 * components : 3]
     tallest = max(factor & 15 for factor in factors) if components > 1 else 1
     block = 8 * tallest if sequential and scan == components else 0
-    return Frame(data, height, width, at + 1, block, _orientation(data) if tagged else 1)
+    return JpegFrame(data, height, width, at + 1, block, _orientation(data) if tagged else 1)
 
 
 def _orientation(data: bytes) -> int:
-    """As Pillow reads it, from EXIF or XMP; unreadable ones count as none."""
+    """Orientation as Pillow reads it, from EXIF or XMP; 1 if unreadable."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 (damaged metadata, which fails in many ways, must not cost a readable picture)
+    except Exception:  # noqa: BLE001 (damaged metadata must not make a readable image fail)
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -152,7 +151,7 @@ def _decode(data: bytes, shape: tuple[int, int, int], shrink: int) -> np.ndarray
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """The eight ways a camera may be held (EXIF 2.3, tag 0x0112)."""
+    """Apply an EXIF orientation (EXIF 2.3, tag 0x0112)."""
     if orientation > 4:
         array = array.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):

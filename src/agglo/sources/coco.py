@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from agglo.sources._dataset import NONE, Files, Layout
+from agglo.sources._dataset import IGNORE, FileSource, Layout
 from agglo.types import ConfigError
 
 LAYOUT = Layout(
@@ -27,8 +27,8 @@ class CocoObject:
     """One annotated object.
 
     Attributes:
-        instance: its value in the instance map, from 1.
-        category: class name.
+        instance: its value in the instance map, starting at 1.
+        category: name of its class.
         box: ``xyxy`` in pixels.
         pixels: its annotated area.
     """
@@ -39,30 +39,32 @@ class CocoObject:
     pixels: float
 
 
-class Coco(Files):
+class Coco(FileSource):
     """COCO 2017 (Lin et al. 2014): images with instances of 80 classes.
 
-    ``annotation(index)`` has ``instances`` ``(H, W)`` (0 background; where two overlap the smaller one is on top),
-    ``masks`` ``(N, H, W)`` bool, each of the ``objects`` in full, also where another one is on top, ``semantic`` (0
-    background, class index + 1, 255 in crowds), and ``captions`` where there are any.
+    Licence: annotations CC BY 4.0; images under Flickr terms.
+
+    ``annotation(index)`` has ``instances`` ``(H, W)`` (0 background; the smaller of two overlapping objects is on top),
+    ``masks`` ``(N, H, W)`` bool, the full mask of each of the ``objects``, ``semantic`` (0
+    background, class index + 1, 255 in crowds), and ``captions`` if available.
 
     Args:
-        path: the folder with ``annotations``, or the one around it.
+        path: folder with ``annotations``, or its parent folder.
         split: ``train`` or ``val``.
 
     Raises:
-        ConfigError: it is not there, or annotated images are missing: they are counted.
+        ConfigError: it is absent, or annotated images are missing (counted).
     """
 
     def __init__(self, *, path: str, split: str = "val") -> None:
         root = LAYOUT.root(path)
-        part = f"{LAYOUT.split(split, ('train', 'val'))}2017"
+        part = f"{LAYOUT.check_split(split, ('train', 'val'))}2017"
         facts = _json(root / "annotations" / f"instances_{part}.json")
         images = sorted(facts["images"], key=lambda image: image["id"])
         if not images:
-            raise LAYOUT.nothing(root / part)
+            raise LAYOUT.no_images(root / part)
         super().__init__("coco", root, [f"{part}/{image['file_name']}" for image in images])
-        LAYOUT.whole((self.file(i) for i in range(len(self))), "images")
+        LAYOUT.require_files((self.file(i) for i in range(len(self))), "images")
         categories = sorted(facts["categories"], key=lambda each: each["id"])
         self.classes = tuple(each["name"] for each in categories)
         self._number = {each["id"]: i for i, each in enumerate(categories)}
@@ -78,21 +80,21 @@ class Coco(Files):
                 self._captions[index[each["image_id"]]].append(each["caption"].strip())
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """What people wrote about an image; empty where ``annotations/captions_*.json`` is not there."""
+        """Captions of an image; empty without ``annotations/captions_*.json``."""
         return tuple(self._captions[index])
 
     def annotation(self, index: int) -> SimpleNamespace:
-        """Everything known about an image."""
+        """Instances, masks, semantic map, objects and captions of an image."""
         size = self._sizes[index]
         instances, semantic = np.zeros(size, np.int32), np.zeros(size, np.uint8)
-        # Crowds first, then from large to small: a crowd covers nothing, a small object is on top of a large one.
+        # Crowds first, then from large to small: a crowd covers no object, small objects cover large ones.
         ordered = sorted(self._objects[index], key=lambda each: (not each.get("iscrowd"), -each["area"], each["id"]))
         objects: list[CocoObject] = []
         masks: list[np.ndarray] = []
         for each in ordered:
             where = mask_of(each["segmentation"], size, self.name(index))
             if each.get("iscrowd"):
-                semantic[where] = NONE
+                semantic[where] = IGNORE
                 continue
             number = self._number[each["category_id"]]
             semantic[where] = number + 1
@@ -111,10 +113,10 @@ class Coco(Files):
 
 
 def mask_of(segmentation: Any, size: tuple[int, int], name: str) -> np.ndarray:
-    """``(H, W)`` bool of polygons ``[[x, y, x, y, ...], ...]`` or of run lengths down the columns.
+    """``(H, W)`` bool mask of polygons ``[[x, y, x, y, ...], ...]`` or column-major run lengths.
 
     Raises:
-        ConfigError: run lengths that are compressed, or do not fit the image.
+        ConfigError: the run lengths are compressed, or do not match the image size.
     """
     if isinstance(segmentation, list):
         mask = np.zeros(size, bool)
@@ -123,17 +125,19 @@ def mask_of(segmentation: Any, size: tuple[int, int], name: str) -> np.ndarray:
         return mask
     counts = segmentation["counts"]
     if isinstance(counts, str | bytes):
-        raise ConfigError(f"{name}: its run lengths are compressed; the official instances files are not. {LAYOUT.get}")
+        raise ConfigError(
+            f"{name}: compressed run lengths are not supported; use the official files: {LAYOUT.download}"
+        )
     if tuple(segmentation["size"]) != size or sum(counts) != size[0] * size[1]:
         raise ConfigError(
-            f"{name} is {size[0]}x{size[1]} pixels (HxW) and its run lengths are of {segmentation['size']}"
+            f"{name} is {size[0]}x{size[1]} pixels (HxW), but its run lengths are for {segmentation['size']}"
         )
     values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return values.reshape(size[1], size[0]).T
 
 
 def _fill(mask: np.ndarray, corners: np.ndarray) -> None:
-    """Set the pixels whose centres lie inside a polygon of corners ``(x, y)``, ``(N, 2)``; they lie at +0.5."""
+    """Set the pixels whose centres (at +0.5) lie inside a polygon of corners ``(x, y)``, ``(N, 2)``."""
     x0, y0 = corners.T
     x1, y1 = np.roll(corners, -1, 0).T
     height, width = mask.shape
@@ -147,10 +151,10 @@ def _fill(mask: np.ndarray, corners: np.ndarray) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    LAYOUT.whole([path], "annotation files")
+    LAYOUT.require_files([path], "annotation files")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         _ = found["annotations"], found["images"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"source coco: {path} is damaged ({error!r}). Get it from {LAYOUT.get}") from error
+        raise ConfigError(f"source coco: {path} is damaged ({error!r}). Get it from {LAYOUT.download}") from error
     return found

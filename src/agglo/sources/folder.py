@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-import difflib
+import hashlib
+import logging
 import os
+import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agglo.preprocess import decode
 from agglo.sources._encoded import EncodedSource
-from agglo.sources._index import Writer
-from agglo.sources._paths import EXTENSIONS, expanded
-from agglo.sources._walk import listing
+from agglo.sources._index import ProgressCounter, Table, TableWriter, index_path, read
+from agglo.sources._paths import EXTENSIONS, expanded, not_found
 from agglo.types import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_CACHED_FROM = 50_000
+"""Listings of at least this many images are cached on disk; shorter ones are fast enough to repeat."""
+_COARSE = 2_000_000_000
+"""Nanoseconds within which two changes may have the same modification time on the coarsest file systems."""
 
 
 class Folder(EncodedSource):
-    """Every image below a folder, in the sorted order of their paths; or the one image a path names.
+    """All images below a folder, sorted by path; or the single image file that ``path`` names.
 
-    Hidden files and folders are left out. Linked folders are followed, each real folder once. Sub-folders can be read
-    as classes: see :meth:`label`.
+    Hidden files and folders are skipped. Symbolic links to folders are followed, each real folder once. Sub-folders
+    serve as class labels (:meth:`label`).
 
-    A folder of many images is listed once: its names are kept in the cache folder (``$AGGLO_CACHE``) and read through
-    a memory map. They are listed again when the modification time of any folder below differs from what it was, which
-    is whenever a file or folder was added, removed or renamed; what stands in the files is not part of it.
+    The listing of a large folder is cached (``$AGGLO_CACHE``) and memory-mapped. It is repeated when the modification
+    time of any folder below differs, that is, when a file or folder was added, removed or renamed; the contents of
+    files do not count.
 
     Args:
-        path: a folder, or one image file (of any ending); ``~`` and ``${VARIABLES}`` are expanded.
-        recursive: look in sub-folders too.
-        extensions: file endings that count as images, in any case, with or without the dot.
-        share: keep the images whose names hash into ``[low, high)`` of [0, 1): a split that does not depend on the
-            machine, the order or what else is in the folder. ``[0, 0.5]`` and ``[0.5, 1]`` are disjoint and complete.
-        min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
-        min_pixels: leave out images of fewer pixels, height times width; 0 for none.
-        max_aspect: leave out images whose longer side is more than so many times the shorter; 0 for none.
-        skip_uniform: leave out images of one colour.
+        path: a folder, or one image file (any extension); ``~`` and ``${VARIABLES}`` are expanded.
+        recursive: include sub-folders.
+        extensions: extensions of image files, case-insensitive, with or without the dot.
+        share: keep the images whose names hash into ``[low, high)`` of [0, 1): a split that is independent of the
+            machine, the order and the other files. ``[0, 0.5]`` and ``[0.5, 1]`` are disjoint and complete.
+        min_side: exclude images whose shorter side is smaller (pixels); 0 disables. Counted when they are read.
+        min_pixels: exclude images with fewer pixels (height times width); 0 disables.
+        max_aspect: exclude images whose longer side exceeds this multiple of the shorter; 0 disables.
+        skip_uniform: exclude single-colour images.
 
     Raises:
         ConfigError: the path does not exist or holds no image, or a variable in it is not set.
@@ -55,33 +65,33 @@ class Folder(EncodedSource):
         super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         root = Path(expanded(path)).expanduser()
         if not 0 <= share[0] < share[1] <= 1:
-            raise ConfigError(f"sources.folder: share is a range (low, high) in [0, 1], not {list(share)}")
+            raise ConfigError(f"sources.folder.share: {list(share)} is not a range (low, high) in [0, 1]")
         if not root.exists():
-            raise ConfigError(_missing(path, root))
+            raise ConfigError(f"source folder: {not_found(path, root)}")
         self.root = root if root.is_dir() else root.parent
         self._prefix = self.root.resolve().name
         if root.is_file():
-            with Writer() as writer:
+            with TableWriter() as writer:
                 writer.add(root.name)
                 self._table = writer.finish({}, None)
             return
-        wanted = {"." + e.lower().removeprefix(".") for e in extensions}
-        self._table, seen = listing(root, recursive, wanted, share)
-        if seen is not None and not seen.images:
-            raise ConfigError(_empty(path, recursive, wanted, seen.others, seen.folders))
+        suffixes = {"." + e.lower().removeprefix(".") for e in extensions}
+        self._table, walk = _listing(root, recursive, suffixes, share)
+        if walk is not None and not walk.images:
+            raise ConfigError(_empty(path, recursive, walk))
         if not len(self._table):
             total = self._table.facts["images"]
-            raise ConfigError(f"{path}: none of its {total} images falls into share {list(share)}: widen it")
+            raise ConfigError(f"{path}: share {list(share)} selects none of its {total} images; widen it")
 
     def __len__(self) -> int:
         return len(self._table)
 
     def name(self, index: int) -> str:
-        """The folder's own name and the path inside it, with ``/``: the same on every machine."""
+        """The folder's name and the path inside it, with ``/``: equal on every machine."""
         return f"{self._prefix}/{self._table.name(index)}"
 
     def file(self, index: int) -> Path:
-        """Where the image is on this machine."""
+        """Local path of an image."""
         return self.root / self._table.name(index)
 
     def encoded(self, index: int) -> bytes:
@@ -90,15 +100,15 @@ class Folder(EncodedSource):
             with open(path, "rb", buffering=0) as file:
                 return file.readall()
         except OSError:
-            decode(path, self.name(index))  # knows what to call it
+            decode(path, self.name(index))  # raises an ImageError that says why
             raise
 
     def label(self, index: int) -> str | None:
-        """The image's class: its parent folder relative to the root, ``"a/b"``; None for an image in the root."""
+        """Class of an image: its parent folder relative to the root, ``"a/b"``; None for an image in the root."""
         return self._table.name(index).rpartition("/")[0] or None
 
     def empty_folders(self) -> list[str]:
-        """Sub-folders without an image of this source in them or below: classes that there are none of."""
+        """Outermost sub-folders without images of this source in or below them: classes without examples."""
         held: set[str] = set()
         for index in range(len(self)):
             parent = self.label(index) or ""
@@ -106,7 +116,6 @@ class Folder(EncodedSource):
                 held.add(parent)
                 parent = parent.rpartition("/")[0]
         walked = (str(name).rstrip("/") for name, _ in self._table.facts.get("stamps", ()))
-        # Of folders in folders the outer one says it all.
         return sorted(name for name in walked if name not in {*held, ""} and name.rpartition("/")[0] in {*held, ""})
 
     def labels(self) -> list[str] | None:
@@ -115,21 +124,117 @@ class Folder(EncodedSource):
         return labels if len(labels) == len(self) else None
 
 
-def _missing(path: str, root: Path) -> str:
-    parent = root.parent
-    names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(root.name, names, n=1)
-    hint = f"; did you mean {parent / near[0]}?" if near else ""
-    return f"source folder: there is no folder or image {path!r}{hint}"
+@dataclass
+class _Walk:
+    """One pass over a folder tree.
+
+    Names are yielded in the sorted order of their paths, so that only one folder's names are held at a time: within a
+    folder, files sort by name and sub-folders by name followed by ``/``.
+
+    Args:
+        root: the folder.
+        recursive: whether to enter sub-folders.
+        suffixes: suffixes of image files, lower case, with the dot.
+        images: number of images found.
+        others: number of other files by suffix.
+        folders: number of sub-folders.
+        stamps: each folder, with its modification time before it was listed.
+    """
+
+    root: Path
+    recursive: bool
+    suffixes: set[str]
+    images: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+    folders: int = 0
+    stamps: list[tuple[str, int]] = field(default_factory=list)
+
+    def names(self) -> Iterator[str]:
+        """Paths of the images relative to the root, with ``/``, sorted."""
+        visited: set[tuple[int, int]] = set()  # links may form loops, or lead to one folder twice
+        stack: list[tuple[str, Iterator[str]]] = [("", iter(self._entries("", visited)))]
+        while stack:
+            prefix, entries = stack[-1]
+            entry = next(entries, None)
+            if entry is None:
+                stack.pop()
+            elif entry.endswith("/"):
+                if self.recursive:
+                    stack.append((prefix + entry, iter(self._entries(prefix + entry, visited))))
+            else:
+                self.images += 1
+                yield prefix + entry
+
+    def _entries(self, prefix: str, visited: set[tuple[int, int]]) -> list[str]:
+        """A folder's images, and its sub-folders with a trailing ``/``, sorted so that whole paths are sorted."""
+        folder = os.path.join(self.root, prefix)
+        try:
+            facts = os.stat(folder)
+            if (facts.st_dev, facts.st_ino) in visited:
+                return []
+            visited.add((facts.st_dev, facts.st_ino))
+            self.stamps.append((prefix, facts.st_mtime_ns))
+            names: list[str] = []
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    suffix = os.path.splitext(entry.name)[1].lower()
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        self.folders += 1
+                        names.append(entry.name + "/")
+                    elif suffix in self.suffixes:
+                        names.append(entry.name)
+                    else:
+                        self.others[suffix or "no ending"] += 1
+        except OSError as error:
+            _log.warning("skipped %s: it cannot be listed (%s)", folder, error.strerror or error)
+            return []
+        return sorted(names)
 
 
-def _empty(path: str, recursive: bool, wanted: set[str], others: Counter[str], folders: int) -> str:
+def _listing(root: Path, recursive: bool, suffixes: set[str], share: tuple[float, float]) -> tuple[Table, _Walk | None]:
+    """A folder's image names, from the cache if still valid; and the walk, or None if none was needed."""
+    cached = index_path("folder", os.path.realpath(root), recursive, sorted(suffixes), list(share))
+    table = read(cached)
+    if table is not None and _is_unchanged(root, table):
+        return table, None
+    began = time.time_ns()
+    walk, progress = _Walk(root, recursive, suffixes), ProgressCounter(f"listing {root}", "images")
+    with TableWriter() as writer:
+        for name in walk.names():
+            progress.add()
+            if share == (0.0, 1.0) or share[0] <= _hash(name) < share[1]:
+                writer.add(name)
+        progress.done()
+        facts = {"images": walk.images, "began": began, "stamps": walk.stamps}
+        return writer.finish(facts, cached if walk.images >= _CACHED_FROM else None), walk
+
+
+def _is_unchanged(root: Path, table: Table) -> bool:
+    """Whether each folder has the modification time of its listing, and that time was not too recent to be unique."""
+    newest = table.facts["began"] - _COARSE
+    for name, stamp in table.facts["stamps"]:
+        try:
+            if stamp > newest or os.stat(os.path.join(root, name)).st_mtime_ns != stamp:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def _hash(name: str) -> float:
+    """Machine-independent hash of a name, in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+
+
+def _empty(path: str, recursive: bool, walk: _Walk) -> str:
     where = "in it and its sub-folders" if recursive else "in it"
-    looked = " ".join(f"*{e}" for e in sorted(wanted))
-    message = f"source folder: no image in {path!r}; looked {where} for {looked}"
-    if others:
-        kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
-        message += f"; saw {others.total()} other files ({kinds}): name their ending in `extensions` if they are images"
-    if not recursive and folders:
-        message += f"; it has {folders} sub-folders: set `recursive: true` to look in them"
+    searched = " ".join(f"*{e}" for e in sorted(walk.suffixes))
+    message = f"source folder: no image in {path!r}; searched {where} for {searched}"
+    if walk.others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in walk.others.most_common(5))
+        message += f"; found {walk.others.total()} other files ({kinds}): add their ending to `extensions` if images"
+    if not recursive and walk.folders:
+        message += f"; it has {walk.folders} sub-folders: set `recursive: true` to include them"
     return message

@@ -11,7 +11,7 @@ from typing import Any
 
 from agglo.extras import require
 from agglo.sources._encoded import EncodedSource
-from agglo.sources._paths import expanded
+from agglo.sources._paths import expanded, not_found
 from agglo.sources.base import SourceError
 from agglo.types import ConfigError, ImageError
 
@@ -19,27 +19,27 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 class HuggingFace(EncodedSource):
-    """Every image of one split of a Hugging Face dataset, in the order of its rows.
+    """All images of one split of a Hugging Face dataset, in row order.
 
-    The dataset is held as Arrow files that are mapped into memory (parquet files and hub datasets are written as such
-    once, to the ``datasets`` package's own cache), so an image is found by its row at once, and nothing is held that
-    is not looked at. The files' own bytes are read, not pictures that ``datasets`` has decoded.
+    The dataset is memory-mapped from Arrow files (parquet files and hub datasets are converted once, into the cache of
+    the ``datasets`` package), so rows are accessed directly and only what is read takes memory. The stored bytes are
+    decoded here, not by ``datasets``.
 
     Args:
-        dataset: a dataset's name on the hub (``owner/name``); a folder written by ``save_to_disk``; a parquet file, a
-            glob of them, or a folder that holds some. ``~`` and ``${VARIABLES}`` are expanded.
-        split: which split; parquet files on this machine are one split, whatever it is called here.
-        config: which configuration of a hub dataset, where it has several.
-        column: the column that holds the images; null finds the only one that does.
-        label: the column of the images' classes; null takes the only one of type ClassLabel, or ``label``, or none.
+        dataset: a dataset on the hub (``owner/name``); a folder written by ``save_to_disk``; a parquet file, a glob of
+            them, or a folder that holds some. ``~`` and ``${VARIABLES}`` are expanded.
+        split: name of the split; local parquet files form a single split of any name.
+        config: configuration of a hub dataset that has several.
+        column: column of the images; null selects the only candidate.
+        label: column of the class labels; null selects the only ClassLabel column, else ``label``, else none.
         revision: branch, tag or commit of a hub dataset.
-        min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
-        min_pixels: leave out images of fewer pixels, height times width; 0 for none.
-        max_aspect: leave out images whose longer side is more than so many times the shorter; 0 for none.
-        skip_uniform: leave out images of one colour.
+        min_side: exclude images whose shorter side is smaller (pixels); 0 disables. Counted when they are read.
+        min_pixels: exclude images with fewer pixels (height times width); 0 disables.
+        max_aspect: exclude images whose longer side exceeds this multiple of the shorter; 0 disables.
+        skip_uniform: exclude single-colour images.
 
     Raises:
-        ConfigError: no such dataset, split or column, several columns of images, or no rows.
+        ConfigError: the dataset, split or column does not exist, the image column is ambiguous, or there are no rows.
         SourceError: the hub cannot be reached.
         MissingExtraError: ``datasets`` is not installed.
     """
@@ -77,7 +77,7 @@ class HuggingFace(EncodedSource):
         return len(self._rows)
 
     def name(self, index: int) -> str:
-        """The dataset's name, the split and the row: ``imagenet-1k/train/12``."""
+        """Dataset, split and row: ``imagenet-1k/train/12``."""
         return f"{self._prefix}/{index % len(self)}"
 
     def encoded(self, index: int) -> bytes:
@@ -89,11 +89,11 @@ class HuggingFace(EncodedSource):
             if cell is None and path:
                 return self._file(index, path)
         if not isinstance(cell, bytes):
-            raise ImageError(self.name(index), f"its row holds no image in column {self.column}")
+            raise ImageError(self.name(index), f"column {self.column} of its row holds no image")
         return cell
 
     def label(self, index: int) -> int | str | None:
-        """The image's class: a position in ``classes``, else what its row says; None where there is no such column."""
+        """Class of an image: an index into ``classes``, else the stored value; None without a label column."""
         if self._label is None:
             return None
         value = self._rows[index].column(self._label)[0].as_py()
@@ -110,7 +110,7 @@ class HuggingFace(EncodedSource):
 
 
 def _is_local(path: str) -> bool:
-    """Whether a name means something on this machine, be it there or not."""
+    """Whether a name is a local path, existing or not."""
     return os.path.exists(path) or path.startswith(("/", ".", "~")) or path.endswith(".parquet") or glob.has_magic(path)
 
 
@@ -119,41 +119,37 @@ def _local(path: str, split: str) -> Any:
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         try:
             found = datasets.load_from_disk(path)
-        except Exception as error:  # missing, cut or foreign Arrow files surface as one of many
+        except Exception as error:  # missing, truncated or foreign Arrow files raise many exception types
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"source huggingface: {path} is a damaged dataset ({first}): copy or download that folder again, or "
-                "write it anew with `save_to_disk`"
+                f"source huggingface: {path} is a damaged dataset ({first}): copy or download the folder again, or "
+                "rewrite it with `save_to_disk`"
             ) from error
         if not isinstance(found, Mapping):
             return found
         if split not in found:
-            raise ConfigError(f"source huggingface: {path} has no split {split!r}; it has: {', '.join(found)}")
+            raise ConfigError(f"source huggingface: {path} has no split {split!r}; choose from: {', '.join(found)}")
         return found[split]
     pattern = os.path.join(glob.escape(path), "**", "*.parquet") if os.path.isdir(path) else path
     files = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [path]
     if not files or not os.path.isfile(files[0]):
-        raise ConfigError(_nothing(path))
+        raise ConfigError(_no_data(path))
     try:
         return datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    except Exception as error:  # a damaged file surfaces as one of many
+    except Exception as error:  # damaged files raise many exception types
         if "no data" in str(error):
             raise ConfigError(f"source huggingface: {path} has no rows") from error
         cause = error.__cause__ or error
         raise ConfigError(f"source huggingface: {path} cannot be read as parquet ({cause})") from error
 
 
-def _nothing(path: str) -> str:
+def _no_data(path: str) -> str:
     if os.path.isdir(path):
         return (
-            f"source huggingface: {path} holds neither what `save_to_disk` writes nor parquet files; a folder of image "
-            "files is `kind: folder`, one of tar files `kind: webdataset`"
+            f"source huggingface: {path} has neither `save_to_disk` output nor parquet files; use `kind: folder` for "
+            "image files, `kind: webdataset` for tar files"
         )
-    parent = Path(path).parent
-    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(os.path.basename(path), names, n=1)
-    hint = f"; did you mean {parent / near[0]}?" if near else ""
-    return f"source huggingface: there is no {path!r}{hint}"
+    return f"source huggingface: {not_found(path, Path(path))}"
 
 
 def _hub(name: str, split: str, config: str | None, revision: str | None) -> Any:
@@ -162,25 +158,23 @@ def _hub(name: str, split: str, config: str | None, revision: str | None) -> Any
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except (ConnectionError, TimeoutError) as error:
-        offline = [
-            key for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(key, "0") not in ("", "0")
-        ]
+        offline = [key for key in _OFFLINE if os.environ.get(key, "0") not in ("", "0")]
         how = f"{offline[0]} is set" if offline else "the hub cannot be reached"
         raise SourceError(
             f"{where}: {how}, and the dataset is not in the local cache. "
             + (f"Unset {offline[0]}, or on" if offline else "On")
             + f" a machine with a network run `hf download --repo-type dataset {name} --local-dir "
-            f"{name.rpartition('/')[2]}`, bring the folder here and name its path"
+            f"{name.rpartition('/')[2]}`, copy the folder to this machine and use its path"
         ) from error
-    except Exception as error:  # readers and the hub's client raise nearly anything
+    except Exception as error:  # readers and the hub client raise many exception types
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "gated" in str(error).lower():
             page = f"https://huggingface.co/datasets/{name}"
             raise ConfigError(f"{where} is gated: accept its terms on {page}, then run `hf auth login`") from error
         if type(error).__name__ in ("DatasetNotFoundError", "HFValidationError", "FileNotFoundError"):
             raise ConfigError(
-                f"{where}: no such dataset on the hub, or it is private and you are not logged in (`hf auth login`), "
-                f"and no folder or file of that name here ({first})"
+                f"{where}: no such dataset on the hub (or it is private: run `hf auth login`), and no local folder or "
+                f"file of that name ({first})"
             ) from error
         raise ConfigError(f"{where}, split {split!r}: {first}") from error
 
@@ -189,7 +183,7 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, dataset: str)
     """The column that holds images.
 
     Raises:
-        ConfigError: the named one is not there, or none or several could be meant.
+        ConfigError: it does not exist, or there is no unique candidate.
     """
     where = f"source huggingface: {dataset}"
     listed = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
@@ -206,29 +200,31 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, dataset: str)
         if len(found) == 1:
             return found[0]
         if found:
-            raise ConfigError(f"{where}: columns {', '.join(found)} could all hold the images; name one as `column`")
-    raise ConfigError(f"{where} has no column of images; name the right one as `column` (columns: {listed})")
+            raise ConfigError(
+                f"{where}: columns {', '.join(found)} could all hold the images; set `column` to one of them"
+            )
+    raise ConfigError(f"{where} has no image column; set `column` (columns: {listed})")
 
 
 def _label_column(features: Mapping[str, Any], wanted: str | None, dataset: str) -> str | None:
-    """The column that holds the classes, if there is one.
+    """The column that holds the class labels, if any.
 
     Raises:
-        ConfigError: the named one is not there.
+        ConfigError: the configured column does not exist.
     """
     if wanted is not None:
         if wanted not in features:
             near = difflib.get_close_matches(wanted, features, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            there = ", ".join(features)
-            raise ConfigError(f"source huggingface: {dataset} has no column {wanted!r}{hint} (columns: {there})")
+            columns = ", ".join(features)
+            raise ConfigError(f"source huggingface: {dataset} has no column {wanted!r}{hint} (columns: {columns})")
         return wanted
     found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
     return found[0] if len(found) == 1 else "label" if "label" in features else None
 
 
 def _kind(feature: Any) -> str:
-    """``Image``; ``bytes``: encoded images may be in it; ``path``: names of files may be; else its type for people."""
+    """``Image``; ``bytes`` for possible encoded images; ``path`` for possible file names; else a readable type."""
     if type(feature).__name__ == "Image":
         return "Image"
     if isinstance(feature, Mapping):

@@ -1,4 +1,4 @@
-"""NAVI: objects from several sides, with depth and exact cameras."""
+"""NAVI: multi-view images of objects, with depth and cameras."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from agglo.sources._dataset import Files, Layout, normals_of, read_mask
+from agglo.sources._dataset import FileSource, Layout, normals_from_depth, read_mask
 from agglo.sources._paths import expanded
 from agglo.types import ConfigError
 
@@ -22,46 +22,45 @@ LAYOUT = Layout(
     ("custom_splits", "*/*/annotations.json"),
 )
 DISPARITY = 65535 * 10
-"""A stored value v is the depth ``DISPARITY / v`` in the data set's unit; 0 is unknown."""
+"""A stored value v is the depth ``DISPARITY / v`` in millimetres; 0 is unknown."""
 MILLIMETRE = 0.001
 TURN = np.diag([1.0, -1.0, -1.0, 1.0])
-"""From cameras that look along -z with y up to ours, which look along +z with y down."""
+"""From cameras that look along -z with y up to cameras that look along +z with y down."""
 
 
 @dataclass(frozen=True, slots=True)
-class ScenePair:
+class ViewPair:
     """Two views of one object: indices of the first and the second image."""
 
     first: int
     second: int
 
 
-class Navi(Files):
-    """NAVI (Jampani et al. 2023): photographs aligned with scans of 36 objects.
+class Navi(FileSource):
+    """NAVI (Jampani et al. 2023): photographs aligned with 3D scans of 36 objects.
 
-    ``annotation(index)`` has ``depth`` ``(H, W)`` in metres (0 unknown), ``normals`` ``(3, H, W)`` made of it,
-    ``instances`` (1 on the object), ``K`` and ``cam_from_world``, the world being the object's own frame. Cameras whose
-    object lies at negative z are turned into ours, which look along +z.
+    ``annotation(index)`` has ``depth`` ``(H, W)`` in metres (0 unknown), ``normals`` ``(3, H, W)`` derived from it,
+    ``instances`` (1 on the object), ``K`` and ``cam_from_world``, where the world is the object frame. Cameras that
+    look along -z are converted to look along +z.
 
-    ``pairs()``: of each multi-view scene its images in order, each with the next one of the split; with ``apart: 3``,
-    with the third next one, and so on.
+    ``pairs()`` pairs each image of a multi-view scene with the one ``apart`` positions later in the split.
 
     Args:
-        path: the folder of objects, or the one around it.
-        split: ``train``, ``val`` or ``all``, as ``annotations.json`` says.
+        path: folder of the objects, or its parent folder.
+        split: ``train``, ``val`` or ``all``, as listed in ``annotations.json``.
         scenes: ``multiview``, ``wild_set``, ``video`` or ``all``.
-        apart: places between the images of a pair.
+        apart: distance between the images of a pair.
 
     Raises:
-        ConfigError: it is not there, or images, depths or masks are missing: they are counted.
+        ConfigError: it is absent, or images, depths or masks are missing (counted).
     """
 
     def __init__(self, *, path: str, split: str = "val", scenes: str = "multiview", apart: int = 1) -> None:
         if apart < 1:
-            raise ConfigError(f"source navi: apart is at least 1, got {apart}")
-        LAYOUT.split(split, ("train", "val", "all"))
+            raise ConfigError(f"source navi: apart: {apart} is below 1")
+        LAYOUT.check_split(split, ("train", "val", "all"))
         if scenes not in ("multiview", "wild_set", "video", "all"):
-            raise ConfigError(f"source navi: scenes is multiview, wild_set, video or all, not {scenes!r}")
+            raise ConfigError(f"source navi: no scenes {scenes!r}; choose from: multiview, wild_set, video, all")
         root = _root(path)
         prefix = "" if scenes == "all" else scenes
         self._entries = [
@@ -71,11 +70,11 @@ class Navi(Files):
             if split in ("all", entry.get("split"))
         ]
         if not self._entries:
-            raise LAYOUT.nothing(root)
+            raise LAYOUT.no_images(root)
         super().__init__("navi", root, [f"{folder}/images/{entry['filename']}" for folder, entry in self._entries])
-        LAYOUT.whole((self.file(i) for i in range(len(self))), "images")
-        LAYOUT.whole((self._png(i, "depth") for i in range(len(self))), "depth maps")
-        LAYOUT.whole((self._png(i, "masks") for i in range(len(self))), "masks")
+        LAYOUT.require_files((self.file(i) for i in range(len(self))), "images")
+        LAYOUT.require_files((self._png(i, "depth") for i in range(len(self))), "depth maps")
+        LAYOUT.require_files((self._png(i, "masks") for i in range(len(self))), "masks")
         self.classes = tuple(sorted({folder.split("/")[0] for folder, _ in self._entries}))
         self._apart = apart
 
@@ -84,16 +83,16 @@ class Navi(Files):
         return self.root / folder / what / f"{Path(entry['filename']).stem}.png"
 
     def label(self, index: int) -> int:
-        """Position of the object in ``classes``."""
+        """Index of the object in ``classes``."""
         return self.classes.index(self._entries[index][0].split("/")[0])
 
     def annotation_files(self, index: int) -> tuple[Path, ...]:
-        """Where depth, mask and camera lie."""
+        """Paths of depth, mask and cameras."""
         cameras = self.root / self._entries[index][0] / "annotations.json"
         return (self._png(index, "depth"), self._png(index, "masks"), cameras)
 
     def annotation(self, index: int) -> SimpleNamespace:
-        """Everything known about a view."""
+        """Depth, normals, mask and camera of a view."""
         entry = self._entries[index][1]
         stored = read_mask(self._png(index, "depth")).astype(np.float64)
         with np.errstate(divide="ignore"):
@@ -101,29 +100,29 @@ class Navi(Files):
         height, width = (int(value) for value in entry["image_size"])
         focal = float(entry["camera"]["focal_length"])
         K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
-        K[:2] *= [[depth.shape[1] / width], [depth.shape[0] / height]]  # maps may be stored smaller than was annotated
+        K[:2] *= [[depth.shape[1] / width], [depth.shape[0] / height]]  # maps may be smaller than the annotated size
         return SimpleNamespace(
             depth=depth,
-            normals=normals_of(depth, K),
+            normals=normals_from_depth(depth, K),
             instances=(read_mask(self._png(index, "masks")) > 0).astype(np.uint8),
             K=K,
             cam_from_world=_pose(entry["camera"]),
         )
 
-    def pairs(self) -> list[ScenePair]:
-        """Neighbouring views of every scene."""
+    def pairs(self) -> list[ViewPair]:
+        """Pairs of views of every scene."""
         groups: dict[str, list[int]] = {}
         for index, (folder, _) in enumerate(self._entries):
             groups.setdefault(folder, []).append(index)
         return [
-            ScenePair(first, second)
+            ViewPair(first, second)
             for group in groups.values()
             for first, second in zip(group, group[self._apart :], strict=False)
         ]
 
 
 def _root(path: str) -> Path:
-    """The folder of objects."""
+    """Folder of the objects."""
     try:
         return LAYOUT.root(path)
     except ConfigError:
@@ -140,12 +139,12 @@ def _entries(file: Path, root: Path) -> list[tuple[str, dict[str, Any]]]:
         for entry in entries:
             _ = entry["filename"], entry["camera"]["q"], entry["camera"]["t"], entry["image_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"source navi: {file} is damaged ({error!r}). Get it from {LAYOUT.get}") from error
+        raise ConfigError(f"source navi: {file} is damaged ({error!r}). Get it from {LAYOUT.download}") from error
     return [(file.parent.relative_to(root).as_posix(), entry) for entry in entries]
 
 
 def _pose(camera: dict[str, Any]) -> np.ndarray:
-    """``(4, 4)``: from the object's frame to the camera's, metres."""
+    """``(4, 4)`` transform from object to camera frame, metres."""
     w, x, y, z = np.asarray(camera["q"], np.float64) / np.linalg.norm(camera["q"])
     pose = np.eye(4)
     pose[:3, :3] = [
@@ -154,4 +153,4 @@ def _pose(camera: dict[str, Any]) -> np.ndarray:
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
     pose[:3, 3] = np.asarray(camera["t"], np.float64) * MILLIMETRE
-    return TURN @ pose if pose[2, 3] < 0 else pose  # the object is in front of the camera that saw it
+    return TURN @ pose if pose[2, 3] < 0 else pose  # the object lies in front of the camera

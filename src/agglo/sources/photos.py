@@ -1,4 +1,4 @@
-"""The real photographs that scikit-image and scikit-learn carry in their wheels."""
+"""Photographs shipped in the wheels of scikit-image and scikit-learn."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Photo:
     """One photograph.
 
     Args:
-        name: ``photos/<name>`` is its name everywhere.
+        name: the source names it ``photos/<name>``.
         file: file name in the package's image folder.
         sha256: of the file.
-        licence: terms and origin, as its package states them.
-        query: what a person would type to find it.
-        heldout: kept out of training; near duplicates share one side.
+        licence: terms and origin, as stated by its package.
+        query: a text query for it.
+        heldout: excluded from training; near duplicates are in the same split.
         package: ``skimage`` or ``sklearn``.
     """
 
@@ -99,13 +99,13 @@ PHOTOS: tuple[Photo, ...] = (
 
 
 class Photos(Source):
-    """The photographs of :data:`PHOTOS`, read where scikit-image and scikit-learn are installed; neither is imported.
+    """The photographs of :data:`PHOTOS`, read from the installed packages without importing them.
 
-    Each file is checked against its sha256 when it is first read.
+    Each file is checked against its sha256 on first use.
 
     Args:
-        split: ``train``, ``heldout`` (never shown to a bundled recipe's student; the text search is measured on them)
-            or ``all``.
+        split: ``train``, ``heldout`` (not used to train in the bundled recipes; text search is evaluated on them) or
+            ``all``.
 
     Raises:
         ConfigError: no such split.
@@ -114,7 +114,7 @@ class Photos(Source):
 
     def __init__(self, *, split: str = "train") -> None:
         if split not in ("train", "heldout", "all"):
-            raise ConfigError(f"source photos: split is one of train, heldout, all; got {split!r}")
+            raise ConfigError(f"source photos: no split {split!r}; choose from: train, heldout, all")
         self.photos = tuple(p for p in PHOTOS if split == "all" or p.heldout == (split == "heldout"))
         folders = {package: _folder(package) for package in sorted({p.package for p in self.photos})}
         self._paths = tuple(folders[p.package] / p.file for p in self.photos)
@@ -126,14 +126,14 @@ class Photos(Source):
         return f"photos/{self.photos[index].name}"
 
     def query(self, index: int) -> str:
-        """What a person would type to find the photo; near duplicates share one."""
+        """A text query for the photo; near duplicates share one."""
         return self.photos[index].query
 
     def read(self, index: int) -> Image.Image:
         """The photo, decoded.
 
         Raises:
-            AssetError: the installed file is missing or is not the one we know.
+            AssetError: the installed file is missing or differs.
         """
         photo, file = self.photos[index], self._paths[index]
         verify(file, photo.sha256, f"pip install --force-reinstall {_DISTRIBUTIONS[photo.package]}")

@@ -20,7 +20,7 @@ from agglo.types import AssetError, ImageError
 from agglo.weights.bundled import verify
 
 SHA256 = "b5f6b83fd686e60adf6169ae3cd30cb16fdab07b6e05eff8922efa1665e20b83"
-"""Of the bundled archive, checked once per process before its first use."""
+"""SHA-256 of the bundled archive, checked once per process on first use."""
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "scenes.tar"
 SPLITS = ("train", "val", "test")
@@ -32,13 +32,13 @@ class SceneObject:
     """One object of a view.
 
     Attributes:
-        instance: its value in the instance mask, from 1.
-        category: class name.
-        identity: which individual of the class; an identity belongs to exactly one split.
+        instance: its value in the instance mask, starting at 1.
+        category: name of its class.
+        identity: individual object of the class; each identity is in exactly one split.
         material: e.g. ``ceramic``.
-        colour: the colour word, or the material where that names the colour (metals, wood, marble).
-        pixels: how many pixels show it.
-        box: ``(x0, y0, x1, y1)`` in pixels around them, or zeros where none do.
+        colour: colour name, or the material if it implies the colour (metals, wood, marble).
+        pixels: number of visible pixels.
+        box: ``(x0, y0, x1, y1)`` in pixels around the visible part, or zeros if none is visible.
     """
 
     instance: int
@@ -52,10 +52,10 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneAnnotation:
-    """Everything known about one view. Masks and maps are sampled at pixel centres.
+    """All annotations of one view. Masks and maps are sampled at pixel centres.
 
     Attributes:
-        caption: one sentence about the view; it names only objects that show.
+        caption: one sentence about the view; it names only visible objects.
         captions: all captions, ``caption`` first, then ``a photo of a <class>`` of the subject.
         label: index of the subject's class in `Scenes.classes`.
         semantic: ``(H, W)`` uint8, 0 for background, else class index + 1.
@@ -96,7 +96,7 @@ class ScenePair:
     Attributes:
         first: index of view 0 in the source.
         second: index of view 1.
-        points: ``(N, 2, 2)`` float32: for each point visible in both, ``(x, y)`` pixels in view 0 and in view 1.
+        points: ``(N, 2, 2)`` float32: ``(x, y)`` pixels in view 0 and view 1 of each point visible in both.
     """
 
     first: int
@@ -105,11 +105,11 @@ class ScenePair:
 
 
 class Scenes(Source):
-    """The rendered benchmark: two views of each scene, with every annotation.
+    """The bundled rendered benchmark: two views per scene, with all annotations.
 
     Args:
-        split: ``train``, ``val``, ``test`` (no object identity is in two of them) or ``all``.
-        path: another archive of the same format; None for the bundled one.
+        split: ``train``, ``val``, ``test`` (disjoint in object identities) or ``all``.
+        path: another archive of the same format; None selects the bundled one.
 
     Raises:
         ValueError: no such split.
@@ -118,11 +118,11 @@ class Scenes(Source):
 
     def __init__(self, *, split: str = "train", path: str | None = None) -> None:
         if split not in (*SPLITS, "all"):
-            raise ValueError(f"no split {split!r} in scenes; choose one of: {', '.join((*SPLITS, 'all'))}")
+            raise ValueError(f"source scenes: no split {split!r}; choose from: {', '.join((*SPLITS, 'all'))}")
         self.split = split
         self.path = BUNDLED if path is None else Path(path)
         self._bundled = path is None
-        # Filled on first use. Only offsets are kept, never an open file: that makes copies in other processes safe.
+        # Filled on first use. No file is kept open, which makes copies in other processes safe.
         self._members: dict[str, tuple[int, int]] | None = None
         self._meta: dict[str, Any] = {}
         self._views: list[tuple[str, int]] = []
@@ -132,7 +132,7 @@ class Scenes(Source):
         return {**self.__dict__, "_members": None, "_meta": {}, "_views": [], "_facts": {}}
 
     def _open(self) -> dict[str, tuple[int, int]]:
-        """Offsets and sizes of the archive's members; reads the archive's table once."""
+        """Offset and size of each archive member; read once."""
         if self._members is not None:
             return self._members
         if self._bundled:
@@ -145,17 +145,17 @@ class Scenes(Source):
             raise AssetError(f"{self.path} is not a scenes archive ({error}); see docs/scenes.md") from error
         if meta.get("format") != FORMAT:
             raise AssetError(
-                f"{self.path} has format {meta.get('format')}, this version reads {FORMAT}; render it again"
+                f"{self.path} has format {meta.get('format')}; this version reads {FORMAT}: render it again"
             )
         names = sorted(name for split in SPLITS if self.split in (split, "all") for name in meta["scenes"][split])
         self._views = [(name, view) for name in names for view in range(meta["views"])]
         self._meta = meta
-        self._members = members  # last: other threads take it as the sign that everything is there
+        self._members = members  # last: its presence signals other threads that all is loaded
         return members
 
     def _bytes(self, member: str, members: dict[str, tuple[int, int]] | None = None) -> bytes:
         offset, size = (self._open() if members is None else members)[member]
-        with self.path.open("rb") as file:  # opened for each read, so that threads do not share a position
+        with self.path.open("rb") as file:  # opened per read, because threads must not share a position
             file.seek(offset)
             return file.read(size)
 
@@ -185,7 +185,7 @@ class Scenes(Source):
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The archive's ``meta.json``: licence, renderer, identities and scenes of each split."""
+        """``meta.json``: licence, renderer, identities and scenes of each split."""
         self._open()
         return self._meta
 
@@ -211,7 +211,7 @@ class Scenes(Source):
         return self.classes.index(self._scene(self._at(index)[0])["subject"])
 
     def annotation(self, index: int) -> SceneAnnotation:
-        """Everything known about a view.
+        """All annotations of a view.
 
         Raises:
             ImageError: a mask or map cannot be decoded.

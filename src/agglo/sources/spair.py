@@ -1,4 +1,4 @@
-"""SPair-71k: key points of the same object in pairs of images."""
+"""SPair-71k: matching key points in pairs of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from agglo.sources._dataset import Files, Layout
+from agglo.sources._dataset import FileSource, Layout
 from agglo.types import ConfigError
 
 LAYOUT = Layout(
@@ -30,7 +30,7 @@ class KeyPointPair:
     Attributes:
         first: index of the source image.
         second: index of the target image.
-        points: ``(N, 2, 2)`` float32: each key point's ``(x, y)`` in the first and in the second image.
+        points: ``(N, 2, 2)`` float32: ``(x, y)`` of each key point in the first and in the second image.
         box: ``xyxy`` of the object in the second image.
         category: its class.
     """
@@ -42,39 +42,39 @@ class KeyPointPair:
     category: str
 
 
-class SPair(Files):
+class SPair(FileSource):
     """SPair-71k (Min et al. 2019): 12 234 test pairs of 18 categories.
 
-    Of each category the ``pairs`` pairs whose names have the smallest SHA-256 are taken: a choice that is the same
-    everywhere. Published numbers draw theirs at random.
+    With ``pairs`` set, the pairs of each category whose file names have the smallest SHA-256 are used, a deterministic
+    subset. Published results use random subsets.
 
     Args:
-        path: the folder ``SPair-71k``, or the one around it.
+        path: the folder ``SPair-71k``, or its parent folder.
         split: ``train``, ``val`` or ``test``.
-        pairs: pairs of each category; 0 for all.
+        pairs: number of pairs per category; 0 for all.
 
     Raises:
-        ConfigError: it is not there, or images of its pairs are missing: they are counted.
+        ConfigError: it is absent, or images of its pairs are missing (counted).
     """
 
     def __init__(self, *, path: str, split: str = "test", pairs: int = 0) -> None:
         if pairs < 0:
-            raise ConfigError(f"source spair: pairs is a number, 0 for all; got {pairs}")
+            raise ConfigError(f"source spair: pairs: {pairs} is negative; use 0 for all")
         root = LAYOUT.root(path)
-        folder = root / "PairAnnotation" / SPLITS[LAYOUT.split(split, tuple(SPLITS))]
+        folder = root / "PairAnnotation" / SPLITS[LAYOUT.check_split(split, tuple(SPLITS))]
         found = sorted(folder.glob("*.json")) if folder.is_dir() else []
         if not found:
-            raise LAYOUT.nothing(folder)
-        chosen = _chosen(found, pairs)
+            raise LAYOUT.no_images(folder)
+        chosen = _select(found, pairs)
         self._facts = [_facts(file) for file in chosen]
         names = sorted({name for facts in self._facts for name in facts[:2]})
         super().__init__("spair", root, names)
-        LAYOUT.whole((self.file(i) for i in range(len(self))), "images")
+        LAYOUT.require_files((self.file(i) for i in range(len(self))), "images")
         self._index = {name: i for i, name in enumerate(names)}
         self.classes = tuple(sorted({name.split("/")[1] for name in names}))
 
     def label(self, index: int) -> int:
-        """Position in ``classes``."""
+        """Index into ``classes``."""
         return self.classes.index(self._files[index].split("/")[1])
 
     def pairs(self) -> list[KeyPointPair]:
@@ -88,24 +88,24 @@ class SPair(Files):
 _Facts = tuple[str, str, np.ndarray, tuple[float, float, float, float], str]
 
 
-def _chosen(files: list[Path], most: int) -> list[Path]:
-    """``most`` files of each category; ``000012-2008_01-2008_02:cat.json`` is of the category cat."""
+def _select(files: list[Path], count: int) -> list[Path]:
+    """``count`` files per category (0: all); ``000012-2008_01-2008_02:cat.json`` is of the category cat."""
     groups: dict[str, list[Path]] = {}
     for file in files:
         category = file.stem.rpartition(":")[2] if ":" in file.stem else str(_read(file)["category"])
         groups.setdefault(category, []).append(file)
 
-    def draw(file: Path) -> str:
+    def digest(file: Path) -> str:
         return hashlib.sha256(file.name.encode()).hexdigest()
 
-    return sorted(file for group in groups.values() for file in (sorted(group, key=draw)[:most] if most else group))
+    return sorted(file for group in groups.values() for file in (sorted(group, key=digest)[:count] if count else group))
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"source spair: {file} is damaged ({error}). Get it from {LAYOUT.get}") from error
+        raise ConfigError(f"source spair: {file} is damaged ({error}). Get it from {LAYOUT.download}") from error
 
 
 def _facts(file: Path) -> _Facts:
@@ -116,5 +116,5 @@ def _facts(file: Path) -> _Facts:
         points = np.stack([np.asarray(entry[key], np.float32) for key in ("src_kps", "trg_kps")], 1)
         x0, y0, x1, y1 = (float(value) for value in entry["trg_bndbox"])
     except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"source spair: {file} is no pair ({error!r}). Get it from {LAYOUT.get}") from error
+        raise ConfigError(f"source spair: {file} is damaged ({error!r}). Get it from {LAYOUT.download}") from error
     return names[0], names[1], points, (x0, y0, x1, y1), category

@@ -1,4 +1,4 @@
-"""Pascal VOC 2012 for segmentation: 20 classes and background."""
+"""Pascal VOC 2012 for segmentation: 20 classes and a background."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from agglo.sources._dataset import Files, Layout, read_mask
+from agglo.sources._dataset import Layout, MaskedFiles, read_mask
 from agglo.types import ConfigError
 
 LAYOUT = Layout(
@@ -23,38 +23,36 @@ CLASSES = (
 )  # fmt: skip
 
 
-class Voc(Files):
-    """Pascal VOC 2012 with its segmentation masks (Everingham et al. 2012); background is 0, borders have no class.
+class Voc(MaskedFiles):
+    """Pascal VOC 2012 with its segmentation masks (Everingham et al. 2012); background is 0, object borders are 255.
+
+    Licence: images under Flickr terms.
 
     Args:
-        path: the folder ``VOC2012``, or one around it.
+        path: the folder ``VOC2012``, or a parent folder.
         split: ``train`` (1464 images), ``val`` (1449), ``trainval``, or ``train_aug``: the list of 10 582 images in
-            ``ImageSets/Segmentation/train_aug.txt`` with masks in ``SegmentationClassAug``, where they were added.
+            ``ImageSets/Segmentation/train_aug.txt`` with masks in ``SegmentationClassAug``, if added.
 
     Raises:
-        ConfigError: it is not there, or images or masks are missing: they are counted.
+        ConfigError: it is absent, or images or masks are missing (counted).
     """
 
     def __init__(self, *, path: str, split: str = "val") -> None:
         root = LAYOUT.root(path)
-        LAYOUT.split(split, ("train", "val", "trainval", "train_aug"))
+        LAYOUT.check_split(split, ("train", "val", "trainval", "train_aug"))
         file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not file.is_file():
-            raise ConfigError(f"source voc: {file} is missing; it must look like this: {LAYOUT.looks}")
+            raise ConfigError(f"source voc: {file} is missing; expected: {LAYOUT.structure}")
         names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         names = [Path(name).stem for name in names]
         if not names:
-            raise LAYOUT.nothing(file)
+            raise LAYOUT.no_images(file)
         masks = "SegmentationClassAug" if split == "train_aug" else "SegmentationClass"
-        super().__init__("voc", root, [f"JPEGImages/{name}.jpg" for name in names])
-        self._masks = [root / masks / f"{name}.png" for name in names]
-        LAYOUT.whole((self.file(i) for i in range(len(self))), "images")
-        LAYOUT.whole(self._masks, "masks")
+        files = [f"JPEGImages/{name}.jpg" for name in names]
+        super().__init__("voc", root, files, [root / masks / f"{name}.png" for name in names])
+        LAYOUT.require_files((self.file(i) for i in range(len(self))), "images")
+        LAYOUT.require_files(self._masks, "masks")
         self.classes = CLASSES
-
-    def annotation_files(self, index: int) -> tuple[Path, ...]:
-        """Where the mask lies."""
-        return (self._masks[index],)
 
     def annotation(self, index: int) -> SimpleNamespace:
         """``semantic``, ``(H, W)`` uint8: 0 background, class index + 1, 255 along borders."""

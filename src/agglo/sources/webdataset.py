@@ -13,53 +13,51 @@ from pathlib import Path
 import numpy as np
 
 from agglo.sources._encoded import EncodedSource
-from agglo.sources._index import Table, read
+from agglo.sources._index import ProgressCounter, Table, open_table
 from agglo.sources._paths import EXTENSIONS
-from agglo.sources._progress import Tally
-from agglo.sources._shards import Shard, locate
-from agglo.sources._tar import ShardError
+from agglo.sources._shards import Shard, ShardError, locate
 from agglo.sources.base import SourceError
 from agglo.types import ConfigError, ImageError
 
 _log = logging.getLogger(__name__)
 _THREADS = 8
 _NAMED = 5
-"""How many of something are named before the rest is only counted."""
+"""Number of items named in a message before the rest is only counted."""
+_cached_table = lru_cache(maxsize=4096)(open_table)
 
 
 class WebDataset(EncodedSource):
-    """Every image in WebDataset shards, in the order of the shards and of the members in each.
+    """All images in WebDataset shards, in the order of the shards and of the members in each.
 
-    The ``webdataset`` package streams shards: what a step sees depends on workers and history. Here a step's images
-    depend on the step alone, so that a run resumes exactly; that needs an image by its number. So each shard is gone
-    through once, for an index of its members, which is kept in the cache folder (``$AGGLO_CACHE``) under the shard's
-    path, size and modification time; from then on an image is one read at a known place, by seeking in a local file and
-    by a range request elsewhere. Range requests need neither disk nor order, and workers hide their latency. Keeping
-    whole shards only pays where nearly all of them fit, since images come in random order from all of them: ``keep_gb``
-    copies as many as it allows, the first ones, once, and never evicts.
+    The ``webdataset`` package streams shards, so what a step sees depends on workers and history. Here a step's images
+    depend on the step alone, so that a run resumes exactly; that needs random access. Each shard is therefore scanned
+    once for an index of its members, cached (``$AGGLO_CACHE``) by the shard's path, size and modification time. After
+    that an image is one read at a known offset: a seek in a local file, a range request elsewhere. Range requests need
+    no disk space, and workers hide their latency. Copying shards only pays off if nearly all of them fit, because
+    images are drawn from all of them in random order: ``keep_gb`` copies the first ones that fit, never evicting any.
 
-    A shard that is no tar file, or a compressed one, is left out as a whole; of a truncated or damaged one the whole
+    A file that is not a tar archive, or a compressed one, is skipped; of a truncated or damaged shard the complete
     members are used. Both are named and counted, in the log and in :attr:`damaged`.
 
     Args:
-        shards: paths, globs (``*``), brace ranges (``{0000..0127}``), folders (every ``*.tar`` in them), ``http(s)://``,
-            and the URLs of object stores that fsspec knows (``s3://``, ``gs://``, ``hf://``, ...); ``${VARIABLES}``
+        shards: paths, globs (``*``), brace ranges (``{0000..0127}``), folders (every ``*.tar`` in them), ``http(s)://``
+            URLs, and URLs of object stores supported by fsspec (``s3://``, ``gs://``, ``hf://``, ...); ``${VARIABLES}``
             are expanded.
-        extensions: endings of the members that are images, in any case. A member's ending is what follows the *first*
-            dot of its file name, as WebDataset has it: ``0001.seg.png`` is no ``png``.
-        keep_gb: keep copies of so many GB of remote shards in the cache folder.
-        min_side: leave out images whose shorter side has fewer pixels; 0 for none. They are counted when they are met.
-        min_pixels: leave out images of fewer pixels, height times width; 0 for none.
-        max_aspect: leave out images whose longer side is more than so many times the shorter; 0 for none.
-        skip_uniform: leave out images of one colour.
+        extensions: extensions of image members, case-insensitive. As in WebDataset, a member's extension is all that
+            follows the *first* dot of its file name: ``0001.seg.png`` has extension ``seg.png``, not ``png``.
+        keep_gb: copy up to this many GB of remote shards into the cache folder.
+        min_side: exclude images whose shorter side is smaller (pixels); 0 disables. Counted when they are read.
+        min_pixels: exclude images with fewer pixels (height times width); 0 disables.
+        max_aspect: exclude images whose longer side exceeds this multiple of the shorter; 0 disables.
+        skip_uniform: exclude single-colour images.
 
     Attributes:
-        damaged: shard to what is wrong with it.
+        damaged: what is wrong with each damaged shard, by path.
 
     Raises:
-        ConfigError: a shard that does not exist, or no image in any of them.
-        SourceError: a shard that cannot be reached.
-        MissingExtraError: a protocol whose package is not installed.
+        ConfigError: a shard does not exist, or no shard holds an image.
+        SourceError: a shard cannot be reached.
+        MissingExtraError: the package for a protocol is not installed.
     """
 
     def __init__(
@@ -75,21 +73,21 @@ class WebDataset(EncodedSource):
     ) -> None:
         super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         found = locate([shards] if isinstance(shards, str) else shards)
-        self._wanted = frozenset(e.lower().removeprefix(".") for e in extensions)
+        self._extensions = frozenset(e.lower().removeprefix(".") for e in extensions)
         self.damaged: dict[str, str] = {}
         tables = self._open(found, keep_gb * 1e9)
-        whole = [(shard, table) for shard, table in zip(found, tables, strict=True) if table is not None and len(table)]
-        self._tell(found, tables)
-        if not whole:
-            raise ConfigError(_empty(found, tables, self._wanted, self.damaged))
-        self.shards = [shard for shard, _ in whole]
+        used = [(shard, table) for shard, table in zip(found, tables, strict=True) if table is not None and len(table)]
+        self._warn(found, tables)
+        if not used:
+            raise ConfigError(_empty(found, tables, self._extensions, self.damaged))
+        self.shards = [shard for shard, _ in used]
         self._labels = _labels([shard.path for shard in self.shards])
-        self._ends = np.cumsum([len(table) for _, table in whole])
-        # Tables on disk are opened when they are needed: a hundred thousand maps are more than a process may have.
-        self._tables = [table if table.path is None else table.path for _, table in whole]
+        self._ends = np.cumsum([len(table) for _, table in used])
+        # Tables on disk are mapped on demand: a process cannot hold a hundred thousand maps.
+        self._tables = [table if table.path is None else table.path for _, table in used]
 
-    def _open(self, found: list[Shard], room: float) -> list[Table | None]:
-        tally = Tally("indexing shards", "shards", len(found))
+    def _open(self, found: list[Shard], space: float) -> list[Table | None]:
+        progress = ProgressCounter("indexing shards", "shards", len(found))
         try:
             with ThreadPoolExecutor(min(_THREADS, len(found)), thread_name_prefix="agglo-shards") as pool:
                 missing = [path for path in pool.map(_missing, found) if path is not None]
@@ -98,21 +96,21 @@ class WebDataset(EncodedSource):
                     raise ConfigError(f"source webdataset: {len(missing)} of {len(found)} shards do not exist: {names}")
                 kept = []
                 for shard in found:
-                    if shard.remote and shard.size <= room:
-                        room -= shard.size
+                    if shard.remote and shard.size <= space:
+                        space -= shard.size
                         kept.append(shard)
                 list(pool.map(Shard.keep, kept))
                 tables = []
                 for table in pool.map(self._table, found):
                     tables.append(table)
-                    tally.add()
+                    progress.add()
         finally:
-            tally.done()
+            progress.done()
         return tables
 
     def _table(self, shard: Shard) -> Table | None:
         try:
-            table = shard.table(self._wanted)
+            table = shard.table(self._extensions)
         except ShardError as error:
             self.damaged[shard.path] = str(error)
             return None
@@ -120,11 +118,11 @@ class WebDataset(EncodedSource):
             self.damaged[shard.path] = table.facts["damage"]
         return table
 
-    def _tell(self, found: list[Shard], tables: Sequence[Table | None]) -> None:
-        lost = [shard.path for shard, table in zip(found, tables, strict=True) if table is None]
+    def _warn(self, found: list[Shard], tables: Sequence[Table | None]) -> None:
+        skipped = [shard.path for shard, table in zip(found, tables, strict=True) if table is None]
         for paths, what in (
-            (lost, "left out as a whole"),
-            ([path for path in self.damaged if path not in set(lost)], "used as far as they are whole"),
+            (skipped, "skipped"),
+            ([path for path in self.damaged if path not in set(skipped)], "used in part"),
         ):
             if paths:
                 each = "; ".join(f"{path} {self.damaged[path]}" for path in paths[:_NAMED])
@@ -135,17 +133,17 @@ class WebDataset(EncodedSource):
         return int(self._ends[-1])
 
     def _at(self, index: int) -> tuple[int, Table, int]:
-        """``(shard's number, its table, row)`` of an image."""
+        """``(shard number, table, row)`` of an image."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"no image {index} in a source of {len(self)}")
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
         index %= len(self)
         number = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[number - 1]) if number else 0)
         table = self._tables[number]
-        return number, _table(table) if isinstance(table, Path) else table, row
+        return number, _cached_table(table) if isinstance(table, Path) else table, row
 
     def name(self, index: int) -> str:
-        """The shard's name and the member's: ``shard-000012/0001234.jpg``."""
+        """Shard and member name: ``shard-000012/0001234.jpg``."""
         number, table, row = self._at(index)
         return f"{self._labels[number]}/{table.name(row)}"
 
@@ -158,17 +156,9 @@ class WebDataset(EncodedSource):
         return data
 
 
-@lru_cache(maxsize=4096)
-def _table(path: Path) -> Table:
-    table = read(path)
-    if table is None:
-        raise SourceError(f"{path}: this index is gone or damaged; start again, which builds it anew")
-    return table
-
-
 def _missing(shard: Shard) -> str | None:
     try:
-        shard.look()
+        shard.stat()
     except FileNotFoundError:
         return shard.path
     except OSError as error:
@@ -179,7 +169,7 @@ def _missing(shard: Shard) -> str | None:
 
 
 def _labels(paths: Sequence[str]) -> list[str]:
-    """Short names of shards that are all different: file names, or as much more of the path as that takes."""
+    """Short unique names of shards: file names, with as many parent folders as needed."""
     stems = [path.partition("?")[0].removesuffix(".tar").split("/") for path in paths]
     for depth in range(1, max(map(len, stems)) + 1):
         labels = ["/".join(stem[-depth:]) for stem in stems]
@@ -188,15 +178,17 @@ def _labels(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _empty(found: list[Shard], tables: Sequence[Table | None], wanted: frozenset[str], damaged: dict[str, str]) -> str:
-    looked = " ".join(f".{e}" for e in sorted(wanted))
-    message = f"source webdataset: no image in {len(found)} shards; looked for {looked}"
+def _empty(
+    found: list[Shard], tables: Sequence[Table | None], extensions: frozenset[str], damaged: dict[str, str]
+) -> str:
+    searched = " ".join(f".{e}" for e in sorted(extensions))
+    message = f"source webdataset: no image in {len(found)} shards; searched for {searched}"
     others: Counter[str] = Counter()
     for table in tables:
         others.update(table.facts["others"] if table is not None else {})
     if others:
         seen = ", ".join(f"{count} .{name}" for name, count in others.most_common(_NAMED))
-        message += f"; saw {seen}: name their ending, which is all that follows the first dot, in `extensions`"
+        message += f"; found {seen}: add the extension, all that follows the first dot, to `extensions`"
     if damaged:
         path, why = next(iter(damaged.items()))
         message += f"; {os.path.basename(path)} {why}"
