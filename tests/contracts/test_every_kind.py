@@ -17,12 +17,13 @@ from agglo.config import POINTS, build, find, kinds, schema
 from agglo.sources.base import ReadRequest, Source
 from support import datasets as tiny_datasets
 from support.checkpoints import tiny_siglip2
+from support.shapes import encode_text
 
 EVERY = [(point, kind) for point in POINTS for kind in kinds(point, installed=False)]
 
 
 @pytest.mark.parametrize(("point", "kind"), EVERY)
-def test_a_kind_is_documented_and_its_constructor_is_a_schema(point: str, kind: str) -> None:
+def test_kind_has_a_docstring_and_a_keyword_schema(point: str, kind: str) -> None:
     cls = find(point, kind)
     assert inspect.getdoc(cls), f"{point}/{kind} has no docstring"
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -61,13 +62,13 @@ LOCAL = {"siglip2": saved_siglip2, "open_clip": tiny_open_clip}
 
 
 @pytest.mark.parametrize("kind", kinds("text", installed=False))
-def test_text_towers_give_unit_vectors_in_order(kind: str, tmp_path: Path) -> None:
+def test_text_towers_return_unit_vectors_in_order(kind: str, tmp_path: Path) -> None:
     tower = build("text", {"kind": kind, **(LOCAL[kind](tmp_path) if kind in LOCAL else {})})
-    both = tower.encode(["a photo of a dog", "snow on a mountain"])
+    both = encode_text(tower, ["a photo of a dog", "snow on a mountain"])
     assert both.shape == (2, tower.width)
     torch.testing.assert_close(both.norm(dim=-1), torch.ones(2), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tower.encode(["snow on a mountain"])[0], both[1], rtol=1e-3, atol=1e-4)
-    assert tower.encode([]).shape == (0, tower.width)
+    assert encode_text(tower, []).shape == (0, tower.width)
 
 
 def balancer_options(kind: str) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def balancer_options(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", kinds("balancers", installed=False))
-def test_balancers_weigh_what_was_announced(kind: str) -> None:
+def test_balancers_weight_the_declared_terms(kind: str) -> None:
     weights = {"a/summary": 2.0, "b/spatial": 1.0, "c/summary": 0.0}
     balancer = build("balancers", balancer_options(kind), weights)
     terms = {"a/summary": torch.tensor(3.0), "b/spatial": torch.tensor(4.0), "c/summary": torch.tensor(float("nan"))}
@@ -91,7 +92,7 @@ def test_balancers_weigh_what_was_announced(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", kinds("balancers", installed=False))
-def test_balancers_state_round_trips(kind: str) -> None:
+def test_balancer_state_round_trips(kind: str) -> None:
     weights = {"a/summary": 2.0, "b/spatial": 1.0, "mesa": 0.5}
     one, other = (build("balancers", balancer_options(kind), weights) for _ in range(2))
 
@@ -106,7 +107,7 @@ def test_balancers_state_round_trips(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", kinds("balancers", installed=False))
-def test_balancers_never_wait_for_the_device(kind: str) -> None:
+def test_balancers_never_synchronise_with_the_device(kind: str) -> None:
     """A meta tensor has no value, so whatever would fetch one to the host fails."""
     balancer = build("balancers", balancer_options(kind), {"a/summary": 2.0, "b/spatial": 1.0}).to("meta")
     terms = {"a/summary": torch.tensor(3.0, device="meta"), "b/spatial": torch.tensor(4.0, device="meta")}
@@ -164,7 +165,7 @@ def test_sources_read_the_same_pixels_twice(kind: str, tmp_path, monkeypatch) ->
 
 
 @pytest.mark.parametrize("kind", [k for k in kinds("sources", installed=False) if reads_parts(k)])
-def test_sources_that_read_in_part_give_the_same_pixels(kind: str, tmp_path, monkeypatch) -> None:
+def test_partial_reads_return_the_same_pixels(kind: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("AGGLO_CACHE", str(tmp_path / "cache"))
     images = tmp_path / "images"
     images.mkdir()

@@ -5,6 +5,7 @@ import torch
 
 from agglo.config import build, kinds
 from agglo.students.base import Student
+from support.shapes import encode
 
 POCKET = {
     "vit": {"width": 32, "depth": 2, "heads": 2, "max_grid": 8},
@@ -19,25 +20,25 @@ def student(request: pytest.FixtureRequest) -> Student:
     return build("students", {"kind": request.param, **POCKET.get(request.param, {})}, TEACHERS).eval()
 
 
-def test_returns_what_its_spec_says_at_any_legal_size(student: Student) -> None:
+def test_features_match_the_spec_at_any_legal_size(student: Student) -> None:
     step, stride = student.spec.step, student.spec.stride
     for height, width in [(step * 2, step * 2), (step * 3, step * 2), (step * 2, step * 5)]:
-        out = student(torch.rand(2, 3, height, width))
-        assert out.summary.shape == (2, student.spec.summary)
-        assert out.spatial.shape == (2, student.spec.spatial, height // stride, width // stride)
-        assert torch.isfinite(out.summary).all()
-        assert torch.isfinite(out.spatial).all()
+        summary, spatial = encode(student, torch.rand(2, 3, height, width))
+        assert summary.shape == (2, student.spec.summary)
+        assert spatial.shape == (2, student.spec.spatial, height // stride, width // stride)
+        assert torch.isfinite(summary).all()
+        assert torch.isfinite(spatial).all()
     assert student.spec.slots in (1, len(TEACHERS))
     assert student.spec.summary % student.spec.slots == 0
 
 
-def test_an_illegal_size_names_the_legal_ones(student: Student) -> None:
+def test_illegal_size_names_the_nearest_legal_ones(student: Student) -> None:
     step = student.spec.step
     with pytest.raises(ValueError, match=rf"{2 * step}\D.*{3 * step}|{3 * step}\D.*{2 * step}"):
         student(torch.rand(1, 3, 2 * step + 1, 2 * step))
 
 
-def test_one_image_does_not_depend_on_its_neighbours_in_eval(student: Student) -> None:
+def test_images_are_independent_in_eval_mode(student: Student) -> None:
     images = torch.rand(3, 3, 2 * student.spec.step, 2 * student.spec.step)
     alone, together = student(images[:1]), student(images)
     torch.testing.assert_close(alone.summary, together.summary[:1], rtol=1e-4, atol=1e-5)

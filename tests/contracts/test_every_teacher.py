@@ -10,6 +10,7 @@ from torch import nn
 
 from agglo.config import build, kinds
 from agglo.teachers.base import Teacher
+from support.shapes import teach
 
 
 def tiny_transformers(folder: Path) -> dict[str, Any]:
@@ -44,20 +45,20 @@ def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @torch.inference_mode()
-def test_returns_what_its_spec_says(teacher: Teacher) -> None:
+def test_features_match_the_spec(teacher: Teacher) -> None:
     spec = teacher.spec
     assert spec.summary is not None or spec.spatial is not None
     size = teacher.canvas or max(64, 2 * spec.step)
-    out = teacher(torch.rand(2, 3, size, size))
-    assert (None if out.summary is None else tuple(out.summary.shape)) == (spec.summary and (2, spec.summary))
+    summary, spatial = teach(teacher, torch.rand(2, 3, size, size))
+    assert (None if summary is None else tuple(summary.shape)) == (spec.summary and (2, spec.summary))
     if spec.spatial is None:
-        assert out.spatial is None
+        assert spatial is None
     else:
-        assert out.spatial.shape == (2, spec.spatial, size // spec.stride, size // spec.stride)
+        assert spatial.shape == (2, spec.spatial, size // spec.stride, size // spec.stride)
 
 
 @torch.inference_mode()
-def test_is_frozen_and_stays_in_eval_mode(teacher: Teacher) -> None:
+def test_teacher_is_frozen_and_stays_in_eval_mode(teacher: Teacher) -> None:
     images = torch.rand(2, 3, 64, 64)
     before = teacher(images)
     nn.ModuleList([teacher]).train()
@@ -68,7 +69,7 @@ def test_is_frozen_and_stays_in_eval_mode(teacher: Teacher) -> None:
         assert one is None or torch.equal(one, two)
 
 
-def test_says_under_which_licence_its_weights_are(teacher: Teacher) -> None:
+def test_licence_is_stated(teacher: Teacher) -> None:
     assert teacher.licence
 
 

@@ -46,7 +46,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
         exec(compile(block, f"README.md, block {number}", "exec"), scope)
 
 
-def test_the_example_of_a_new_kind_is_one():
+def test_the_example_of_a_new_kind_runs():
     import torch
 
     scope: dict = {"__name__": "example"}
@@ -93,14 +93,14 @@ def test_make_targets_exist(page):
             assert set(words[1:]) <= targets, f"{page.name}: `{line}`"
 
 
-def test_all_public_names_are_told():
+def test_all_public_names_are_documented():
     import agglo
 
     text = (ROOT / "docs" / "all-of-agglo.md").read_text(encoding="utf-8")
     assert {name for name in agglo.__all__ if not name.startswith("_") and f"`{name}`" not in text} == set()
 
 
-def test_every_kind_is_told():
+def test_all_kinds_are_documented():
     from agglo.config import POINTS, kinds
 
     text = (ROOT / "docs" / "all-of-agglo.md").read_text(encoding="utf-8")

@@ -77,7 +77,7 @@ def imports(path):
 
 
 @pytest.mark.parametrize("path", source.files(), ids=source.name)
-def test_guests_stay_in_their_rooms(path):
+def test_optional_packages_are_imported_in_their_files(path):
     where = source.name(path)
     strangers, eager = [], []
     for module, line, lazy in imports(path):
@@ -98,7 +98,7 @@ def test_light_modules_do_not_import_torch(name):
     assert not eager & {"torch", "numpy"}
 
 
-def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
+def test_every_form_of_import_is_found(tmp_path, monkeypatch):
     file = tmp_path / "odd.py"
     file.write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pandas\nimport timm.models\n"
@@ -108,7 +108,7 @@ def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
     assert seen == {("timm", False), ("torch.utils.tensorboard", True), ("transformers", True)}
 
 
-def test_hosts_still_need_their_guests():
+def test_no_import_allowance_is_unused():
     """An allowance nobody uses is taken back."""
     used = {(guest_of(module), source.name(p)) for p in source.files() for module, _, _ in imports(p)}
     guests_used = {guest for guest, _ in used}

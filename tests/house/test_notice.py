@@ -34,7 +34,7 @@ def test_shipped_file_is_in_notice(path, repository):
     assert listed(repository).get(file) == sha, f"NOTICE must hold this line, under its origin and licence:\n  {line}"
 
 
-def test_notice_lists_no_file_that_is_gone(repository):
+def test_notice_lists_only_existing_files(repository):
     gone = [file for file in listed(repository) if file.startswith("src/") and not (repository / file).is_file()]
     assert not gone
 
@@ -51,7 +51,7 @@ def test_photo_is_in_notice(photo, repository):
     assert listed(repository).get(f"{folder}/{photo.file}") == photo.sha256
 
 
-def test_licence_is_whole(repository):
+def test_licence_is_complete(repository):
     text = (repository / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 

@@ -37,7 +37,7 @@ def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_public_names_are_these():
+def test_public_names_are_unchanged():
     assert set(agglo.__all__) == PUBLIC
     assert len(agglo.__all__) == len(set(agglo.__all__)) <= 16
     assert set(dir(agglo)) >= PUBLIC
@@ -64,12 +64,12 @@ def test_type_checkers_see_the_same_names():
     assert {name: imported.get(name) for name in agglo._HOME} == agglo._HOME
 
 
-def test_unknown_name_lists_the_known_ones():
+def test_unknown_name_suggests_the_nearest():
     with pytest.raises(AttributeError, match=r"'laod'.*load"):
         agglo.laod  # noqa: B018
 
 
-def test_using_a_subpackage_does_not_hide_a_public_name():
+def test_importing_a_subpackage_does_not_hide_a_public_name():
     """Importing ``agglo.training`` binds that name on the package: no public name may be the name of a module."""
     code = "import agglo.training.loop, agglo.evals, agglo; print(callable(agglo.distill), callable(agglo.evaluate))"
     result = fresh(code)

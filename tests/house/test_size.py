@@ -39,7 +39,7 @@ def test_the_top_of_the_package_is_small():
     assert len(rooms) <= TOP_FOLDERS, sorted(p.name for p in rooms)
 
 
-def test_the_walk_sees_the_package():
+def test_the_package_is_scanned():
     names = {source.name(path) for path in source.files()}
     assert {"__init__.py", "types.py", "config.py", "training/loop.py"} <= names
 
@@ -61,7 +61,7 @@ def test_functions_are_short(path):
     assert not long, f"longer than {FUNCTION_LINES} lines without docstring: {long}"
 
 
-def test_allowances_are_for_functions_that_exist():
+def test_no_length_allowance_is_unused():
     known = {f"{source.name(p)}::{name}" for p in source.files() for name, _ in functions(source.tree(p))}
     assert set(LONGER) <= known
 

@@ -40,7 +40,7 @@ WORDS_ALLOWED = 325
 """Personification and inversion: code raises, returns and reports, and "is not a multiple" reads at once."""
 
 
-def test_words_of_fables_are_rare():
+def test_personifying_words_are_rare():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {match.group()}"
         for path in texts()
@@ -51,19 +51,19 @@ def test_words_of_fables_are_rare():
     assert len(found) <= WORDS_ALLOWED, f"{len(found)} occurrences:\n" + "\n".join(found)
 
 
-def test_the_patterns_bite():
+def test_the_patterns_match_and_only_what_they_should():
     assert WORDS.search("There is no cache") and not WORDS.search("is not, is nothing, tolder")
     assert LEFTOVERS.search("# TODO: later") and not LEFTOVERS.search("a todo list")
     assert MACHINE_PATHS.search("open('/home/ann/x')") and MACHINE_PATHS.search("see /work/x")
     assert not MACHINE_PATHS.search("https://example.org/work/x") and not MACHINE_PATHS.search("src/work/x")
 
 
-def test_the_walk_sees_the_project():
+def test_the_project_is_scanned():
     names = {p.relative_to(ROOT).as_posix() for p in texts()}
     assert {"README.md", "src/agglo/types.py", "docs/all-of-agglo.md", "NOTICE"} <= names
 
 
-def test_local_links_lead_somewhere():
+def test_local_links_resolve():
     pages = [p for p in texts() if p.suffix == ".md" and "assets" not in p.parts]
     links = [(p, t) for p in pages for t in re.findall(r"\]\(([^)#\s]+)[^)]*\)", p.read_text(encoding="utf-8"))]
     local = [(p, t) for p, t in links if "://" not in t and not t.startswith("mailto:")]
