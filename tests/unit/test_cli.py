@@ -19,6 +19,7 @@ from torch import nn
 
 from agglo import config, recipe
 from agglo.model.model import HeadConfig, Model
+from agglo.results.records import read
 from support.commands import agglo
 
 RECIPE = """
@@ -278,9 +279,9 @@ def test_train_measures_reports_and_never_overwrites_silently(yaml: Path, tmp_pa
     run = tmp_path / "a run"
     result = agglo("train", yaml, "--smoke", "--out", run, "--device", "cpu", "--no-report")
     assert result.exit_code == 0, result.output
-    numbers = json.loads((run / "evals.json").read_text())
-    assert set(numbers["models"]) == {"student", "untrained", "toy"}
-    assert numbers["models"]["student"]["agreement"]
+    rows = {(result.model["name"], result.name): result for result in read(run)}
+    assert {name for name, _ in rows} == {"student", "untrained"}  # `toy` is not compared with itself
+    assert rows["student", "agreement"].metrics
     assert "untrained" in result.stdout
     assert result.stdout.count(f"--model '{run}'") == 3
     before = (run / "model" / "model.safetensors").read_bytes()
@@ -299,7 +300,7 @@ def test_an_interruption_during_the_evals_says_that_the_model_is_safe(
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("agglo.training.measure.measure", interrupt)
+    monkeypatch.setattr("agglo.harness.runs.measure_run", interrupt)
     run = tmp_path / "run"
     result = agglo("train", yaml, "--smoke", "--out", run)
     assert result.exit_code == 130
@@ -309,17 +310,16 @@ def test_an_interruption_during_the_evals_says_that_the_model_is_safe(
 
 
 def test_report_runs_missing_evals_first(yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("agglo.report")
     run = tmp_path / "run"
     assert agglo("train", yaml, "--smoke", "--out", run, "--no-evals", "--no-report").exit_code == 0
-    assert not (run / "evals.json").exists()
+    assert not (run / "evals").exists()
     seen: list[bool] = []
 
-    def write(folder: Path) -> Path:
-        seen.append((folder / "evals.json").is_file())
+    def write(folder: Path, progress: object) -> Path:
+        seen.append((folder / "evals" / "results.jsonl").is_file())
         return folder / "report.html"
 
-    monkeypatch.setattr("agglo.report.write", write)
+    monkeypatch.setattr("agglo.report.run_page.write_run", write)
     result = agglo("report", run)
     assert result.exit_code == 0, result.output
     assert seen == [True]

@@ -184,7 +184,7 @@ def test_report_is_one_page_that_loads_nothing(home: Path, measured: dict[str, P
     text = out.read_text(encoding="utf-8")
     page = Page(text)
     assert page.sources and all(source.startswith("data:image/webp;base64,") for source in page.sources)
-    assert {"measured", "resolution", "seen", "found", "failures", "protocol"} <= page.ids
+    assert {"measured", "resolution", "seen", "matches", "failures", "protocol"} <= page.ids
     found = {(r.model["name"], r.name): r.metrics["top1"] for place in measured.values() for r in read(place)}
     best = {size: max(found[str(home / n), f"knn@{size}"] for n in ("one", "two")) for size in (32, 48)}
     assert {f"{value:.3f}" for value in best.values()} <= set(page.bold)
@@ -201,7 +201,7 @@ def test_report_of_one_folder_lies_in_it_and_spares_what_is_not_ours(measured: d
     assert agglo("report", measured["two"]).exit_code == 0  # ours is made again
     mine = tmp_path / "mine.html"
     mine.write_text("<p>my page")
-    assert "no report of ours" in refused("report", measured["two"], "-o", mine)
+    assert "not a report of agglo" in refused("report", measured["two"], "-o", mine)
     assert ".html" in refused("report", measured["two"], "-o", tmp_path / "x.txt")
     assert "agglo eval MODEL" in refused("report", tmp_path / "nowhere", measured["one"])
 
@@ -288,7 +288,7 @@ def test_compare_refuses_other_settings_and_other_evals(home: Path, measured: di
     arguments = [a for a in knn(home, "--sizes", "32", "-o", str(tmp_path), "--no-pictures") if a != "knn.k=3"]
     assert agglo("eval", home / "two", *arguments, "knn.k=1").exit_code == 0
     result = agglo("compare", measured["one"], tmp_path)
-    assert "knn@32: not compared, for the two were measured differently: k: 3, 1" in result.stdout
+    assert "knn@32: not compared, measured differently: k: 3, 1" in result.stdout
     assert "on one of them only: knn@48" in result.stderr
     folder = tmp_path / "plain"
     assert agglo("eval", home / "two", *knn(home, "-o", str(folder), "--no-pictures")).exit_code == 0

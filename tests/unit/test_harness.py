@@ -18,7 +18,7 @@ from agglo.evals.knn import Knn
 from agglo.harness.measuring import FEATURES, measure
 from agglo.harness.protocols import plan, protocol, protocols, resolved, suite, suites
 from agglo.harness.running import evaluate
-from agglo.report.measured import write_results
+from agglo.report.page import write_results
 from agglo.results.identity import settings
 from agglo.results.records import read, read_images
 from agglo.teachers.toy import Toy

@@ -16,11 +16,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from agglo import recipe as recipes
-from agglo import report
 from agglo.model.creation import create
 from agglo.model.model import Model
-from agglo.report import charts, markup, records, visuals
-from agglo.report.markup import Markup, number, signed, tag
+from agglo.report import charts, markup, visuals
+from agglo.report.markup import Markup, tag
+from agglo.report.run import read_run
+from agglo.report.run_page import write_run
+from agglo.results.records import Result, append
+from agglo.results.tables import number, signed
 from agglo.types import ConfigError
 
 NASTY = "<script>alert('x')</script>&\"quoted\""
@@ -104,14 +107,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "depth": {"rmse": 0.7, "delta1": 0.8},
         "agreement": {"both/summary_cosine": 0.1, "both/spatial_r2": -0.2},
     }
-    models = {"student": student, "untrained": untrained, "dense": {"depth": {"rmse": 0.9, "delta1": 0.2}}}
-    (folder / "evals.json").write_text(json.dumps({"models": models, "lower_is_better": ["rmse"]}), encoding="utf-8")
+    models = {"dense": {"depth": {"rmse": 0.9, "delta1": 0.2}}, "untrained": untrained, "student": student}
+    for name, evals in models.items():
+        for kind, metrics in evals.items():
+            role = "teacher" if name == "dense" else name
+            append(
+                folder / "evals",
+                Result(
+                    name=kind,
+                    kind=kind,
+                    model={"name": name, "hash": name, "role": role},
+                    settings={"kind": kind},
+                    protocol=kind,
+                    data={"test": {"hash": "d", "source": {"kind": "scenes"}, "images": 0}},
+                    metrics=metrics,
+                    lower_is_better=("rmse",),
+                ),
+            )
     return folder
 
 
 @pytest.fixture(scope="module")
 def html(run: Path) -> str:
-    path = report.write(run)
+    path = write_run(run)
     assert path == run / "report.html"
     assert not list(run.glob("*.partial"))
     return path.read_text(encoding="utf-8")
@@ -164,9 +182,9 @@ def test_best_and_changes_follow_the_direction_of_each_metric(html: str) -> None
 @pytest.mark.parametrize(
     ("gone", "told"),
     [
-        ("evals.json", "agglo report"),
+        ("evals", "agglo report"),
         ("metrics.jsonl", "holds no losses"),
-        ("versions.json", "versions.json is not there"),
+        ("versions.json", "versions.json is missing"),
         ("recipe.yaml", "recipe.yaml is missing"),
         ("model", "agglo train"),
     ],
@@ -177,37 +195,43 @@ def test_missing_pieces_are_named_with_the_command_that_makes_them(
     for path in run.iterdir():
         if path.name not in (gone, "report.html"):
             (tmp_path / path.name).symlink_to(path)
-    page = Parsed(report.write(tmp_path).read_text(encoding="utf-8"))
+    page = Parsed(write_run(tmp_path).read_text(encoding="utf-8"))
     assert told in page.text
     assert {"learning", "measured", "seen", "found", "reproduce"} <= set(page.attributes("id"))
 
 
 def test_damaged_files_are_notes_not_errors(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: [", encoding="utf-8")
-    (tmp_path / "evals.json").write_text("{", encoding="utf-8")
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "results.jsonl").write_text("{", encoding="utf-8")
     (tmp_path / "model").mkdir()
     write_lines(
         tmp_path, [metrics_line(1, terms={NASTY: 1.0, "nan": math.nan, "odd": "text"}), '{"step": 2, "ter', "[]"]
     )
-    html = report.write(tmp_path).read_text(encoding="utf-8")
+    html = write_run(tmp_path).read_text(encoding="utf-8")
     page = Parsed(html)
     assert "<script" not in html
-    for note in ("recipe.yaml does not fit", "evals.json cannot be read", "2 damaged lines", "model/ cannot be loaded"):
+    for note in (
+        "recipe.yaml does not fit",
+        "results.jsonl: 1 damaged line left out",
+        "2 damaged lines",
+        "model/ cannot be loaded",
+    ):
         assert note in page.text
     assert "no finite value" in page.text and "One step is logged" in page.text
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="agglo train quickstart"):
-        report.write(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="is no run folder"):
-        report.write(tmp_path)
+        write_run(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        write_run(tmp_path)
 
 
 def test_a_resumed_run_counts_each_step_and_second_once(tmp_path: Path) -> None:
     lines = [metrics_line(10, elapsed=4.0), metrics_line(20, elapsed=8.0), metrics_line(30, elapsed=12.0)]
     write_lines(tmp_path, [*lines, metrics_line(20, elapsed=3.0), metrics_line(30, elapsed=6.0)])
-    found = records.read(tmp_path)
+    found = read_run(tmp_path)
     assert [entry["step"] for entry in found.metrics] == [10, 20, 30]
     assert found.seconds == 4.0 + 3.0 + 3.0
     assert found.images == (round(8.0 * 10.0), False)  # no recipe: speed times time

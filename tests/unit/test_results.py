@@ -77,16 +77,16 @@ def test_older_and_newer_formats_say_what_to_do(tmp_path: Path) -> None:
     old = tmp_path / "old"
     old.mkdir()
     (old / FILE).write_text(json.dumps({"name": "knn", "metrics": {"top1": 0.5}}) + "\n")
-    with pytest.raises(ResultError, match=r"line 1 is of format 1.*measure again: `agglo eval"):
+    with pytest.raises(ResultError, match=r"line 1 is not a result of format 2.*measure again: `agglo eval"):
         read(old)
     (old / FILE).write_text(json.dumps({"format": 3}) + "\n")
     with pytest.raises(ResultError, match="pip install --upgrade agglo"):
         read(old)
     (old / FILE).unlink()
     (old / "evals.json").write_text('{"models": {}}')
-    with pytest.raises(ResultError, match="format 1"):
+    with pytest.raises(ResultError, match=rf"older version \(evals.json\): `agglo eval {old}` measures it anew"):
         read(old)
-    with pytest.raises(ResultError, match="format 1"):
+    with pytest.raises(ResultError, match=r"is not a results\.jsonl: make one with `agglo eval MODEL"):
         read(old / "evals.json")
     with pytest.raises(ResultError, match="agglo eval MODEL"):
         read(tmp_path / "nowhere")
@@ -94,7 +94,7 @@ def test_older_and_newer_formats_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=r"holds no results\.jsonl"):
         read(old)
     (old / FILE).write_text(json.dumps({"format": 2, "name": "knn"}) + "\n")
-    with pytest.raises(ResultError, match="is no result"):
+    with pytest.raises(ResultError, match="is not a result "):
         read(old)
 
 

@@ -15,7 +15,7 @@ from agglo.config import find, kinds, schema
 from agglo.evals.promptable import Promptable
 from agglo.evals.sa_co import SaCo
 from agglo.harness.measuring import Measured, measure
-from agglo.report.measured import write_results
+from agglo.report.page import write_results
 from agglo.results.comparing import compare
 from agglo.results.identity import protocol_hash, settings
 from agglo.results.places import digest

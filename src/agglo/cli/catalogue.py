@@ -1,4 +1,4 @@
-"""The commands that tell what there is: models, kinds and recipes."""
+"""The commands that list models, kinds and recipes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,15 @@ def models() -> None:
 def info(
     model: str = typer.Argument(metavar="MODEL", help="A released name, a folder, a file, or owner/name on the hub."),
     size: str | None = typer.Option(
-        None, help="Pixels at which cost is counted, 512 or HxW (512x768); the preferred size by default."
+        None, help="Input size for the cost, 512 or HxW (512x768); the preferred size by default."
     ),
-    window: int | None = typer.Option(None, help="Side, in patches, of the windows most blocks look through."),
+    window: int | None = typer.Option(None, help="Side, in patches, of the attention windows of most blocks."),
 ) -> None:
-    """Tell what one needs to know of a model: widths, tokens, heads, legal sizes, cost, licence."""
+    """Show a model's widths, tokens, heads, legal sizes, cost and licence."""
     from agglo.cli.terminal import console, info_table
     from agglo.zoo.info import describe
 
     console().print(info_table(describe(model, size=_sides(size), window=window)))
-
-
-def push(
-    model: str = typer.Argument(metavar="MODEL", help="A run or a saved model."),
-    repo: str = typer.Argument(metavar="OWNER/NAME", help="A repository on the Hugging Face hub; made if need be."),
-    private: bool = typer.Option(False, "--private", help="Make a new repository private."),
-) -> None:
-    """Put a trained model on the Hugging Face hub, as a folder with its card."""
-    from agglo.zoo.loading import push as upload
-
-    typer.echo(upload(model, repo, private=private))
 
 
 def _sides(text: str | None) -> int | tuple[int, int] | None:
@@ -53,10 +42,10 @@ def _sides(text: str | None) -> int | tuple[int, int] | None:
 def kinds(
     point: str | None = typer.Argument(None, metavar="[POINT]", help="An extension point, e.g. teachers."),
     kind: str | None = typer.Argument(
-        None, metavar="[KIND]", help="One of its kinds: shows its keys, types and defaults."
+        None, metavar="[KIND]", help="One of its kinds; shows its keys, types and defaults."
     ),
 ) -> None:
-    """List the extension points and their kinds; with a kind, the keys a recipe may give it."""
+    """List the extension points and their kinds; with a kind, its keys in a recipe."""
     from agglo.cli.terminal import console, kind_help, kind_table, kinds_table
 
     if point and kind:
@@ -66,8 +55,8 @@ def kinds(
         console().print(kinds_table(point))
 
 
-def recipes(name: str = typer.Argument(None, metavar="[NAME]", help="A recipe: shows its whole claim.")) -> None:
-    """List the recipes and what they promise."""
+def recipes(name: str = typer.Argument(None, metavar="[NAME]", help="A recipe; shows its whole claim.")) -> None:
+    """List the recipes and their claims."""
     from agglo.cli.terminal import console, recipe_table, recipes_table
 
     console().print(recipe_table(name) if name else recipes_table())

@@ -1,4 +1,4 @@
-"""The command line. Everything heavy is imported inside the commands, so that `agglo --help` answers at once."""
+"""The command line. Commands import heavy packages when they run, so that `agglo --help` is fast."""
 
 from __future__ import annotations
 
@@ -6,40 +6,34 @@ import contextlib
 import errno
 import os
 import shlex
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from agglo.cli import cache as caching
-from agglo.cli import catalogue
-from agglo.cli import measure as evaluating
+from agglo.cli import catalogue, measure, models
+from agglo.cli.arguments import checked_device, is_main_process
 from agglo.types import AggloError, ConfigError
-
-if TYPE_CHECKING:
-    from agglo.model.model import Model
 
 INTERRUPTED = 130
 ALONE = frozenset({"cache", "embed", "eval", "export", "push", "report", "view"})
-"""Commands that write, and do not share their work: of several processes each would write the same files."""
-SHOWN = 448
-"""Longer side, in pixels, of an image in the picture that `view` writes."""
+"""Commands that run in one process: of several, each would write the same files."""
 
 
 class Commands(TyperGroup):
-    """Turns what went wrong into one line and an exit code; ``AGGLO_TRACEBACK=1`` shows where it came from."""
+    """Prints an error as one line and sets the exit code; ``AGGLO_TRACEBACK=1`` shows the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command: exit code 2 for errors that name a next move, 130 for Ctrl-C."""
+        """Run the command: exit code 2 for errors of the input or the system, 130 for Ctrl-C."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             if os.environ.get("AGGLO_TRACEBACK"):
                 raise
-            if _speaks():
+            if is_main_process():
                 typer.echo("agglo: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # `agglo models | head`
@@ -47,16 +41,11 @@ class Commands(TyperGroup):
         except (AggloError, OSError) as error:
             if os.environ.get("AGGLO_TRACEBACK"):
                 raise
-            if type(error).__name__ == "OtherRankError":  # the process that met it says so
+            if type(error).__name__ == "OtherRankError":  # raised and printed by another process
                 raise typer.Exit(2) from None
             what = str(error) if isinstance(error, AggloError) or not error.strerror else _os_error(error)
             typer.echo(f"agglo: {what}", err=True)
             raise typer.Exit(2) from None
-
-
-def _speaks() -> bool:
-    """Whether this is the first of the processes that torchrun started, or the only one."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _os_error(error: OSError) -> str:
@@ -76,13 +65,10 @@ app = typer.Typer(
     "Begin with: agglo train quickstart",
 )
 
-MODEL = typer.Option("agglo-lite", "--model", "-m", help="A released name, a saved model, or a run folder.")
-OVERWRITE = typer.Option(False, "--overwrite", help="Replace the output if it exists.")
-
 
 def main() -> None:
     """Entry point of the ``agglo`` command."""
-    # The loader's threads share the cores with OpenMP's, which by default spin while they wait: ten-fold slower on two.
+    # By default OpenMP's threads spin while they wait and take the cores from the loader's: 10 x slower on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
@@ -103,7 +89,7 @@ def options(
     """Options before the command."""
     del version
     if ctx.invoked_subcommand in ALONE and os.environ.get("WORLD_SIZE", "1") != "1":
-        if not _speaks():
+        if not is_main_process():
             raise typer.Exit(2)
         raise ConfigError(
             f"`agglo {ctx.invoked_subcommand}` writes with one process: start it without torchrun (WORLD_SIZE is set)"
@@ -144,12 +130,12 @@ def train(
 
     from agglo.dist import local_device
 
-    device = evaluating.checked_device(local_device(device))
+    device = checked_device(local_device(device))
 
     from agglo.training.loop import distill
 
     distill(resolved, folder, resume=resume, overwrite=overwrite, device=device)
-    if not _speaks():  # the model is saved, and one process measures it
+    if not is_main_process():  # the model is saved, and one process measures it
         return
     if resolved.objective.kind == "upsample":
         typer.echo(
@@ -157,16 +143,17 @@ def train(
         )
         return
     with _saved(folder):
-        if evals and resolved.evals:
-            evaluating.measure_run(folder, device)
+        complete = not (evals and resolved.evals) or measure.measure_run(folder, device)
         if report:
-            evaluating.write_report(folder)
+            measure.write_report(folder)
     run = shlex.quote(str(folder))
     typer.echo(
         f'\nNext:\n  agglo search --photos "a cup of coffee" --model {run}\n'
         f"  agglo view YOUR_IMAGE.jpg -o view.png --model {run}\n"
         f"  agglo embed YOUR_FOLDER -o embeddings.parquet --model {run}"
     )
+    if not complete:
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager
@@ -181,162 +168,15 @@ def _saved(folder: Path) -> Iterator[None]:
         raise
 
 
-# --- using a model ----------------------------------------------------------------------------------------------------
+# --- the other commands -----------------------------------------------------------------------------------------------
 
-
-@app.command()
-def embed(
-    folder: Path = typer.Argument(metavar="DIR", help="A folder of images (with its sub-folders), or one image."),
-    out: Path = typer.Option(..., "--out", "-o", help="A .parquet or .npz file."),
-    model: str = MODEL,
-    size: int | None = typer.Option(
-        None, help="Side of the square the model sees, in pixels; its preferred size by default."
-    ),
-    batch: int = typer.Option(32, help="Images at a time."),
-    head: str | None = typer.Option(None, help="The text-aligned head to write; the first there is by default."),
-    device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
-    overwrite: bool = OVERWRITE,
-) -> None:
-    """Turn every image of a folder into vectors: path, summary, and the text-aligned embedding."""
-    from agglo.cli.terminal import embed_with_bar
-    from agglo.embedding import as_files, check_output
-
-    target = check_output(out, overwrite=overwrite)
-    if target.suffix == ".parquet":
-        from agglo.extras import require
-
-        require("pyarrow.parquet", "quickstart")  # now, not after an hour of encoding
-    source = as_files(folder)
-    loaded = _load(model, device, text=True)
-    embeddings = embed_with_bar(source, loaded, model, size=size, batch=batch, head=head)
-    embeddings.save(target, overwrite=overwrite)
-    shapes = ", ".join(f"{name} {array.shape[1]}" for name, array in embeddings.columns().items())
-    typer.echo(f"wrote {len(embeddings)} images to {target} ({shapes})")
-    _name_skipped(embeddings.skipped)
-
-
-@app.command()
-def search(
-    words: list[str] = typer.Argument(metavar="[DIR] TEXT", help="A folder of images, and what to look for."),
-    photos: bool = typer.Option(False, "--photos", help="Search the photos that come with agglo; give only the text."),
-    k: int = typer.Option(5, "-k", help="How many images to list."),
-    model: str = MODEL,
-    size: int | None = typer.Option(
-        None, help="Side of the square the model sees, in pixels; its preferred size by default."
-    ),
-    device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
-) -> None:
-    """Rank images by a text: agglo search DIR "a cup of coffee"."""
-    from agglo.cli.terminal import embed_with_bar
-    from agglo.config import build
-    from agglo.embedding import as_files
-    from agglo.embedding import search as rank
-
-    if not photos and len(words) < 2:
-        raise ConfigError(
-            'search needs a folder and a text: agglo search DIR "a cup of coffee", or --photos and a text'
-        )
-    text = " ".join(words if photos else words[1:])
-    if not text.strip():
-        raise ConfigError("the text to search for is empty")
-    if k < 1:
-        raise ConfigError(f"-k must be at least 1, got {k}")
-    source = build("sources", {"kind": "photos", "split": "all"}) if photos else as_files(words[0])
-    loaded = _load(model, device, text=True)
-    try:
-        loaded.text_head()
-    except TypeError as error:
-        raise ConfigError(f"{model}: {error}") from None
-    embeddings = embed_with_bar(source, loaded, model, size=size, batch=32, head=None)
-    for hit in rank(embeddings, loaded, text, k):
-        typer.echo(f"{hit.score:6.3f}  {hit.name}")
-    _name_skipped(embeddings.skipped)
-
-
-@app.command()
-def view(
-    images: list[Path] = typer.Argument(metavar="IMAGE...", help="Images; several share their colours."),
-    out: Path | None = typer.Option(
-        None, "--out", "-o", help="A .png or .jpg file; <first image>-view.png by default."
-    ),
-    model: str = MODEL,
-    size: int | None = typer.Option(None, help="Longer side at which the model looks; at least 512 by default."),
-    blocks: bool = typer.Option(False, "--blocks", help="Show each cell of the map as a block, not interpolated."),
-    overwrite: bool = OVERWRITE,
-) -> None:
-    """Write each image beside the picture of its spatial features (three principal components as RGB)."""
-    from agglo.embedding import check_output, look
-    from agglo.report.picture import fitted, pca_basis, pca_picture, side_by_side, stacked
-
-    name = out or Path(f"{images[0].stem}-view.png")
-    target = check_output(name, overwrite=overwrite, endings=(".png", ".jpg", ".jpeg", ".webp"))
-    if any(target.resolve() == image.expanduser().resolve() for image in images):
-        raise ConfigError(f"{target} is one of the images: name another file with -o")
-    loaded = _load(model)
-    looks, skipped = look(images, loaded, size=size)
-    basis = pca_basis([each.spatial for each in looks])
-    rows = []
-    for each in looks:
-        image, cells = fitted(each.image, SHOWN), "{1} x {2} cells".format(*each.spatial.shape)
-        seen = pca_picture(each.spatial, basis, (image.height, image.width), smooth=not blocks)
-        rows.append(side_by_side([image, seen], [Path(each.name).name, f"{model}, {cells}"]))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        stacked(rows).save(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    typer.echo(f"wrote {target}")
-    _name_skipped(skipped)
-
-
-@app.command()
-def export(
-    model: str = typer.Argument(
-        metavar="MODEL",
-        help="A released name, a saved model, a run folder, an official file or folder, or owner/name on the hub.",
-    ),
-    kind: str = typer.Option(..., "--to", help="A layout: transformers, timm (see `agglo kinds exports`)."),
-    out: Path = typer.Option(..., "--out", "-o", help="A folder."),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
-) -> None:
-    """Write a model as another library's checkpoint: the backbone, without heads."""
-    from agglo.exports.base import export as write
-
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        folder = write(model, kind, out, dtype=dtype)
-    for warning in said:
-        typer.echo(f"note: {warning.message}", err=True)
-    typer.echo(f"wrote {folder}")
-
-
-def _load(model: str, device: str | None = None, *, text: bool = False) -> Model:
-    from agglo.zoo.loading import load
-
-    return load(model, heads="text" if text else None, device=evaluating.checked_device(device) or "cpu")
-
-
-def _name_skipped(skipped: dict[str, str], most: int = 10) -> None:
-    """Count and name the images that were passed over, on stderr."""
-    if not skipped:
-        return
-    typer.echo(f"skipped {len(skipped)} image{'s' if len(skipped) > 1 else ''}:", err=True)
-    for name, why in list(skipped.items())[:most]:
-        typer.echo(f"  {why if why.startswith(name) else f'{name}: {why}'}", err=True)
-    if len(skipped) > most:
-        typer.echo(f"  and {len(skipped) - most} more", err=True)
-
-
-app.command("eval")(evaluating.eval_command)
-for command in (evaluating.report, evaluating.compare):
-    app.command()(command)
-
-
-# --- what there is ----------------------------------------------------------------------------------------------------
-
-for command in (caching.cache, catalogue.models, catalogue.info, catalogue.push, catalogue.kinds, catalogue.recipes):
+app.command("eval")(measure.eval_command)
+for command in (
+    measure.report, measure.compare,
+    models.embed, models.search, models.view, models.export, models.push,
+    caching.cache,
+    catalogue.models, catalogue.info, catalogue.kinds, catalogue.recipes,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -1,14 +1,16 @@
-"""The commands that measure models, report what was measured, and compare two models."""
+"""The commands eval, report and compare."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from agglo.cli.arguments import JSON, OVERWRITE_JSON, checked_device, checked_json
 from agglo.types import AggloError, ConfigError
 
 if TYPE_CHECKING:
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from agglo.results.comparing import Compared
     from agglo.results.records import Result
     from agglo.teachers.base import Teacher
-
-_MOST = 5
 
 
 def eval_command(
@@ -30,44 +30,46 @@ def eval_command(
     ),
     suite: str = typer.Option("", "--suite", "-s", help="quick (the default), dense, full or demo."),
     evals: str = typer.Option("", "--evals", help="Kinds instead: knn,zero_shot; with --protocol, names of its evals."),
-    protocol: str | None = typer.Option(None, help="As they measured: nvidia, siglino, eupe or probe3d."),
+    protocol: str | None = typer.Option(None, help="A published protocol: nvidia, siglino, eupe or probe3d."),
     data: Path | None = typer.Option(None, help="The folder of data sets; AGGLO_DATA by default."),
     sizes: str = typer.Option("", "--sizes", help="Run each eval at several sides, in pixels: 128,224,448."),
     out: Path | None = typer.Option(
         None, "--out", "-o", help="Folder of results.jsonl; RUN/evals or evals/<model> by default."
     ),
-    numbers: Path | None = typer.Option(None, "--json", help="Also write the numbers to this .json file."),
-    again: bool = typer.Option(False, "--again", help="Measure what is in the folder already, too."),
+    numbers: Path | None = JSON,
+    again: bool = typer.Option(False, "--again", help="Measure existing results again."),
     features: bool = typer.Option(True, "--features/--no-features", help="Keep encoded images in the folder."),
-    pictures: bool = typer.Option(True, "--pictures/--no-pictures", help="Paint what the model sees, for the report."),
+    pictures: bool = typer.Option(True, "--pictures/--no-pictures", help="Paint spatial features for the report."),
     workers: int = typer.Option(0, help="Threads that read images ahead."),
     device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the .json file if it exists."),
+    overwrite: bool = OVERWRITE_JSON,
 ) -> None:
-    """Measure a model; each number is kept as soon as it is there, so an interrupted suite goes on where it stopped."""
+    """Measure a model. Resumable."""
     from agglo.harness.protocols import plan
     from agglo.harness.protocols import protocol as published
 
     if out is not None and out.suffix == ".json":
         raise ConfigError(f"--out {out} is a folder of results: write single numbers with --json {out}")
-    target = None
-    if numbers is not None:
-        from agglo.embedding import check_output
-
-        target = check_output(numbers, overwrite=overwrite, endings=(".json",))
+    target = checked_json(numbers, overwrite=overwrite)
     if suite and (evals or protocol):
         raise ConfigError("--suite excludes --evals and --protocol: name one of them")
     what = evals if protocol else (evals or suite or "quick")
     entries = plan(what, published=protocol, data=data, sizes=_sides(sizes), changes=changes or [])
     loaded, name, options = load(model, device, heads=_heads(entries))
     folder = out or default_folder(model)
+    facts = None
+    if _is_run(Path(model)) and folder == default_folder(model):  # beside what `agglo train` measured, under one name
+        from agglo.harness.runs import facts_of
+        from agglo.results.records import STUDENT
+
+        name, facts = STUDENT, facts_of(Path(model), STUDENT)
     found = _measure(
-        loaded, name, entries, folder, built_from=options, published=protocol, again=again, workers=workers,
-        keep_features=features, teachers=_teachers(model, entries, device),
+        loaded, name, entries, folder, built_from=options, facts=facts, published=protocol, again=again,
+        workers=workers, keep_features=features, teachers=_teachers(model, entries, device),
     )  # fmt: skip
     if pictures and found.results:
         _paint(loaded, found, folder)
-    _tell(found, folder)
+    _print_measured([found], folder)
     if protocol:
         for line in published(protocol).differs:
             typer.echo(f"not as published: {line}", err=True)
@@ -84,48 +86,47 @@ def eval_command(
 
 
 def report(
-    runs: list[Path] = typer.Argument(metavar="RUN...", help="A run of agglo train; or folders of agglo eval."),
-    out: Path | None = typer.Option(None, "--out", "-o", help="The page of eval results, .html."),
+    runs: list[Path] = typer.Argument(metavar="RUN...", help="A run of agglo train, or folders of results."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="The page of results, .html."),
 ) -> None:
-    """One HTML page: of a training run (its evals first, where they are missing), or of all results of some folders."""
+    """Write an HTML page of a training run, or of all results of some folders."""
     if len(runs) == 1 and not (runs[0] / "results.jsonl").is_file() and _is_run(runs[0]) and out is None:
         return report_run(runs[0])
-    from agglo.report.measured import write_results
+    from agglo.report.page import write_results
 
     page = out or ((runs[0] if runs[0].is_dir() else runs[0].parent) if len(runs) == 1 else Path()) / "report.html"
     if page.is_file() and 'name="generator" content="agglo"' not in page.read_text(encoding="utf-8", errors="ignore"):
-        raise ConfigError(f"{page} exists and is no report of ours: name another file with -o")
+        raise ConfigError(f"{page} exists and is not a report of agglo: name another file with -o")
     html, table = write_results(runs, page)
     typer.echo(f"report: {html}\ntable: {table}")
 
 
 def compare(
-    a: str = typer.Argument(metavar="A", help="A folder of agglo eval; FOLDER#MODEL where it holds several."),
+    a: str = typer.Argument(metavar="A", help="A run, or a folder of results; FOLDER#MODEL if it holds several."),
     b: str = typer.Argument(metavar="B", help="The other."),
-    most: int = typer.Option(_MOST, help="Classes and images to show of each eval."),
-    seed: int = typer.Option(0, help="Of the bootstrap."),
-    numbers: Path | None = typer.Option(None, "--json", help="Also write everything to this .json file."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the .json file if it exists."),
+    most: int = typer.Option(5, help="Number of classes and images to show per metric."),
+    seed: int = typer.Option(0, help="Seed of the bootstrap."),
+    numbers: Path | None = JSON,
+    overwrite: bool = OVERWRITE_JSON,
 ) -> None:
-    """How sure is a difference: paired bootstrap over images, classes and images that changed."""
+    """Compare two models image by image, with paired bootstrap intervals."""
     from agglo.results.comparing import compare as pair
     from agglo.results.records import read_images
 
-    target = None
-    if numbers is not None:
-        from agglo.embedding import check_output
-
-        target = check_output(numbers, overwrite=overwrite, endings=(".json",))
-    (ours, a_folder, a_title), (theirs, b_folder, b_title) = (_results(place) for place in (a, b))
-    names = [name for name in ours if name in theirs]
+    target = checked_json(numbers, overwrite=overwrite)
+    (first, a_folder, a_title), (second, b_folder, b_title) = (_results(place) for place in (a, b))
+    if a_title == b_title and a_folder != b_folder:
+        a_title, b_title = (f"{folder}#{title}" for folder, title in ((a_folder, a_title), (b_folder, b_title)))
+    names = [name for name in first if name in second]
     if not names:
-        raise ConfigError(f"no eval was run on both: {', '.join(ours)} and {', '.join(theirs)}")
+        raise ConfigError(f"no eval was run on both: {', '.join(first)} and {', '.join(second)}")
     found = [
-        pair(ours[n], theirs[n], read_images(a_folder, ours[n]), read_images(b_folder, theirs[n]), seed) for n in names
+        pair(first[n], second[n], read_images(a_folder, first[n]), read_images(b_folder, second[n]), seed)
+        for n in names
     ]
     for one in found:
-        _tell_compared(one, a_title, b_title, most)
-    only = [name for name in (*ours, *theirs) if name not in names]
+        _print_compared(one, a_title, b_title, most)
+    only = [name for name in (*first, *second) if name not in names]
     if only:
         typer.echo(f"on one of them only: {', '.join(only)}", err=True)
     if target is not None:
@@ -142,14 +143,14 @@ def compare(
 
 
 def _heads(entries: list[dict[str, Any]]) -> str:
-    """The heads to load: those of released models are large, so all of them only where an eval reads them."""
+    """The heads to load. Those of released models are large: all of them only if an eval reads them."""
     from agglo.config import find
 
     return "all" if any(getattr(find("evals", str(e["kind"])), "needs_heads", False) for e in entries) else "text"
 
 
 def load(model: str, device: str | None, heads: str = "text") -> tuple[Any, str, dict[str, Any] | None]:
-    """A model by name or path, or a teacher by its options as YAML; what to call it; and those options."""
+    """A model by name or path, or a teacher by its options as YAML; its name in tables; and those options."""
     where = checked_device(device) or "cpu"
     if model.lstrip().startswith("{"):
         from agglo.config import build, read_yaml
@@ -160,30 +161,12 @@ def load(model: str, device: str | None, heads: str = "text") -> tuple[Any, str,
         return teacher, " ".join([str(options.get("kind")), *rest]), options
     from agglo.zoo import loading as zoo
 
-    # Heads of ours are small, and a model is one model, whatever is measured.
+    # Heads of our models are small; loading all of them gives the model one hash for every eval.
     return zoo.load(model, heads=None if zoo.is_ours(model) else heads, device=where), model, None
 
 
-def checked_device(device: str | None) -> str | None:
-    """The device, found out to work before anything is loaded onto it.
-
-    Raises:
-        ConfigError: it does not work here.
-    """
-    if device is None:
-        return None
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--device {device} cannot be used here ({first}): try --device cpu") from None
-    return device
-
-
 def default_folder(model: str) -> Path:
-    """Where results of a model go unless told otherwise: into its run folder, else ``evals/<model>``."""
+    """The default folder of a model's results: in its run folder, else ``evals/<model>``."""
     from agglo.results.identity import file_name
 
     return Path(model) / "evals" if _is_run(Path(model)) else Path("evals") / file_name(model)
@@ -194,7 +177,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _teachers(model: str, entries: list[dict[str, Any]], device: str | None) -> dict[str, Teacher] | None:
-    """The teachers of a run, where an eval compares with them."""
+    """The teachers of a run, if an eval compares with them."""
     from agglo.results.identity import takes_teachers
 
     recipe = Path(model) / "recipe.yaml"
@@ -213,91 +196,91 @@ def _sides(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def _measure(loaded: Any, name: str, entries: list[dict[str, Any]], folder: Path, **options: Any) -> Measured:
     from agglo.cli.terminal import status
     from agglo.harness.measuring import measure
 
-    def done(outcome: Outcome) -> None:
-        if outcome.metrics is not None:
-            first = ", ".join(f"{key} {value:.3f}" for key, value in list(outcome.metrics.items())[:3])
-            typer.echo(f"{outcome.name}: {first} ({outcome.seconds:.1f} s)", err=True)
-        for warning in outcome.warnings:
-            typer.echo(f"  note: {warning}", err=True)
-
-    with status(f"eval · {len(entries)} evals") as say:
+    with status(f"eval · {len(entries)} evals") as show:
         try:
-            return measure(loaded, name, entries, folder, progress=say, done=done, **options)
+            return measure(loaded, name, entries, folder, progress=show, done=_print_outcome, **options)
         except KeyboardInterrupt:
-            typer.echo(f"stopped; what is finished is in {folder}. The same command goes on from there.", err=True)
+            typer.echo(f"stopped; finished results are in {folder}. The same command resumes.", err=True)
             raise
+
+
+def _print_outcome(outcome: Outcome, model: str = "") -> None:
+    if outcome.metrics is not None:
+        first = ", ".join(f"{key} {value:.3f}" for key, value in list(outcome.metrics.items())[:3])
+        typer.echo(f"{model}{outcome.name}: {first} ({outcome.seconds:.1f} s)", err=True)
+    for warning in outcome.warnings:
+        typer.echo(f"  note: {warning}", err=True)
 
 
 def _paint(loaded: Any, found: Measured, folder: Path) -> None:
     from agglo.cli.terminal import status
     from agglo.harness.pictures import paint
 
-    with status("painting what the model sees"):
+    with status("painting spatial features"):
         try:
             paint(loaded, found.model["hash"], folder)
-        except (AggloError, OSError, ValueError) as error:  # numbers without pictures are still numbers
+        except (AggloError, OSError, ValueError) as error:  # the numbers are kept without pictures
             typer.echo(f"no pictures: {error}", err=True)
 
 
-def _tell(found: Measured, folder: Path) -> None:
-    name = str(found.model["name"])
-    lower = frozenset(metric for result in found.results.values() for metric in result.lower_is_better)
-    if found.results:
-        print_numbers({name: {each: dict(result.metrics) for each, result in found.results.items()}}, lower)
-    if found.known:
-        typer.echo(f"already measured: {', '.join(found.known)} (--again measures anew)", err=True)
-    for each, why in found.skipped.items():
-        typer.echo(f"{each} left out: {why}", err=True)
-    for each, why in found.failed.items():
-        typer.echo(f"{each} failed: {why}", err=True)
-    if not found.results:
-        typer.echo(f"nothing was measured on {name}: every eval was left out or failed", err=True)
+def _print_measured(measured: Sequence[Measured], folder: Path) -> None:
+    from agglo.cli.terminal import console, results_table
+
+    results = [result for found in measured for result in found.results.values()]
+    if results:
+        console().print(results_table(results))
+    for found in measured:
+        name = f"{found.model['name']}: " if len(measured) > 1 else ""
+        if found.known:
+            typer.echo(f"{name}already measured: {', '.join(found.known)} (--again measures anew)", err=True)
+        for each, why in found.skipped.items():
+            typer.echo(f"{name}{each} left out: {why}", err=True)
+        for each, why in found.failed.items():
+            typer.echo(f"{name}{each} failed: {why}", err=True)
+    if results:
+        typer.echo(f"results: {folder / 'results.jsonl'}; view them with `agglo report {shlex.quote(str(folder))}`")
     else:
-        typer.echo(f"results: {folder / 'results.jsonl'}; look at them with `agglo report {shlex.quote(str(folder))}`")
+        names = ", ".join(str(found.model["name"]) for found in measured)
+        typer.echo(f"nothing was measured on {names}: every eval was left out or failed", err=True)
 
 
-def print_numbers(models: dict[str, Any], lower: frozenset[str]) -> None:
-    """The table of numbers, on the terminal."""
-    from agglo.cli.terminal import console, numbers_table
-
-    console().print(numbers_table(models, lower))
-
-
-def measure_run(folder: Path, device: str | None = None) -> None:
-    """A training run's evals, with a status line, then their table."""
+def measure_run(folder: Path, device: str | None = None) -> bool:
+    """Measure a training run and print the table; return False if an eval failed."""
     from agglo.cli.terminal import status
-    from agglo.training.measure import measure
+    from agglo.harness import runs
 
-    with status("evals") as say:
-        record = measure(folder, device=device, progress=say)
-    print_numbers(record["models"], frozenset(record["lower_is_better"]))
+    with status("evals") as show:
+        found = runs.measure_run(
+            folder, device=device, progress=show, done=lambda model, outcome: _print_outcome(outcome, f"{model}: ")
+        )
+    _print_measured(list(found.values()), folder / runs.RESULTS)
+    return not any(each.failed for each in found.values())
 
 
 def report_run(run: Path) -> None:
-    """A training run's page; its evals first, where they were not run yet."""
-    recipe = run / "recipe.yaml"
-    if recipe.is_file() and (run / "model").is_dir() and not (run / "evals.json").is_file():
-        from agglo.recipe import load as load_recipe
+    """Write the page of a training run; measure the run first if its results are missing."""
+    if (run / "recipe.yaml").is_file() and (run / "model").is_dir():
+        from agglo.harness.runs import is_measured
 
-        if load_recipe(str(recipe)).evals:
+        if not is_measured(run):
             measure_run(run)
     write_report(run)
 
 
 def write_report(folder: Path) -> None:
-    """A training run's page, and where it is."""
+    """Write the page of a training run and print its path."""
     from agglo.cli.terminal import status
-    from agglo.report import write
+    from agglo.report.run_page import write_run
 
-    with status("report"):
-        page = write(folder)
+    with status("report") as show:
+        page = write_run(folder, show)
     typer.echo(f"report: {page}")
 
 
@@ -305,21 +288,22 @@ def write_report(folder: Path) -> None:
 
 
 def _results(place: str) -> tuple[dict[str, Result], Path, str]:
-    """The results of a row (:func:`agglo.results.tables.labels`) by name, the folder they lie in, and the row's label.
+    """The results of one model by name, their folder, and the model's row (:func:`agglo.results.tables.labels`).
 
     Raises:
-        ConfigError: the folder holds no results, or several rows and none is named, or none of that name.
+        ConfigError: no results; or several models, none of them named or the student of a run; or an unknown name.
     """
-    from agglo.results.records import read, results_file
+    from agglo.results.records import STUDENT, current, read, results_file
     from agglo.results.tables import labels
 
     path, _, wanted = (place, "", "") if os.path.exists(place) else place.rpartition("#")
-    found = read(path or place)
+    found = current(read(path or place))
     if not found:
         raise ConfigError(f"{results_file(path or place)} holds no results: measure first, with `agglo eval MODEL`")
     called = labels(found)
     names = list(dict.fromkeys(called.values()))
-    if not wanted and len(names) > 1:
+    students = list(dict.fromkeys(called[each.id] for each in found if each.model.get("role") == STUDENT))
+    if not wanted and len(names) > 1 and len(students) != 1:
         raise ConfigError(
             f"{place} holds results of {', '.join(names)}: name one, {shlex.quote(f'{place}#{names[0]}')}"
         )
@@ -327,7 +311,7 @@ def _results(place: str) -> tuple[dict[str, Result], Path, str]:
         from agglo.config import nearest
 
         raise ConfigError(f"{path} holds no results of {wanted!r}{nearest(wanted, names)}")
-    wanted = wanted or names[0]
+    wanted = wanted or (students or names)[0]
     return {each.name: each for each in found if called[each.id] == wanted}, Path(path or place), wanted
 
 
@@ -335,18 +319,18 @@ def _numbers(x: float, y: float) -> tuple[str, str, str]:
     return f"{x:.4f}", f"{y:.4f}", f"{y - x:+.4f}"
 
 
-def _tell_compared(one: Compared, a: str, b: str, most: int) -> None:
+def _print_compared(one: Compared, a: str, b: str, most: int) -> None:
     from agglo.cli.terminal import console, table
 
     if one.why:
-        typer.echo(f"{one.name}: not compared, for the two were measured differently: {one.why}\n")
+        typer.echo(f"{one.name}: not compared, measured differently: {one.why}\n")
         return
     made = table("metric", a, b, "difference", "95 % interval", "b better", title=one.name, right=1)
     intervals = {interval.metric: interval for interval in one.intervals}
     for metric in dict.fromkeys((*one.metrics, *intervals)):
         interval, values = intervals.get(metric), one.metrics.get(metric)
         arrow = " ↓" if metric in one.lower_is_better else ""
-        # A ratio of sums (mIoU) is not the mean of its images' values, and the interval is that of their mean.
+        # A ratio of sums (mIoU) is not the mean of its images' values; the interval is that of the mean.
         apart = interval is not None and values is not None and abs(interval.a - values[0]) > 1e-6
         if values is not None and (interval is None or apart):
             made.add_row(f"{metric}{arrow}", *_numbers(*values), "", "")

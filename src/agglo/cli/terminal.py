@@ -1,4 +1,4 @@
-"""What the command line shows: tables of models, kinds, recipes and numbers; a status line; a progress bar."""
+"""Tables of models, kinds, recipes and results; a status line; a progress bar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ from agglo.types import AggloError
 if TYPE_CHECKING:
     from agglo.embedding import Embeddings
     from agglo.model.model import Model
+    from agglo.results.records import Result
     from agglo.sources.base import Source
     from agglo.zoo.info import ModelInfo
 
 
 def table(*columns: str, title: str | None = None, right: int | None = None) -> Table:
-    """An empty table in the house's style; columns from index ``right`` on hold numbers."""
+    """An empty table; columns from index ``right`` on hold numbers."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         number = right is not None and index >= right
@@ -41,7 +42,7 @@ def models_table() -> Table:
     from agglo.zoo.loading import list_models
     from agglo.zoo.releases import SIZES_ASSUME, HubModel
 
-    made = table("model", "params", "size", "licence", "what for")
+    made = table("model", "params", "size", "licence", "use")
     for model in list_models():
         size = f"{model.megabytes:.1f} MB" if model.bundled else "not bundled"
         if isinstance(model, HubModel):
@@ -53,33 +54,33 @@ def models_table() -> Table:
 
 
 def info_table(info: ModelInfo) -> Table:
-    """What one needs to know of a model."""
+    """A model's widths, tokens, heads, legal sizes and cost."""
     made = Table(box=None, show_header=False, pad_edge=False)
 
-    def tell(name: str, text: str) -> None:
+    def add(name: str, text: str) -> None:
         made.add_row(Text(name, "bold"), Text(text))
 
     height, width = info.size
     flops, (weights, activations) = info.flops, info.memory
-    tell("model", info.name)
-    tell("licence", info.licence)
-    tell("student", ", ".join(f"{key} {value}" for key, value in info.student.items()))
+    add("model", info.name)
+    add("licence", info.licence)
+    add("student", ", ".join(f"{key} {value}" for key, value in info.student.items()))
     heads = f" + {info.params[1] / 1e6:.1f} M in heads" if info.params[1] else ""
-    tell("parameters", f"{info.params[0] / 1e6:.1f} M{heads}")
+    add("parameters", f"{info.params[0] / 1e6:.1f} M{heads}")
     slots = f" ({info.summary[1]} class tokens)" if info.summary[1] > 1 else ""
-    tell("summary", f"{info.summary[0]}{slots}")
-    tell("map", f"{info.spatial} channels, a cell every {info.stride} pixels")
-    tell("tokens", f"class: {', '.join(info.tokens)}; {info.registers} registers")
+    add("summary", f"{info.summary[0]}{slots}")
+    add("map", f"{info.spatial} channels, a cell every {info.stride} pixels")
+    add("tokens", f"class: {', '.join(info.tokens)}; {info.registers} registers")
     largest = f"; made for up to {info.largest}" if info.largest else ""
-    tell("sizes", f"sides that are multiples of {info.step} pixels; best at {info.preferred}{largest}")
-    tell("windows", "window=6 to 32 patches (ViTDet), or none" if info.windows else "none")
+    add("sizes", f"sides that are multiples of {info.step} pixels; best at {info.preferred}{largest}")
+    add("windows", "window=6 to 32 patches (ViTDet), or none" if info.windows else "none")
     for name, widths in info.heads.items():
         text = ", text" if name in info.text else ""
-        tell(f"head {name}", (_head_widths(*widths) if widths else "widths are told by the download") + text)
-    tell(
+        add(f"head {name}", (_head_widths(*widths) if widths else "widths known after the download") + text)
+    add(
         f"cost at {height}x{width}",
-        f"{flops / 1e9:.1f} GFLOPs an image; {weights / 1e6:.0f} MB of weights and {activations / 1e6:.0f} MB beside "
-        "them in float32, half of both in bfloat16",
+        f"{flops / 1e9:.1f} GFLOPs per image; {weights / 1e6:.0f} MB of weights and {activations / 1e6:.0f} MB of "
+        "activations in float32, half of both in bfloat16",
     )
     return made
 
@@ -114,7 +115,7 @@ def kind_help(point: str, kind: str) -> str:
 
 
 def recipes_table() -> Table:
-    """The recipes in the package, with what they promise."""
+    """The recipes in the package and their claims."""
     from agglo.recipe import RECIPES, names
 
     made = table("recipe", "claim", "hardware", "time")
@@ -122,7 +123,7 @@ def recipes_table() -> Table:
         try:
             claim = read_yaml((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), name).get("claim") or {}
             row = [str(claim.get(key, "")) for key in ("summary", "hardware", "time")]
-        except AggloError as error:  # one bad file must not hide the others
+        except AggloError as error:  # a bad file does not hide the others
             row = [str(error), "", ""]
         made.add_row(Text(name, "bold"), *map(Text, row))
     return made
@@ -141,55 +142,33 @@ def recipe_table(name: str) -> Table:
     made.add_row(
         Text("teachers", "bold"), Text(", ".join(f"{n} ({e.teacher['kind']})" for n, e in recipe.teachers.items()))
     )
-    made.add_row(Text("run", "bold"), f"agglo train {name}   (--smoke: pocket size; --print: the whole recipe)")
+    made.add_row(Text("run", "bold"), f"agglo train {name}   (--smoke: a few steps; --print: the whole recipe)")
     return made
 
 
-def numbers_table(models: Mapping[str, Mapping[str, Any]], lower: frozenset[str] = frozenset()) -> Table:
-    """Metrics down, models across; the better of student and untrained student in bold.
+def results_table(results: Sequence[Result]) -> Table:
+    """Metrics down, models across; the best number of a row in bold."""
+    from agglo.results.tables import columns, number, rows
 
-    Args:
-        models: model → eval → metric → value.
-        lower: metrics that are better when lower; marked with an arrow.
-    """
-    made = table("eval", "metric", *models, right=2)
-    rows = dict.fromkeys(
-        (name, metric)
-        for evals in models.values()
-        for name, metrics in evals.items()
-        if name != "skipped" and isinstance(metrics, Mapping)
-        for metric in metrics
-    )
+    order = rows(results)
+    made = table("eval", "metric", *order, right=2)
     before = None
-    order = list(dict.fromkeys(name for name, _ in rows))
-    for name, metric in sorted(rows, key=lambda row: order.index(row[0])):
-        values = {model: _value(evals, name, metric) for model, evals in models.items()}
-        pair = [v for m in ("student", "untrained") if (v := values.get(m)) is not None]
-        best = None if len(pair) < 2 else (min if metric in lower else max)(pair)
+    for column in columns(results):
+        best = column.best()
         cells = [
-            Text(_number(v), "bold" if v is not None and v == best and m in ("student", "untrained") else "")
-            for m, v in values.items()
+            Text(number(column.values[row]) if row in column.values else "-", "bold" if row in best else "")
+            for row in order
         ]
-        made.add_row("" if name == before else name, Text(metric + (" ↓" if metric in lower else "")), *cells)
+        name = f"{column.name} ({column.mark})" if column.mark else column.name
+        made.add_row("" if name == before else name, Text(column.metric + (" ↓" if column.lower else "")), *cells)
         before = name
     return made
-
-
-def _value(evals: Mapping[str, Any], name: str, metric: str) -> float | None:
-    value = (evals.get(name) or {}).get(metric)
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.3f}"
 
 
 def _first_line(point: str, kind: str) -> str:
     try:
         return (inspect.getdoc(find(point, kind)) or "").strip().partition("\n")[0]
-    except (AggloError, ImportError) as error:  # a third party's kind may be broken; the list must still be shown
+    except (AggloError, ImportError) as error:  # a third party's kind may be broken; list the others
         return f"cannot be imported: {error}"
 
 
@@ -210,15 +189,15 @@ def _plain(value: Any) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The terminal, or what it is piped into."""
+    """The console of stdout or stderr; 160 columns wide if it is not a terminal."""
     made = Console(stderr=stderr)
-    # Piped output is for programs and logs: rows are not folded at 80 columns there.
+    # Piped output is read by programs: do not fold rows at 80 columns.
     return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=160)
 
 
 @contextlib.contextmanager
 def status(title: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that tells what is being done, while it is being done."""
+    """A status line on stderr; yields the function that updates it. Silent if stderr is not a terminal."""
     terminal = console(stderr=True)
     if not terminal.is_terminal:
         yield lambda phrase: None
@@ -230,13 +209,13 @@ def status(title: str) -> Iterator[Callable[[str], None]]:
 def embed_with_bar(
     source: Source, loaded: Model, name: str, *, size: int | None, batch: int, head: str | None
 ) -> Embeddings:
-    """Embed with a progress bar on stderr."""
+    """Embed a source with a progress bar on stderr."""
     from agglo.embedding import embed as encode
 
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     terminal = console(stderr=True)
-    # Skipped images are named once, at the end, not in the middle of the bar.
+    # Skipped images are listed once, after the bar.
     log = logging.getLogger("agglo.data.loader")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from agglo.harness.running import Outcome, prefixed, unique_names
 from agglo.objectives.distill import build_teachers
 from agglo.recipe import Recipe
 from agglo.recipe import load as load_recipe
-from agglo.results.identity import model_hash
+from agglo.results.identity import model_hash, takes_teachers
 from agglo.results.records import FILE, STUDENT, TEACHER, UNTRAINED, read
 from agglo.types import ConfigError
 from agglo.zoo.loading import load as load_model
@@ -65,10 +65,10 @@ def measure_run(
         found[name] = measure(
             model,
             name,
-            entries,
+            entries if own is not None else [each for each in entries if not takes_teachers(str(each["kind"]))],
             folder / RESULTS,
             built_from=recipe.teachers[name].teacher if own is None else None,
-            facts={"role": TEACHER} if own is None else {"role": name, "run": folder.resolve().name},
+            facts={"role": TEACHER} if own is None else facts_of(folder, name),
             teachers=None if own is None else teachers,
             again=again,
             keep_features=False,
@@ -78,6 +78,11 @@ def measure_run(
             done=None if done is None else (lambda outcome, name=name: done(name, outcome)),
         )
     return found
+
+
+def facts_of(folder: Path, role: str) -> dict[str, str]:
+    """The facts on a run's student or untrained student that its results carry."""
+    return {"role": role, "run": folder.resolve().name}
 
 
 def is_measured(folder: Path) -> bool:

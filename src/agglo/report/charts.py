@@ -1,28 +1,29 @@
-"""Charts as inline SVG and plain HTML: no script, colours from the page's variables, so that they follow its theme."""
+"""Charts as inline SVG and plain HTML, without scripts; colours follow the page's theme."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from agglo.report.markup import Child, Markup, number, tag
+from agglo.report.markup import Child, Markup, tag
+from agglo.results.tables import MINUS, number
 
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 26
 LOG_RANGE = 12.0
-"""A curve that spans more than this factor gets a logarithmic axis."""
+"""A curve whose values span a larger factor gets a logarithmic axis."""
 MAX_POINTS = 400
-"""More points than a chart has pixels only make the file larger."""
+"""Points drawn at most: about one per pixel."""
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Two-sided exponential average, without lag: ``s_t = sum_i a^|t-i| x_i / sum_i a^|t-i|``, ``a = 1 - 1/span``.
+    """Two-sided exponential average: ``s_t = sum_i a^|t-i| x_i / sum_i a^|t-i|``, ``a = 1 - 1/span``.
 
     Args:
         values: in order.
-        span: about how many values to each side count; 1 returns the values.
+        span: number of values on each side with a notable weight; 1 returns the values.
     """
     decay = 1 - 1 / max(1.0, span)
 
@@ -34,7 +35,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
         return out
 
     past, future = one_side(values), one_side(values[::-1])[::-1]
-    # Each side holds x_t itself with weight 1, so it is taken off once.
+    # Both sides include x_t with weight 1, so it is subtracted once.
     return [(p + f - x) / (v + w - 1) for x, (p, v), (f, w) in zip(values, past, future, strict=True)]
 
 
@@ -50,7 +51,7 @@ def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Ticks at 1, 2 and 5 times powers of ten inside ``[low, high]``; fewer of them where those would be too many."""
+    """Ticks at 1, 2 and 5 times powers of ten inside ``[low, high]``, thinned to about ``count``."""
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
         ticks = [
@@ -100,19 +101,19 @@ class Axis:
 
 
 def tick_label(value: float) -> str:
-    """A tick's number, as short as it can be told."""
+    """A tick's number in at most four significant digits."""
     if value and (abs(value) >= 10_000 or abs(value) < 0.001):
         mantissa, _, exponent = f"{value:.2g}".partition("e")
         if exponent:
-            return f"{mantissa}e{int(exponent)}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+            return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
+    return f"{value:.4g}".replace("-", MINUS)
 
 
 def line_chart(title: str, points: Sequence[Point], colour: int, *, unit: str = "", tint: bool = True) -> Markup:
-    """One small multiple: the raw curve faint, the smoothed one strong, first and last smoothed value in the caption.
+    """A metric over steps: the raw curve faint, the smoothed one strong, its first and last value in the caption.
 
     Args:
-        title: what is drawn.
+        title: of the chart.
         points: ``(step, value)`` in order of step; values are finite.
         colour: index of the page's series colour.
         unit: after the numbers of the caption.
@@ -153,6 +154,29 @@ def line_chart(title: str, points: Sequence[Point], colour: int, *, unit: str = 
     return tag("figure", head, svg, class_=f"chart c{colour % 8}")
 
 
+def curve_chart(title: str, series: dict[int, tuple[str, list[tuple[int, float]]]]) -> Markup:
+    """Curves of several models over the input size.
+
+    Args:
+        title: of the chart.
+        series: colour → name, and two or more ``(pixels, value)`` points by rising x.
+    """
+    every = [point for _, points in series.values() for point in points]
+    x = Axis(min(p[0] for p in every), max(p[0] for p in every), LEFT, WIDTH - RIGHT, margin=0.03)
+    y = Axis(min(p[1] for p in every), max(p[1] for p in every), HEIGHT - BOTTOM, TOP)
+    marks: list[Child] = [_grid(x, y)]
+    for colour, (name, points) in series.items():
+        at = [(x(a), y(b)) for a, b in points]
+        dots = [tag("circle", cx=_px(a), cy=_px(b), r=3, class_="dot") for a, b in at]
+        values = ", ".join(f"{a} px {number(b)}" for a, b in points)
+        line = tag("path", tag("title", f"{name}: {values}"), d=_path(at), class_="line")
+        marks.append(tag("g", line, dots, class_=f"c{colour % 8}"))
+    svg = tag("svg", marks, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
+    legend = [tag("li", tag("i", class_=f"c{colour % 8}"), name) for colour, (name, _) in series.items()]
+    head = tag("figcaption", tag("span", title, class_="chart-name"))
+    return tag("figure", head, svg, tag("ul", legend, class_="legend"), class_="chart")
+
+
 def _grid(x: Axis, y: Axis) -> list[Markup]:
     marks = []
     for value in y.ticks():
@@ -186,7 +210,7 @@ def stacked_bar(parts: Mapping[str, float]) -> Markup:
     """
     total = sum(parts.values())
     if not total > 0:
-        return tag("p", "No time was booked.", class_="empty")
+        return tag("p", "No times are logged.", class_="empty")
     bars, legend = [], []
     for index, (name, seconds) in enumerate(parts.items()):
         share = 100 * seconds / total
@@ -201,7 +225,7 @@ def stacked_bar(parts: Mapping[str, float]) -> Markup:
 
 
 def dumbbell(before: float | None, after: float | None, *, colour: int = 0) -> Markup:
-    """Where a score in [0, 1] was and where it is now, on one short line; values outside are drawn at the ends."""
+    """A score in [0, 1] before and after, on one line; values outside the range are drawn at its ends."""
     width, height, pad = 220, 20, 8
     axis = Axis(0.0, 1.0, pad, width - pad, margin=0.0)
 
@@ -216,8 +240,8 @@ def dumbbell(before: float | None, after: float | None, *, colour: int = 0) -> M
         marks.append(tag("circle", cx=_px(at(before)), cy=middle, r=4.5, class_="ring"))
     if after is not None:
         marks.append(tag("circle", cx=_px(at(after)), cy=middle, r=5.5, class_="dot"))
-    words = [f"{word} {number(v)}" for word, v in (("before", before), ("after", after)) if v is not None]
+    values = [f"{word} {number(v)}" for word, v in (("before", before), ("after", after)) if v is not None]
     return tag(
         "svg", marks, viewBox=f"0 0 {width} {height}", class_=f"dumbbell c{colour % 8}", role="img",
-        aria_label=", ".join(words),
+        aria_label=", ".join(values),
     )  # fmt: skip

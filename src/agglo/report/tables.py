@@ -1,17 +1,15 @@
-"""Key numbers, the table of evals and the table of agreement."""
+"""Results in HTML: key numbers, the table of metrics and the table of agreement with each teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from agglo.report.charts import dumbbell
-from agglo.report.markup import MINUS, Child, Markup, number, signed, tag
-from agglo.report.records import Records
-from agglo.report.visuals import Search
+from agglo.report.markup import Child, Markup, tag
+from agglo.results.tables import MINUS, Column, number, signed
 
-STUDENT, UNTRAINED, AGREEMENT = "student", "untrained", "agreement"
-
+AGREEMENT = "agreement"
 TITLES = {
     "knn": "Nearest neighbours",
     "zero_shot": "Zero-shot by text",
@@ -41,11 +39,11 @@ HEADLINES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("zero_shot", "Zero-shot {}", ("top1",)),
     ("knn", "Nearest neighbours {}", ("top1",)),
 )
-"""Eval, title of its tile, and the metric to show: the first of these that it has, else its first."""
+"""Eval, title of its tile, and the metric to show: the first of these that was measured, else the eval's first."""
 
 
 def delta(before: float, after: float, *, lower: bool = False) -> Markup:
-    """The change as an arrow and a number, green where it is an improvement and red where it is not."""
+    """A change as an arrow and a number, green for an improvement and red for a regression."""
     change = after - before
     shown = signed(change)
     if not any(char in "123456789" for char in shown):
@@ -56,147 +54,134 @@ def delta(before: float, after: float, *, lower: bool = False) -> Markup:
     )
 
 
+def is_agreement(column: Column) -> bool:
+    """Whether a column compares a student with teachers."""
+    return column.settings.get("kind") == AGREEMENT
+
+
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-def tiles(records: Records, search: Search | None, limit: int = 6) -> Markup | None:
-    """The key numbers: what changed, and what it cost."""
-    student, untrained = records.evals.get(STUDENT, {}), records.evals.get(UNTRAINED, {})
-    shown: list[Markup] = []
-    for eval_name, title, wanted in HEADLINES:
-        if eval_name == AGREEMENT:
-            metric, lower = wanted[0], False
-            now, was = _average(student.get(AGREEMENT, {}), metric), _average(untrained.get(AGREEMENT, {}), metric)
+def metric_tiles(found: Sequence[Column], pair: tuple[str, str]) -> list[Markup]:
+    """One tile per headline metric: the student's value and the change from the untrained student.
+
+    Args:
+        found: columns of the run's results.
+        pair: rows of the untrained student and the student.
+    """
+    untrained, student = pair
+    shown = []
+    for name, title, wanted in HEADLINES:
+        own = [column for column in found if column.name == name and student in column.values]
+        if name == AGREEMENT:
+            own = [column for column in own if column.metric.rpartition("/")[2] == wanted[0] and "/" in column.metric]
         else:
-            metric = _pick(student.get(eval_name, {}), wanted) or ""
-            lower = records.lower(eval_name, metric)
-            now, was = student.get(eval_name, {}).get(metric), untrained.get(eval_name, {}).get(metric)
-        if now is not None:
-            shown.append(_tile(title.format(_metric(metric)), now, was, lower=lower))
-    if search is not None and search.queries:
-        total = len(search.queries)
-        before = "" if search.found_before is None else f"from {search.found_before} before training"
-        shown.insert(0, _plain("Right photo first, by text", [str(search.found), tag("small", f" / {total}")], before))
-    if len(shown) < 3 and records.metrics:
-        shown += _cost(records)
-    return tag("div", shown[:limit], class_="tiles") if shown else None
+            own = [c for metric in wanted for c in own if c.metric.lower() == metric][:1] or own[:1]
+        if not own:
+            continue
+        was = [column.values[untrained] for column in own if untrained in column.values]
+        now = fmean(column.values[student] for column in own)
+        metric = wanted[0] if name == AGREEMENT else own[0].metric
+        change: Child = [f"from {number(fmean(was))}", delta(fmean(was), now, lower=own[0].lower)] if was else ""
+        shown.append(tile(title.format(metric_name(metric)), number(now), change))
+    return shown
 
 
-def _cost(records: Records) -> list[Markup]:
-    images, exact = records.images
-    out = [_plain("Steps", f"{records.steps:,}", ""), _plain("Views seen", f"{'' if exact else '≈ '}{images:,}", "")]
-    if records.seconds:
-        out.append(_plain("Views per second", number(images / records.seconds, 2), "over the whole run"))
-    return out
-
-
-def _tile(title: str, now: float, was: float | None, *, lower: bool = False) -> Markup:
-    under: Child = "" if was is None else [f"from {number(was)}", delta(was, now, lower=lower)]
-    return _plain(title, number(now), under)
-
-
-def _plain(title: str, big: Child, under: Child) -> Markup:
+def tile(title: str, big: Child, under: Child = "") -> Markup:
+    """A key number with its title and a note under it."""
     note = tag("div", under, class_="was") if under else None
     return tag("div", tag("h3", title), tag("div", big, class_="big"), note, class_="tile")
 
 
-def _pick(metrics: Mapping[str, float], wanted: Sequence[str]) -> str | None:
-    lowered = {name.lower(): name for name in metrics}
-    return next((lowered[name] for name in wanted if name in lowered), next(iter(metrics), None))
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _average(metrics: Mapping[str, float], ending: str) -> float | None:
-    values = [value for name, value in metrics.items() if name.rpartition("/")[2] == ending and "/" in name]
-    return fmean(values) if values else None
+def metric_table(found: Sequence[Column], rows: Sequence[str], pair: tuple[str, str] | None = None) -> Markup | None:
+    """Metrics down, grouped by eval, and models across; None if there is no column.
 
-
-# --- evals ------------------------------------------------------------------------------------------------------------
-
-
-def columns(records: Records) -> list[str]:
-    """The models of the table: untrained and trained student, the teachers, then whatever else was measured."""
-    known = [UNTRAINED, STUDENT, *records.teachers]
-    return [name for name in dict.fromkeys([*known, *records.evals]) if name in records.evals]
-
-
-def eval_table(records: Records) -> Markup | None:
-    """Rows are metrics grouped by eval, columns are models; None where nothing but agreement was measured."""
-    names = columns(records)
-    evals = dict.fromkeys(e for name in names for e in records.evals[name] if e != AGREEMENT)
-    names = [name for name in names if any(e in records.evals[name] for e in evals)]
-    if not evals:
+    Args:
+        found: columns of the results.
+        rows: models in order (:func:`agglo.results.tables.rows`); those without a value are left out.
+        pair: rows of the untrained student and the student; adds the change after the student.
+    """
+    shown = [row for row in rows if any(row in column.values for column in found)]
+    if not shown:
         return None
-    compared = {STUDENT, UNTRAINED} <= set(names)
+    student = pair[1] if pair and set(pair) <= set(shown) else None
     heads = [tag("th", "")]
-    for name in names:
-        heads.append(tag("th", name, class_="own" if name == STUDENT else None))
-        if name == STUDENT and compared:
-            heads.append(tag("th", "change"))
-    groups = []
-    for eval_name in evals:
-        metrics = dict.fromkeys(m for name in names for m in records.evals[name].get(eval_name, {}))
-        title = tag("th", TITLES.get(eval_name, eval_name), class_="head", scope="rowgroup")
-        blank = tag("td", "", colspan=len(heads) - 1)
-        rows = [tag("tr", title, blank), *(_row(records, names, eval_name, m, compared) for m in metrics)]
-        groups.append(tag("tbody", rows, class_="group"))
-    return tag("div", tag("table", tag("thead", tag("tr", heads)), groups), class_="scroll")
+    for row in shown:
+        heads.append(tag("th", row, class_="own" if row == student else None))
+        heads += [tag("th", "change")] if row == student else []
+    bodies = []
+    for name, group in _groups((column.name, column) for column in found).items():
+        title = tag("th", TITLES.get(name, name), class_="head", scope="rowgroup")
+        lines = [tag("tr", title, tag("td", "", colspan=len(heads) - 1))]
+        lines += [_line(column, shown, pair if student else None) for column in group]
+        bodies.append(tag("tbody", lines, class_="group"))
+    return _table(heads, bodies)
 
 
-def _row(records: Records, names: Sequence[str], eval_name: str, metric: str, compared: bool) -> Markup:
-    lower = records.lower(eval_name, metric)
-    values = {name: records.evals[name].get(eval_name, {}).get(metric) for name in names}
-    shown = {name: number(value) for name, value in values.items() if value is not None and value == value}
-    finite = {name: value for name, value in values.items() if name in shown and value is not None}
-    best = (min if lower else max)(finite.values()) if len(finite) > 1 else None
-    cells: list[Markup] = [tag("th", _metric(metric), " ↓" if lower else None, scope="row",
-                               title="lower is better" if lower else None)]  # fmt: skip
-    for name in names:
-        value = values[name]
-        # Equal as printed is equal for the reader: both are bold.
-        winner = best is not None and name in shown and shown[name] == number(best)
-        cells.append(_cell(value, "best" if winner else None))
-        if name == STUDENT and compared:
-            now, was = values[STUDENT], values[UNTRAINED]
-            cells.append(
-                tag("td", delta(was, now, lower=lower)) if now is not None and was is not None else _cell(None)
-            )
+def _line(column: Column, rows: Sequence[str], pair: tuple[str, str] | None) -> Markup:
+    best = column.best()
+    cells = [_label(column, metric_name(column.metric))]
+    for row in rows:
+        cells.append(_cell(column.values.get(row), "best" if row in best else None))
+        if pair and row == pair[1]:
+            cells.append(_change(column, pair))
     return tag("tr", cells)
 
 
-def _metric(name: str) -> str:
-    return METRICS.get(name, name.replace("_", " "))
+def agreement_table(found: Sequence[Column], pair: tuple[str, str], teachers: Sequence[str]) -> Markup:
+    """One line per teacher and metric: before, after, change, and both as dots between 0 and 1.
+
+    Args:
+        found: the columns of ``agreement``.
+        pair: rows of the untrained student and the student.
+        teachers: in the order of their colours.
+    """
+    bodies = []
+    for teacher, group in _groups((c.metric.rpartition("/")[0] or "all teachers", c) for c in found).items():
+        colour = teachers.index(teacher) if teacher in teachers else 7
+        lines = [tag("tr", tag("th", teacher, class_="head", scope="rowgroup"), tag("td", "", colspan=4))]
+        for column in group:
+            before, after = (column.values.get(row) for row in pair)
+            label = _label(column, metric_name(column.metric.rpartition("/")[2]))
+            dots = tag("td", dumbbell(before, after, colour=colour))
+            lines.append(tag("tr", label, _cell(before), _cell(after), _change(column, pair), dots))
+        bodies.append(tag("tbody", lines, class_="group"))
+    heads = [tag("th", "teacher"), tag("th", "before"), tag("th", "after", class_="own"), tag("th", "change"),
+             tag("th", "0 — 1")]  # fmt: skip
+    return _table(heads, bodies)
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name in a table."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def _groups(pairs: Iterable[tuple[str, Column]]) -> Mapping[str, list[Column]]:
+    found: dict[str, list[Column]] = {}
+    for name, column in pairs:
+        found.setdefault(name, []).append(column)
+    return found
+
+
+def _table(heads: list[Markup], bodies: list[Markup]) -> Markup:
+    return tag("div", tag("table", tag("thead", tag("tr", heads)), bodies), class_="scroll")
+
+
+def _label(column: Column, name: str) -> Markup:
+    mark = f" ({column.mark})" if column.mark else ""
+    hashes = f"{'lower is better; ' if column.lower else ''}protocol {column.protocol}, data {column.data}"
+    return tag("th", name, " ↓" if column.lower else None, mark, scope="row", title=hashes)
+
+
+def _change(column: Column, pair: tuple[str, str]) -> Markup:
+    before, after = (column.values.get(row) for row in pair)
+    if before is None or after is None:
+        return _cell(None)
+    return tag("td", delta(before, after, lower=column.lower))
 
 
 def _cell(value: float | None, class_: str | None = None) -> Markup:
     return tag("td", "–", class_="none") if value is None else tag("td", number(value), class_=class_)
-
-
-# --- agreement --------------------------------------------------------------------------------------------------------
-
-
-def agreement_table(records: Records) -> Markup | None:
-    """One row a teacher and metric: before, after, change, and both as dots on a line from 0 to 1."""
-    now = records.evals.get(STUDENT, {}).get(AGREEMENT, {})
-    was = records.evals.get(UNTRAINED, {}).get(AGREEMENT, {})
-    by_teacher: dict[str, list[str]] = {}
-    for key in dict.fromkeys([*now, *was]):
-        by_teacher.setdefault(key.rpartition("/")[0] or "all teachers", []).append(key)
-    if not by_teacher:
-        return None
-    teachers, groups = records.teachers, []
-    for teacher, keys in by_teacher.items():
-        colour = teachers.index(teacher) if teacher in teachers else 7
-        rows = [tag("tr", tag("th", teacher, class_="head", scope="rowgroup"), tag("td", "", colspan=4))]
-        for key in keys:
-            before, after = was.get(key), now.get(key)
-            lower = records.lower(AGREEMENT, key.rpartition("/")[2])
-            change = _cell(None)
-            if before is not None and after is not None:
-                change = tag("td", delta(before, after, lower=lower))
-            line = tag("td", dumbbell(before, after, colour=colour))
-            label = tag("th", _metric(key.rpartition("/")[2]), scope="row")
-            rows.append(tag("tr", label, _cell(before), _cell(after), change, line))
-        groups.append(tag("tbody", rows, class_="group"))
-    heads = [tag("th", "teacher"), tag("th", "before"), tag("th", "after", class_="own"), tag("th", "change"),
-             tag("th", "0 — 1")]  # fmt: skip
-    return tag("div", tag("table", tag("thead", tag("tr", heads)), groups), class_="scroll")

@@ -1,27 +1,28 @@
-"""``results.jsonl``: one line for each finished eval, appended, never rewritten.
+"""``results.jsonl``: one line per finished eval, append-only.
 
-Beside it lies ``images/<id>.json.gz``, a value for each image and each class, for whoever compares two models.
+Beside it lies ``images/<id>.json.gz`` with a value for each image and each class.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gzip
 import hashlib
 import json
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from agglo.files import write_bytes
 from agglo.types import AggloError, StorageError
 
 FORMAT = 2
-"""Of a line. Format 1 was the whole file ``evals.json`` of ``agglo eval --out``, without settings or hashes."""
+"""Of a line."""
 
 FILE = "results.jsonl"
 IMAGES = "images"
@@ -31,7 +32,7 @@ STUDENT, UNTRAINED, TEACHER = "student", "untrained", "teacher"
 
 
 class ResultError(AggloError, ValueError):
-    """A result file cannot be read or written as it is; says what to do."""
+    """A result file cannot be read or written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +40,23 @@ class Result:
     """One finished eval of one model.
 
     Args:
-        name: of the result: the eval's kind, or what a suite or protocol calls it (``knn@224``).
+        name: of the result: the eval's kind, or its name in a suite or protocol (``knn@224``).
         kind: the eval's kind.
-        model: ``name``, ``hash``, ``parameters`` and whatever else is known of it.
-        settings: every key of the eval, defaults filled in, without the places of files.
+        model: ``name``, ``hash``, ``parameters``, widths; of a training run's models also ``role`` and ``run``.
+        settings: every key of the eval with defaults, without paths.
         protocol: hash of the settings.
-        data: split → ``{source, images, hash}`` of each data set it read, ``{source, hash}`` of each file.
+        data: split → ``{source, images, hash}`` of each data set, ``{source, hash}`` of each file.
         metrics: metric → finite number.
         lower_is_better: the metrics that are better when lower.
-        protocol_name: the published protocol that it was run as (``nvidia``), if any.
-        view: ``(H, W)`` in pixels at which the model saw the images; None where the eval has no size, or whole images
-            several (``aspect: keep``).
-        seconds: it took, with encoding.
+        protocol_name: the published protocol (``nvidia``), if any.
+        view: ``(H, W)`` of the model's input in pixels; None if the eval has no size, or whole images have several
+            (``aspect: keep``).
+        seconds: wall-clock time, encoding included.
         versions: of the packages that can change a number.
         hardware: the processor, its threads, the device.
-        time: when it ended, ISO 8601, UTC.
-        notes: what a reader must know, e.g. images that were skipped.
-        inputs: key → hash of each file of answers that was measured in the model's place.
+        time: of the end, ISO 8601, UTC.
+        notes: warnings, e.g. skipped images.
+        inputs: key → hash of each file of answers that was scored instead of the model's output.
     """
 
     name: str
@@ -82,19 +83,19 @@ class Result:
 
     @property
     def id(self) -> str:
-        """Same model, protocol, data, answers and version of agglo: same id. The file of its images has this name."""
+        """Equal for equal model, protocol, data, answers and version of agglo. Names the file of its images."""
         agglo = self.versions.get("agglo", "")
         return identifier(str(self.model["hash"]), self.protocol, self.data_hash, agglo, self.inputs)
 
     @property
     def column(self) -> tuple[str, str]:
-        """What two numbers must share to stand in one column: the protocol's and the data's hash."""
+        """The hashes of protocol and data: numbers compare if these are equal."""
         return self.protocol, self.data_hash
 
 
 @dataclass(frozen=True, slots=True)
 class PerImage:
-    """What was recorded of single images.
+    """Values per image and per class.
 
     Args:
         images: metric → image → value.
@@ -106,7 +107,7 @@ class PerImage:
 
 
 def identifier(model: str, protocol: str, data: str, agglo: str, inputs: Mapping[str, str] | None = None) -> str:
-    """The id of a result, known before it is there; without ``inputs`` it is that of the other four."""
+    """The id of a result, known before it is measured."""
     return _digest([model, protocol, data, agglo, *([dict(inputs)] if inputs else [])])[:16]
 
 
@@ -135,11 +136,11 @@ def _digest(value: Any) -> str:
 
 
 def append(folder: Path, result: Result, images: PerImage | None = None) -> Path:
-    """Add a result to a folder's ``results.jsonl``; its images first, so that no line promises what is not there.
+    """Append a result to a folder's ``results.jsonl``, after the file of its images.
 
     Raises:
-        ResultError: a metric is not finite: no such number is kept.
-        StorageError: the disk is full or the folder read-only; what was there before is as it was.
+        ResultError: a metric is not finite.
+        StorageError: the disk is full or the folder read-only; earlier results are kept.
     """
     bad = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if bad:
@@ -159,8 +160,8 @@ def append(folder: Path, result: Result, images: PerImage | None = None) -> Path
 
 
 def _add_line(path: Path, line: str) -> None:
-    """All of the line at the end of the file, or none of it."""
-    # A line that a killed process left half-written must not swallow this one.
+    """Append the whole line or nothing."""
+    # A line cut off by a killed process must not swallow this one.
     size = path.stat().st_size if path.is_file() else 0
     content = (("\n" if size and _last_byte(path) != b"\n" else "") + line).encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -181,27 +182,20 @@ def _last_byte(path: Path) -> bytes:
 
 
 def _write_images(path: Path, images: PerImage) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "images": images.images, "classes": images.classes})
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        partial.write_bytes(gzip.compress(text.encode(), mtime=0))
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    write_bytes(path, gzip.compress(text.encode(), mtime=0))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read(place: str | Path) -> list[Result]:
-    """The results of a folder (or of a ``results.jsonl``), oldest first; of one id the newest only.
+    """The results of a folder or of a ``results.jsonl``, oldest first; of one id the newest only.
 
-    Lines that are cut off or damaged are left out and counted in a warning.
+    Damaged lines are left out, with a warning.
 
     Raises:
-        ResultError: there is no such file, or it is of another format; says what to do.
+        ResultError: the file does not exist or is of another format.
     """
     path = results_file(place)
     found: dict[str, Result] = {}
@@ -223,40 +217,36 @@ def read(place: str | Path) -> list[Result]:
 
 
 def results_file(place: str | Path) -> Path:
-    """The ``results.jsonl`` that a path means.
+    """The ``results.jsonl`` of a folder or of a run folder, or the file itself.
 
     Raises:
-        ResultError: there is none; an older layout is recognised and named.
+        ResultError: there is none.
     """
     path = Path(place)
     if path.is_dir():
         for candidate in (path / FILE, path / "evals" / FILE):
             if candidate.is_file():
                 return candidate
-        if (path / "evals.json").is_file() or list(path.glob("*.json")):
-            raise ResultError(f"{path} holds results of format 1 (.json) and no {FILE}: {_AGAIN}")
+        if (path / "evals.json").is_file():
+            run = shlex.quote(str(path))
+            raise ResultError(
+                f"{path} was measured by an older version (evals.json): `agglo eval {run}` measures it anew"
+            )
         raise ResultError(f"{path} holds no {FILE}: make one with `agglo eval MODEL --out {path}`")
     if not path.exists():
-        raise ResultError(f"there are no results at {path}: make some with `agglo eval MODEL --out FOLDER`")
+        raise ResultError(f"no results at {path}: make some with `agglo eval MODEL --out FOLDER`")
     if path.suffix == ".json":
-        raise ResultError(f"{path} is of format 1 (.json), this version reads {FILE} of format {FORMAT}: {_AGAIN}")
+        raise ResultError(f"{path} is not a {FILE}: make one with `agglo eval MODEL --out FOLDER`")
     return path
-
-
-_AGAIN = (
-    "it says neither the settings nor the data behind its numbers, so measure again: `agglo eval MODEL --out FOLDER`"
-)
 
 
 def _parse(entry: Any, path: Path, number: int) -> Result:
     where = f"{path}, line {number}"
-    version = entry.get("format", 1) if isinstance(entry, dict) else 1
-    if not isinstance(version, int) or version < FORMAT:
-        raise ResultError(
-            f"{where} is of format {version}, this version reads {FORMAT}: {_AGAIN}; then move {path} away"
-        )
-    if version > FORMAT:
-        raise ResultError(f"{where} is of format {version}, this version reads {FORMAT}: pip install --upgrade agglo")
+    version = entry.get("format") if isinstance(entry, dict) else None
+    if version != FORMAT:
+        newer = isinstance(version, int) and version > FORMAT
+        advice = "pip install --upgrade agglo" if newer else f"move {path} away and measure again: `agglo eval MODEL`"
+        raise ResultError(f"{where} is not a result of format {FORMAT} (format: {version}): {advice}")
     known = {item.name for item in fields(Result)}
     try:
         values = {key: value for key, value in entry.items() if key in known}
@@ -267,12 +257,12 @@ def _parse(entry: Any, path: Path, number: int) -> Result:
         result = Result(**values)
         _ = result.id
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ResultError(f"{where} is no result ({error}): remove the line") from None
+        raise ResultError(f"{where} is not a result ({error}): remove the line") from None
     return result
 
 
 def read_images(place: str | Path, result: Result) -> PerImage | None:
-    """What a result knows of single images and classes; None where nothing was recorded.
+    """The values per image and class of a result; None if none were recorded.
 
     Raises:
         ResultError: the file is damaged.

@@ -1,13 +1,17 @@
-"""Tables of results. Two numbers stand in one column only when their settings and their data are the same."""
+"""Tables of results: rows are models, a column is one metric under one protocol on one data set.
+
+Every table (terminal, HTML, Markdown) is made of :func:`columns` and :func:`rows`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agglo.results.records import Result
+from agglo.results.records import STUDENT, TEACHER, UNTRAINED, Result
 
 HEADLINES: dict[str, tuple[str, ...]] = {
     "knn": ("top1",),
@@ -21,7 +25,31 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "robustness": ("top1_corrupted", "kept"),
     "rank": ("rank_me", "lidar"),
 }
-"""The metrics of each kind that a paper's table shows; the first one of a kind that is not here."""
+"""Kind → the metrics that a paper's table shows; of other kinds the first one."""
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Format a measured number: ``digits`` decimals below 10, fewer above, a true minus sign."""
+    if value != value:
+        return "n/a"
+    if value in (float("inf"), float("-inf")):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    size = abs(value)
+    fewer = 2 if size >= 100 else 1 if size >= 10 else 0
+    shown = f"{size:,.0f}" if size >= 1000 else f"{size:.{max(0, digits - fewer)}f}"
+    return shown if value >= 0 or _is_zero(shown) else MINUS + shown
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """:func:`number` with a plus sign before positive numbers."""
+    shown = number(value, digits)
+    return shown if shown.startswith(MINUS) or _is_zero(shown) else f"+{shown}"
+
+
+def _is_zero(shown: str) -> bool:
+    return not any(char in "123456789" for char in shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +60,10 @@ class Column:
         name: of the result.
         metric: which of its numbers.
         protocol, data: hashes of the settings and of the data.
-        settings: what was chosen.
-        lower: better when lower.
+        settings: the options of the eval.
+        lower: whether lower is better.
         values: row (:func:`labels`) → number.
-        mark: ``""``, or a letter where other columns have the same name and metric and another protocol or data.
+        mark: a letter if other columns have the same name and metric but another protocol or data, else ``""``.
     """
 
     name: str
@@ -49,33 +77,48 @@ class Column:
 
     @property
     def title(self) -> str:
-        """For people: ``knn top1 ↓ (a)``."""
+        """As in ``knn top1 ↓ (a)``."""
         arrow = " ↓" if self.lower else ""
         return f"{self.name} {self.metric}{arrow}" + (f" ({self.mark})" if self.mark else "")
 
-    def best(self, shown: Mapping[str, str]) -> frozenset[str]:
-        """The models with the best number as it is printed; none where there is nothing to compare."""
+    def best(self) -> frozenset[str]:
+        """The rows whose number is best as :func:`number` prints it; none if there is only one row."""
         if len(self.values) < 2:
             return frozenset()
-        value = (min if self.lower else max)(self.values.values())
-        first = next(model for model, each in self.values.items() if each == value)
-        return frozenset(model for model in self.values if shown[model] == shown[first])
+        best = number((min if self.lower else max)(self.values.values()))
+        return frozenset(row for row, value in self.values.items() if number(value) == best)
 
 
 def model_names(results: Sequence[Result]) -> dict[str, str]:
-    """Model hash → what people call it: its name, with the beginning of its hash where two share the name."""
-    names: dict[str, str] = {str(r.model["hash"]): str(r.model["name"]) for r in results}
-    counts: dict[str, int] = {}
-    for name in names.values():
-        counts[name] = counts.get(name, 0) + 1
-    return {key: name if counts[name] == 1 else f"{name} ({key[:6]})" for key, name in names.items()}
+    """Model hash → its name; models that share a name get their run's folder or the beginning of their hash."""
+    models: dict[str, Mapping[str, Any]] = {str(r.model["hash"]): r.model for r in results}
+    found = {key: str(model["name"]) for key, model in models.items()}
+    for suffix in (lambda key: str(models[key].get("run") or key[:6]), lambda key: key[:6]):
+        count = Counter(found.values())
+        found = {k: name if count[name] == 1 else f"{models[k]['name']} ({suffix(k)})" for k, name in found.items()}
+    return found
+
+
+def rows(results: Sequence[Result]) -> list[str]:
+    """The rows (:func:`labels`) in the order of a table: untrained student, student, other models, teachers."""
+    order = {UNTRAINED: 0, STUDENT: 1, TEACHER: 3}
+    called = labels(results)
+    ranked = sorted(results, key=lambda result: order.get(str(result.model.get("role")), 2))
+    return list(dict.fromkeys(called[result.id] for result in ranked))
+
+
+def before_and_after(results: Sequence[Result]) -> tuple[str, str] | None:
+    """The rows of the untrained student and the student, if there is exactly one of each."""
+    called = labels(results)
+    found = [{called[r.id] for r in results if r.model.get("role") == role} for role in (UNTRAINED, STUDENT)]
+    return (found[0].pop(), found[1].pop()) if [len(each) for each in found] == [1, 1] else None
 
 
 def labels(results: Sequence[Result]) -> dict[str, str]:
-    """Id of a result → the row of a table that it stands in: its model's name.
+    """Id of a result → its row of a table: its model's name.
 
-    Where several files of answers were measured under one model in one column, each has a row of its own, named by the
-    beginning of the files' hashes: ``mine (answers 3f2a1c)``.
+    If several files of answers were measured for one model in one column, each file has a row, named by the beginning
+    of its hash: ``mine (answers 3f2a1c)``.
     """
     called = model_names(results)
     several: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
@@ -88,18 +131,18 @@ def labels(results: Sequence[Result]) -> dict[str, str]:
         name, given = called[str(result.model["hash"])], several[_cell(result)]
         keys = dict.fromkeys(key for each in given for key in each)
         apart = [key for key in keys if len({each.get(key) for each in given}) > 1]
-        words = ", ".join(f"{key} {result.inputs[key][:6]}" for key in apart if key in result.inputs)
-        found[result.id] = f"{name} ({words})" if words else name
+        suffix = ", ".join(f"{key} {result.inputs[key][:6]}" for key in apart if key in result.inputs)
+        found[result.id] = f"{name} ({suffix})" if suffix else name
     return found
 
 
 def _cell(result: Result) -> tuple[str, ...]:
-    """What results share that may differ in their files of answers alone."""
+    """Equal for results that differ in their files of answers only."""
     return str(result.model["hash"]), *result.column
 
 
 def columns(results: Sequence[Result], *, headlines: bool = False) -> list[Column]:
-    """Every column, by eval in the order of the results; of one row, eval and protocol the newest number.
+    """Every column, by eval in the order of the results; of one row, eval and protocol the newest number counts.
 
     Args:
         results: of any number of models.
@@ -108,8 +151,7 @@ def columns(results: Sequence[Result], *, headlines: bool = False) -> list[Colum
     called = labels(results)
     found: dict[tuple[str, str, str, str], Column] = {}
     for result in results:
-        wanted = _headlines(result) if headlines else tuple(result.metrics)
-        for metric in wanted:
+        for metric in _headlines(result) if headlines else result.metrics:
             key = (result.name, metric, *result.column)
             lower = metric in result.lower_is_better
             column = found.setdefault(key, Column(result.name, metric, *result.column, result.settings, lower))
@@ -128,15 +170,11 @@ def _headlines(result: Result) -> tuple[str, ...]:
 def _marked(group: list[Column]) -> list[Column]:
     if len(group) == 1:
         return group
-    letters = (chr(97 + i) if i < 26 else str(i) for i in range(len(group)))
-    return [
-        Column(c.name, c.metric, c.protocol, c.data, c.settings, c.lower, c.values, mark)
-        for c, mark in zip(group, letters, strict=True)
-    ]
+    return [replace(column, mark=chr(97 + i) if i < 26 else str(i)) for i, column in enumerate(group)]
 
 
 def notes(found: Sequence[Column]) -> list[str]:
-    """What parts the columns that share a name: the settings that differ, or the data."""
+    """Why columns of one name do not compare: the settings that differ, or the data."""
     groups: dict[str, dict[str, Column]] = {}
     for column in found:
         if column.mark:
@@ -168,24 +206,21 @@ def _word(value: Any) -> str:
     return json.dumps(value, default=str) if value is not None else "none"
 
 
-def markdown(results: Sequence[Result], *, digits: int = 3) -> str:
-    """A table for a paper: models down, headlines across, the best of a column in bold, and its footnotes."""
+def markdown(results: Sequence[Result]) -> str:
+    """A Markdown table: models down, headline metrics across, the best of a column in bold, and footnotes."""
     found = columns(results, headlines=True)
     if not found:
         return "No results.\n"
-    models = list(dict.fromkeys(labels(results).values()))
-    shown = {(column.title, model): f"{value:.{digits}f}" for column in found for model, value in column.values.items()}
-    best = {c.title: c.best({model: shown[c.title, model] for model in c.values}) for c in found}
     lines = [
         "| model | " + " | ".join(column.title for column in found) + " |",
         "| --- |" + " ---: |" * len(found),
     ]
-    for model in models:
+    for row in rows(results):
         cells = []
         for column in found:
-            text = shown.get((column.title, model), "–")
-            cells.append(f"**{text}**" if model in best[column.title] else text)
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+            text = number(column.values[row]) if row in column.values else "–"
+            cells.append(f"**{text}**" if row in column.best() else text)
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     lines.append("")
     lines += [f"- {note}" for note in notes(found)]
     hashes = dict.fromkeys(
@@ -199,9 +234,9 @@ def markdown(results: Sequence[Result], *, digits: int = 3) -> str:
 def curves(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, list[tuple[int, float]]]]:
     """Metrics against the size of the images: ``(name, metric, mark) → model → (longer side, value), rising``.
 
-    A curve's points differ in ``size`` alone; a model with one size has none. The value of whole images, which have
-    several sizes, stands at the ``size`` that they cover. Two curves of a name whose other settings or data differ have
-    different marks (the beginning of their hash).
+    The points of a curve differ in ``size`` only; a model measured at one size has no curve. Whole images have several
+    sizes; their value stands at the ``size`` that they cover. Curves of one name with other settings or data have
+    different marks.
     """
     called = labels(results)
     found: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
@@ -224,7 +259,7 @@ def curves(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, li
 
 
 def _side(result: Result) -> int | None:
-    """Longer side of what the model saw, or of the size that whole images cover; None where neither is one number."""
+    """Longer side of the view, or of the size that whole images cover; None if neither is one number."""
     size = result.settings.get("size") if result.view is None else result.view
     if isinstance(size, list | tuple):
         return int(max(size))

@@ -15,7 +15,7 @@ from agglo.recipe import Recipe, load
 from agglo.types import ConfigError
 
 LEFT_BY_A_RUN = (
-    "report.html", "evals.json", "model", "initial", "checkpoints", "tensorboard", "metrics.jsonl", "versions.json",
+    "report.html", "evals", "model", "initial", "checkpoints", "tensorboard", "metrics.jsonl", "versions.json",
     "recipe.yaml",
 )  # fmt: skip
 """What --overwrite removes, what marks a run folder last; whatever else lies in the folder is somebody's."""
