@@ -1,11 +1,11 @@
-# Everything here sets itself up from nothing: Python >= 3.10 and a package index are all it takes.
+# Every target sets itself up: Python >= 3.10 and a package index are enough.
 #   make PYTHON=python3.12 demo     another interpreter
-#   make VENV=/tmp/agglo demo       another place for the environment
+#   make VENV=/tmp/agglo demo       another folder for the environment
 
 PYTHON ?= python3
 VENV   ?= .venv
 
-# One stamp a set of dependencies; both follow pyproject.toml, so a second run starts at once.
+# One stamp per set of dependencies; both depend on pyproject.toml, so a second run starts at once.
 QUICKSTART := $(VENV)/.quickstart-stamp
 DEV        := $(VENV)/.dev-stamp
 
@@ -17,14 +17,17 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs setup clean
+.PHONY: help demo check test fast lint bench docs setup clean
 
-help:  ## list what can be made
+# The markers say why a test is slow; pyproject.toml describes them.
+SLOW := training or evals or weights or libraries or processes
+
+help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and write a report (about 7 minutes)
 	@if [ -f runs/quickstart/recipe.yaml ] && [ ! -d runs/quickstart/model ]; then \
-	  echo "agglo: going on with the unfinished run in runs/quickstart/"; \
+	  echo "agglo: resuming the unfinished run in runs/quickstart/"; \
 	  $(AGGLO) train runs/quickstart/recipe.yaml --out runs/quickstart --resume; \
 	else \
 	  if [ -e runs/quickstart ]; then \
@@ -35,10 +38,16 @@ demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and 
 	fi
 	@echo "agglo: open runs/quickstart/report.html in a browser; 'source $(VENV)/bin/activate' gives you the agglo command"
 
-test: $(DEV)  ## run the tests
+check: $(DEV)  ## lint, types and the fast tests, side by side: run it before each commit (about 2 minutes)
+	@$(MAKE) --no-print-directory -j2 fast lint
+
+test: $(DEV)  ## run all tests
 	@$(VENV)/bin/python -m pytest -q
 
-lint: $(DEV)  ## style, layers, types
+fast: $(DEV)  ## run the tests that are not marked as slow
+	@$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))"
+
+lint: $(DEV)  ## check style, layers and types
 	@echo "== ruff check";   $(VENV)/bin/ruff check .
 	@echo "== ruff format";  $(VENV)/bin/ruff format --check .
 	@echo "== import-linter"; $(VENV)/bin/lint-imports
@@ -47,12 +56,12 @@ lint: $(DEV)  ## style, layers, types
 bench: $(DEV)  ## measure the figures in the README (see benchmarks/README.md)
 	@$(VENV)/bin/python benchmarks/run.py
 
-docs:  ## where the documentation is
+docs:  ## list the pages of the documentation
 	@echo "docs/all-of-agglo.md   the whole library on one page"
 	@echo "docs/method.md         paper, file, equation"
 	@echo "docs/log.md            experiments with numbers, the failed ones included"
 
-setup: $(DEV)  ## install the environment for development, run nothing
+setup: $(DEV)  ## install the development environment
 
 clean:  ## remove the environment and caches; runs/ is kept
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -62,20 +71,20 @@ clean:  ## remove the environment and caches; runs/ is kept
 
 $(VENV)/bin/python:
 	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "agglo: there is no '$(PYTHON)'. Install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	  echo "agglo: '$(PYTHON)' not found. Install Python 3.10 or newer, or choose one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "agglo: needs Python 3.10 or newer, but '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1). Try: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "agglo: making an environment in $(VENV)/"
+	@echo "agglo: creating an environment in $(VENV)/"
 	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
 	  echo "agglo: '$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 define install
 	@echo "agglo: installing agglo[$(1)] into $(VENV)/ (PyTorch is large: a few minutes, once)"
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$(1)]" || { \
-	  echo "agglo: the installation failed; the lines above say why. Run the same command again to go on." >&2; exit 1; }
+	  echo "agglo: installation failed, see the lines above. Run the same command again to resume." >&2; exit 1; }
 endef
 
-# A newer development environment serves the demo too: it holds all of quickstart.
+# The development environment includes quickstart, so it serves the demo too.
 $(QUICKSTART): pyproject.toml | $(VENV)/bin/python
 	$(call install,quickstart)
 	@touch $@

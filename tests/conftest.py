@@ -1,4 +1,4 @@
-"""What every test shares: no network, fixed seeds, two threads, and the fixtures that are too large for the package."""
+"""Settings of every test: no network, fixed seeds, two threads; and the folder of large fixtures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
-    """Each test draws the same numbers whatever ran before it."""
+    """Seed every generator before each test."""
     import numpy as np
     import torch
 
@@ -42,7 +42,7 @@ def shared() -> Path:
     """The folder with golden vectors and data sets: ``AGGLO_SHARED``, by default ``shared`` beside the repository."""
     folder = Path(os.environ.get("AGGLO_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "data").is_dir():
-        pytest.skip(f"{folder} holds no data/: set AGGLO_SHARED to a folder with the fixtures")
+        pytest.skip(f"{folder} has no data/; set AGGLO_SHARED to a folder with the fixtures")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Every kind of eval keeps the contract, on a small model that knows nothing."""
+"""Every kind of eval keeps the contract, on a small untrained model."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ FEW: dict[str, dict[str, Any]] = {
 }
 
 
-class Ignorant(nn.Module):
+class RandomProjection(nn.Module):
     """Encodes images by a fixed random projection and texts by their letters."""
 
     def __init__(self) -> None:
@@ -46,12 +46,13 @@ class Ignorant(nn.Module):
 
 
 BUNDLED = [kind for kind in kinds("evals", installed=False) if find("evals", kind).bundled]
-"""The others read or write files: their own tests keep the contract."""
+"""Kinds that need no files of the user; the others are covered by their own tests."""
 
 
+@pytest.mark.evals
 @pytest.mark.parametrize("kind", BUNDLED)
 def test_eval_returns_finite_reproducible_numbers(kind: str) -> None:
-    model = Ignorant().eval()
+    model = RandomProjection().eval()
     program = ({"toy": Toy(summary=26, seed=1)},) if kind == "agreement" else ()
     made: Eval = build("evals", {"kind": kind, **FEW.get(kind, {})}, *program)
     numbers = made.run(model)

@@ -11,7 +11,7 @@ from support.shapes import project
 
 SOURCE, TARGET = 32, 10
 MAPS_ONLY = {"attention"}
-"""Kinds that mix positions: they have nothing to say about a single vector, and refuse it."""
+"""Kinds that mix positions: they take maps only and raise for single vectors."""
 
 
 @pytest.fixture(params=kinds("heads", installed=False))
@@ -29,7 +29,7 @@ def head(kind: str) -> Head:
 
 @pytest.fixture
 def x(kind: str) -> Tensor:
-    """What the kind can read: vectors, or maps of at least as many positions."""
+    """Legal input: vectors, or maps for the kinds that need them."""
     return torch.randn(2, SOURCE, 2, 3) if kind in MAPS_ONLY else torch.randn(8, SOURCE)
 
 
@@ -41,7 +41,7 @@ def test_head_keeps_the_grid(kind: str, head: Head) -> None:
     if kind in MAPS_ONLY:
         with pytest.raises(ConfigError, match="maps"):
             head(x[:, :, 1, 4])
-        torch.testing.assert_close(out[1:], head(x[1:]), rtol=1e-4, atol=1e-5)  # images do not see one another
+        torch.testing.assert_close(out[1:], head(x[1:]), rtol=1e-4, atol=1e-5)  # images are independent
     else:
         torch.testing.assert_close(out[:, :, 1, 4], project(head, x[:, :, 1, 4]), rtol=1e-4, atol=1e-5)
 
@@ -52,7 +52,7 @@ def test_fold_applies_the_denormalizer_or_raises(head: Head, x: Tensor) -> None:
     try:
         head.fold(matrix, mean)
     except ValueError:
-        torch.testing.assert_close(head(x), before)  # refused, and nothing lost
+        torch.testing.assert_close(head(x), before)  # unchanged
     else:
         expected = (before.movedim(1, -1) @ matrix.T + mean).movedim(-1, 1)
         torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-4)

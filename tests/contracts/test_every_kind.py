@@ -1,4 +1,4 @@
-"""Text towers, balancers, sources and evals keep their contracts; every kind has keys a recipe can use."""
+"""Text towers, balancers and sources keep their contracts; every kind has a schema."""
 
 import inspect
 import json
@@ -41,7 +41,7 @@ def saved_siglip2(folder: Path) -> dict[str, Any]:
 
 
 def tiny_open_clip(folder: Path) -> dict[str, Any]:
-    """An architecture OpenCLIP is told about and a file of its weights; the options that name them."""
+    """A registered OpenCLIP architecture and a file of its weights; the options that name them."""
     open_clip = pytest.importorskip("open_clip")
     vision = {"image_size": 8, "layers": 1, "width": 16, "head_width": 16, "patch_size": 4}
     text = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -58,7 +58,7 @@ def reads_parts(kind: str) -> bool:
 
 
 LOCAL = {"siglip2": saved_siglip2, "open_clip": tiny_open_clip}
-"""What stands in for the weights of a kind that would have to fetch them."""
+"""Local checkpoints for the kinds that would download theirs."""
 
 
 @pytest.mark.parametrize("kind", kinds("text", installed=False))
@@ -108,7 +108,7 @@ def test_balancer_state_round_trips(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", kinds("balancers", installed=False))
 def test_balancers_never_synchronise_with_the_device(kind: str) -> None:
-    """A meta tensor has no value, so whatever would fetch one to the host fails."""
+    """A meta tensor has no value, so a copy to the host fails."""
     balancer = build("balancers", balancer_options(kind), {"a/summary": 2.0, "b/spatial": 1.0}).to("meta")
     terms = {"a/summary": torch.tensor(3.0, device="meta"), "b/spatial": torch.tensor(4.0, device="meta")}
     per_image = {name: torch.ones(5, device="meta") for name in terms}
@@ -144,7 +144,7 @@ def tiny_dataset(folder: Path) -> dict[str, Any]:
 
 
 IMAGES = {"folder": tiny_folder, "webdataset": tiny_shard, "huggingface": tiny_dataset, **tiny_datasets.MAKERS}
-"""What stands in for the images of a kind that brings none."""
+"""Local images for the kinds that have none built in."""
 
 
 @pytest.mark.parametrize("kind", kinds("sources", installed=False))

@@ -1,4 +1,4 @@
-"""Every kind of student keeps the contract; a new file is tested the moment it exists."""
+"""Every kind of student keeps the contract; a new file is picked up by its name."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from agglo.config import build, kinds
 from agglo.students.base import Student
 from support.shapes import encode
 
-POCKET = {
+TINY = {
     "vit": {"width": 32, "depth": 2, "heads": 2, "max_grid": 8},
     "timm": {"model": "test_efficientnet", "stages": [2, 3]},
 }
@@ -17,7 +17,7 @@ TEACHERS = ("one", "two", "three")
 @pytest.fixture(params=kinds("students", installed=False))
 def student(request: pytest.FixtureRequest) -> Student:
     torch.manual_seed(0)
-    return build("students", {"kind": request.param, **POCKET.get(request.param, {})}, TEACHERS).eval()
+    return build("students", {"kind": request.param, **TINY.get(request.param, {})}, TEACHERS).eval()
 
 
 def test_features_match_the_spec_at_any_legal_size(student: Student) -> None:
@@ -59,7 +59,7 @@ def test_both_outputs_reach_trainable_parameters(student: Student) -> None:
 def test_weights_round_trip(student: Student) -> None:
     torch.manual_seed(1)
     kind = next(k for k in kinds("students", installed=False) if type(student).__module__.endswith(k))
-    other = build("students", {"kind": kind, **POCKET.get(kind, {})}, TEACHERS).eval()
+    other = build("students", {"kind": kind, **TINY.get(kind, {})}, TEACHERS).eval()
     other.load_state_dict(student.state_dict())
     images = torch.rand(1, 3, 2 * student.spec.step, 2 * student.spec.step)
     assert torch.equal(other(images).spatial, student(images).spatial)

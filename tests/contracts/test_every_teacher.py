@@ -1,4 +1,4 @@
-"""Every kind of teacher keeps the contract, on its real weights where it has some."""
+"""Every kind of teacher keeps the contract, with bundled weights where it has some."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from support.shapes import teach
 
 
 def tiny_transformers(folder: Path) -> dict[str, Any]:
-    """A folder with the two files that say what a model is; its weights are drawn."""
+    """A folder with a model's configuration; weights are random."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = {"model_type": "dinov3_vit", **sizes, "patch_size": 16, "image_size": 64, "num_register_tokens": 4}
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 64, "width": 64}}
@@ -24,7 +24,7 @@ def tiny_transformers(folder: Path) -> dict[str, Any]:
 
 
 def tiny_open_clip(folder: Path) -> dict[str, Any]:
-    """A folder with an architecture; its weights are drawn."""
+    """A folder with an architecture; weights are random."""
     vision = {"image_size": 64, "layers": 1, "width": 16, "head_width": 16, "patch_size": 16}
     config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))

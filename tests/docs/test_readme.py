@@ -1,4 +1,4 @@
-"""The documentation is true: its Python runs, its commands exist."""
+"""The Python in the documentation runs, and its commands exist."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def commands(page: Path) -> list[str]:
     return [line.removeprefix("$ ").split("  #")[0] for line in lines if re.match(r"(\$ )?(agglo|make) ", line)]
 
 
+@pytest.mark.weights
 def test_readme_python_runs(tmp_path, monkeypatch):
     """One script, top to bottom, in a folder with a few photographs."""
     from agglo.sources.photos import Photos
@@ -71,16 +72,14 @@ def test_agglo_commands_exist(page):
             continue
         if words[1].startswith("-"):
             continue
-        assert words[1] in known, f"{page.name}: `{line}`: there is no `agglo {words[1]}`, only {sorted(known)}"
+        assert words[1] in known, f"{page.name}: `{line}`: unknown command; known: {sorted(known)}"
         options = {
             option for parameter in known[words[1]].params for option in (*parameter.opts, *parameter.secondary_opts)
         }
         for word in words[2:]:
             flag = word.split("=")[0]
             if flag.startswith("-") and len(flag) > 1 and flag != "--help":
-                assert flag in options, (
-                    f"{page.name}: `{line}`: `agglo {words[1]}` has no {flag}, only {sorted(options)}"
-                )
+                assert flag in options, f"{page.name}: `{line}`: unknown option {flag}; known: {sorted(options)}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -104,7 +103,7 @@ def test_all_kinds_are_documented():
     from agglo.config import POINTS, kinds
 
     text = (ROOT / "docs" / "all-of-agglo.md").read_text(encoding="utf-8")
-    untold = {
+    missing = {
         f"{point}/{kind}" for point in POINTS for kind in kinds(point, installed=False) if f"`{kind}`" not in text
     }
-    assert not untold, "docs/all-of-agglo.md lists the kinds of every room"
+    assert not missing, "docs/all-of-agglo.md lists the kinds of every room"

@@ -71,6 +71,7 @@ def test_mode_switching(stored: dict[str, Tensor]) -> None:
         assert found[key] == pytest.approx(wanted[key], rel=1e-6)
 
 
+@pytest.mark.evals
 @pytest.mark.parametrize("order", METRICS.get("hadamard", {}))
 def test_hadamard(order: str) -> None:
     """Where the reference raises, the order is either constructible all the same, or refused here too."""

@@ -163,6 +163,7 @@ HALVES = [
 ]
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("name", "case"), HALVES)
 def test_half_precision_stays_close(name: str, case: dict[str, Any], dtype: torch.dtype) -> None:
@@ -171,6 +172,7 @@ def test_half_precision_stays_close(name: str, case: dict[str, Any], dtype: torc
         assert cosine.min() >= 0.999, (output, float(cosine.min()))
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_wrapper_says_of_itself(name: str) -> None:
     for case in CONFIGS[name]["cases"]:

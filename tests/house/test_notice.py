@@ -1,4 +1,4 @@
-"""Every weight and image that ships, or that the quickstart reads, is named in NOTICE with its true sha256."""
+"""NOTICE lists every weight and image that ships, or that the quickstart reads, with its sha256."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import source
 
 ASSETS = source.ROOT / "assets"
 OWN = {".md", ".json", ".py"}
-"""Text of our own, under the licence of the code."""
+"""Suffixes of our own files, under the licence of the code."""
 
 
 def assets():

@@ -29,7 +29,7 @@ PUBLIC = {
     "load",
     "push",
 }
-"""A name that comes or goes is a decision: it is made here, and told in CHANGELOG.md."""
+"""Adding or removing a name needs an entry in CHANGELOG.md."""
 
 
 def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +69,7 @@ def test_unknown_name_suggests_the_nearest():
         agglo.laod  # noqa: B018
 
 
+@pytest.mark.processes
 def test_importing_a_subpackage_does_not_hide_a_public_name():
     """Importing ``agglo.training`` binds that name on the package: no public name may be the name of a module."""
     code = "import agglo.training.loop, agglo.evals, agglo; print(callable(agglo.distill), callable(agglo.evaluate))"
@@ -87,6 +88,7 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(result.stdout.rsplit("LOADED", 1)[1]))
 
 
+@pytest.mark.processes
 def test_import_agglo_loads_nothing_heavy():
     assert loaded_after("import agglo") == set()
     assert loaded_after("import torch") >= {"torch"}  # the probe itself can see it
@@ -102,5 +104,6 @@ except SystemExit as stop:
 """
 
 
+@pytest.mark.processes
 def test_help_loads_nothing_heavy():
     assert loaded_after(HELP) == set()

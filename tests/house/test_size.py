@@ -1,4 +1,4 @@
-"""Files, functions and folders stay small enough to read in one sitting."""
+"""Files, functions and the top of the package stay within their budgets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGER: dict[str, str] = {
 
 
 def functions(tree: ast.AST):
-    """Every function with its length in lines, its docstring left out: documentation is never too long."""
+    """Every function with its length in lines without the docstring."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             end = node.end_lineno or node.lineno
@@ -47,7 +47,7 @@ def test_the_package_is_scanned():
 @pytest.mark.parametrize("path", source.files(), ids=source.name)
 def test_file_is_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= FILE_LINES, f"{source.name(path)} has {lines} lines: give half of it a name of its own"
+    assert lines <= FILE_LINES, f"{source.name(path)} has {lines} lines; split it by topic"
 
 
 @pytest.mark.parametrize("path", source.files(), ids=source.name)
@@ -71,4 +71,4 @@ def test_tree_is_flat_and_named(path):
     relative = path.relative_to(source.ROOT)
     assert len(relative.parts) <= DEPTH, f"{relative} lies deeper than {DEPTH}"
     words = {part.removesuffix(".py").strip("_") for part in relative.parts}
-    assert not words & BANNED, f"{relative}: say what it is about"
+    assert not words & BANNED, f"{relative}: name it by its topic"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 from support import source
 
@@ -22,3 +23,29 @@ def test_support_stays_small():
     for path in source.scripts("tests"):
         if path.parent.name == "support":
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, source.name(path)
+
+
+def slow_markers() -> list[str]:
+    """The markers that ``make check`` leaves out."""
+    found = re.search(r"^SLOW := (.*)$", (source.REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert found
+    return found.group(1).split(" or ")
+
+
+def test_make_check_leaves_out_exactly_the_declared_markers(repository):
+    settings = (repository / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search(r"^markers = \[\n(.*?)^\]", settings, re.M | re.S)
+    assert declared
+    assert slow_markers() == re.findall(r'^  "(\w+): ', declared.group(1), re.M)
+
+
+def test_every_declared_marker_is_used():
+    texts = "".join(path.read_text(encoding="utf-8") for path in source.scripts("tests"))
+    assert [name for name in slow_markers() if f"pytest.mark.{name}" not in texts] == []
+
+
+def test_ci_runs_the_targets_of_the_makefile(repository):
+    """One list of commands: CI and a contributor run the same ones."""
+    script = (repository / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"^make --no-print-directory (\w+)$", script, re.M) == ["setup", "lint", "test"]
+    assert not re.search(r"ruff|lint-imports|pyright|pytest", script)

@@ -1,4 +1,4 @@
-"""The project's text holds no leftovers and no paths of anybody's machine."""
+"""Text has no leftovers, no paths of a developer's machine, no broken links and few personifying words."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from agglo.config import build, read_yaml
 from agglo.training.loop import distill
 from agglo.types import ConfigError
 
+pytestmark = pytest.mark.training
+
 STUDENTS = {
     "a ConvNet": "{kind: timm, model: test_convnext, stages: [2, 3]}",
     "a hierarchical transformer": "{kind: timm, model: pvt_v2_b0, stages: [2, 3]}",

@@ -13,6 +13,7 @@ from agglo.training.loop import distill
 from agglo.training.stages import stage_folder
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("name", recipe.names())
 def test_it_decodes_states_its_claim_and_builds(name: str) -> None:
     for smoke in (False, True):

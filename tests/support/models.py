@@ -1,4 +1,4 @@
-"""A labelled source whose every number is known, and models that know or ignore the answer."""
+"""A labelled source with known ground truth, and models that encode it, ignore it or break."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def one_hot(images: Tensor) -> Tensor:
 
 
 class Oracle(nn.Module):
-    """Sees the truth: its spatial map at stride 1 is the mask, its summary the subject's class; reads colour words."""
+    """Encodes the ground truth: the mask as spatial map at stride 1, the class as summary, colour words as text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Oracle(nn.Module):
 
 
 class Noise(nn.Module):
-    """Features that have nothing to do with the image, and no text."""
+    """Random features and no text tower."""
 
     def __init__(self, spatial: bool = True, summary: bool = True) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Broken(nn.Module):
 
 
 class Student(nn.Module):
-    """Heads that are given functions of the image."""
+    """A model whose heads are functions of the image."""
 
     spec = FeatureSpec(summary=2, spatial=3, stride=4, step=4)
 

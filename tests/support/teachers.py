@@ -1,7 +1,7 @@
-"""Tiny checkpoints as the hub keeps them, and what their models say when called by hand.
+"""Tiny checkpoints of transformers in the hub's layout, and reference features computed independently.
 
-The references go their own way: they load with the class that wrote the files, take pixels through the mean and
-standard deviation written here, and read tokens one by one.
+The references load with the class that wrote the files, normalise with the mean and standard deviation written here,
+and read tokens one by one.
 """
 
 from __future__ import annotations

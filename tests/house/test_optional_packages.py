@@ -1,4 +1,4 @@
-"""Heavy optional packages are imported in the few files that are about them, and only when they are needed."""
+"""Optional packages are imported lazily, in the few files that are about them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from support import source
 
-HOSTS: dict[str, set[str]] = {
+ALLOWED: dict[str, set[str]] = {
     "timm": {
         "weights/bundled.py",
         "students/timm.py",
@@ -29,7 +29,7 @@ HOSTS: dict[str, set[str]] = {
     "sentence_transformers": set(),
     "tensorboard": {"training/progress.py"},
     "torch.utils.tensorboard": {"training/progress.py"},
-    "skimage": set(),  # photographs are read where the package is installed; its code is not imported
+    "skimage": set(),  # its photographs are read from its folder
     "sklearn": set(),
     "scipy": {"evals/_concepts.py", "sources/nyu.py"},
     "h5py": {"sources/nyu.py"},
@@ -39,18 +39,18 @@ HOSTS: dict[str, set[str]] = {
     "datasets": {"sources/huggingface.py"},
     "fsspec": {"sources/_shards.py"},
     "simplejpeg": {"sources/_jpeg.py"},
-    "webdataset": set(),  # it streams; our index gives any image at once. Tests write and read shards with it
+    "webdataset": set(),  # shards have an index of our own; only tests use it
     "mitsuba": set(),  # only benchmarks/scenes renders
     "huggingface_hub": {"hub.py"},
 }
-"""Guest → the files that may import it, always inside a function."""
+"""Optional package → the files that may import it, always inside a function."""
 
 TORCH_FREE = {"__init__.py", "types.py", "config.py", "recipe.py", "extras.py", "weights/bundled.py", "cli/main.py"}
-"""What ``agglo --help``, ``agglo kinds`` and ``agglo recipes`` read must not import torch at the top."""
+"""Modules behind ``agglo --help``, ``agglo kinds`` and ``agglo recipes``: they must not import torch at the top."""
 
 
-def guest_of(module: str) -> str | None:
-    matches = [guest for guest in HOSTS if module == guest or module.startswith(guest + ".")]
+def package_of(module: str) -> str | None:
+    matches = [package for package in ALLOWED if module == package or module.startswith(package + ".")]
     return max(matches, key=len) if matches else None
 
 
@@ -79,16 +79,16 @@ def imports(path):
 @pytest.mark.parametrize("path", source.files(), ids=source.name)
 def test_optional_packages_are_imported_in_their_files(path):
     where = source.name(path)
-    strangers, eager = [], []
+    misplaced, eager = [], []
     for module, line, lazy in imports(path):
-        guest = guest_of(module)
-        if guest is None:
+        package = package_of(module)
+        if package is None:
             continue
-        if where not in HOSTS[guest]:
-            strangers.append(f"{where}:{line} imports {module}; its files are {sorted(HOSTS[guest]) or 'none'}")
+        if where not in ALLOWED[package]:
+            misplaced.append(f"{where}:{line} imports {module}; its files are {sorted(ALLOWED[package]) or 'none'}")
         if not lazy:
             eager.append(f"{where}:{line} imports {module} when it is itself imported; move it into a function")
-    assert not strangers + eager, "\n".join(strangers + eager)
+    assert not misplaced + eager, "\n".join(misplaced + eager)
 
 
 @pytest.mark.parametrize("name", sorted(TORCH_FREE))
@@ -104,14 +104,13 @@ def test_every_form_of_import_is_found(tmp_path, monkeypatch):
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pandas\nimport timm.models\n"
         "def f():\n    from torch.utils import tensorboard\n    return require('transformers.models', 'x')\n"
     )
-    seen = {(guest_of(module), lazy) for module, _, lazy in imports(file)} - {(None, False), (None, True)}
+    seen = {(package_of(module), lazy) for module, _, lazy in imports(file)} - {(None, False), (None, True)}
     assert seen == {("timm", False), ("torch.utils.tensorboard", True), ("transformers", True)}
 
 
 def test_no_import_allowance_is_unused():
-    """An allowance nobody uses is taken back."""
-    used = {(guest_of(module), source.name(p)) for p in source.files() for module, _, _ in imports(p)}
-    guests_used = {guest for guest, _ in used}
-    for guest, hosts in HOSTS.items():
-        if guest in guests_used:
-            assert any((guest, host) in used for host in hosts)
+    used = {(package_of(module), source.name(p)) for p in source.files() for module, _, _ in imports(p)}
+    used_packages = {package for package, _ in used}
+    for package, files in ALLOWED.items():
+        if package in used_packages:
+            assert any((package, file) in used for file in files)
