@@ -1,8 +1,8 @@
-"""Strict configuration: kinds found by file name, recipe keys checked against constructors, errors that name the key.
+"""Strict configuration: kinds by file name, recipe keys checked against constructors, errors that name the key.
 
-An extension point is a package ``agglo.<point>``; a kind is a file in it that holds one public class. The class's
-keyword-only constructor parameters *are* the keys a recipe may use, so nothing is registered and nothing listed twice.
-Third parties add kinds through the entry-point group ``agglo.<point>``.
+An extension point is a package ``agglo.<point>``; a kind is a file in it with one public class, whose keyword-only
+constructor parameters are the legal recipe keys. Third parties add kinds through the entry-point group
+``agglo.<point>``.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ NESTED: dict[str, str] = {
     "test": "sources",
     "text": "text",
 }
-"""A kind's parameter of one of these names holds ``{kind: ...}`` of that point, or a list of them."""
+"""Parameter name of a kind → extension point of its value, ``{kind: ...}`` or a list of them."""
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
 class Strict(BaseModel):
-    """A typed node of a recipe: unknown keys are errors, and what is read cannot be changed afterwards."""
+    """A typed, immutable node of a recipe; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -78,7 +78,7 @@ def kinds(point: str, *, installed: bool = True) -> list[str]:
         installed: include kinds that other packages provide through entry points.
 
     Raises:
-        ConfigError: there is no such extension point.
+        ConfigError: no such extension point.
     """
     folder = Path(__file__).parent / _point(point)
     names = {path.stem for path in folder.glob("*.py") if path.stem != "base" and not path.stem.startswith("_")}
@@ -92,10 +92,10 @@ def find(point: str, kind: str, *, installed: bool = True) -> type:
     Args:
         point: an extension point, e.g. ``"losses"``.
         kind: a file name in it, e.g. ``"angular"``.
-        installed: False for kinds named by a downloaded checkpoint, which may only be built-in ones.
+        installed: False for kinds named by a downloaded checkpoint, which may only use built-in ones.
 
     Raises:
-        ConfigError: unknown point or kind; the message offers the nearest names.
+        ConfigError: unknown point or kind; suggests the nearest name.
     """
     known = kinds(point, installed=installed)
     if kind not in known:
@@ -113,13 +113,13 @@ def find(point: str, kind: str, *, installed: bool = True) -> type:
         and not name.startswith("_")
     ]
     if len(found) != 1:
-        raise ConfigError(f"agglo/{point}/{kind}.py must hold exactly one public {base.__name__}, found {len(found)}")
+        raise ConfigError(f"agglo/{point}/{kind}.py must define one public {base.__name__}, found {len(found)}")
     return found[0]
 
 
 @cache
 def schema(cls: type) -> type[BaseModel]:
-    """A pydantic model of the keyword-only parameters of ``cls``'s constructor: the legal recipe keys."""
+    """A pydantic model of the keyword-only constructor parameters of ``cls``: the legal recipe keys."""
     hints = get_type_hints(cls.__init__)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -139,14 +139,14 @@ def check_options(point: str, options: Mapping[str, Any], where: str = "", *, in
         installed: see :func:`find`.
 
     Returns:
-        The same mapping, complete: every default filled in, ``kind`` first.
+        The mapping with all defaults filled in, ``kind`` first.
 
     Raises:
         ConfigError: no kind, an unknown kind, an unknown key, a value of the wrong type.
     """
     if "kind" not in options:
         glued = next((str(key) for key in options if str(key).startswith("kind:")), None)
-        hint = f"; YAML wants a blank after the colon: {glued.replace(':', ': ', 1)}" if glued else ""
+        hint = f"; YAML needs a space after the colon: {glued.replace(':', ': ', 1)}" if glued else ""
         raise ConfigError(f"{where or point}: needs `kind:`, one of {', '.join(kinds(point))}{hint}")
     try:
         cls = find(point, str(options["kind"]), installed=installed)
@@ -167,12 +167,12 @@ def check_options(point: str, options: Mapping[str, Any], where: str = "", *, in
 
 
 def build(point: str, options: Mapping[str, Any], *program: Any, where: str = "", installed: bool = True) -> Any:
-    """Construct the kind that ``options`` name.
+    """Construct the kind named by ``options``.
 
     Args:
         point: the extension point.
         options: ``{"kind": name, **keys}``.
-        program: the positional arguments the contract asks for (feature specs, names).
+        program: the positional arguments of the contract (feature specs, names).
         where: dotted path in the recipe, for messages.
         installed: see :func:`find`.
 
@@ -228,11 +228,11 @@ def write_yaml(data: Any) -> str:
 def override(data: dict[str, Any], assignments: Iterable[str], keep: Collection[str] = ()) -> dict[str, Any]:
     """Apply ``key.path=value`` assignments to a copy of a nested mapping; values are YAML (``[1, 2]``, ``null``).
 
-    A list element is addressed by its index: ``partitions.0.batch=64``. Setting ``kind`` drops that mapping's other
-    keys, because they belonged to the kind that is replaced; those in ``keep`` stay.
+    List elements are addressed by index: ``partitions.0.batch=64``. Setting ``kind`` drops that mapping's other keys,
+    which belong to the replaced kind, except those in ``keep``.
 
     Raises:
-        ConfigError: no ``=``, an index out of range, or a path through a value that holds no keys.
+        ConfigError: no ``=``, an index out of range, or a path through a value without keys.
     """
     root = _copy(data)
     for assignment in assignments:
@@ -253,12 +253,12 @@ def _assign(root: Any, keys: list[str], value: Any, assignment: str, keep: Colle
         last = position == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"override {assignment!r}: {key!r} is no index of a list of {len(node)}")
+                raise ConfigError(f"override {assignment!r}: {key!r} is not an index of a list of {len(node)}")
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
         else:
-            raise ConfigError(f"override {assignment!r}: {'.'.join(keys[:position])} is a value, it holds no keys")
+            raise ConfigError(f"override {assignment!r}: {'.'.join(keys[:position])} is a value without keys")
         if not last:
             if isinstance(node, dict) and node.get(index) is None:
                 node[index] = {}
@@ -283,16 +283,16 @@ def _copy(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` when something is close, else ``"; there are: a, b, c"``."""
+    """``"; did you mean 'x'? (all: ...)"`` if a known name is close, else ``"; choose from: a, b, c"``."""
     options = sorted(known)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}? (all: {', '.join(options)})"
-    return f"; there are: {', '.join(options)}" if options else ""
+    return f"; choose from: {', '.join(options)}" if options else ""
 
 
 def explain(error: ValidationError, data: Any, where: str, model: type[BaseModel]) -> str:
-    """One line a problem: the dotted key, what is wrong with it, and the nearest legal key."""
+    """One line per problem: the dotted key, what is wrong with it, and the nearest legal key."""
     lines = []
     for problem in error.errors():
         location = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
@@ -304,7 +304,7 @@ def explain(error: ValidationError, data: Any, where: str, model: type[BaseModel
         elif problem["type"] == "missing":
             lines.append(f"{path}: missing")
         elif isinstance(cause := problem.get("ctx", {}).get("error"), ConfigError):
-            lines.append(str(cause))  # it names its own key
+            lines.append(str(cause))  # includes its own key
         else:
             lines.append(f"{path}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)

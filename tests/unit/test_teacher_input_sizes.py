@@ -1,4 +1,4 @@
-"""At which size each teacher sees a view: METHOD 3.2, row by row."""
+"""Input size of each teacher: docs/method.md, 3.2, row by row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FIXED = {  # teachers of one size: side, patch, grid
 
 @pytest.fixture(scope="module")
 def published() -> Any:
-    """A published teacher without storage, made once."""
+    """A published teacher on the meta device, built once."""
     pytest.importorskip("transformers")
     made: dict[str, Teacher] = {}
 
@@ -58,7 +58,7 @@ def published() -> Any:
 
 
 @pytest.mark.parametrize("size", TABLE)
-def test_the_table(size: int, published: Any) -> None:
+def test_input_sizes_follow_the_table(size: int, published: Any) -> None:
     grid, dinov3, siglip2, tile, tiles = TABLE[size]
     assert size // STUDENT == grid
     dino, siglip, sam = (
@@ -79,7 +79,7 @@ def test_the_table(size: int, published: Any) -> None:
 
 @pytest.mark.parametrize("size", TABLE)
 @pytest.mark.parametrize("name", FOLLOWS)
-def test_as_many_tokens_as_the_student(name: str, size: int, published: Any) -> None:
+def test_matched_size_gives_as_many_tokens_as_the_student(name: str, size: int, published: Any) -> None:
     teacher = published(name)
     wanted = teacher.input_size((size, size), STUDENT)
     assert wanted == (size * FOLLOWS[name] // STUDENT,) * 2
@@ -88,7 +88,7 @@ def test_as_many_tokens_as_the_student(name: str, size: int, published: Any) -> 
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_one_size_for_all(name: str, published: Any) -> None:
+def test_fixed_teachers_use_one_size(name: str, published: Any) -> None:
     teacher, (side, patch, grid) = published(name), FIXED[name]
     for size in TABLE:
         assert teacher.input_size((size, size), STUDENT) == (side, side)
@@ -97,15 +97,15 @@ def test_one_size_for_all(name: str, published: Any) -> None:
     assert side // patch == grid
 
 
-def test_the_grids_come_out(published: Any) -> None:
-    """What a network returns at these sizes, run without storage; one size a model is enough on top of the sums."""
+def test_networks_return_the_expected_grids(published: Any) -> None:
+    """Shapes on the meta device; one size per model suffices."""
     for name, size in [("facebook/dinov2-giant", 224), ("google/siglip2-so400m-patch16-naflex", 192)]:
         teacher = published(name)
         images = torch.zeros(1, 3, *teacher.input_size((size, size), STUDENT), device="meta")
         assert teacher(images).spatial.shape[-2:] == (size // STUDENT,) * 2
 
 
-def test_views_that_are_no_squares(published: Any) -> None:
+def test_input_sizes_of_rectangular_views(published: Any) -> None:
     assert published("facebook/dinov2-giant").input_size((224, 448), 16) == (196, 392)
     assert published("facebook/dinov2-giant").input_size((256, 256), 32) == (112, 112)
     assert published("facebook/sam3").matched_size((256, 512), 16) == (224, 448)
@@ -117,7 +117,7 @@ def test_timm_teachers() -> None:
     with torch.device("meta"):
         vit = build("teachers", {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "random"})
         pyramid = build("teachers", {"kind": "timm", "model": "test_convnext", "weights": "random", "stage": 3})
-    # A pyramid's stride is a choice of stage, no scale of what it sees: it looks at the student's own pixels.
+    # A pyramid's stride depends on the stage, not on its input scale: it uses the student's size.
     assert pyramid.spec.stride == 32 and pyramid.patch is None
     for size in TABLE:
         assert vit.input_size((size, size), STUDENT) == (size, size)
@@ -127,7 +127,7 @@ def test_timm_teachers() -> None:
 
 
 @pytest.mark.parametrize("size", TABLE)
-def test_teachers_without_tokens_see_the_students_pixels(size: int) -> None:
+def test_teachers_without_tokens_use_the_students_size(size: int) -> None:
     for options in ({"kind": "hog"}, {"kind": "hog", "cell": 4}, {"kind": "toy"}):
         teacher = build("teachers", options)
         assert teacher.patch is None and not teacher.fixed

@@ -1,4 +1,4 @@
-"""The published teachers at their real size, without storage: parameters, widths, grids (METHOD 1.5)."""
+"""Published teachers at their real size, on the meta device: parameters, widths, grids (docs/method.md, 1.5)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_parameters_widths_and_grids(name: str) -> None:
     assert spec_of(options) == spec_of({**options, "weights": "pretrained"}) == teacher.spec
 
 
-def test_every_published_name_states_what_it_needs() -> None:
+def test_published_names_have_spec_and_licence() -> None:
     pytest.importorskip("transformers")
     for name, facts in PUBLISHED.items():
         spec = spec_of({"kind": "transformers", "model": name})
@@ -69,7 +69,7 @@ def test_open_clip_names_are_known_offline() -> None:
     assert (teacher.canvas, teacher.patch) == (378, 14)
 
 
-def test_kinds_without_published_names_know_their_specs_too() -> None:
+def test_spec_of_other_kinds() -> None:
     pytest.importorskip("timm")
     for options in ({"kind": "toy"}, {"kind": "hog"}, {"kind": "timm", "model": "test_vit", "weights": "random"}):
         assert spec_of(options) == build("teachers", options).spec

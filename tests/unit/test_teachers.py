@@ -61,7 +61,7 @@ def conse() -> Any:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_keeps_its_promises(name: str, request: pytest.FixtureRequest) -> None:
+def test_contract(name: str, request: pytest.FixtureRequest) -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()
     teacher = request.getfixturevalue("conse") if name == "conse" else make(name)
@@ -104,7 +104,7 @@ def test_illegal_sizes_name_the_nearest_legal_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["toy", "convnet"])
-def test_the_same_in_every_construction(name: str) -> None:
+def test_construction_is_deterministic(name: str) -> None:
     a, b, batch = make(name), make(name), images(64, 64)
     assert torch.equal(a(batch).spatial, b(batch).spatial)
 
@@ -133,7 +133,7 @@ def test_toy_refuses(bad: dict[str, int]) -> None:
 
 
 def hog_float64(image: np.ndarray, cell: int, bins: int, group: int, epsilon: float) -> np.ndarray:
-    """The docstring's equations, pixel by pixel; ``image`` is ``(3, H, W)``."""
+    """The equations of the docstring, pixel by pixel; ``image`` is ``(3, H, W)``."""
     height, width = image.shape[1:]
     rows, columns = height // cell, width // cell
     histogram = np.zeros((rows, columns, bins))
@@ -170,12 +170,12 @@ def test_hog_equals_brute_force(cell: int, bins: int, group: int) -> None:
     torch.testing.assert_close(teacher(batch).spatial.double(), ours, atol=1e-3, rtol=1e-3)
 
 
-def test_hog_sees_nothing_in_a_constant_image() -> None:
+def test_hog_of_a_constant_image_is_zero() -> None:
     out = build("teachers", {"kind": "hog"})(torch.full((1, 3, 32, 48), 0.7)).spatial
     assert torch.equal(out, torch.zeros(1, 36, 2, 3))
 
 
-def test_hog_bins_turn_with_the_image() -> None:
+def test_hog_bins_rotate_with_the_image() -> None:
     teacher = build("teachers", {"kind": "hog", "orientations": 8, "group": 1})
     batch = images(32, 32).double()
     turned = teacher(batch.rot90(1, (2, 3))).spatial
@@ -187,7 +187,7 @@ def test_hog_bins_turn_with_the_image() -> None:
     torch.testing.assert_close(nine(batch.flip(3)).spatial, nine(batch).spatial.flip(3)[:, mirror])
 
 
-def test_hog_puts_an_edge_into_its_bin_and_ignores_contrast() -> None:
+def test_hog_bins_an_edge_and_ignores_contrast() -> None:
     teacher = build("teachers", {"kind": "hog", "group": 1, "epsilon": 1e-4})
     ramp = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)
     out = teacher(ramp).spatial[0]
@@ -228,7 +228,7 @@ def test_timm_equals_the_model_called_by_hand(name: str) -> None:
 
 
 @needs_timm
-def test_timm_makes_one_forward_pass() -> None:
+def test_timm_runs_one_forward_pass() -> None:
     teacher = make("convnet")
     calls = []
     teacher.backbone.net.conv_stem.register_forward_hook(lambda *_: calls.append(1))
@@ -256,7 +256,7 @@ def test_timm_sizes() -> None:
     assert sized.input_size((128, 256), 16) == (192, 384)
     with pytest.raises(ConfigError, match="not a multiple of 16 pixels, the step of"):
         build("teachers", {**KINDS["vit"], "size": 100})
-    # 260 pixels, EfficientNet-Lite2's own size, is no multiple of 16: the stride must not be read off such an image.
+    # 260 pixels, EfficientNet-Lite2's own size, is not a multiple of 16: the stride must not be measured on it.
     lite2 = build("teachers", {"kind": "timm", "model": "tf_efficientnet_lite2", "weights": "random"})
     assert (lite2.spec.stride, lite2.spec.spatial, lite2.spec.summary) == (16, 120, 1280)
 
@@ -358,7 +358,7 @@ def test_conse_prompt_temperature_and_cache() -> None:
     teacher = build("teachers", {"kind": "conse", "prompt": "a photo of a {}", "temperature": 2.0})
     calls = []
     vectors = torch.nn.functional.normalize(torch.randn(1000, 384, generator=torch.Generator().manual_seed(0)))
-    teacher.text.encode = lambda texts: calls.append(texts) or vectors + 0  # a new tensor, made where it is asked for
+    teacher.text.encode = lambda texts: calls.append(texts) or vectors + 0  # a new tensor per call
     batch = images(64, 64)
     with torch.inference_mode():  # the trap: a matrix made here must still serve a head that trains
         summary = teacher(batch).summary
@@ -414,7 +414,7 @@ def test_conse_refuses(keys: dict[str, Any], message: str) -> None:
 
 
 @needs_timm
-def test_only_text_aligned_teachers_take_text() -> None:
+def test_encode_text_requires_a_text_aligned_teacher() -> None:
     with pytest.raises(TypeError, match="text-aligned"):
         build("teachers", {"kind": "toy"}).encode_text(["a cat"])
     assert build("teachers", {"kind": "toy"}).vocabulary() is None

@@ -30,7 +30,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
 
 def save(name: str, folder: Path) -> Path:
-    """A folder as the hub keeps an OpenCLIP model."""
+    """A folder in the hub's layout of OpenCLIP models."""
     folder.mkdir(parents=True)
     model = {"embed_dim": 24, "vision_cfg": TOWERS[name], "text_cfg": TEXT}
     torch.manual_seed(3)
@@ -67,7 +67,7 @@ def batch(side: int) -> Tensor:
 
 
 def by_hand(name: str, folder: Path, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What OpenCLIP's own loading and its own blocks say."""
+    """Features from OpenCLIP's own loader and blocks."""
     whole = open_clip.create_model(f"local-dir:{folder}").eval().requires_grad_(False)
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (MEAN, STD))
     pixels = (images - mean) / std
@@ -95,7 +95,7 @@ def check(teacher: Any, name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_says_what_the_model_says(name: str, stored: Any) -> None:
+def test_features_equal_the_models(name: str, stored: Any) -> None:
     teacher = make(stored(name))
     check(teacher, name, stored(name))
     assert spec_of({"kind": "open_clip", "model": str(stored(name))}) == teacher.spec
@@ -106,7 +106,7 @@ def test_says_what_the_model_says(name: str, stored: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "trunk"])
-def test_planted_faults_are_noticed(name: str, stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_faults_are_detected(name: str, stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = stored(name)
     for fault in (
         lambda summary, spatial: (summary, spatial.mT),
@@ -139,7 +139,7 @@ def test_modes_and_precision(stored: Any) -> None:
     assert torch.equal(dense(images).spatial, teacher(images).spatial)
 
 
-def test_compile_goes_around_the_reading(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_wraps_the_reader(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(torch, "compile", lambda fn, *_, **__: lambda *a, **k: calls.append(1) or fn(*a, **k))
     check(make(stored("vit"), compile=True), "vit", stored("vit"))
@@ -161,7 +161,7 @@ def test_an_architecture_with_a_file(stored: Any, tmp_path: Path) -> None:
         make(file.stem, pretrained=str(tmp_path / "evil.pt"))
 
 
-def test_a_nominal_side_that_patches_do_not_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nominal_side_not_divisible_by_the_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOWERS, "odd", {**VIT, "image_size": 36})
     teacher = make(save("odd", tmp_path / "odd"))
     assert (teacher.canvas, teacher.unseen) == (32, 4)
@@ -188,7 +188,7 @@ def test_refuses_folders(stored: Any, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(stored("vit"), folder)
     save_file({"visual.proj": torch.zeros(3, 3)}, folder / "open_clip_model.safetensors")
-    with pytest.raises(AssetError, match="other sizes"):
+    with pytest.raises(AssetError, match="of another size"):
         make(folder)
     (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(AssetError, match=r"holds no weights. Put open_clip_model\.safetensors"):
@@ -203,7 +203,7 @@ def test_refuses_folders(stored: Any, tmp_path: Path) -> None:
         make("hf-hub:apple/DFN5B-CLIP-ViT-H-14-378")
 
 
-def test_text_is_delegated(stored: Any) -> None:
+def test_text_uses_the_named_tower(stored: Any) -> None:
     options = {"kind": "open_clip", "model": str(stored("vit"))}
     teacher = make(stored("vit"), text=options)
     assert torch.equal(teacher.encode_text(["a dog"]), build("text", options).encode(["a dog"]))
@@ -217,7 +217,7 @@ def test_text_is_delegated(stored: Any) -> None:
 
 @pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision transformer with registers, as timm pushes it to the hub."""
+    """A vision transformer with registers in timm's hub layout."""
     folder = tmp_path_factory.mktemp("timm") / "vit"
     net = timm.create_model("test_vit", num_classes=7, reg_tokens=4, class_token=True)
     config = {"mean": MEAN, "std": STD, "input_size": [3, 96, 96], "license": "Apache-2.0"}
@@ -228,7 +228,7 @@ def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def check_timm(teacher: Any, folder: Path, norm: bool) -> None:
-    """The teacher says what timm's own blocks say, block by block and cell by cell, bit for bit."""
+    """The teacher equals timm's own blocks bit for bit."""
     reference = timm.create_model(f"local-dir:{folder}", pretrained=True, dynamic_img_size=True)
     reference.eval().requires_grad_(False)
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (MEAN, STD))
@@ -259,7 +259,7 @@ def test_timm_folder(prefix: str, norm: bool, timm_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["a prefix left in", "transposed", "normalised twice"])
-def test_planted_faults_of_timm_are_noticed(fault: str, timm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_faults_of_timm_are_detected(fault: str, timm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = build("teachers", {"kind": "timm", "model": str(timm_folder)})
     net, condition = teacher.backbone.net, teacher.backbone.condition
     read = net.forward_intermediates
@@ -311,7 +311,7 @@ def test_timm_folder_refusals(timm_folder: Path, tmp_path: Path) -> None:
         ("TimeoutError", r"cannot be downloaded \(TimeoutError: late\)"),
     ],
 )
-def test_timm_weights_that_do_not_come(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_download_errors(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import errors
 
     kind = getattr(errors, name, TimeoutError)
@@ -324,7 +324,7 @@ def test_timm_weights_that_do_not_come(name: str, message: str, monkeypatch: pyt
         build("teachers", {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "hub"})
 
 
-def test_timm_weights_at_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_download_error_names_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
     known = timm.get_pretrained_cfg("vit_tiny_patch16_224")
     monkeypatch.setattr(known, "hf_hub_id", None)
     monkeypatch.setattr(known, "url", "https://nowhere.invalid/w.pth")
@@ -340,7 +340,7 @@ def test_timm_weights_at_an_address_that_does_not_answer(monkeypatch: pytest.Mon
         build("teachers", {"kind": "timm", "model": "vit_tiny_patch16_224", "weights": "hub"})
 
 
-def test_a_misspelt_timm_model_is_offered_a_few() -> None:
+def test_misspelt_timm_model_suggests_names() -> None:
     with pytest.raises(ConfigError, match="did you mean 'vit_base_patch16_224'") as caught:
         build("teachers", {"kind": "timm", "model": "vit_bse_patch16_224"})
     assert len(str(caught.value)) < 400  # and not every name that timm knows

@@ -28,7 +28,7 @@ def tower() -> MiniLM:
 
 
 def bert_float64(ids: list[int]) -> np.ndarray:
-    """BERT's equations (Devlin et al. 2018) in NumPy float64 on one unpadded sentence, straight from the file."""
+    """BERT (Devlin et al. 2018) in NumPy float64 on one unpadded sentence, from the file's weights."""
     from safetensors.numpy import load_file
 
     w = {k: v.astype(np.float64) for k, v in load_file(bundled.path("minilm/weights")).items()}
@@ -64,7 +64,7 @@ def bert_float64(ids: list[int]) -> np.ndarray:
     return mean / np.linalg.norm(mean)
 
 
-def test_equals_bert_written_out(tower: MiniLM) -> None:
+def test_equals_a_numpy_bert(tower: MiniLM) -> None:
     for sentence, ours in zip(SENTENCES, tower.encode(SENTENCES), strict=True):
         tower.tokenizer.no_padding()
         ids = tower.tokenizer.encode(sentence).ids
@@ -107,7 +107,7 @@ def test_related_sentences_are_nearer(tower: MiniLM) -> None:
     assert cat @ kitten > cat @ truck + 0.2
 
 
-def test_long_sentences_are_cut_at_256_tokens(tower: MiniLM) -> None:
+def test_long_sentences_are_truncated_to_256_tokens(tower: MiniLM) -> None:
     # 254 words and the two special tokens fill the window: what follows cannot be seen.
     first, second, shorter = tower.encode(["word " * 254 + "cat", "word " * 254 + "aeroplane", "word " * 253 + "cat"])
     assert torch.equal(first, second) or (first - second).abs().max() < 1e-6

@@ -337,7 +337,7 @@ def entry(**keys: Any) -> TeacherEntry:
     return TeacherEntry(teacher={"kind": "toy"}, upsampler=keys)
 
 
-def test_as_a_teacher_it_features_closer_where_the_student_does() -> None:
+def test_wrapped_teacher_uses_the_finer_size_for_large_students() -> None:
     """SigLIP2 in docs/method.md, 3.2: 24 x 24 cells up to a student of 432 pixels, 72 x 72 from 512 on."""
 
     class Large(Square):

@@ -221,7 +221,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         return {_inner(key): value.float() for key, value in state.items() if _inner(key)}
     except Exception as error:  # truncated, a pickle with foreign objects, TorchScript, another kind of file
         raise AssetError(
-            f"{file}: cannot be read as weights ({error}). Fetch it again; a pickle of more than tensors is not read: "
+            f"{file}: cannot be read as weights ({error}). Fetch it again; pickles with other objects are never read: "
             "save its state_dict() as safetensors where you trust it"
         ) from error
 

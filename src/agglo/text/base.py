@@ -18,6 +18,15 @@ class TextTower(nn.Module, ABC):
     width: int
     licence: str = ""
 
+    def train(self, mode: bool = True) -> TextTower:
+        """Stay in eval mode: no dropout."""
+        del mode
+        return super().train(False)
+
     @abstractmethod
     def encode(self, texts: list[str]) -> Tensor:
-        """``(N, width)`` float32 unit-norm embeddings of N sentences, in order; ``(0, width)`` for none."""
+        """Float32 unit-norm embeddings ``(N, width)`` of N sentences, in order.
+
+        Raises:
+            TypeError: ``texts`` is one string.
+        """

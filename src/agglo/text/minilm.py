@@ -11,7 +11,7 @@ from agglo.types import AssetError, ConfigError
 from agglo.weights import bundled
 
 MAX_TOKENS = 256
-"""The sequence length the released model was set to; longer sentences are cut."""
+"""Sequence length of the released model; longer sentences are truncated."""
 
 
 class MiniLM(TextTower):
@@ -19,7 +19,7 @@ class MiniLM(TextTower):
 
     ``e = h / ||h||``, ``h = sum_t m_t x_t / sum_t m_t`` with ``x_t`` the last hidden states and ``m_t`` the attention
     mask (Wang et al. 2020, "MiniLM", arXiv:2002.10957; Reimers and Gurevych 2019, "Sentence-BERT", arXiv:1908.10084).
-    It is uncased: "Espresso" and "espresso" are one sentence.
+    It is uncased.
 
     Args:
         batch: sentences encoded at a time.
@@ -41,9 +41,7 @@ class MiniLM(TextTower):
         self.batch = batch
         self.width = int(config.hidden_size)
         self.licence = bundled.BUNDLED["minilm/weights"].licence
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # initial weights are thrown away: leave the caller's random state alone
+        with torch.random.fork_rng(devices=[]):  # initial weights are discarded: keep the caller's random state
             self.bert = bert.BertModel(config, add_pooling_layer=False)
         self._load()
         self.tokenizer = require("tokenizers", "quickstart").Tokenizer.from_file(str(bundled.path("minilm/tokenizer")))
@@ -54,32 +52,20 @@ class MiniLM(TextTower):
     def _load(self) -> None:
         file = bundled.path("minilm/weights")
         state = require("safetensors.torch", "quickstart").load_file(file)
-        # The pooler belongs to BERT's pre-training and position_ids are a constant: neither takes part in the mean.
+        # The pooler is part of BERT's pre-training and position_ids are a constant: the mean uses neither.
         state = {k: v for k, v in state.items() if not k.startswith("pooler.") and not k.endswith("position_ids")}
         missing, unexpected = self.bert.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.endswith("position_ids")]
         if missing or unexpected:
-            raise AssetError(f"{file}: not a BERT of this shape (missing {missing[:3]}, unexpected {unexpected[:3]})")
-
-    def train(self, mode: bool = True) -> MiniLM:
-        """Stay in eval mode: a frozen tower has no dropout."""
-        del mode
-        return super().train(False)
+            raise AssetError(
+                f"{file}: not the weights of this BERT (missing {missing[:3]}, left over {unexpected[:3]})"
+            )
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
-        """Embed sentences.
+        """Float32 unit-norm embeddings ``(N, 384)`` of N sentences, truncated to 256 tokens, in order.
 
-        Sentences of similar length share a batch, so padding costs little; the result is in the order of ``texts``.
-
-        Args:
-            texts: N sentences; each is cut after 256 tokens.
-
-        Returns:
-            ``(N, 384)`` float32 unit-norm embeddings on the tower's device.
-
-        Raises:
-            TypeError: ``texts`` is one string.
+        Sentences of similar length share a batch, to save padding.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of sentences, not one string: encode([text])")
@@ -97,5 +83,5 @@ class MiniLM(TextTower):
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
         hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weight = mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weight).sum(1) / weight.sum(1)  # never empty: [CLS] and [SEP] are always there
+        mean = (hidden * weight).sum(1) / weight.sum(1)  # never empty: it includes [CLS] and [SEP]
         return torch.nn.functional.normalize(mean, dim=-1)

@@ -1,4 +1,4 @@
-"""OpenCLIP's text towers: the language of the ``clip`` and ``siglip`` heads of RADIO."""
+"""OpenCLIP's text towers, for the ``clip`` and ``siglip`` heads of RADIO."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from agglo.text.base import TextTower
 from agglo.types import AssetError, ConfigError
 
 _NO_VISION = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 1, "image_size": 1}
-"""A vision tower of next to nothing, for a constructor that wants one; it is thrown away at once."""
+"""A minimal vision tower for a constructor that requires one; it is discarded at once."""
 
 _NOT_TEXT = ("visual.", "logit_scale", "logit_bias", "text_decoder.", "attn_mask", "text.attn_mask")
-"""Keys of a checkpoint that are no weights of its text tower (the masks are constants of old versions)."""
+"""Keys that are not weights of the text tower (old versions saved the masks, which are constants)."""
 
 
 class OpenCLIP(TextTower):
     """The text half of an OpenCLIP model, with the model's own tokenizer.
 
-    RADIO's known teachers are ``ViT-H-14-378-quickgelu`` / ``dfn5b`` (DFN-CLIP, behind the ``clip`` head) and
-    ``ViT-SO400M-14-SigLIP-384`` / ``webli`` (behind ``siglip``). Neither the vision tower nor the logit scale is kept,
-    nor are their weights read from a safetensors file.
+    RADIO's teachers are ``ViT-H-14-378-quickgelu`` / ``dfn5b`` (DFN-CLIP, head ``clip``) and
+    ``ViT-SO400M-14-SigLIP-384`` / ``webli`` (head ``siglip``). The vision tower and the logit scale are not loaded; of
+    a safetensors file they are not even read.
 
     Args:
-        model: OpenCLIP's name of the architecture; or a local folder with ``open_clip_config.json``, the weights and,
-            where the model needs one, the tokenizer; or ``hf-hub:OWNER/NAME``.
-        pretrained: a tag OpenCLIP knows for this architecture, or the path of a checkpoint (safetensors, or a pickle
-            that holds nothing but tensors). A folder or a repository brings its own weights, and this is not used.
-        batch: sentences encoded at a time.
+        model: OpenCLIP's name of the architecture; a local folder with ``open_clip_config.json``, the weights and, if
+            the model needs them, the tokenizer's files; or ``hf-hub:OWNER/NAME``.
+        pretrained: OpenCLIP's tag of the weights, or the path of a checkpoint (safetensors, or a pickle of tensors
+            only). Not used for a folder or a repository, which has its own weights.
+        batch: sentences per batch.
 
     Raises:
         ConfigError: unknown architecture or tag; ``batch`` is not positive; an architecture whose text tower is not
             OpenCLIP's own; a tag trained with the other GELU.
-        AssetError: the weights or the tokenizer cannot be fetched or do not fit; names the files and where they go.
+        AssetError: the weights or the tokenizer are missing or do not fit.
         MissingExtraError: open_clip is not installed.
     """
 
@@ -59,24 +59,9 @@ class OpenCLIP(TextTower):
         self.tokenizer = _tokenizer(name)
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> OpenCLIP:
-        """Stay in eval mode: a frozen tower has no dropout."""
-        del mode
-        return super().train(False)
-
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
-        """Embed sentences.
-
-        Args:
-            texts: N sentences; each is cut after the context length of the model (77 tokens for CLIP, 64 for SigLIP).
-
-        Returns:
-            ``(N, width)`` float32 unit-norm embeddings on the tower's device.
-
-        Raises:
-            TypeError: ``texts`` is one string.
-        """
+        """As :meth:`TextTower.encode`; sentences are truncated to the model's context (CLIP 77 tokens, SigLIP 64)."""
         if isinstance(texts, str):
             raise TypeError("encode takes a list of sentences, not one string: encode([text])")
         device = next(self.tower.parameters()).device
@@ -89,31 +74,31 @@ class OpenCLIP(TextTower):
 
 
 def _config(name: str) -> dict[str, Any]:
-    """The architecture of a model, as OpenCLIP describes it."""
+    """OpenCLIP's description of an architecture."""
     open_clip = require("open_clip", "teachers")
     try:
         config = open_clip.get_model_config(name)
     except Exception as error:  # a folder without its JSON, a hub that cannot be reached
         raise AssetError(
-            f"text.open_clip: no configuration of {name} ({error}). To go on, put open_clip_config.json, the weights "
-            "(open_clip_model.safetensors) and the tokenizer's files into a folder and name it: `model: FOLDER`"
+            f"text.open_clip: no configuration of {name} ({error}). Put open_clip_config.json, the weights "
+            "(open_clip_model.safetensors) and the tokenizer's files into a folder, then use `model: FOLDER`"
         ) from error
     if config is None:
         close = difflib.get_close_matches(name, open_clip.list_models(), n=6, cutoff=0.3)
         raise ConfigError(f"text.open_clip: open_clip has no model {name!r}{nearest(name, close)}")
     if not isinstance(config, dict) or not {"embed_dim", "text_cfg"} <= config.keys():
-        raise ConfigError(f"text.open_clip: the configuration of {name} describes no model with embed_dim and text_cfg")
-    guest = config["text_cfg"].get("hf_model_name")
-    if guest:
+        raise ConfigError(f"text.open_clip: the configuration of {name} lacks embed_dim or text_cfg")
+    foreign = config["text_cfg"].get("hf_model_name")
+    if foreign:
         raise ConfigError(
-            f"text.open_clip: the text tower of {name} is {guest} of transformers, which is not built here; use an "
-            "architecture whose text tower is open_clip's own"
+            f"text.open_clip: the text tower of {name} is {foreign} of transformers, which is not supported; use an "
+            "architecture with a text tower of open_clip"
         )
     return config
 
 
 def _weights(name: str, pretrained: str, quick_gelu: bool) -> tuple[Path, str]:
-    """The checkpoint's path, fetched where it has to be, and the licence of the weights."""
+    """The checkpoint's path, downloaded if needed, and the licence of the weights."""
     open_clip = require("open_clip", "teachers")
     scheme, _, where = name.partition(":")
     if scheme == "local-dir":
@@ -126,14 +111,14 @@ def _weights(name: str, pretrained: str, quick_gelu: bool) -> tuple[Path, str]:
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         raise ConfigError(
-            f"text.open_clip: {pretrained!r} is neither a file nor a tag that open_clip knows for {name}"
+            f"text.open_clip: {pretrained!r} is neither a file nor a tag of {name} in open_clip"
             f"{nearest(pretrained, open_clip.list_pretrained_tags_by_model(name))}"
         )
     if bool(tag.get("quick_gelu", False)) != quick_gelu:
         other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
         raise ConfigError(
-            f"text.open_clip: {pretrained!r} was trained with the {'exact' if quick_gelu else 'quick'} GELU and {name} "
-            f"has the other one, which gives wrong embeddings; use `model: {other}`"
+            f"text.open_clip: {pretrained!r} was trained with the {'exact' if quick_gelu else 'quick'} GELU, unlike "
+            f"{name}, which gives wrong embeddings; use `model: {other}`"
         )
     card = str(tag.get("hf_hub") or tag.get("url")).rstrip("/")
     return _fetch(tag, name), "Apache-2.0" if card.startswith("timm/") and "SigLIP" in card else f"unknown ({card})"
@@ -150,14 +135,14 @@ def _in_folder(folder: Path) -> Path:
 def _fetch(tag: dict[str, Any], name: str) -> Path:
     try:
         return Path(require("open_clip", "teachers").download_pretrained(tag))
-    except Exception as error:  # each way to fetch fails in its own way
+    except Exception as error:  # each kind of address raises its own errors
         where = str(tag.get("hf_hub") or tag.get("url"))
         what = f"open_clip_model.safetensors (or open_clip_pytorch_model.bin) of {where.rstrip('/')}"
         repo = "/".join(str(tag.get("hf_hub") or "").split("/")[:2])
-        cache = f"run `hf download {repo}`, which fills the hub's cache, or " if repo else ""
+        cache = f"run `hf download {repo}`, or " if repo else ""
         raise AssetError(
-            f"text.open_clip: the weights of {name} cannot be fetched ({error}). Where there is a network, "
-            f"{cache}fetch {what if where.endswith('/') else where}, and name the file in a recipe: `pretrained: PATH`"
+            f"text.open_clip: the weights of {name} cannot be downloaded ({error}). On a machine with a network, "
+            f"{cache}download {what if where.endswith('/') else where}, then use `pretrained: PATH`"
         ) from error
 
 
@@ -175,7 +160,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # a pickle with foreign objects, TorchScript, another kind of file
         raise AssetError(
             f"{file}: holds more than tensors, and is not read ({error}). Save its state_dict() with "
-            "safetensors.torch.save_file, once, in a place where you trust it"
+            "safetensors.torch.save_file where you trust it"
         ) from error
 
 
@@ -184,7 +169,7 @@ def _text_keys(keys: list[str]) -> list[str]:
 
 
 def _tower(config: dict[str, Any], name: str) -> nn.Module:
-    """The text tower without storage: its weights are assigned afterwards, so that nothing is held twice."""
+    """The text tower on the meta device: weights are assigned later, so that memory is used once."""
     open_clip = require("open_clip", "teachers")
     options = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
     try:
@@ -192,7 +177,7 @@ def _tower(config: dict[str, Any], name: str) -> nn.Module:
             tower = open_clip.CustomTextCLIP(**{**options, "vision_cfg": _NO_VISION}).text
     except Exception as error:
         raise ConfigError(f"text.open_clip: {name} cannot be built: {error}") from error
-    if tower.attn_mask is not None:  # a constant, which no checkpoint holds: token t sees the tokens up to t
+    if tower.attn_mask is not None:  # a causal mask, which checkpoints lack
         side = tower.num_pos
         tower.register_buffer("attn_mask", torch.full((side, side), float("-inf")).triu_(1), persistent=False)
     return tower
@@ -204,19 +189,19 @@ def _assign(tower: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     try:
         missing, unexpected = tower.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        raise AssetError(f"{file}: a model of other sizes: {error}") from error
+        raise AssetError(f"{file}: the weights are of another size: {error}") from error
     if missing or unexpected:
         raise AssetError(
-            f"{file}: not the text tower of this model (missing {missing[:10]}, left over {unexpected[:10]})"
+            f"{file}: the weights do not fit the text tower (missing {missing[:10]}, left over {unexpected[:10]})"
         )
 
 
 def _tokenizer(name: str) -> Any:
     try:
         return require("open_clip", "teachers").get_tokenizer(name)
-    except Exception as error:  # each way to fetch fails in its own way
+    except Exception as error:  # each kind of address raises its own errors
         raise AssetError(
-            f"text.open_clip: the tokenizer of {name} cannot be loaded ({error}). Where there is a network, fetch "
-            "open_clip_config.json, the weights and the tokenizer's files (tokenizer.json, tokenizer_config.json, "
-            "special_tokens_map.json) of the model, and name their folder: `model: FOLDER`"
+            f"text.open_clip: the tokenizer of {name} cannot be loaded ({error}). On a machine with a network, "
+            "download open_clip_config.json, the weights and the tokenizer's files (tokenizer.json, "
+            "tokenizer_config.json, special_tokens_map.json) of the model, then use `model: FOLDER`"
         ) from error

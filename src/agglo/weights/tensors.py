@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until somebody asks for them."""
+"""Mappings of tensors that are read from their files on access."""
 
 from __future__ import annotations
 
@@ -15,29 +15,25 @@ from agglo.types import AssetError
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name; names cost nothing, a tensor is read when its values are looked at."""
+    """Tensors by name, each read when it is accessed."""
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of the file pages read so far.
+        """Release the file pages read so far; tensors returned before stay valid and keep their own pages.
 
-        Tensors handed out before stay valid and keep their own pages. A reader that copies calls this now and then, so
-        that the copies and the whole file are never in memory together.
+        A reader that copies calls this regularly, so that copies and file are never in memory together.
         """
 
     @abstractmethod
     def shareable(self, dtype: torch.dtype | None) -> bool:
-        """Whether every tensor can be used where it lies in the file, floating-point ones as ``dtype`` (None: any)."""
+        """Whether every tensor can be used in the mapped file, floating-point ones as ``dtype`` (None: any)."""
 
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Ask the system to begin reading what holds these tensors, as far as that is nearly all that it holds.
-
-        Files whose other tensors nobody wants, and systems that cannot be asked, are read as their values are.
-        """
+        """Ask the system to prefetch each file of which these tensors are at least :data:`PREFETCH_SHARE`."""
 
 
-MOST = 0.8
-"""The share of a file that has to be wanted before all of it is read ahead."""
+PREFETCH_SHARE = 0.8
+"""Share of a file that must be requested before all of it is prefetched."""
 
 
 class Mapped(LazyTensors):
@@ -47,9 +43,9 @@ class Mapped(LazyTensors):
 
     Args:
         names: the keys.
-        open_file: maps the file and returns what gets a tensor by name; called again after :meth:`release`.
-        opened: what ``open_file`` has returned already, if it was called.
-        path: the file, to be read ahead; None where it cannot be.
+        open_file: maps the file and returns a function from name to tensor; called again after :meth:`release`.
+        opened: the result of an earlier call of ``open_file``.
+        path: the file, for prefetching; None to disable it.
     """
 
     def __init__(
@@ -90,8 +86,8 @@ class Mapped(LazyTensors):
         if self._path is None or not hasattr(os, "posix_fadvise"):
             return
         wanted = sum(self[name].nbytes for name in names)
-        with contextlib.suppress(OSError), self._path.open("rb") as file:  # not every file system takes advice
-            if wanted >= MOST * os.fstat(file.fileno()).st_size:
+        with contextlib.suppress(OSError), self._path.open("rb") as file:  # not every file system supports it
+            if wanted >= PREFETCH_SHARE * os.fstat(file.fileno()).st_size:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
@@ -99,7 +95,7 @@ class Joined(LazyTensors):
     """The tensors of several files as one mapping.
 
     Args:
-        homes: key → the file's tensors that hold it.
+        homes: key → tensors of the file that contains it.
     """
 
     def __init__(self, homes: Mapping[str, LazyTensors]) -> None:
@@ -136,13 +132,13 @@ class Renamed(LazyTensors):
 
     Args:
         tensors: the source.
-        names: their name → our name, or None for a tensor that is left out. A mapping keeps the names it does not
-            hold, so that what nobody thought of shows up as unexpected; a function answers for every name.
-        transform: ``(our name, tensor) → tensor``, applied to each renamed tensor when it is read.
-        derived: our name → what computes it from the source (a reparametrised weight, three matrices in one).
+        names: old name → new name, or None to drop the tensor. A mapping keeps names that it lacks, so that they are
+            reported as unexpected; a function decides about every name.
+        transform: ``(new name, tensor) → tensor``, applied to each renamed tensor when it is read.
+        derived: new name → function that computes it from the source (a reparametrised weight, a fused matrix).
 
     Raises:
-        AssetError: two tensors would get one name.
+        AssetError: two tensors get the same name.
     """
 
     def __init__(
@@ -156,41 +152,40 @@ class Renamed(LazyTensors):
         self._source = tensors
         self._transform = transform
         self._derived = dict(derived or {})
-        self._theirs: dict[str, str] = {}
-        for theirs in tensors:
-            ours = names(theirs) if callable(names) else names.get(theirs, theirs)
-            if ours is None:
+        self._old: dict[str, str] = {}
+        for old in tensors:
+            new = names(old) if callable(names) else names.get(old, old)
+            if new is None:
                 continue
-            if ours in self._theirs or ours in self._derived:
-                other = self._theirs.get(ours, "a derived tensor")
-                raise AssetError(f"{theirs} and {other} would both be called {ours}: leave one of them out")
-            self._theirs[ours] = theirs
+            if new in self._old or new in self._derived:
+                raise AssetError(f"{old} and {self._old.get(new, 'a derived tensor')} are both renamed to {new}")
+            self._old[new] = old
 
     def __getitem__(self, key: str) -> Tensor:
         if key in self._derived:
             return self._derived[key](self._source)
-        tensor = self._source[self._theirs[key]]
+        tensor = self._source[self._old[key]]
         return tensor if self._transform is None else self._transform(key, tensor)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._theirs
+        yield from self._old
         yield from self._derived
 
     def __len__(self) -> int:
-        return len(self._theirs) + len(self._derived)
+        return len(self._old) + len(self._derived)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._theirs or key in self._derived
+        return key in self._old or key in self._derived
 
     def release(self) -> None:
         if isinstance(self._source, LazyTensors):
             self._source.release()
 
     def shareable(self, dtype: torch.dtype | None) -> bool:
-        # A computed tensor is new memory while the pages that it came from are still mapped, so these are copied.
+        # Computed tensors are new memory while their source pages are still mapped, so the others are copied too.
         computes = self._transform is not None or bool(self._derived)
         return not computes and (not isinstance(self._source, LazyTensors) or self._source.shareable(dtype))
 
     def read_ahead(self, names: Iterable[str]) -> None:
         if isinstance(self._source, LazyTensors):
-            self._source.read_ahead([self._theirs[name] for name in names if name in self._theirs])
+            self._source.read_ahead([self._old[name] for name in names if name in self._old])
