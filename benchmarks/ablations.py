@@ -1,11 +1,10 @@
 """The claims of the C-RADIOv4 recipe, each with and without its ingredient, over several seeds, on two cores.
 
 ``python benchmarks/run.py ablations`` trains small ViTs on `scenes` and photographs with offline teachers and writes
-``results/ablations.json``, ``docs/ablations.md`` and a figure for each claim. What was measured under the same settings
-is not measured again: the run can be stopped, and goes on where it was. ``CLAIMS=fixed_pattern,scales`` runs some of
-the claims, and the others stay as they are published; ``SEEDS=1 STEPS=3`` is a trial, ``AGAIN=1`` forgets what was
-measured; ``WIDTH=768 STEPS=5000`` is for a GPU. ``python benchmarks/ablations.py`` judges the published numbers again
-and writes the page.
+``results/ablations.json``, ``docs/ablations.md`` and one figure per claim. Resumable: measurements with the same
+settings are reused. ``CLAIMS=fixed_pattern,scales`` runs some of the claims and keeps the published numbers of the
+others; ``SEEDS=1 STEPS=3`` is a trial; ``AGAIN=1`` discards earlier measurements; ``WIDTH=768 STEPS=5000`` suits a GPU.
+``python benchmarks/ablations.py`` re-evaluates the published numbers and writes the page.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ CLAIMS: dict[str, Claim] = {
 }
 PUBLISHED = Path(__file__).parent / "results" / "ablations.json"
 KEPT = Path(os.environ.get("ABLATIONS", Path(__file__).parents[1] / "runs" / "ablations.json"))
-"""Every arm of every seed, as it is done; what is published is made of it."""
+"""Results of every arm and seed so far; the published numbers are computed from it."""
 
 
 def measured(name: str, arm: str, seed: int, known: dict[str, Any]) -> dict[str, float]:
-    """What an arm gives from a seed: looked up, or trained now and kept."""
+    """Metrics of an arm for one seed, from earlier results or a new run."""
     key = f"{name} | {arm} | seed {seed} | {STEPS} steps | width {WIDTH}"
     if key not in known:
         began = time.perf_counter()
@@ -59,7 +58,7 @@ def measured(name: str, arm: str, seed: int, known: dict[str, Any]) -> dict[str,
 
 
 def summarise(name: str, drawn: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Mean, spread (largest less smallest) and seeds of each number, whether the claim holds, and what was tried."""
+    """Mean, spread (maximum - minimum) and per-seed values of each metric, the verdict, and notes."""
     arms = {
         arm: {
             metric: {
@@ -75,13 +74,13 @@ def summarise(name: str, drawn: dict[str, list[dict[str, float]]]) -> dict[str, 
 
 
 def judged(name: str, arms: dict[str, Any]) -> dict[str, Any]:
-    """A claim's entry, from its numbers."""
+    """Result entry of a claim."""
     holds, verdict = CLAIMS[name].judge(arms)
     return {"holds": holds, "verdict": verdict, "note": NOTES.get(name), "arms": arms}
 
 
 def run() -> dict[str, Any]:
-    """Every claim over every seed; the page is written after each claim."""
+    """Run every claim over every seed, and write the page after each claim."""
     fresh = bool(os.environ.get("AGAIN")) or not KEPT.is_file()
     known: dict[str, Any] = {} if fresh else json.loads(KEPT.read_text(encoding="utf-8"))
     chosen = os.environ.get("CLAIMS", ",".join(CLAIMS)).split(",")
@@ -101,11 +100,11 @@ def run() -> dict[str, Any]:
 
 
 def page() -> None:
-    """Judge the published numbers again, and write the page and the figures: nothing is trained."""
+    """Re-evaluate the published numbers and write page and figures, without training."""
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     result = published["result"]
     for name, entry in result["claims"].items():
-        arms = dict(zip(CLAIMS[name].arms, entry["arms"].values(), strict=True))  # by their names of today
+        arms = dict(zip(CLAIMS[name].arms, entry["arms"].values(), strict=True))  # under their current names
         result["claims"][name] = judged(name, arms)
     PUBLISHED.write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
     write(result, CLAIMS)

@@ -1,6 +1,6 @@
-"""The teacher-feature cache: how much faster training is from it, what it costs to write, and whether kills hurt it.
+"""Teacher-feature cache: training speed, cost of writing it, and integrity after kills.
 
-``python benchmarks/cache.py 10000 20`` runs the last part alone: so many images, so many kills.
+``python benchmarks/cache.py 10000 20`` runs the last part alone, with 10000 images and 20 kills.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEACHERS = {
 
 
 def recipe_of(folder: Path, **changes: Any) -> Any:
-    """A small student, and teachers that cost much more than it does."""
+    """A recipe with a small student and much more expensive teachers."""
     from agglo import recipe
 
     return recipe.decode({
@@ -50,19 +50,19 @@ def recipe_of(folder: Path, **changes: Any) -> Any:
 
 
 def run() -> dict[str, Any]:
-    """Everything."""
+    """Run all parts."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # statistics from 16 images
+        warnings.simplefilter("ignore")  # target statistics of 16 images
         folder = Path(name)
         write_photos(folder / "photos", IMAGES)
         return {"setting": setting(), **speed(folder), "kills": kills(10_000, 20)}
 
 
 def setting() -> dict[str, Any]:
-    """What the speed was measured on."""
+    """Settings of the speed measurement."""
     return {
         "student": "ViT, width 192, depth 4, at 128 px, batch 8",
         "teachers": "ViT-B/16 with random weights, EfficientNet-Lite2, HOG, "
@@ -78,16 +78,16 @@ def write_photos(folder: Path, count: int) -> None:
 
     folder.mkdir()
     source = Photos(split="all")
-    chance = random.Random(0)
+    rng = random.Random(0)
     for index in range(count):
         image = source.read(index % len(source))
         side = min(320, *image.size)
-        left, top = chance.randrange(image.width - side + 1), chance.randrange(image.height - side + 1)
+        left, top = rng.randrange(image.width - side + 1), rng.randrange(image.height - side + 1)
         image.crop((left, top, left + side, top + side)).save(folder / f"{index:03d}.jpg", quality=92)
 
 
 def speed(folder: Path) -> dict[str, Any]:
-    """Arms in turn, each a short training run; and what each cache cost and lost."""
+    """Training speed of interleaved arms, and cost and error of each cache."""
     from agglo.cache.writing import write
 
     made = recipe_of(folder / "photos")
@@ -126,7 +126,7 @@ def speed(folder: Path) -> dict[str, Any]:
 
 
 def train(folder: Path, arm: str, run: Path) -> list[dict[str, Any]]:
-    """One short run of an arm; its metrics."""
+    """Metrics of one short training run of an arm."""
     from agglo.training.loop import distill
 
     made = recipe_of(folder / "photos")
@@ -138,13 +138,13 @@ def train(folder: Path, arm: str, run: Path) -> list[dict[str, Any]]:
 
 
 def difference(one: list[dict[str, float]], two: list[dict[str, float]]) -> float:
-    """The largest relative difference of any term at any step: the runs' weights drift apart with it."""
+    """Largest relative difference of any loss term at any step, including the resulting drift of the weights."""
     worst = max(abs(a[k] - b[k]) / abs(a[k]) for a, b in zip(one, two, strict=True) for k in a)
     return float(f"{worst:.2g}")
 
 
 def append_rate(folder: Path) -> float:
-    """MB/s at which records are written and flushed, without teachers: a cache's own records, again."""
+    """MB/s of writing and flushing the records of a cache again, without teachers."""
     from agglo.cache.records import Pen, Shelf
 
     shelf = Shelf(folder / "vit_b")
@@ -177,10 +177,10 @@ write(made, sys.argv[2], dtype="fp32", batch=32, shard_bytes=1_000_000)
 
 
 def kills(images: int, wanted: int) -> dict[str, Any]:
-    """Write a cache of tiny images, kill the writer at random moments, go on; then compare every entry.
+    """Write a cache of tiny images, kill and restart the writer at random times, then compare every entry.
 
-    Three kills in four come at a random moment after records were seen to appear, the fourth at any moment from the
-    start of the process on.
+    Three of four kills come at a random time after new records appeared, the fourth at any time after the start of the
+    process.
     """
     import numpy as np
     from PIL import Image
@@ -207,7 +207,7 @@ def kills(images: int, wanted: int) -> dict[str, Any]:
                     time.sleep(0.002)
                 time.sleep(chance.uniform(0, 0.6))
             if writer.poll() is not None:
-                sys.exit(f"the writer ended by itself after {done} kills: take more images")
+                sys.exit(f"the writer finished after {done} kills; use more images")
             writer.send_signal(signal.SIGKILL)
             writer.wait()
             done += 1
@@ -222,7 +222,7 @@ def stored(folder: Path) -> int:
 
 
 def verdict(made: Any, folder: Path) -> dict[str, Any]:
-    """Every entry against what its teacher says now."""
+    """Compare every entry with a live forward pass of its teacher."""
     import torch
 
     from agglo.cache.lessons import Lessons, ask, find_teachers, loader_for
@@ -232,16 +232,16 @@ def verdict(made: Any, folder: Path) -> dict[str, Any]:
     real = build_teachers(made)
     cached = made.model_copy(update={"data": made.data.model_copy(update={"feature_cache": str(folder)})})
     lessons = Lessons(cached, find_teachers(cached), 16, torch.device("cpu"))
-    loader = loader_for(cached, 0, lessons)  # refuses a cache in which an entry is missing
+    loader = loader_for(cached, 0, lessons)  # refuses an incomplete cache
     names, wrong, worst = set(), 0, 0.0
     steps = -(-len(loader.sources[0]) // BATCHED)
     for step in range(steps):
         batch = loader.batch(step)
         names.update(batch.names)
-        said = lessons.teach(batch, batch.images)
+        found = lessons.teach(batch, batch.images)
         for name, teacher in real.items():
             now = ask(teacher, batch.images, (batch.images.shape[-2], batch.images.shape[-1]), 16)
-            for a, b in ((now.summary, said[name].features.summary), (now.spatial, said[name].features.spatial)):
+            for a, b in ((now.summary, found[name].features.summary), (now.spatial, found[name].features.spatial)):
                 if a is not None and b is not None:
                     off = (a - b).abs().flatten(1).amax(1)
                     wrong += int((off > 1e-5).sum())

@@ -1,4 +1,4 @@
-"""From JPEG files on disk to batches of 224 px views on one core, beside torchvision's decoder and its crop."""
+"""From JPEG files on disk to batches of 224 px views on one core, compared with torchvision."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ SIDE = 224
 BATCH = 8
 REPEATS = 15
 TURN = 48
-"""Images that each contestant reads before it is the next one's turn, at least."""
+"""Minimum number of images per turn of each implementation."""
 SIZES = ((500, 375), (640, 480), (800, 600), (1024, 768), (1280, 960), (1600, 1200))
 PHOTOS = ("astronaut", "chelsea", "china", "coffee", "flower", "motorcycle_left", "rocket", "retina")
 QUALITY = 87
 GRAIN = 3.0
-"""Standard deviation, of 255, of the noise that a sensor would add: enlarged photos lack it and decode too easily."""
+"""Standard deviation (of 255) of added sensor noise: enlarged photographs lack it and decode too fast."""
 SCALES = {"scale 0.08 to 1 (torchvision's default)": (0.08, 1.0), "scale 0.35 to 1 (ours)": (0.35, 1.0)}
 ASPECT = (3 / 4, 4 / 3)
 
 
 def run() -> dict[str, Any]:
-    """Images a second of every contestant, on made photographs of all sizes together and on real ones."""
+    """Images per second of every implementation, on generated photographs of all sizes and on real ones."""
     import record
 
     with tempfile.TemporaryDirectory() as name, one_core():
@@ -51,14 +51,14 @@ def run() -> dict[str, Any]:
 
 
 def contest(folder: Path, most: int = 96) -> dict[str, Any]:
-    """Images a second; the median of interleaved repeats, and the ratio of each to torchvision in the same repeat.
+    """Images per second: median of interleaved repeats, and ratio to torchvision in the same repeat.
 
-    By the clock and by the processor's time: the second does not count what other programs take of the core.
+    By wall-clock time and by CPU time; the latter excludes other programs on the core.
     """
     files = sorted(str(path) for path in folder.iterdir())[:most]
     shapes = [Image.open(file).size for file in files]
     bits = 8 * sum(map(os.path.getsize, files)) / sum(w * h for w, h in shapes)
-    told: dict[str, Any] = {"images": len(files), "bits_per_pixel": round(bits, 2)}
+    result: dict[str, Any] = {"images": len(files), "bits_per_pixel": round(bits, 2)}
     for title, scale in SCALES.items():
         contestants = {
             "torchvision": torchvision_tensors(files, scale),
@@ -72,12 +72,12 @@ def contest(folder: Path, most: int = 96) -> dict[str, Any]:
         for _ in range(REPEATS):
             for name, once in contestants.items():
                 rates[name].append(turn(once, -(-TURN // len(files))))
-        told[title] = {name: ranking(values, rates["torchvision"]) for name, values in rates.items()}
-    return told
+        result[title] = {name: ranking(values, rates["torchvision"]) for name, values in rates.items()}
+    return result
 
 
 def turn(once: Callable[[], int], passes: int) -> tuple[float, float]:
-    """Images a second by the clock, and a second of the processor's time."""
+    """Images per second of wall-clock time and of CPU time."""
     clock, own = time.perf_counter(), time.process_time()
     count = sum(once() for _ in range(passes))
     return count / (time.perf_counter() - clock), count / (time.process_time() - own)
@@ -96,7 +96,7 @@ def ranking(values: list[tuple[float, float]], base: list[tuple[float, float]]) 
 
 
 def torchvision_tensors(files: list[str], scale: tuple[float, float]) -> Callable[[], int]:
-    """Its own decoder, its own crop on tensors: the fastest way we know to use it."""
+    """torchvision's decoder and crop on tensors: its fastest path."""
     from torchvision.io import ImageReadMode, decode_image, read_file
     from torchvision.transforms import v2
 
@@ -118,7 +118,7 @@ def torchvision_tensors(files: list[str], scale: tuple[float, float]) -> Callabl
 
 
 def torchvision_pillow(files: list[str], scale: tuple[float, float]) -> Callable[[], int]:
-    """As ``ImageFolder`` does it."""
+    """The path of ``ImageFolder``."""
     from torchvision.datasets.folder import default_loader
     from torchvision.transforms import v2
 
@@ -140,13 +140,13 @@ def torchvision_pillow(files: list[str], scale: tuple[float, float]) -> Callable
 
 
 def agglo(folder: Path, scale: tuple[float, float], count: int, max_side: int | None = None) -> Callable[[], int]:
-    """The training loader, every image decoded anew: no cache, no threads."""
+    """The training loader without cache and threads."""
     from agglo.data.loader import Loader
     from agglo.data.views import Partition, ViewPolicy
     from agglo.sources.folder import Folder
 
     class First(Folder):
-        """As many files as the others read."""
+        """Limited to the files of the other implementations."""
 
         def __len__(self) -> int:
             return min(count, super().__len__())
@@ -164,9 +164,9 @@ def agglo(folder: Path, scale: tuple[float, float], count: int, max_side: int | 
 
 
 def closeness(folder: Path, steps: int = 6) -> dict[str, Any]:
-    """How far views of partly decoded images are from the same views of whole ones, in 1/255: mean and worst view.
+    """Mean and worst difference, in 1/255, of views of partially decoded images from views of whole images.
 
-    Beside them, how far views by the bilinear kernel, torchvision's default, are from those by our bicubic one.
+    For scale: the difference between the bilinear kernel, torchvision's default, and our bicubic one.
     """
     from torch.nn.functional import interpolate
 
@@ -182,7 +182,7 @@ def closeness(folder: Path, steps: int = 6) -> dict[str, Any]:
         batch = loader.batch(step)
         for image, view, name in zip(batch.images, batch.views, batch.names, strict=True):
             if max(view.scale) > 0.5:
-                continue  # those were read at their full resolution
+                continue  # read at full resolution
             photo = source.read(index[name])
             whole = render(photo, view).float()
             x0, y0, x1, y1 = (round(edge) for edge in view.box)

@@ -1,4 +1,4 @@
-"""The demo as a person meets it, after installation: wall time, memory, and by how much training helped.
+"""The demo as a user runs it after installation: wall time, memory, and gain from training.
 
 The quickstart is trained, measured and reported in a fresh folder; the margins are those of its own ``evals.json``.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def run() -> dict[str, Any]:
-    """Minutes, peak memory, and student against untrained student on every metric."""
+    """Minutes, peak memory, and trained against untrained student on every metric."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "quickstart"
         began = time.perf_counter()

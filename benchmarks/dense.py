@@ -6,7 +6,7 @@ from typing import Any
 
 
 def run() -> dict[str, Any]:
-    """Segmentation and depth of every model, one protocol, one process."""
+    """Segmentation and depth of every model, with one protocol in one process."""
     import agglo
     from agglo.config import build
     from agglo.harness import running

@@ -1,6 +1,6 @@
-"""Real data and ``scenes``, for our small student, an untrained one and two teachers; and how fast kNN is.
+"""Evals of the small student, an untrained one and two teachers, on real data and ``scenes``; and the speed of kNN.
 
-Writes ``docs/evals.md``. Results are kept in ``runs/benchmark-evals``; a run that is cut short goes on from there.
+Writes ``docs/evals.md``. Results are kept in ``runs/benchmark-evals``, from which an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "benchmark-evals"
 PAGE = ROOT / "docs" / "evals.md"
 HELD_OUT = [0.5, 1.0]
-"""agglo-lite's recipe trains on the share [0, 0.5) of the names' hashes of the ImageNet samples."""
+"""Share of the ImageNet samples, by hash of their names, held out by agglo-lite's recipe."""
 
 NEIGHBOURS = {"width": 2560, "bank": 2**16, "queries": 2048, "k": 20}
 FULL = {"width": 2560, "bank": 1_281_167, "queries": 50_000}
 
 
 def real(folder: Path) -> list[dict[str, Any]]:
-    """The evals on real data that is here."""
+    """The evals on available real data."""
     found: list[dict[str, Any]] = []
     cifar, imagenet, camvid = folder / "cifar10_small.npz", folder / "imagenet_samples", folder / "camvid"
     if cifar.is_file():
@@ -36,14 +36,14 @@ def real(folder: Path) -> list[dict[str, Any]]:
         found.append({"kind": "zero_shot", "name": "imagenet-zero-shot", **words})
     if camvid.is_dir():
         train, val = ({"kind": "camvid", "path": str(camvid), "split": split} for split in ("train", "val"))
-        # One penalty, for there is no third split to choose it on.
+        # A single penalty, because a third split to select it on does not exist.
         probe = {"size": [240, 320], "decay": [0.01], "train": train, "val": train, "test": val}
         found.append({"kind": "segmentation", "name": "camvid", **probe})
     return found
 
 
 def on_scenes() -> list[dict[str, Any]]:
-    """Everything there is to measure on ``scenes``: all kinds but clocks and those that need outside files or weights.
+    """All evals on ``scenes`` except timings and those that need external files or weights.
 
     ``agreement`` and ``mode_switch`` compare with :func:`teachers`.
     """
@@ -56,7 +56,7 @@ def on_scenes() -> list[dict[str, Any]]:
 
 
 def teachers() -> dict[str, Any]:
-    """Those of agglo-lite's recipe, which its heads agree with or not."""
+    """The teachers of agglo-lite's recipe."""
     from agglo import recipe
     from agglo.config import build
 
@@ -64,7 +64,7 @@ def teachers() -> dict[str, Any]:
 
 
 def models() -> dict[str, Any]:
-    """The student, the same one before training, a teacher of it for classes, a teacher for shapes."""
+    """The student, the untrained student, a classification teacher and a shape teacher."""
     import torch
 
     import agglo
@@ -88,7 +88,7 @@ def models() -> dict[str, Any]:
 
 
 def run() -> dict[str, Any]:
-    """Every eval on every model, one protocol; then the speed of the neighbours."""
+    """Every eval on every model with one protocol; then the speed of kNN."""
     import agglo
     from agglo.harness.measuring import measure
     from agglo.results.records import read
@@ -97,7 +97,7 @@ def run() -> dict[str, Any]:
     seconds = {}
     taught = teachers()
     for name, model in models().items():
-        # The package holds agglo-lite without its head for HOG.
+        # The packaged agglo-lite has no HOG head.
         asked = {each: taught[each] for each in model.heads} if isinstance(model, agglo.Model) else None
         found = measure(model, name, entries, FOLDER, teachers=asked, progress=None)
         seconds[name] = round(found.seconds, 1)
@@ -106,7 +106,7 @@ def run() -> dict[str, Any]:
         print(name, {each: dict(result.metrics) for each, result in found.results.items()}, flush=True)
     wanted = {entry["name"] for entry in entries}
     results = [result for result in read(FOLDER) if result.name in wanted]
-    # In a process of its own: the peak of this one was reached long ago.
+    # In a separate process, to measure peak memory.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         speed = pool.apply(neighbours)
     write(results, speed)
@@ -118,7 +118,7 @@ def run() -> dict[str, Any]:
 
 
 def quick() -> dict[str, Any]:
-    """The quick suite on agglo-lite from nothing, and what one eval more costs once the images are encoded."""
+    """Seconds of the quick suite on agglo-lite, and of one more eval on cached features."""
     import tempfile
 
     import agglo
@@ -133,7 +133,7 @@ def quick() -> dict[str, Any]:
 
 
 def neighbours() -> dict[str, Any]:
-    """Seconds of kNN beside those of its matrix product alone, interleaved."""
+    """Seconds of kNN and of its matrix product alone, interleaved."""
     import torch
 
     from agglo.evals.knn import neighbours as search
@@ -143,7 +143,7 @@ def neighbours() -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     bank, queries = (torch.empty(shape[which], shape["width"], dtype=torch.float16) for which in ("bank", "queries"))
     for rows in (bank, queries):
-        for part in rows.split(1024):  # so that the inputs themselves are the peak before the clock starts
+        for part in rows.split(1024):  # so that the inputs are the peak before timing starts
             part.copy_(torch.randn(part.shape, generator=draw))
     half = device.type == "cuda"
     whole, product = [], []
@@ -167,7 +167,7 @@ def neighbours() -> dict[str, Any]:
 
 
 def _product(bank: Any, queries: Any, device: Any, half: bool) -> None:
-    """The same products in blocks of the same size, and nothing else; casts are no part of them."""
+    """The same matrix products in blocks of the same size, without casts."""
     import torch
 
     dtype = torch.float16 if half else torch.float32

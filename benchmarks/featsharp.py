@@ -1,9 +1,9 @@
-"""FeatSharp on an offline teacher: how near to the teacher's own finer map, and how much of a fixed pattern is left?
+"""FeatSharp on an offline teacher: error against the teacher's finer maps, and the remaining fixed pattern.
 
-The teacher is EfficientNet-Lite0 held at 128 pixels, which is a convnet, so its own features at 256 and 384 pixels can
-be had and compared with. It has little that is locked to positions; a second set of runs therefore adds a pattern to
-it, as strong as its own signal and the same for every image. ``python benchmarks/run.py featsharp`` trains five
-upsamplers, each a few minutes on one thread, and draws ``docs/figures/featsharp_*.png``. ``STEPS=3`` is a trial.
+The teacher is EfficientNet-Lite0 at 128 pixels; as a convnet it also gives reference features at 256 and 384 pixels.
+Its features are hardly position-locked, so a second set of runs adds a pattern as strong as its signal to every image.
+``python benchmarks/run.py featsharp`` trains five upsamplers, a few minutes each on one thread, and draws
+``docs/figures/featsharp_*.png``. ``STEPS=3`` is a trial.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class Patterned(torch.nn.Module):
-    """A teacher whose map carries the same noise at the same positions, whatever the image."""
+    """A teacher whose map carries the same noise at the same positions, for every image."""
 
     def __init__(self, teacher: Any, pattern: Tensor) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Patterned(torch.nn.Module):
 
 
 def held_out(factor: int) -> tuple[Tensor, list[str]]:
-    """Photographs that nothing was trained on: those kept out of `photos`, and ImageNet samples if there are any."""
+    """Held-out photographs: the `heldout` split of `photos`, and ImageNet samples if available."""
     from agglo.config import build
     from agglo.data.loader import evaluation_batches
 
@@ -69,13 +69,13 @@ def held_out(factor: int) -> tuple[Tensor, list[str]]:
 
 @torch.no_grad()
 def maps(encode: Any, images: Tensor) -> Tensor:
-    """``encode(images).spatial``, a few at a time."""
+    """``encode(images).spatial``, in small batches."""
     return torch.cat([encode(part).spatial for part in images.split(8)])
 
 
 @torch.no_grad()
 def pattern_for(teacher: Any, images: Tensor) -> Tensor:
-    """Noise as strong as the teacher's own signal, with no mean over positions: ``(C, h, w)``."""
+    """Noise as strong as the teacher's signal, zero-mean over positions: ``(C, h, w)``."""
     from agglo.preprocess import resize
 
     signal = maps(teacher, resize(images, (SIDE, SIDE)))
@@ -84,7 +84,7 @@ def pattern_for(teacher: Any, images: Tensor) -> Tensor:
 
 
 def trained(arm: dict[str, Any], pattern: Tensor | None) -> tuple[Any, Any, float]:
-    """The averaged upsampler of a run of the recipe, its teacher, and the minutes it took."""
+    """The EMA upsampler of a training run, its teacher, and the duration in minutes."""
     from agglo import recipe
     from agglo.training import loop
 
@@ -116,13 +116,13 @@ def trained(arm: dict[str, Any], pattern: Tensor | None) -> tuple[Any, Any, floa
 
 
 def measure(found: Tensor, wanted: Tensor, factor: int, pattern: Tensor | None) -> dict[str, float]:
-    """Against the clean teacher's own finer map: error, what of the error is locked to positions, error at seams."""
+    """Error against the clean teacher's finer map: total, position-locked, and at seams."""
     error = found - wanted
     locked = error.mean(0)
     locked = locked - locked.mean((1, 2), keepdim=True)
     index = torch.arange(wanted.shape[-1]) % (wanted.shape[-1] // factor)
     border = (index == 0) | (index == index.max())
-    border[0] = border[-1] = False  # the image's own border is no seam
+    border[0] = border[-1] = False  # the image border is not a seam
     squared, inner = error.square().mean((0, 1)), slice(factor, -factor)
     seam = border[:, None] | border[None]
     result = {
@@ -133,7 +133,7 @@ def measure(found: Tensor, wanted: Tensor, factor: int, pattern: Tensor | None) 
         "error at seams over elsewhere": float(squared[seam].mean() / squared[~seam].mean()),
     }
     if pattern is not None:
-        # The pattern can be there once, as large as the image, and once a tile.
+        # The pattern may appear once, as large as the image, and once per tile.
         once = F.interpolate(pattern[None], locked.shape[-2:], mode="bilinear")[0]
         both = torch.stack([once.flatten(), pattern.repeat(1, factor, factor).flatten()], 1)
         shares = torch.linalg.lstsq(both, locked.flatten()[:, None]).solution.flatten()
@@ -142,7 +142,7 @@ def measure(found: Tensor, wanted: Tensor, factor: int, pattern: Tensor | None) 
 
 
 def show(name: str, images: Tensor, names: list[str], found: dict[str, Tensor]) -> None:
-    """``docs/figures/featsharp_<name>.png``: photographs and their maps, one PCA basis a photograph."""
+    """``docs/figures/featsharp_<name>.png``: photographs and their maps, one PCA basis per photograph."""
     from PIL import Image
 
     from agglo.report.picture import pca_basis, pca_picture, side_by_side, stacked

@@ -1,4 +1,4 @@
-"""1000-way zero-shot by text on the half of the ImageNet sample images that agglo-lite was not trained on."""
+"""1000-way zero-shot by text on the half of the ImageNet samples held out by agglo-lite."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from record import SHARED
 
 HELD_OUT = (0.5, 1.0)
-"""agglo-lite's recipe trains on the share [0, 0.5) of the names' hashes."""
+"""Share of the samples, by hash of their names, held out by agglo-lite's recipe."""
 
 
 def run() -> dict[str, Any]:
-    """Top-1 and top-5 of the student and of its teachers, at 224 px, on the same images with the same text."""
+    """Top-1 and top-5 of the student and of its teachers, at 224 px, with the same images and text."""
     import torch
 
     import agglo

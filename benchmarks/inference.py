@@ -1,8 +1,8 @@
-"""Seconds a forward pass takes on two threads in float32, beside transformers' `RadioModel` and timm's NaFlexViT.
+"""Seconds per forward pass on two threads in float32, against transformers' `RadioModel` and timm's NaFlexViT.
 
-All three hold the same random weights of C-RADIOv3-B's geometry (ViT-B/16, layer scale, 4 class tokens, 4 registers, a
-table of 128x128 positions) and must give the same tokens before anything is timed. Implementations take turns, round by
-round, and a ratio is the median of the rounds' ratios. A round in which somebody else had the cores is not counted.
+All three have the same random weights in the shape of C-RADIOv3-B (ViT-B/16, layer scale, 4 class tokens, 4 registers,
+128x128 position embeddings) and are checked to give the same tokens. Implementations alternate; a ratio is the median
+of the per-round ratios. Rounds in which other processes used the cores are repeated.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from agglo.sources.photos import Photos
 
 THREADS = 2
 CONTENDED = 0.8
-"""A round counts if the process had this share of its threads' time at least."""
+"""Minimum share of its threads' CPU time for a round to count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A ViT; ``layer_scale`` None for none."""
+    """Shape of a ViT; ``layer_scale`` None disables layer scale."""
 
     width: int = 768
     depth: int = 12
@@ -54,7 +54,7 @@ TINY = Geometry(width=64, depth=3, heads=2, hidden=256, max_grid=16)
 
 
 def ours(geometry: Geometry) -> Model:
-    """The student and its conditioner, with random layer scales so that a forgotten one would show."""
+    """The student and its conditioner, with random layer scales so that a missing one is detected."""
     g = geometry
     options = {
         "kind": "vit", "width": g.width, "depth": g.depth, "heads": g.heads, "mlp_ratio": g.hidden / g.width,
@@ -100,7 +100,7 @@ def transformers_radio(model: Model, geometry: Geometry) -> nn.Module:
 
 
 def timm_naflex(model: Model, geometry: Geometry) -> nn.Module:
-    """timm's NaFlexViT port with our weights; it has no conditioner, so it gets ours."""
+    """timm's NaFlexViT port with our weights and our conditioner (it has none)."""
     from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
     g = geometry
@@ -117,7 +117,7 @@ def timm_naflex(model: Model, geometry: Geometry) -> nn.Module:
     generator = model.student.patch_generator
     state = {f"blocks.{k}": v for k, v in model.student.blocks.state_dict().items()}
     embedder = generator.embedder.weight.unflatten(1, (3, g.patch, g.patch))
-    state["embeds.proj.weight"] = embedder.permute(0, 2, 3, 1).flatten(1)  # its patches are flattened channels last
+    state["embeds.proj.weight"] = embedder.permute(0, 2, 3, 1).flatten(1)  # its patches are flattened channels-last
     state["embeds.proj.bias"] = embedder.new_zeros(g.width)
     state["embeds.pos_embed"] = generator.pos_embed.view(1, g.max_grid, g.max_grid, g.width)
     state["embeds.cls_token"], state["embeds.reg_token"] = generator.token[None, :1], generator.token[None, 1:]
@@ -138,7 +138,7 @@ class _Tokens(nn.Module):
 def _load(module: nn.Module, state: dict[str, Tensor], absent: tuple[str, ...]) -> None:
     missing, left_over = module.load_state_dict({k: v.detach() for k, v in state.items()}, strict=False)
     if left_over or set(missing) - set(absent):
-        raise RuntimeError(f"{type(module).__name__}: missing {missing}, left over {left_over}")
+        raise RuntimeError(f"{type(module).__name__}: missing {missing}, unused {left_over}")
 
 
 def check(runners: dict[str, Callable[[Tensor], Tensor]], images: Tensor) -> dict[str, float]:
@@ -148,7 +148,7 @@ def check(runners: dict[str, Callable[[Tensor], Tensor]], images: Tensor) -> dic
     mine = found.pop("agglo")
     errors = {name: float((other - mine).abs().max() / mine.std()) for name, other in found.items()}
     if not all(error < 1e-3 for error in errors.values()):
-        raise RuntimeError(f"these do not compute the same: {errors}")
+        raise RuntimeError(f"outputs differ: {errors}")
     return {name: float(f"{error:.1e}") for name, error in errors.items()}
 
 
@@ -163,7 +163,7 @@ def runners_for(model: Model, geometry: Geometry) -> dict[str, Callable[[Tensor]
     }
 
 
-# --- taking turns -----------------------------------------------------------------------------------------------------
+# --- interleaving -----------------------------------------------------------------------------------------------------
 
 
 def compete(
@@ -174,11 +174,11 @@ def compete(
     warm: bool = True,
     threads: int = THREADS,
 ) -> dict[str, Any]:
-    """Run the calls in turn, round by round, and compare each with ``base``.
+    """Alternate the calls round by round, and compare each with ``base``.
 
     Returns:
-        For each name its median, lowest and highest seconds, and ``ratio``: the median over rounds of its seconds by
-        those of ``base``. ``contended_rounds`` were run again, up to as many as were asked for.
+        For each name its median, minimum and maximum seconds, and ``ratio``: the median over rounds of its seconds
+        divided by those of ``base``. ``contended_rounds`` were repeated, at most ``rounds`` times.
     """
     names = list(calls)
     with torch.inference_mode():
@@ -215,7 +215,7 @@ def _at_most(count: int) -> Iterator[int]:
     yield from range(count)
 
 
-# --- the questions ----------------------------------------------------------------------------------------------------
+# --- measurements ----------------------------------------------------------------------------------------------------
 
 
 def sizes(model: Model, geometry: Geometry, cells: list[tuple[int, int, int]]) -> dict[str, Any]:
@@ -225,14 +225,14 @@ def sizes(model: Model, geometry: Geometry, cells: list[tuple[int, int, int]]) -
     for side, batch, rounds in cells:
         images = torch.rand(batch, 3, side, side)
         calls = {name: (lambda run=run, images=images: run(images)) for name, run in runners.items()}
-        # Everything is warm after the first cells; a large one shows first-touch costs of its memory in one round only.
+        # All is warm after the first cells; a large one has first-touch memory costs in one round only.
         table[f"{side}px batch {batch}"] = found = compete(calls, rounds, warm=rounds > 3)
         print(f"{side} px, batch {batch}: {_line(found)}", flush=True)
     return table
 
 
 def windows(model: Model, side: int, windows: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """ViTDet: most blocks look through windows of so many patches."""
+    """ViTDet windows in most blocks."""
     images = torch.rand(1, 3, side, side)
     calls: dict[str, Callable[[], object]] = {"global": lambda: model(images)}
     for window in windows:
@@ -243,15 +243,15 @@ def windows(model: Model, side: int, windows: tuple[int, ...], rounds: int) -> d
 
 
 def photos(count: int, patch: int, lowest: int, highest: int) -> list[Tensor]:
-    """The bundled photographs in their own aspect, with ``lowest^2`` to ``highest^2`` pixels, sides whole patches.
+    """The bundled photographs in their aspect ratio, with ``lowest^2`` to ``highest^2`` pixels, sides whole patches.
 
-    There are fewer of them than ``count``, so each comes at several scales.
+    Each is used at several scales, because there are fewer than ``count``.
     """
     source = Photos(split="all")
     found = []
     for number in range(count):
         picture = source.read(number % len(source))
-        # Steps of the golden ratio spread any number of scales evenly, without a random number.
+        # Golden-ratio steps spread any number of scales evenly.
         area = (lowest + (highest - lowest) * (number * 0.6180339887 % 1)) ** 2
         scale = (area / (picture.width * picture.height)) ** 0.5
         height, width = nearest_size((round(picture.height * scale), round(picture.width * scale)), patch)
@@ -262,7 +262,7 @@ def photos(count: int, patch: int, lowest: int, highest: int) -> list[Tensor]:
 def packing(
     model: Model, hf: nn.Module, patch: int, pictures: list[Tensor], rounds: int, batch: int = 16
 ) -> dict[str, Any]:
-    """Photographs of as many shapes: one packed pass, one by one, and padded to the largest in batches."""
+    """Photographs of different shapes: packed, one by one, and in batches padded to the largest."""
     height, width = (max(p.shape[axis] for p in pictures) for axis in (1, 2))
     padded = torch.stack([nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])
     patches = torch.cat([_patches(picture, patch) for picture in pictures])
@@ -299,7 +299,7 @@ def _line(found: dict[str, Any]) -> str:
 
 
 def run(tiny: bool = False) -> dict[str, Any]:
-    """All questions; ``tiny`` asks them of a toy, to see that they can be asked."""
+    """All measurements; ``tiny`` runs them on a toy model as a trial."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
@@ -326,7 +326,7 @@ def run(tiny: bool = False) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a toy model, in seconds; nothing is kept")
+    parser.add_argument("--tiny", action="store_true", help="trial run with a toy model; saves nothing")
     if parser.parse_args().tiny:
         print(json.dumps(run(tiny=True), indent=2))
     else:

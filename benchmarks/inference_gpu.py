@@ -1,8 +1,8 @@
-"""The same contest on one GPU: half precision, eager and compiled, with FLOP/s as a share of a measured matmul peak.
+"""The comparison of ``inference.py`` on one GPU: half precision, eager and compiled, as a share of the matmul peak.
 
 ``python benchmarks/inference_gpu.py`` writes ``$OUT/inference_gpu.json``, or ``results/inference_gpu.json`` without
-``$OUT``; ``--smoke`` runs toys anywhere. transformers and timm take part where they are installed. A result is written
-after every question, so that a run that is cut short leaves what it has.
+``$OUT``; ``--smoke`` runs toy models anywhere. transformers and timm take part if installed. Results are written
+after every measurement, so that an interrupted run keeps them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MODELS = {
     "ViT-L": Geometry(1024, 24, 16, 4096, 0.5),
     "ViT-B": VIT_B,
 }
-"""C-RADIOv4-H and -SO400M, C-RADIOv3-L and -B; the one that has a goal comes first."""
+"""C-RADIOv4-H and -SO400M, C-RADIOv3-L and -B; the one with a goal comes first."""
 
 GOAL = 0.999
-"""Lowest cosine that half precision may have to float32."""
+"""Minimum cosine between half precision and float32."""
 
 
 def flops(geometry: Geometry, side: int) -> float:
-    """Floating-point operations of one image's products: ``2 m n k`` each, nothing else counted."""
+    """Floating-point operations of the matrix products of one image, ``2 m n k`` each."""
     g = geometry
     patches = (side // g.patch) ** 2
     tokens = patches + g.class_tokens + g.registers
@@ -46,7 +46,7 @@ def flops(geometry: Geometry, side: int) -> float:
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Seconds of one call, of several in a row: by the GPU's clock where there is one."""
+    """Seconds per call, averaged over several in a row, by GPU events if available."""
     if device.type != "cuda":
         began = time.perf_counter()
         for _ in range(calls):
@@ -64,16 +64,16 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int) -> flo
 def compete(
     calls: dict[str, Callable[[], object]], device: torch.device, rounds: int, base: str = "agglo"
 ) -> dict[str, dict[str, float]]:
-    """Median, lowest and highest seconds of calls that take turns, and the median ratio to ``base``."""
+    """Median, minimum and maximum seconds of alternating calls, and the median ratio to ``base``."""
     once = {}
     for name, call in calls.items():
-        seconds(call, device, 2)  # compiles, tunes and warms
+        seconds(call, device, 2)  # compiles, tunes and warms up
         once[name] = seconds(call, device, 1)
     took: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         names = list(calls)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            # A tenth of a second at least: shorter spans are mostly launches.
+            # At least 0.1 s: shorter spans are mostly launches.
             took[name].append(seconds(calls[name], device, max(1, min(50, round(0.1 / once[name])))))
     ratios = {name: [mine / theirs for mine, theirs in zip(took[name], took[base], strict=True)] for name in calls}
     return {
@@ -88,7 +88,7 @@ def compete(
 
 
 def peak(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...]) -> dict[str, Any]:
-    """The best rate of square products, on random values (zeros would be faster: they draw less power)."""
+    """The best rate of square matrix products of random values (zeros are faster: they draw less power)."""
     rates = {}
     for side in sides:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -100,20 +100,20 @@ def peak(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...]) -> di
     return {"flop_per_s": max(rates.values()), "by_side": {str(side): rate for side, rate in rates.items()}}
 
 
-# --- questions --------------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
 def halved(model: Model, dtype: torch.dtype) -> Model:
-    """Weights in half precision, the conditioner in float32, as loading does it."""
+    """Weights in half precision, the conditioner in float32, as after loading."""
     model.to(dtype)
     model.conditioner.float()
     return model
 
 
 def contestants(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
-    """Implementations with one set of weights, and those that are not installed."""
+    """Implementations with one set of weights, and the names of those not installed."""
     model = ours(geometry)
-    # What a user passes is in [0, 1] in every case, and every one of them normalises it.
+    # Inputs are in [0, 1]; every implementation normalises them.
     found: dict[str, Any] = {"agglo": model}
     absent = []
     for name, make in (("transformers", transformers_radio), ("timm", timm_naflex)):
@@ -124,13 +124,13 @@ def contestants(geometry: Geometry, device: torch.device, dtype: torch.dtype) ->
     for name, module in found.items():
         found[name] = halved(module.to(device), dtype) if isinstance(module, Model) else module.to(device, dtype).eval()
     if "timm" in found:
-        # Our conditioner is part of timm's entry; it was halved with it, and is small enough to take again.
+        # Our conditioner is part of timm's entry and was converted with it; create it again.
         found["timm"][0].float()
     return found, absent
 
 
 def run_one(name: str, module: Any, dtype: torch.dtype) -> Callable[[Tensor], object]:
-    """One contestant as a function of images ``(B, 3, H, W)`` in float32."""
+    """One implementation as a function of images ``(B, 3, H, W)`` in float32."""
     if name == "agglo":
         return lambda images: module(images).tokens()
     if name == "transformers":
@@ -139,7 +139,7 @@ def run_one(name: str, module: Any, dtype: torch.dtype) -> Callable[[Tensor], ob
 
 
 def compile_parts(name: str, module: Any) -> None:
-    """``torch.compile``: ours block by block, as ``load(compile=True)`` does it, the others whole."""
+    """``torch.compile``: ours per block, as in ``load(compile=True)``, the others as a whole."""
     for part in module.student.blocks if name == "agglo" else [module[1] if name == "timm" else module]:
         part.compile()
 
@@ -147,7 +147,7 @@ def compile_parts(name: str, module: Any) -> None:
 def speed(
     geometry: Geometry, device: torch.device, dtype: torch.dtype, side: int, batch: int, rounds: int, rate: float
 ) -> dict[str, Any]:
-    """Images a second of every contestant, eager and compiled, and the share of the peak."""
+    """Images per second of every implementation, eager and compiled, and share of the peak."""
     images = torch.rand(batch, 3, side, side, device=device)
     work = flops(geometry, side) * batch
     result: dict[str, Any] = {"side": side, "batch": batch, "gflop_per_image": round(work / batch / 1e9, 2)}
@@ -174,7 +174,7 @@ def speed(
 
 
 def exactness(geometry: Geometry, device: torch.device, dtypes: tuple[torch.dtype, ...], side: int) -> dict[str, Any]:
-    """Lowest and mean cosine of patch tokens, and the summaries', against float32 (without TF32)."""
+    """Minimum and mean cosine of patch tokens, and of summaries, to float32 (without TF32)."""
     torch.manual_seed(1)
     model, images = ours(geometry).to(device), torch.rand(4, 3, side, side, device=device)
     reference = model(images)
@@ -206,7 +206,7 @@ def windows(geometry: Geometry, device: torch.device, dtype: torch.dtype, side: 
 
 
 def packing(geometry: Geometry, device: torch.device, dtype: torch.dtype, pictures: list[Tensor]) -> dict[str, Any]:
-    """Photographs of as many shapes: packed, one by one, padded to the largest; images on the device already."""
+    """Photographs of different shapes, on the device: packed, one by one, padded to the largest."""
     model, pictures = halved(ours(geometry).to(device), dtype), [picture.to(device) for picture in pictures]
     height, width = (max(p.shape[axis] for p in pictures) for axis in (1, 2))
     padded = torch.stack([nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])
@@ -222,12 +222,12 @@ def packing(geometry: Geometry, device: torch.device, dtype: torch.dtype, pictur
 
 
 def run(path: Path, smoke: bool = False) -> dict[str, Any]:
-    """All questions, the one with a goal first; the file is written after each."""
+    """All measurements, the one with a goal first; the file is written after each."""
     from agglo.files import versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not smoke:
-        raise SystemExit("no GPU here: --smoke runs toys on the CPU, inference.py is the contest for CPUs")
+        raise SystemExit("no GPU found; use --smoke for toy models on the CPU, or inference.py for CPU timings")
     dtype = torch.bfloat16
     models = {"toy": TINY} if smoke else MODELS
     side, batch, rounds = (64, 2, 2) if smoke else (512, 64, 7)

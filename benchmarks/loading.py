@@ -1,10 +1,10 @@
-"""From a checkpoint on disk to the first output, against the time of reading the file, and the memory it takes.
+"""From a checkpoint on disk to the first output, against the time of reading the file, and peak memory.
 
 The files have the official layouts and C-RADIOv4-H's size (652 M weights, random, no heads). Every measurement is a
-fresh process that has imported everything; the page cache is brought to the same state first: `warm` (the file was just
-read) or `cold` (the kernel was told to forget it; a host may still remember). Beside `read`, the bytes as one object,
-stands `copy`: the tensors, in the model's dtype, in memory by the file format's own library and nothing else. Where
-half precision becomes float32, that is twice the bytes of the file.
+new process after all imports; the page cache is first brought to the same state: `warm` (the file was just read) or
+`cold` (evicted from the kernel's cache; a host may still hold it). `read` reads the bytes as one object; `copy` loads
+the tensors into memory in the model's dtype with the library of the file format alone. From half precision to float32
+that is twice the bytes of the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 THREADS = 2
 SIDE = 64
-"""Pixels of the first image: its forward costs little beside the weights it has to touch."""
+"""Pixels of the first image: its forward pass is cheap relative to reading the weights."""
 
 C_RADIO_V4_H = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "hidden": 5120, "cpe_max_size": 2048}
 TOY = {"embed_dim": 64, "depth": 2, "num_heads": 2, "hidden": 256, "cpe_max_size": 256}
@@ -44,7 +44,7 @@ CASES = {
 
 
 def arguments(geometry: dict[str, int]) -> dict[str, Any]:
-    """The training arguments such a checkpoint carries."""
+    """Training arguments stored in such a checkpoint."""
     names = ("siglip2-g", "dino_v3", "sam3")
     return {
         "model": "vit_huge_patch16_224",
@@ -62,7 +62,7 @@ def arguments(geometry: dict[str, int]) -> dict[str, Any]:
 
 
 def shapes(geometry: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """The trunk's keys below ``base_model.``, with layer norms and biases in their places."""
+    """The trunk's keys below ``base_model.``, including layer norms and biases."""
     width, hidden, grid = geometry["embed_dim"], geometry["hidden"], geometry["cpe_max_size"] // 16
     found: dict[str, tuple[int, ...]] = {
         "patch_generator.embedder.weight": (width, 3 * 16 * 16),
@@ -85,7 +85,7 @@ def shapes(geometry: dict[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def write(folder: Path, geometry: dict[str, int], dtype_name: str, layout: str) -> Path:
-    """Random weights as an official checkpoint; a folder with ``config.json``, or a hub pickle."""
+    """Write random weights as an official checkpoint: a folder with ``config.json``, or a hub pickle."""
     import torch
     from safetensors.torch import save_file
 
@@ -94,7 +94,7 @@ def write(folder: Path, geometry: dict[str, int], dtype_name: str, layout: str) 
     prefix, other = ("base_model.", "") if layout == "pth.tar" else ("radio_model.model.", "radio_model.")
     state = {}
     for key, shape in shapes(geometry).items():
-        # Small weights, so that half precision holds every activation.
+        # Small weights, so that activations do not overflow half precision.
         state[prefix + key] = (
             torch.ones(shape, dtype=dtype) if "norm" in key else torch.randn(shape).mul_(0.02).to(dtype)
         )
@@ -115,7 +115,7 @@ def write(folder: Path, geometry: dict[str, int], dtype_name: str, layout: str) 
 
 
 def weights_file(path: Path) -> Path:
-    """The file whose bytes are read."""
+    """The weight file."""
     return path / "model.safetensors" if path.is_dir() else path
 
 
@@ -123,7 +123,7 @@ def weights_file(path: Path) -> Path:
 
 
 def child(path: Path, what: str, dtype_name: str | None) -> dict[str, Any]:
-    """``read`` the bytes, or ``load`` the model and ask it for an output."""
+    """``read`` the bytes, or ``load`` the model and compute one output."""
     if what == "read":
         return read(weights_file(path))
     if what == "copy":
@@ -134,7 +134,7 @@ def child(path: Path, what: str, dtype_name: str | None) -> dict[str, Any]:
 
     torch.set_num_threads(THREADS)
     images = torch.rand(1, 3, SIDE, SIDE)
-    torch.nn.functional.linear(torch.rand(64, 64), torch.rand(64, 64))  # the thread pool is no part of loading
+    torch.nn.functional.linear(torch.rand(64, 64), torch.rand(64, 64))  # starts the thread pool, before timing
     before = _memory("VmRSS")
     _forget_peak()
     began = time.perf_counter()
@@ -158,14 +158,14 @@ def child(path: Path, what: str, dtype_name: str | None) -> dict[str, Any]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """All bytes into memory, once."""
+    """Read all bytes into memory once."""
     began = time.perf_counter()
     content = file.read_bytes()
     return {"read_s": time.perf_counter() - began, "bytes": len(content)}
 
 
 def copy(file: Path, dtype_name: str | None) -> dict[str, Any]:
-    """All tensors into memory, in the dtype of the model."""
+    """Load all tensors into memory, in the dtype of the model."""
     import torch
     from safetensors.torch import load_file
 
@@ -182,7 +182,7 @@ def copy(file: Path, dtype_name: str | None) -> dict[str, Any]:
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at its peak; mapped files that were touched count."""
+    """Memory of this process in bytes: current ``VmRSS`` or peak ``VmHWM``, including touched pages of mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -193,11 +193,11 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-# --- taking turns -----------------------------------------------------------------------------------------------------
+# --- interleaving -----------------------------------------------------------------------------------------------------
 
 
 def prepare_cache(file: Path, state: str) -> None:
-    """Have the kernel hold all of a file, or none of it."""
+    """Load a file into the page cache, or evict it."""
     if state == "warm":
         with file.open("rb") as content:
             while content.read(1 << 24):
@@ -209,10 +209,10 @@ def prepare_cache(file: Path, state: str) -> None:
 
 
 def prepare_memory(size: int) -> None:
-    """Write and give back this much memory, in a process of its own.
+    """Write and free this much memory in a separate process.
 
-    In a virtual machine, whoever is first to write a page waits for the host to find it, several times longer than for
-    the kernel: what comes first would pay for what comes after it.
+    In a virtual machine the first write to a page waits for the host, several times longer than for the kernel, which
+    would penalise the first measurement.
     """
     subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
 
@@ -226,9 +226,9 @@ def fresh(path: Path, what: str, dtype_name: str | None) -> dict[str, Any]:
 
 
 def measure(path: Path, dtype_name: str | None, state: str, rounds: int) -> dict[str, Any]:
-    """Reading, copying and loading in turn; medians."""
+    """Medians of interleaved reading, copying and loading."""
     file, found = weights_file(path), []
-    # As much as the weights take in float32, and a little.
+    # Slightly more than the weights in float32.
     room = int(1.2 * file.stat().st_size * (1 if "32" in str(path) else 2))
     for _ in range(rounds):
         both: dict[str, Any] = {}
@@ -248,11 +248,11 @@ def _line(found: dict[str, Any]) -> str:
 
 
 def run(tiny: bool = False, rounds: int = 3) -> dict[str, Any]:
-    """All cases, warm and cold; ``tiny`` with a toy, to see that they run."""
+    """All cases, warm and cold; ``tiny`` uses a toy model as a trial."""
     geometry = TOY if tiny else C_RADIO_V4_H
     room = shutil.disk_usage(tempfile.gettempdir()).free
     if room < 8e9 and not tiny:
-        raise RuntimeError(f"{tempfile.gettempdir()} has {room / 1e9:.1f} GB; 8 are needed: set TMPDIR")
+        raise RuntimeError(f"{tempfile.gettempdir()} has {room / 1e9:.1f} GB free; 8 are needed: set TMPDIR")
     result: dict[str, Any] = {"threads": THREADS, "first_image_px": SIDE, "geometry": geometry}
     with tempfile.TemporaryDirectory(prefix="agglo-loading-") as folder:
         files: dict[tuple[str, str], Path] = {}
@@ -268,7 +268,7 @@ def run(tiny: bool = False, rounds: int = 3) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a toy model, in seconds; nothing is kept")
+    parser.add_argument("--tiny", action="store_true", help="trial run with a toy model; saves nothing")
     parser.add_argument("--child", choices=("read", "copy", "load"), help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)

@@ -11,7 +11,7 @@ INSIDE = ("teachers", "forward", "backward")
 
 
 def run(steps: int = 30) -> dict[str, Any]:
-    """A short quickstart run without head-only steps; the first third, where caches fill, is left out."""
+    """A short quickstart run without head-only steps; the first third, while caches fill, is excluded."""
     from agglo import recipe
     from agglo.training.loop import distill
 

@@ -1,4 +1,4 @@
-"""What every result carries, and where it goes."""
+"""Metadata and location of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARED = Path(os.environ.get("AGGLO_SHARED", Path(__file__).parents[2] / "shared
 
 
 def write(name: str, result: dict[str, Any]) -> None:
-    """Print a result and keep it as ``results/<name>.json``, with what is needed to read it later."""
+    """Print a result and save it as ``results/<name>.json`` with versions and hardware."""
     from agglo.files import versions
 
     record = {
@@ -31,14 +31,14 @@ def write(name: str, result: dict[str, Any]) -> None:
 
 
 def on_gpu(name: str, about: str | None, run: Callable[[Path, bool], object]) -> None:
-    """The command line of a benchmark that runs by itself on a GPU: ``--smoke`` for toys, ``--out`` for the file.
+    """Command line of a standalone GPU benchmark: ``--smoke`` for toy models, ``--out`` for the file.
 
-    ``run`` is given the JSON file to write and whether it is a trial; the file is ``$OUT/<name>.json`` or
-    ``results/<name>.json``, that of a trial ``runs/<name>_smoke.json``.
+    Calls ``run`` with the JSON file to write and whether it is a trial. Default file: ``$OUT/<name>.json`` or
+    ``results/<name>.json``; for a trial ``runs/<name>_smoke.json``.
     """
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--smoke", action="store_true", help="toys, on whatever there is; nothing is kept in results/")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--smoke", action="store_true", help="toy models on any device; writes nothing to results/")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
     folder = Path(os.environ["OUT"]) if "OUT" in os.environ else RESULTS
     target = given.out or (Path("runs") / f"{name}_smoke.json" if given.smoke else folder / f"{name}.json")

@@ -1,6 +1,6 @@
-"""Put a trained student into the package: ``python benchmarks/release.py runs/agglo_lite agglo-lite``.
+"""Add a trained student to the package: ``python benchmarks/release.py runs/agglo_lite agglo-lite``.
 
-Writes ``src/agglo/assets/<name>/`` in half precision with a card that holds the numbers measured on that very file, and
+Writes ``src/agglo/assets/<name>/`` in half precision with a card of the metrics of that file, and
 prints the sha256 for ``zoo.py`` and ``NOTICE``.
 """
 
@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parents[1]
 DROPPED = {"hog"}
-"""Heads that a release leaves out: HOG itself is cheaper to compute than to predict, and the file stays below 12 MB."""
+"""Heads excluded from a release: HOG itself is cheaper to compute than to predict, and the file stays below 12 MB."""
 
 CARD = """---
 library_name: agglo
@@ -40,38 +40,38 @@ output = model("photo.jpg")        # summary (1, {summary}), spatial (1, {spatia
 model.encode_text(["a cup of coffee"]) @ model.encode_image("photo.jpg").T
 ```
 
-## What it learned from
+## Teachers
 
 | teacher | licence of its weights |
 |---|---|
 {teachers}
 
-The released file leaves the HOG head out: HOG itself is cheaper to compute than to predict.
+The released file has no HOG head: HOG itself is cheaper to compute than to predict.
 
-Images: 229 of 500 ImageNet sample photographs (one a class; those whose names hash below 0.5), 367 CamVid street
-scenes (train split), 11 photographs that scikit-image carries, and the training split of the rendered `scenes`
-benchmark (CC0). None of these images is part of the package except `scenes`. Research data sets were used for training;
-check that this suits your use.
+Images: 229 of 500 ImageNet sample photographs (one per class; those whose names hash below 0.5), 367 CamVid street
+scenes (train split), 11 photographs shipped with scikit-image, and the training split of the rendered `scenes`
+benchmark (CC0). None of these images is part of the package except `scenes`. Research datasets were used for training;
+check that their terms permit your use.
 
-## What it measures
+## Evaluation
 
 Linear probes, kNN and zero-shot on the test split of `scenes` (128 px, objects never seen); text search, ten plain
-queries on eleven held-out photographs whose subjects the ConSE teachers know (chosen so: see docs/log.md); agreement on
-held-out photographs and `scenes`. *Before* is the same student before its first step.
-Five trainings were made (docs/log.md). This one was chosen by its depth and segmentation on the validation split of
-`scenes`; the first three had been compared on the test split before.
+queries on eleven held-out photographs of subjects within the ConSE vocabulary (see docs/log.md); agreement on
+held-out photographs and `scenes`. *Before* is the untrained student.
+Five runs were made (docs/log.md). This one was selected by depth and segmentation on the validation split of `scenes`;
+the first three had been compared on the test split before.
 
 {table}
 
-1000-way zero-shot by text on the {held_out} ImageNet sample photographs kept out of training, 224 px, prompt `{{}}`:
+1000-way zero-shot by text on the {held_out} ImageNet sample photographs held out from training, 224 px, prompt `{{}}`:
 
 {imagenet}
 
-## What it is not
+## Limitations
 
-A small student trained on about a thousand images: it keeps the language of its ImageNet classes and sharpens dense
-features for scenes like those it saw. It knows no words that are far from the 1000 class names, and it was not
-evaluated for decisions about people.
+A small student trained on about a thousand images: it keeps the text alignment of its ImageNet classes and improves
+dense features for scenes similar to its training data. Text far from the 1000 class names is not represented, and it
+was not evaluated for decisions about people.
 """
 
 
@@ -116,7 +116,7 @@ def main(run: Path, name: str) -> None:
 
 
 def measured(model: Any, before: Any, run: Path) -> dict[str, Any]:
-    """The recipe's evals on the very file that is released, on the student before training, and on the teachers."""
+    """The recipe's evals on the released file, the untrained student and the teachers."""
     import agglo
     from agglo.objectives.distill import build_teachers
 
@@ -133,24 +133,24 @@ def measured(model: Any, before: Any, run: Path) -> dict[str, Any]:
 
 
 def load_recipe(run: Path) -> dict[str, Any]:
-    """The run's resolved recipe as data."""
+    """The resolved recipe of the run."""
     from agglo.config import read_yaml
 
     return read_yaml((run / "recipe.yaml").read_text())
 
 
 def describe(teacher: dict[str, Any]) -> str:
-    """A teacher in a few words."""
+    """Short description of a teacher."""
     return teacher["kind"] + (f" on {teacher['model']}" if "model" in teacher else "")
 
 
 def licence(model: Any, teacher: str) -> str:
-    """The licence the model remembers for a teacher."""
+    """Licence of a teacher, as stored in the model."""
     return model.provenance.get("teachers", {}).get(teacher, "").partition("(")[2].rstrip(")") or "none needed"
 
 
 def eval_table(evals: dict[str, Any]) -> str:
-    """Every metric: student, the same before training, teachers."""
+    """Table of every metric: student, untrained student, teachers."""
     models = [name for name in ("student", "untrained", *evals["models"]) if name in evals["models"]]
     models = list(dict.fromkeys(models))
     rows = [
@@ -165,7 +165,7 @@ def eval_table(evals: dict[str, Any]) -> str:
 
 
 def imagenet_rows(model: Any, protocol: Any) -> dict[str, Any]:
-    """Top-1 and top-5 of the student and of ConSE teachers on the photographs kept out of training."""
+    """Top-1 and top-5 of the student and of ConSE teachers on the held-out photographs."""
     from record import SHARED
 
     from agglo.config import build

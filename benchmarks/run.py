@@ -14,15 +14,15 @@ NAMES = (
 
 
 def main() -> None:
-    """Run those named, or all of them, and keep each result."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: loader and kernels share the cores
+    """Run the named benchmarks, or all, and save each result."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as on the command line: loader and kernels share the cores
     sys.path.insert(0, str(Path(__file__).parent))
     import record
 
     names = sys.argv[1:] or NAMES
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        sys.exit(f"no benchmark {', '.join(unknown)}; there are: {', '.join(NAMES)}")
+        sys.exit(f"no benchmark {', '.join(unknown)}; choose from: {', '.join(NAMES)}")
     for name in names:
         print(f"== {name}", flush=True)
         record.write(name, importlib.import_module(name).run())

@@ -1,4 +1,4 @@
-"""Seconds until ``import agglo`` and ``agglo --help`` answer, beside a bare interpreter; torch must not be imported."""
+"""Seconds of ``import agglo`` and ``agglo --help``, against a bare interpreter; torch must not be imported."""
 
 from __future__ import annotations
 

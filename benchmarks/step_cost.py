@@ -1,9 +1,9 @@
-"""What each ingredient of the recipe adds to a training step: same student, same teachers, side by side in one process.
+"""Cost of each ingredient of the recipe per training step, with the same student and teachers in one process.
 
-An arm is one step (teachers, student, heads, losses, backward, AdamW, average), taken in turn, of a ViT-S/16 at 224
-pixels with a batch of 16 and two teachers: HOG and EfficientNet-Lite0. Images come from memory: rendering the margin
-that shifted views need is the loader's work, and is not in here. Ratios are medians over the rounds of each round's own
-ratio: of wall-clock time, and of the processor time of all threads, which neighbours on the machine disturb less.
+An arm is one step (teachers, student, heads, losses, backward, AdamW, EMA) of a ViT-S/16 at 224 pixels with a batch of
+16 and two teachers, HOG and EfficientNet-Lite0; arms alternate. Images come from memory, so rendering the margin of
+shifted views is not included. Ratios are medians of per-round ratios, of wall-clock time and of the CPU time of all
+threads, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "damp": (*WHOLE, "train.damp=0.1"),
     "mesa": (*WHOLE, "losses.mesa={kind: se_mesa}"),
 }
-"""``bare``: cosine and MSE on one crop, targets as they are; ``recipe``: shifts, PHI-S and angular; then one more."""
+"""``bare``: cosine and MSE on one crop, raw targets; ``recipe``: shifts, PHI-S and angular; then one more each."""
 
 
 class Span(NamedTuple):
-    """Seconds on the clock, and of the processor in all threads."""
+    """Wall-clock seconds, and CPU seconds of all threads."""
 
     wall: float
     processor: float
@@ -61,7 +61,7 @@ class Span(NamedTuple):
 
 
 def prepare(arm: tuple[str, ...], folder: Path) -> tuple[Any, list[Any]]:
-    """A run after its pre-pass, and a few batches."""
+    """A run after target estimation, and a few batches."""
     import torch
 
     from agglo.config import override
@@ -89,12 +89,12 @@ def take(run: Any, batch: Any) -> Span:
     taken = one_step(run, batch, Stopwatch())
     run.ema.update(run.model, batch.step)
     if not bool(taken.good):
-        raise RuntimeError("a step was left out: its time says nothing")
+        raise RuntimeError("a step was skipped, so its time is meaningless")
     return Span.now() - began
 
 
 def encode(run: Any, batch: Any, *, training: bool) -> Span:
-    """A forward pass on one view: the student's in training, or the averaged student's."""
+    """A forward pass on one view, of the student in training or of the EMA student."""
     import torch
 
     from agglo.data.shifts import RenderedBatch
@@ -111,7 +111,7 @@ def encode(run: Any, batch: Any, *, training: bool) -> Span:
 
 
 def run(rounds: int = 12) -> dict[str, Any]:
-    """All arms in turn, after a round that does not count."""
+    """All arms, alternating, after a warm-up round."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -120,7 +120,7 @@ def run(rounds: int = 12) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made = {name: prepare(arm, Path(folder) / name) for name, arm in ARMS.items()}
         for index in range(rounds + 1):
-            # Every other round the other way round: what comes first finds other caches.
+            # Reverse every other round: the first arm finds other caches.
             order = list(made) if index % 2 else list(reversed(made))
             times = {name: take(made[name][0], made[name][1][index % 3]) for name in order}
             student, batches = made["mesa"]
@@ -142,7 +142,7 @@ def run(rounds: int = 12) -> dict[str, Any]:
 
 
 def _ratios(spans: list[dict[str, Span]], clock: str) -> dict[str, Any]:
-    """The goals' numbers by one clock, and the seconds behind them."""
+    """Ratios of the goals by one clock, and their seconds."""
     seconds = {name: [getattr(times[name], clock) for times in spans] for name in spans[0]}
 
     def over(one: str, other: str) -> list[float]:

@@ -1,10 +1,10 @@
 """One step of ``c_radio_v4_h`` on one GPU: the real sizes of student and teachers, random weights, low and high sizes.
 
 ``python benchmarks/training_gpu.py`` writes ``$OUT/training_gpu.json``, or ``results/training_gpu.json`` without
-``$OUT``; ``--smoke`` runs the recipe's pocket size anywhere. For each size: images a second, peak memory, FLOP/s as a
-share of the measured matmul peak (every product that PyTorch sends, teachers, averaged student and recomputation
-included), where a step's time goes, and the kernels that take most of it. Rendering views is the loader's work, on the
-CPU, and is not in here. A result is written after every size, so that a run that is cut short leaves what it has.
+``$OUT``; ``--smoke`` runs the recipe's smoke size anywhere. For each size: images per second, peak memory, FLOP/s as a
+share of the measured matmul peak (all matrix products, including teachers, EMA student and recomputation), time per
+phase, and the most expensive kernels. Rendering of views, on the CPU, is not included. Results are written after every
+size, so that an interrupted run keeps them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from inference_gpu import peak
 from torch.utils.flop_counter import FlopCounterMode
 
 BATCHES = {256: 64, 432: 48, 512: 16, 1152: 4}
-"""Images a step at two sizes of the low partition and two of the high one; halved until they fit."""
+"""Batch sizes at two sizes of the low partition and two of the high one; halved until they fit."""
 
 GOAL = 0.5
-"""Share of the matmul peak that a step should reach."""
+"""Target share of the matmul peak."""
 
 
 def untrained_upsampler(folder: Path, factor: int, width: int, side: int) -> Path:
-    """A FeatSharp of SigLIP2-g's sizes that has statistics, of noise, and has learned nothing."""
+    """An untrained FeatSharp with the shapes of SigLIP2-g and statistics of noise."""
     from agglo.types import FeatureSpec
     from agglo.upsamplers.featsharp import FeatSharp
 
@@ -44,7 +44,7 @@ def untrained_upsampler(folder: Path, factor: int, width: int, side: int) -> Pat
 
 
 def recipe_for(folder: Path, sizes: list[int], smoke: bool) -> Any:
-    """The recipe's last stage, in which all teachers teach, on pictures of noise."""
+    """The recipe's last stage, with all teachers, on noise images."""
     import numpy as np
     from PIL import Image
 
@@ -72,12 +72,12 @@ def recipe_for(folder: Path, sizes: list[int], smoke: bool) -> Any:
 
 
 def assemble(folder: Path, device: torch.device, sizes: list[int], smoke: bool) -> Any:
-    """A run after its pre-pass, and a step of each partition, as large as the recipe says."""
+    """A run after target estimation, and one full-size step of each partition."""
     from agglo.training import loop
 
     run = loop.prepare(recipe_for(folder, sizes, smoke), folder / "run", device, resume=False)
     (folder / "run").mkdir()
-    # Statistics of a few images: the numbers do not matter here, the size of the maps does.
+    # Statistics of a few images: only the shapes matter here.
     run.objective.fit(_looks(run))
     run.ema.reset(run.model)
     return run
@@ -102,7 +102,7 @@ def _cut(batch: Any, count: int) -> Any:
 
 
 def batch_of(run: Any, partition: int) -> Any:
-    """The first batch of a partition: rendered once, shown in every step."""
+    """The first batch of a partition, reused in every step."""
     from agglo.data.views import draw_resolution
 
     loader = run.loader
@@ -113,7 +113,7 @@ def batch_of(run: Any, partition: int) -> Any:
 
 @contextmanager
 def fitting(device: torch.device) -> Iterator[dict[str, bool]]:
-    """Whether what is inside ran out of the device's memory."""
+    """Whether the block ran out of device memory."""
     answer = {"fits": True}
     try:
         yield answer
@@ -124,7 +124,7 @@ def fitting(device: torch.device) -> Iterator[dict[str, bool]]:
 
 
 def measure(run: Any, batch: Any, rate: float, steps: int) -> dict[str, Any]:
-    """Seconds, memory, FLOP/s and where the time goes, for one size; the batch is halved until it fits."""
+    """Seconds, memory, FLOP/s and time per phase for one size; the batch is halved until it fits."""
     while True:
         with fitting(run.device) as answer:
             return {"batch": len(batch.images), "size": max(batch.size), **_measured(run, batch, rate, steps)}
@@ -159,8 +159,8 @@ def _measured(run: Any, batch: Any, rate: float, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         taken = step(watch)
         if not bool(taken.good):
-            raise RuntimeError("a step was left out: its time says nothing")
-        took.append(time.perf_counter() - began)  # reading `good` waited for the device
+            raise RuntimeError("a step was skipped, so its time is meaningless")
+        took.append(time.perf_counter() - began)  # reading `good` synchronised the device
         phases.append(watch.take())
     seconds = statistics.median(took)
     share = {name: statistics.median(p[name] for p in phases) for name in phases[0]}
@@ -184,7 +184,7 @@ def _one(run: Any, batch: Any, watch: Any) -> Any:
 
 
 def _kernels(run: Any, step: Any, cuda: bool) -> list[dict[str, Any]]:
-    """The kernels that take most of one step, and their share of it."""
+    """The most expensive kernels of one step, and their shares."""
     from torch.profiler import ProfilerActivity, profile
 
     from agglo.training.step import Stopwatch
@@ -202,12 +202,12 @@ def _kernels(run: Any, step: Any, cuda: bool) -> list[dict[str, Any]]:
 
 
 def run(path: Path, smoke: bool = False) -> dict[str, Any]:
-    """All sizes, the smallest first; the file is written after each."""
+    """All sizes, smallest first; the file is written after each."""
     from agglo.files import versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not smoke:
-        raise SystemExit("no GPU here: --smoke runs the recipe's pocket size on the CPU")
+        raise SystemExit("no GPU found; use --smoke for the recipe's smoke size on the CPU")
     result: dict[str, Any] = {"benchmark": "training_gpu", "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     result["goal_share_of_peak"] = GOAL

@@ -1,1 +1,1 @@
-"""The claims of the C-RADIOv4 recipe, one class each: its arms, what is measured, and what must show."""
+"""The claims of the C-RADIOv4 recipe, one class each: its arms, measurements and goal."""

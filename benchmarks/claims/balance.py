@@ -1,4 +1,4 @@
-"""Teachers on common footing: PHI-S for their scales, dispersion for their cones."""
+"""Balance between teachers: PHI-S for feature scales, dispersion for summary cones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BETWEEN = "points between them"
 
 
 class Scaled(Wrapped):
-    """A teacher in other units."""
+    """A teacher with scaled features."""
 
     def __init__(self, teacher: Any, factor: float) -> None:
         super().__init__(teacher)
@@ -26,8 +26,8 @@ class Scaled(Wrapped):
 
 
 class Scales(Claim):
-    """PHI-S: teachers whose scales differ a hundredfold are learned equally well. HOG as two teachers, one in
-    units a hundred times larger. Must show: explained variances within 5 points of each other."""
+    """PHI-S: teachers whose scales differ by a factor of 100 are learned equally well. HOG as two teachers, one
+    scaled by 100. Goal: explained variances within 5 points of each other."""
 
     arms = ("plain MSE", "PHI-S")
     shown = (FINE, COARSE)
@@ -54,7 +54,7 @@ WANTED = {"narrow": 0.7, "wide": 2.1}
 
 
 class Cone(Wrapped):
-    """A teacher whose summaries lie in a cone of a given dispersion: its own, turned towards one direction."""
+    """A teacher whose summaries are moved towards one direction, into a cone of a given dispersion."""
 
     def __init__(self, teacher: Any, dispersion: float, images: Tensor) -> None:
         super().__init__(teacher)
@@ -84,8 +84,8 @@ class Cone(Wrapped):
 
 class Cones(Claim):
     """The angular loss with dispersion balances cones: EfficientNet-Lite0's summaries as two teachers, in a cone of
-    dispersion 0.7 and one of 2.1 over the training images. Error: mean squared angle on held-out images over their own
-    mean squared angle to the cone's axis (1: no better than the axis). Must show: the two within a ratio of 1.3."""
+    dispersion 0.7 and one of 2.1 over the training images. Error: mean squared angle on held-out images over their
+    mean squared angle to the cone's axis (1: no better than the axis). Goal: the two within a ratio of 1.3."""
 
     arms = ("plain cosine", "angle over dispersion, fitted")
     shown = (NARROW, WIDE)
@@ -103,9 +103,9 @@ class Cones(Claim):
         with torch.no_grad():
             features = run.ema.model.encode(images)
             for name in WANTED:
-                said, meant = run.ema.model.heads[name](features).summary, run.teachers[name](images).summary
-                angle = torch.cosine_similarity(said, meant).clamp(-1, 1).arccos()
-                errors[name] = float(angle.square().mean()) / run.teachers[name].spread(meant)
+                predicted, target = run.ema.model.heads[name](features).summary, run.teachers[name](images).summary
+                angle = torch.cosine_similarity(predicted, target).clamp(-1, 1).arccos()
+                errors[name] = float(angle.square().mean()) / run.teachers[name].spread(target)
         return {
             NARROW: errors["narrow"], WIDE: errors["wide"], RATIO: max(errors.values()) / min(errors.values()),
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a claim is, and how its arms are trained and looked at."""
+"""The base class of claims, and training and evaluation of their arms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 STEPS = int(os.environ.get("STEPS", "300"))
 WIDTH = int(os.environ.get("WIDTH", "128"))
-"""Channels of the student; the depth is 4 blocks. Larger on a GPU."""
+"""Channels of the student, which has 4 blocks; use more on a GPU."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = 96
 
@@ -25,7 +25,7 @@ Means = Mapping[str, Mapping[str, float]]
 BASE: dict[str, Any] = {
     "name": "ablation",
     "claim": {"summary": "one arm of an ablation"},
-    # The table is as large as the grid: positions are absolute, and whatever is locked to them can be learned.
+    # Position embeddings of the grid's size: absolute positions, so that position-locked features can be learned.
     "student": {
         "kind": "vit", "width": WIDTH, "depth": 4, "heads": max(2, WIDTH // 64), "max_grid": SIDE // 16, "registers": 2,
     },
@@ -50,14 +50,14 @@ YES, NO, WITHIN = "yes", "no", "within the seeds' spread"
 
 
 class Claim(ABC):
-    """One claim; its docstring is the text on the page.
+    """One claim; its docstring is published on the page.
 
     Attributes:
-        arms: their names, the one without the ingredient first.
-        judged: metrics that the ingredient is to move. Where the first two arms differ by no more than seeds do within
-            an arm, nothing is shown either way.
-        shown: metrics of the figure, or the common start of the names of a curve's points (``agreement at ``).
-        curve: the figure is a curve over the numbers in the metrics' names.
+        arms: names of the arms, the one without the ingredient first.
+        judged: metrics that the ingredient should change. Differences of the first two arms within the spread of the
+            seeds are inconclusive.
+        shown: metrics of the figure, or the common prefix of a curve's metrics (``agreement at ``).
+        curve: whether the figure is a curve over the numbers in the metrics' names.
     """
 
     arms: tuple[str, ...]
@@ -67,17 +67,17 @@ class Claim(ABC):
 
     @abstractmethod
     def measure(self, arm: str, seed: int) -> Numbers:
-        """Train one arm from one seed and look at it."""
+        """Train one arm from one seed and return its metrics."""
 
     @abstractmethod
     def verdict(self, means: Means) -> tuple[bool, str]:
-        """Whether the claim's goal is met, and the numbers it is judged by."""
+        """Whether the goal of the claim is met, and the numbers that decide it."""
 
     def judge(self, arms: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[str, str]:
-        """:data:`YES`, :data:`NO` or :data:`WITHIN`, and the numbers it is judged by.
+        """:data:`YES`, :data:`NO` or :data:`WITHIN`, and the numbers that decide it.
 
-        Met goals need every judged metric to have moved by more than the seeds' spread (largest less smallest, of the
-        arm where it is larger); of a goal that is not met, :data:`NO` needs one that has.
+        :data:`YES` requires every judged metric to change by more than the spread of the seeds (maximum - minimum, of
+        the arm with the larger one); :data:`NO` requires one that does.
 
         Args:
             arms: by arm and metric, ``mean`` and ``spread``.
@@ -100,14 +100,14 @@ def trained(
     wrap: Mapping[str, Callable[[Any, Tensor], Any]] | None = None,
     balancer: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
-    """A finished run: its teachers (wrapped ones included), objective, and averaged model in eval mode.
+    """A finished run: its teachers (wrapped ones included), objective, and EMA model in eval mode.
 
     Args:
-        seed: of everything.
-        teachers: the recipe's.
-        changes: to the recipe, as on the command line.
-        wrap: by teacher, what makes another of it, from it and some training images.
-        balancer: what makes another of the balancer, from it and the loader.
+        seed: seed of all randomness.
+        teachers: teachers of the recipe.
+        changes: overrides of the recipe, as on the command line.
+        wrap: by teacher, a function of it and some training images that returns a replacement.
+        balancer: a function of balancer and loader that returns a replacement.
     """
     from agglo import recipe
     from agglo.config import override
@@ -136,7 +136,7 @@ _KEPT: dict[tuple[int | tuple[int, int], int], Tensor] = {}
 
 
 def held_out(size: int | tuple[int, int] = SIDE, count: int = 96) -> Tensor:
-    """Images no arm was trained on: the test split of `scenes`, and photographs kept out."""
+    """Images no arm was trained on: the test split of `scenes`, and held-out photographs."""
     from agglo.config import build
     from agglo.data.loader import evaluation_batches
 
@@ -153,7 +153,7 @@ def held_out(size: int | tuple[int, int] = SIDE, count: int = 96) -> Tensor:
 
 @torch.no_grad()
 def student_maps(run: Any, images: Tensor, head: str | None = None, **options: Any) -> Tensor:
-    """The averaged student's map, or what one of its heads says in normalised space."""
+    """Spatial features of the EMA student, or of one of its heads in normalised space."""
     parts = []
     for part in images.split(16):
         features = run.ema.model.encode(part, **options)
@@ -163,7 +163,7 @@ def student_maps(run: Any, images: Tensor, head: str | None = None, **options: A
 
 @torch.no_grad()
 def target_maps(run: Any, images: Tensor, teacher: Any, name: str) -> Tensor:
-    """What a teacher says of views the student sees so, in the run's normalised space, on its own grid."""
+    """Teacher features of the student's views, in the normalised space of the run, on the teacher's grid."""
     from agglo.preprocess import resize
 
     size = teacher.input_size((images.shape[-2], images.shape[-1]), run.model.spec.stride)
@@ -179,7 +179,7 @@ def explained(prediction: Tensor, target: Tensor) -> float:
 
 
 class Wrapped(torch.nn.Module):
-    """A teacher that is changed in some way: its own facts stand."""
+    """A modified teacher with the spec and licence of the original."""
 
     def __init__(self, teacher: Any) -> None:
         super().__init__()

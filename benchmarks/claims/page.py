@@ -1,4 +1,4 @@
-"""The page of the ablations: a verdict, a table and a figure for each claim."""
+"""The ablations page: a verdict, a table and a figure for each claim."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ COLOURS = ("#9aa5b1", "#2a6f97", "#e07a5f")
 
 
 def write(result: Mapping[str, Any], claims: Mapping[str, Claim]) -> None:
-    """``docs/ablations.md`` and ``docs/figures/ablation-*.svg`` of all claims that have results."""
+    """``docs/ablations.md`` and ``docs/figures/ablation-*.svg`` of all claims with results."""
     (DOCS / "figures").mkdir(exist_ok=True)
     found = {name: claim for name, claim in claims.items() if name in result["claims"]}
     lines = [
         "# Ablations", "",
-        "What each ingredient of the C-RADIOv4 recipe does, with and without, from the same seeds: small ViTs "
+        "The effect of each ingredient of the C-RADIOv4 recipe, with the same seeds with and without it: small ViTs "
         f"({result['width']} channels, 4 blocks), {result['steps']} steps, on two CPU cores "
         "(`python benchmarks/run.py ablations`; every number is in `benchmarks/results/ablations.json`). Mean of "
-        f"{result['seeds']} seeds; in brackets the largest less the smallest, the seeds' spread: where the two arms "
-        "differ by no more, nothing is shown either way. A claim that does not hold at this size is said so, with what "
+        f"{result['seeds']} seeds; in brackets their spread (maximum - minimum): if the two arms "
+        "differ by no more, the result is inconclusive. A claim that does not hold at this size is reported with what "
         f"was tried ({LOG}).", "",
         "| claim | holds here | numbers |", "| --- | --- | --- |",
     ]  # fmt: skip

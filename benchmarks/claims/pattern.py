@@ -1,4 +1,4 @@
-"""Fixed-pattern noise: what shift equivariance and SE-MESA do against it."""
+"""Fixed-pattern noise with and without shift equivariance and SE-MESA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHANGES = {
 
 
 class Patterned(Wrapped):
-    """A teacher whose map carries the same noise at the same positions, whatever the image."""
+    """A teacher whose map carries the same noise at the same positions, for every image."""
 
     def __init__(self, teacher: Any, pattern: Tensor) -> None:
         super().__init__(teacher)
@@ -44,7 +44,7 @@ class Patterned(Wrapped):
 
 
 def pattern_for(teacher: Any, seed: int) -> Tensor:
-    """Noise as strong as the teacher's own signal, with no mean over positions: ``(C, h, w)``."""
+    """Noise as strong as the teacher's signal, zero-mean over positions: ``(C, h, w)``."""
     generator = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         signal = teacher(held_out(count=32)).spatial
@@ -54,7 +54,7 @@ def pattern_for(teacher: Any, seed: int) -> Tensor:
 
 
 def shift_change(run: Any, wide: Tensor) -> float:
-    """Relative change of the same content's features when the crop moves by one patch."""
+    """Relative change of the features of the same content when the crop moves by one patch."""
     one, other = student_maps(run, wide[..., :SIDE, :SIDE]), student_maps(run, wide[..., 16:, 16:])
     a, b = one[..., 1:, 1:], other[..., :-1, :-1]
     centred = a - a.mean((0, 2, 3), keepdim=True)
@@ -63,7 +63,7 @@ def shift_change(run: Any, wide: Tensor) -> float:
 
 @cache
 def look(arm: str, seed: int) -> Numbers:
-    """Train an arm under the pattern; both claims read the same runs."""
+    """Train an arm with the pattern; both claims use the same runs."""
     from agglo.config import build
 
     images = held_out()
@@ -88,9 +88,9 @@ def look(arm: str, seed: int) -> Numbers:
 
 
 class FixedPattern(Claim):
-    """Shift equivariance stops fixed-pattern noise: HOG as teacher, with noise as strong as its signal that is locked
-    to positions. Energy: the share of the pattern in the student's prediction, squared. Must show: at least 4 times
-    less, at equal or better agreement with the clean teacher."""
+    """Shift equivariance removes fixed-pattern noise: HOG as teacher, with position-locked noise as strong as its
+    signal. Energy: the squared share of the pattern in the student's prediction. Goal: at least 4 times less, at equal
+    or better agreement with the clean teacher."""
 
     arms = ("one crop for all", "shifted crops")
     shown = (ENERGY, CLEAN)
@@ -109,9 +109,8 @@ class FixedPattern(Claim):
 
 
 class SeMesa(Claim):
-    """SE-MESA keeps the pattern out of the backbone: the same teacher and noise. Energy: share of the backbone
-    features' variance that is locked to positions. Must show: it and the change of features under a shift of one patch
-    both lower."""
+    """SE-MESA keeps the pattern out of the backbone: the same teacher and noise. Energy: position-locked share of the
+    variance of the backbone features. Goal: lower energy, and less change of features under a shift of one patch."""
 
     arms = ("shifted crops", "shifted crops, SE-MESA")
     shown = (LOCKED, CHANGE)

@@ -1,4 +1,4 @@
-"""DAMP: what corruptions cost."""
+"""DAMP: robustness to corruptions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SPOIL: dict[str, Callable[[Tensor], Tensor]] = {
 
 class Damp(Claim):
     """DAMP makes features robust: agreement with HOG's view of the clean image, from images with noise (0.1), blur
-    (5 px), JPEG (quality 10) or low contrast (0.4). Must show: better on average at equal clean agreement."""
+    (5 px), JPEG (quality 10) or low contrast (0.4). Goal: better on average at equal clean agreement."""
 
     CLEAN, MEAN = "agreement, clean", "agreement, mean of corruptions"
     arms = ("without", "sigma 0.1", "sigma 0.2")

@@ -1,4 +1,4 @@
-"""Sizes: all teachers at all resolutions, position tables that are cropped, windows in training."""
+"""Sizes: all teachers at all resolutions, cropped position embeddings, windows in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AT = "agreement at "
 
 
 class OnlyAt(torch.nn.Module):
-    """A balancer in which each teacher's terms count at one size only."""
+    """A balancer that restricts each teacher's terms to one size."""
 
     def __init__(self, balancer: Any, loader: Any, homes: dict[str, int]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class OnlyAt(torch.nn.Module):
         from agglo.data.views import draw_resolution
 
         size = max(draw_resolution(self.loader.seed, step, self.loader.partitions).size)
-        # What a teacher says elsewhere is computed and thrown away, so that both arms see the same images.
+        # Targets at other sizes are computed and discarded, so that both arms see the same images.
         kept = {
             name: term if self.homes[name.split("/")[0]] == size else 0 * term.detach() for name, term in terms.items()
         }
@@ -34,16 +34,16 @@ class OnlyAt(torch.nn.Module):
 
 
 class Resolutions(Claim):
-    """All teachers at stochastic resolutions stop mode switching: EfficientNet-Lite0 and HOG, either each at a size of
-    its own (96 and 224 px), or both at a set of sizes; agreement with each teacher is looked at from 96 to 448 px.
-    Jump: the largest fall of agreement with either teacher from one size to the next. Consistency: share of images
-    whose nearest neighbour stays the same from one size to the next. Loss: one less the agreement. Must show: no jump
-    (no fall above 0.05), as many neighbours that stay, and the worst loss at an unseen size halved."""
+    """All teachers at stochastic resolutions stop mode switching: EfficientNet-Lite0 and HOG, either each at one size
+    (96 and 224 px), or both at a set of sizes; agreement with each teacher is measured from 96 to 448 px.
+    Jump: the largest drop of agreement with either teacher from one size to the next. Consistency: share of images
+    whose nearest neighbour is the same at the next size. Loss: 1 - agreement. Goal: no jump (no drop above 0.05), equal
+    or better consistency, and half the worst loss at an unseen size."""
 
     SIZES = (96, 128, 160, 224, 320, 448)
     UNSEEN = (160, 320, 448)
     STEADY = 0.05
-    """A fall of agreement from one size to the next that is no jump."""
+    """Largest drop of agreement from one size to the next that does not count as a jump."""
     WORST, JUMP, SAME = "worst loss at an unseen size", "largest jump", "neighbours that stay"
     arms = ("each teacher at its own size", "both at all sizes")
     shown = (AT,)
@@ -86,13 +86,15 @@ class Resolutions(Claim):
             (self.JUMP, with_it[self.JUMP] <= self.STEADY, "none", "still one"),
             (self.SAME, with_it[self.SAME] >= without[self.SAME], "as many", "fewer"),
         )
-        told = [f"{key} {without[key]:.3f} to {with_it[key]:.3f} ({yes if met else no})" for key, met, yes, no in parts]
-        return all(met for _, met, _, _ in parts), ", ".join(told)
+        texts = [
+            f"{key} {without[key]:.3f} to {with_it[key]:.3f} ({yes if met else no})" for key, met, yes, no in parts
+        ]
+        return all(met for _, met, _, _ in parts), ", ".join(texts)
 
 
 @torch.no_grad()
 def neighbours(run: Any, images: Tensor) -> Tensor:
-    """Each image's nearest other image by the student's summary."""
+    """Nearest neighbour of each image by the student's summary."""
     summary = torch.cat([run.ema.model.encode(part).summary for part in images.split(16)])
     unit = torch.nn.functional.normalize(summary - summary.mean(0), dim=1)
     likeness = unit @ unit.T
@@ -100,9 +102,9 @@ def neighbours(run: Any, images: Tensor) -> Tensor:
 
 
 class Cpe(Claim):
-    """Cropped position embeddings (CPE) serve sizes and aspects never trained: HOG as teacher, trained at 96 px square
-    with a table of that size, or with random viewports of a larger one. Must show: better agreement at the sizes and
-    aspects that were not trained."""
+    """Cropped position embeddings (CPE) generalise to untrained sizes and aspect ratios: HOG as teacher, trained at
+    96 px square with position embeddings of that size, or random viewports of larger ones. Goal: better agreement at
+    untrained sizes and aspect ratios."""
 
     SEEN, UNSEEN = "agreement at 96x96", "agreement, mean of the unseen"
     VIEWS = ((96, 96), (64, 64), (128, 128), (192, 192), (256, 256), (64, 128), (128, 64), (96, 224), (224, 96))
@@ -129,8 +131,8 @@ class Cpe(Claim):
 
 
 class Windows(Claim):
-    """ViTDet's windows in training: 8 blocks, 2 of them global, at 128 px, windows of 2 patches at inference. Must
-    show: at most half of the agreement is lost that is lost without."""
+    """ViTDet's windows in training: 8 blocks, 2 of them global, at 128 px, windows of 2 patches at inference. Goal:
+    at most half the loss of agreement without them."""
 
     WHOLE, SMALL, LOST = "agreement, whole image", "agreement, windows of 2", "lost"
     arms = ("never in training", "in half of the steps")

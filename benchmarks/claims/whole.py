@@ -10,7 +10,7 @@ from claims.base import HOG, STEPS, Claim, Means, Numbers, trained
 SHARED = Path(os.environ.get("AGGLO_SHARED", Path(__file__).parents[3] / "shared"))
 LOWER = ("rmse", "abs_rel")
 CLEARLY = 0.03
-"""A metric counts as better or worse where the arms differ by this share of its value."""
+"""Minimum relative difference for a metric to count as better or worse."""
 STUDENT = "{kind: timm, model: tf_efficientnet_lite0, stages: [2, 3, 4], stride: 16, init: bundled}"
 TEACHERS: dict[str, dict[str, object]] = {
     "lite2": {"kind": "timm", "model": "tf_efficientnet_lite2", "stage": 3},
@@ -23,12 +23,12 @@ TEACHERS: dict[str, dict[str, object]] = {
 
 
 class Whole(Claim):
-    """The whole recipe against AM-RADIO's, from the same student, teachers, images and sizes. As in the papers the
-    student starts from ImageNet weights: EfficientNet-Lite0 learns from EfficientNet-Lite2, ConSE and HOG, in a third
-    of the steps of the claims above. AM-RADIO's: cosine summaries, 0.9 cosine + 0.1 smooth-L1 maps as they are, one
-    crop. The recipe: angle over dispersion, PHI-S, shifted crops, SE-MESA, DAMP. (CPE is for students with positions;
-    this one has none.) SE-MESA costs a forward of the student, so AM-RADIO's arm has a fifth more steps. The third arm
-    leaves DAMP out. Must show: better on most metrics, none worse by more than 3 %."""
+    """The whole recipe against AM-RADIO's, with the same student, teachers, images and sizes. As in the papers, the
+    student starts from ImageNet weights: EfficientNet-Lite0 with teachers EfficientNet-Lite2, ConSE and HOG, and a
+    third of the steps of the claims above. AM-RADIO: cosine summaries, 0.9 cosine + 0.1 smooth-L1 on raw maps, one
+    crop. The recipe: angle over dispersion, PHI-S, shifted crops, SE-MESA, DAMP. (CPE needs position embeddings; this
+    student has none.) SE-MESA costs a forward pass of the student, so AM-RADIO's arm has a fifth more steps. The third
+    arm omits DAMP. Goal: better on most metrics, none worse by more than 3 %."""
 
     arms = ("AM-RADIO's recipe", "C-RADIOv4's recipe", "C-RADIOv4's, without DAMP")
     shown = ("knn/", "zero_shot/", "segmentation/", "depth/delta1", "depth/rmse", "depth/abs_rel", "imagenet/")

@@ -1,4 +1,4 @@
-"""Captions from what a view shows."""
+"""Captions from the visible objects of a view."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _join(phrases: Sequence[str]) -> str:
 
 
 def relation(subject: Sequence[float], other: Sequence[float]) -> str:
-    """Where the subject is with respect to another object, both as camera-frame centres ``(x, y, z)`` in metres."""
+    """Position of the subject relative to another object, both as camera-frame centres ``(x, y, z)`` in metres."""
     right, away = subject[0] - other[0], subject[2] - other[2]
     if abs(away) > 1.6 * abs(right):
         return "behind" if away > 0 else "in front of"
@@ -28,11 +28,12 @@ def describe(seen: Sequence[tuple[str, str, Sequence[float]]], place: str) -> tu
     """Write a view's captions.
 
     Args:
-        seen: ``(class, phrase, camera-frame centre)`` of the objects that show, the subject first.
-        place: the background's phrase, e.g. ``on a tiled floor``.
+        seen: ``(class, phrase, camera-frame centre)`` of the visible objects, the subject first.
+        place: phrase of the background, e.g. ``on a tiled floor``.
 
     Returns:
-        The full sentence, and all captions: it, a short one, one with the subject's look and one that lists classes.
+        The full sentence, and all captions: the sentence, a short one, one with the look of the subject, and one that
+        lists classes.
     """
     category, phrase, centre = seen[0]
     subject = article(phrase)

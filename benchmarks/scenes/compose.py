@@ -1,4 +1,4 @@
-"""What a scene holds: identities, where the objects stand and from where they are seen.
+"""Composition of a scene: identities, positions of the objects, and cameras.
 
 World frame: metres, z up, the floor at z = 0, the cameras on the -y side looking towards +y. Camera frames follow
 OpenCV: x right, y down, z forward along the optical axis.
@@ -14,7 +14,7 @@ from meshes import Part
 from objects import CLASSES, settle
 
 SPLITS = {"train": range(6), "val": range(6, 8), "test": range(8, 11)}
-"""Which identity numbers of every class belong to each split; no identity is in two."""
+"""Identity numbers of every class in each split, disjoint."""
 
 SPLIT_CYCLE = ("train", "test", "train", "val", "train", "test", "train", "test", "train", "val")
 BACKGROUNDS = ("studio", "room", "brick", "checks", "rug", "tiles")
@@ -36,13 +36,13 @@ class Identity:
 
     @property
     def phrase(self) -> str:
-        """How captions name it, e.g. ``red ceramic mug``."""
+        """Its phrase in captions, e.g. ``red ceramic mug``."""
         return f"{PHRASES[self.material].format(colour=self.colour)} {self.category}"
 
 
 @dataclass
 class Placed:
-    """An identity standing in a scene."""
+    """An identity placed in a scene."""
 
     identity: Identity
     parts: list[Part]
@@ -77,7 +77,7 @@ class Camera:
 
 @dataclass
 class Layout:
-    """Everything random about one scene but its materials' grain."""
+    """All random choices of one scene except the texture of its materials."""
 
     index: int
     split: str
@@ -93,7 +93,7 @@ def _tones(material: str, colour: str) -> tuple[float, float, float]:
 
 
 def make_identity(category: str, number: int, seed: int) -> Identity:
-    """Draw identity ``number`` of a class: the same one whenever it is asked for."""
+    """Draw identity ``number`` of a class, deterministically."""
     kind = CLASS_NAMES.index(category)
     rng = np.random.default_rng([seed, 1, kind, number])
     palette = list(COLOURS)
@@ -156,7 +156,7 @@ def _stand(identity: Identity, size: float, yaw: float, at: np.ndarray) -> Place
 
 
 def _arrange(identities: list[Identity], shrink: float, rng: np.random.Generator) -> list[Placed]:
-    """Stand the subject near the origin and the others around it, footprints apart."""
+    """Place the subject near the origin and the others around it, footprints apart."""
     placed = [_stand(identities[0], rng.uniform(0.54, 0.6), rng.uniform(0, 360), rng.uniform(-0.08, 0.08, 2))]
     for identity in identities[1:]:
         size, yaw = rng.uniform(0.36, 0.46) * shrink, rng.uniform(0, 360)
@@ -198,8 +198,8 @@ def compose(index: int, split: str, subject: str, number: int, seed: int, attemp
         split: ``train``, ``val`` or ``test``.
         subject: class of the main object, always ``objects[0]``.
         number: identity number of the subject within its class.
-        seed: of the whole benchmark.
-        attempt: which candidate, from 0.
+        seed: seed of the benchmark.
+        attempt: index of the candidate.
     """
     rng = np.random.default_rng([seed, 4, index, attempt])
     others = [name for name in CLASS_NAMES if name != subject]
@@ -209,7 +209,7 @@ def compose(index: int, split: str, subject: str, number: int, seed: int, attemp
     identities += [make_identity(str(name), int(rng.choice(list(SPLITS[split]))), seed) for name in chosen]
     objects = _arrange(identities, max(0.55, 1 - 0.04 * attempt), rng)
     steps = np.random.default_rng([seed, 5]).permutation(len(BACKGROUNDS) * len(LIGHTS))
-    combination = int(steps[index % len(steps)])  # every background meets every light equally often
+    combination = int(steps[index % len(steps)])  # every pair of background and light occurs equally often
     middle, gap = rng.uniform(-12, 12), rng.uniform(10, 45) * rng.choice([-1, 1])
     elevation, fov = rng.uniform(9, 38), rng.uniform(24, 46)
     margin, shift = rng.uniform(0.82, 0.95), rng.uniform(-0.03, 0.04)

@@ -25,7 +25,7 @@ def hue(k: int, count: int) -> tuple[int, int, int]:
 
 
 def paint(mask: np.ndarray, count: int) -> np.ndarray:
-    """``(H, W, 3)`` picture of a mask whose values run to ``count``; background is near black."""
+    """``(H, W, 3)`` colours of a mask with values up to ``count``; the background is nearly black."""
     table = np.array([(34, 36, 42), *(hue(k, count) for k in range(count))], np.uint8)
     return table[mask]
 
@@ -35,7 +35,7 @@ def rows(source: Scenes, index: int, note: SceneAnnotation) -> dict[str, np.ndar
     near, far = np.percentile(note.depth, [0.5, 99])
     depth = np.clip((far - note.depth) / (far - near), 0, 1)[..., None]
     ramp = np.array([30, 24, 72]) * (1 - depth) + np.array([255, 224, 150]) * depth
-    facing = note.normals * np.array([1, -1, -1])[:, None, None]  # the usual picture: right red, up green, near blue
+    facing = note.normals * np.array([1, -1, -1])[:, None, None]  # the usual colours: right red, up green, near blue
     return {
         "image": np.asarray(source.read(index)),
         "instances": paint(note.instances, 5),
@@ -82,7 +82,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Draw a contact sheet of the scenes benchmark.")
     parser.add_argument("-o", "--output", default="docs/images/scenes.jpg")
-    parser.add_argument("--archive", help="another archive than the bundled one")
+    parser.add_argument("--archive", help="an archive other than the bundled one")
     args = parser.parse_args()
     source = Scenes(split="all", path=args.archive)
     chosen = spread(source, COLUMNS)

@@ -22,7 +22,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "gray": (0.45, 0.46, 0.48),
     "brown": (0.40, 0.24, 0.14),
 }
-"""Display (sRGB) values of the object colours, by the word captions use."""
+"""Display (sRGB) values of the object colours, by their word in captions."""
 
 METALS = {"gold": "Au", "copper": "Cu", "aluminium": "Al", "chrome": "Cr"}
 PHRASES = {
@@ -37,7 +37,7 @@ PHRASES = {
     "aluminium": "aluminium",
     "chrome": "chrome",
 }
-"""How captions name each material."""
+"""Phrase of each material in captions."""
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "ball": ("plastic", "rubber", "painted", "plastic"),
@@ -57,7 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "umbrella": ("painted", "plastic"),
     "vase": ("ceramic", "marble", "gold", "copper", "ceramic"),
 }
-"""What each class may be made of; repeated entries are likelier."""
+"""Possible materials of each class; repeated entries are more likely."""
 
 
 def linear(rgb: Any) -> np.ndarray:
@@ -167,7 +167,7 @@ def surface(material: str, colour: Any, rng: np.random.Generator) -> dict[str, A
 
     Args:
         material: a key of `PHRASES`.
-        colour: sRGB triple; metals, wood and marble only borrow from it or ignore it.
+        colour: sRGB triple; metals, wood and marble use it in part or ignore it.
         rng: draws texture details and roughness.
     """
     if material in METALS:

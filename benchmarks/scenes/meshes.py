@@ -1,6 +1,6 @@
 """Procedural triangle meshes: surfaces of revolution, swept tubes and bevelled convex blocks.
 
-Everything is numpy; z points up and lengths are in metres (or in the unit of whoever scales the result).
+Everything is numpy; z points up and lengths are in metres (or any unit, if the result is scaled).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Part:
     Attributes:
         vertices: ``(V, 3)`` float64 positions.
         faces: ``(F, 3)`` int64 vertex indices, counter-clockwise from outside.
-        slot: which of the identity's materials covers it, e.g. ``"main"`` or ``"accent"``.
+        slot: the identity's material that covers it, e.g. ``"main"`` or ``"accent"``.
     """
 
     vertices: np.ndarray
@@ -53,7 +53,7 @@ def rotation(degrees: float, axis: str = "z") -> np.ndarray:
 
 
 def _grid_faces(rows: int, columns: int, wrap_rows: bool = False) -> np.ndarray:
-    """Triangles of a ``rows`` x ``columns`` vertex grid whose columns wrap around (and rows too, if asked)."""
+    """Triangles of a ``rows`` x ``columns`` vertex grid whose columns wrap around (optionally the rows too)."""
     count = rows if wrap_rows else rows - 1
     r, c = np.meshgrid(np.arange(count), np.arange(columns), indexing="ij")
     a, b = r * columns + c, r * columns + (c + 1) % columns
@@ -77,7 +77,7 @@ def revolve(profile: Sequence[Sequence[float]], slot: str = "main", segments: in
     Args:
         profile: ``(N, 2)`` points, running from the bottom outside upwards; ends at radius 0 close the surface.
         slot: material slot.
-        segments: how many facets around.
+        segments: number of facets around the axis.
     """
     p = np.asarray(profile, float)
     angle = np.linspace(0, 2 * np.pi, segments, endpoint=False)
@@ -190,7 +190,7 @@ def shading_mesh(part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     order = np.argsort(corner, kind="stable")
     start = np.searchsorted(corner[order], np.arange(len(v)))
     count = np.bincount(corner, minlength=len(v))
-    # Corner by corner, add the area vectors of the faces around its vertex that are not across a crease.
+    # For each corner, add the area vectors of adjacent faces that are not across a crease.
     own = unit[np.arange(len(corner)) // 3]
     total = np.zeros_like(own)
     for k in range(int(count.max())):

@@ -1,7 +1,7 @@
 """The object classes: each builder draws the proportions of one identity and returns its parts.
 
-Builders work in metres at toy scale (0.2 m to 0.6 m), z up, standing or lying on z = 0 once settled. Material slots are
-``main``, ``accent`` and, for fixed colours, ``dark``, ``light`` and ``metal``.
+Builders work in metres at toy scale (0.2 m to 0.6 m), z up, standing or lying on z = 0 after placement. Material slots
+are ``main``, ``accent`` and, for fixed colours, ``dark``, ``light`` and ``metal``.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ CLASSES: dict[str, Builder] = {
 
 
 def settle(parts: list[Part], scale: float, yaw: float) -> tuple[list[Part], float]:
-    """Scale an object, turn it about the vertical, centre it over the origin and stand it on z = 0.
+    """Scale an object, rotate it about the vertical, centre it over the origin and place it on z = 0.
 
     Returns:
         The parts and the footprint radius in metres (of the smallest origin-centred circle around the object).

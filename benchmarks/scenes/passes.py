@@ -9,7 +9,7 @@ import numpy as np
 from scipy.ndimage import rank_filter, uniform_filter
 
 TOLERANCE = 0.01
-"""Relative depth difference up to which a reprojected point counts as visible."""
+"""Maximum relative depth difference of a visible reprojected point."""
 
 
 def pixel_rays(intrinsics: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -50,9 +50,9 @@ def geometry_maps(
     facing = (normals * view).sum(-1, keepdims=True)
     normals = np.where(facing > 0.35, -normals, normals)  # thin open sheets seen from behind
     facing = np.minimum((normals * view).sum(-1, keepdims=True), 0) - (normals * view).sum(-1, keepdims=True)
-    normals = normals + facing * view  # interpolated normals just past a silhouette are brought back to grazing
+    normals = normals + facing * view  # clamp interpolated normals just past a silhouette to grazing
     normals /= np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
-    index = np.rint(out[..., 6]).astype(int) - 1  # Mitsuba counts shapes from 1 here; 0 is a miss
+    index = np.rint(out[..., 6]).astype(int) - 1  # Mitsuba numbers shapes from 1 here; 0 is a miss
     table = np.array([owners[k] for k in range(len(owners))], np.uint8)
     finite = np.where(np.isfinite(depth), depth, 0)
     return {
@@ -71,16 +71,16 @@ def albedo(scene: Any, sensor: Any, samples: int = 8) -> np.ndarray:
 
 
 def denoise(image: np.ndarray, reflectance: np.ndarray, maps: dict[str, np.ndarray], radius: int = 4) -> np.ndarray:
-    """Smooth what Monte Carlo noise is left in the lighting, without touching textures or edges.
+    """Smooth the remaining Monte Carlo noise in the lighting, preserving textures and edges.
 
-    The image is divided by the reflectance, averaged over neighbours that share instance, normal, depth and about the
-    same brightness, and multiplied by the reflectance again.
+    The image is divided by the reflectance, averaged over neighbours that share instance, normal, depth and similar
+    brightness, and multiplied by the reflectance again.
 
     Args:
         image: ``(H, W, 3)`` linear render.
         reflectance: `albedo` of the same camera.
         maps: `geometry_maps` of the same camera.
-        radius: of the neighbourhood, in pixels.
+        radius: radius of the neighbourhood, in pixels.
     """
     # A pixel far brighter than all but its brightest neighbours is a stray caustic path, not a highlight.
     bound = np.stack([rank_filter(image[..., c], -3, size=3) for c in range(3)], -1) * 1.5 + 0.01
@@ -124,15 +124,15 @@ def correspondences(
 ) -> np.ndarray:
     """Points seen in both views.
 
-    Pixel centres of view 0 are lifted by the stored depth and projected into view 1; a point is kept where the four
+    Pixel centres of view 0 are lifted by the stored depth and projected into view 1; a point is kept if the four
     pixels around it show the same instance and their interpolated depth agrees.
 
     Args:
         views: the two views' `geometry_maps`.
         cameras: their ``(cam_from_world, K)``.
         scale: stored depth units per metre.
-        rng: chooses among the visible points.
-        count: how many points at most; three quarters lie on objects where there are enough.
+        rng: samples the visible points.
+        count: maximum number of points; three quarters lie on objects if available.
 
     Returns:
         ``(N, 2, 2)`` float32: ``(x, y)`` in view 0 and in view 1, pixel centres at +0.5.

@@ -4,7 +4,7 @@ Needs ``pip install mitsuba numpy scipy pillow``; everything else is generated. 
 
     python benchmarks/scenes/render.py -o scenes.tar
 
-Finished scenes are kept in ``<output>.work``, so an interrupted run goes on where it stopped. The same arguments give
+Finished scenes are kept in ``<output>.work``, so an interrupted run resumes. The same arguments give
 the same scenes (bitwise on one machine and library version). The format is described in docs/scenes.md.
 """
 
@@ -39,7 +39,7 @@ DEPTH_SCALE = 5000
 """Stored depth = metres * 5000: steps of 0.2 mm up to 13.1 m."""
 FORMAT = 1
 MIN_VISIBLE = 48
-"""Objects with fewer pixels (at 128 px) are left out of captions."""
+"""Objects with fewer pixels (at 128 px) are omitted from captions."""
 ATTEMPTS = 60
 
 
@@ -91,7 +91,7 @@ def _geometry(layout: Layout, size: int, scene: Any, owners: dict[int, int]) -> 
 
 
 def _acceptable(views: list[dict[str, np.ndarray]], layout: Layout, size: int, least: float) -> bool:
-    """The subject is the largest object of both views, at least ``least`` of the pixels, and nothing is hidden."""
+    """Whether the subject is the largest object of both views, covers a share ``least``, and no object is hidden."""
     for view in views:
         count = np.bincount(view["instances"].ravel(), minlength=len(layout.objects) + 1)[1:] / size**2
         if count[0] < least or (count[1:] > 0.85 * count[0]).any() or (count < MIN_VISIBLE / 128**2).any():
@@ -100,7 +100,7 @@ def _acceptable(views: list[dict[str, np.ndarray]], layout: Layout, size: int, l
 
 
 def _objects(layout: Layout, instances: np.ndarray) -> list[dict[str, Any]]:
-    """What scene.json says of each object in one view; ``box`` is xyxy in pixels, exclusive at the far side."""
+    """Entry of each object of one view in scene.json; ``box`` is xyxy in pixels, exclusive at the far side."""
     rows = []
     for number, item in enumerate(layout.objects, 1):
         ys, xs = np.nonzero(instances == number)
@@ -139,7 +139,7 @@ def _candidate(index: int, row: tuple[str, str, int], args: argparse.Namespace) 
             continue
         scene, owners, phrase = _load(layout)
         views = _geometry(layout, args.size, scene, owners)
-        deepest = max(float(view["depth"].max()) for view in views)  # infinite where a ray misses everything
+        deepest = max(float(view["depth"].max()) for view in views)  # infinite if a ray misses the scene
         if deepest * DEPTH_SCALE <= 65535:
             return layout, scene, views, phrase
     raise RuntimeError(
@@ -148,7 +148,7 @@ def _candidate(index: int, row: tuple[str, str, int], args: argparse.Namespace) 
 
 
 def render_scene(index: int, row: tuple[str, str, int], args: argparse.Namespace, work: Path) -> None:
-    """Render one scene into ``work/sNNNN`` (which appears only when it is complete)."""
+    """Render one scene into ``work/sNNNN`` (created when complete)."""
     layout, scene, views, phrase = _candidate(index, row, args)
     path = mi.load_dict({"type": "path", "max_depth": 5, "rr_depth": 4})
     linear = []
@@ -243,11 +243,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Render the scenes benchmark.")
     parser.add_argument("-o", "--output", default="scenes.tar", help="archive to write")
-    parser.add_argument("--scenes", type=int, default=160, help="how many scenes, of two views each")
+    parser.add_argument("--scenes", type=int, default=160, help="number of scenes, with two views each")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--spp", type=int, default=36, help="paths per pixel of the colour images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes, of one rendering thread each")
+    parser.add_argument("--workers", type=int, default=1, help="processes, with one rendering thread each")
     args = parser.parse_args()
     work = Path(f"{args.output}.work")
     work.mkdir(parents=True, exist_ok=True)

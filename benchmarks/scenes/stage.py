@@ -55,7 +55,7 @@ def _floor(z: float = 0.0) -> Part:
 
 
 def _wall(distance: float, turn: float = 0.0) -> Part:
-    """A wide wall ``distance`` behind the origin, turned about the vertical through its foot."""
+    """A wide wall ``distance`` behind the origin, rotated about the vertical through its foot."""
     wall = _quad([(-12, 0, -0.1), (12, 0, -0.1), (12, 0, 8), (-12, 0, 8)])
     return Part(wall.vertices @ rotation(turn).T, wall.faces, "stage").moved(y=distance)
 
@@ -183,12 +183,12 @@ def assemble(layout: Layout, folder: Path, bare: bool = False) -> tuple[dict[str
 
     Args:
         layout: the composed scene.
-        folder: where the mesh files go; must live until the scene is loaded.
-        bare: the objects alone, without stage, lights or materials: enough to see how much of each shows.
+        folder: folder of the mesh files; must exist until the scene is loaded.
+        bare: only the objects, without stage, lights or materials, to determine their visibility.
 
     Returns:
         The dictionary (without sensor or integrator), the instance id (from 1) of every object shape by shape id, and
-        the caption's phrase for the background.
+        the phrase of the background in captions.
     """
     rng = np.random.default_rng(layout.seed)
     parts, phrase = ([], "") if bare else background(layout, rng)

@@ -171,7 +171,7 @@ def test_embed_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path
     assert ".parquet or .npz" in refused("embed", folder, "-o", tmp_path / "x.csv", "--model", model)
     assert "64 or 80" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", model, "--size", 70)
     assert "no text tower" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", model, "--head", "clip")
-    assert "no folder or image" in refused("embed", tmp_path / "nowhere", "-o", tmp_path / "x.npz", "--model", model)
+    assert "does not exist" in refused("embed", tmp_path / "nowhere", "-o", tmp_path / "x.npz", "--model", model)
     assert "no model" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "no image in" in refused("embed", tmp_path / "empty", "-o", tmp_path / "x.npz", "--model", model)
@@ -244,7 +244,7 @@ def test_view_refuses(model: Path, folder: Path, bad: Path, tmp_path: Path) -> N
     assert image.read_bytes() == before
     assert "none of the images" in refused("view", bad, "-o", out, "--model", model)
     assert "64 or 80" in refused("view", image, "-o", out, "--model", model, "--size", 70)
-    assert "no folder or image" in refused("view", tmp_path / "no.png", "-o", out, "--model", model)
+    assert "does not exist" in refused("view", tmp_path / "no.png", "-o", out, "--model", model)
     assert ".png" in refused("view", image, "-o", tmp_path / "v.txt", "--model", model)
     assert not out.exists()
 

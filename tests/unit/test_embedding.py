@@ -182,7 +182,7 @@ def test_no_images_is_an_error(model: Model, folder: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no image in"):
         embed(tmp_path / "empty", model)
-    with pytest.raises(ConfigError, match="no folder or image"):
+    with pytest.raises(ConfigError, match="does not exist"):
         embed(tmp_path / "nowhere", model)
     with pytest.raises(ConfigError, match="can be read"):
         embed([folder / "2b.png"], model)

@@ -84,7 +84,7 @@ def test_a_failed_eval_is_told_and_the_exit_says_so(home: Path, tmp_path: Path) 
     arguments[0] = "knn.train={kind: cifar, path: nowhere}"
     result = agglo("eval", home / "one", *arguments)
     assert result.exit_code == 1
-    assert "knn failed: source cifar: there is no 'nowhere'" in result.stderr
+    assert "knn failed: source cifar: 'nowhere' does not exist" in result.stderr
     assert "cs.toronto.edu" in result.stderr
 
 
