@@ -204,17 +204,18 @@ def write(results: list[Any], speed: dict[str, Any]) -> None:
         f"{markdown(on_real)}\n"
         "## `scenes`\n\n"
         f"{markdown(rest)}\n"
-        "Not every column orders models: `robustness kept` (and its cosines) is a share of what a model had, "
-        "and an untrained one has little to lose; the effective ranks of `rank` and the steadiness of "
-        "`mode_switch` describe features without saying whether they are good. In the other columns above the "
-        "trained student is ahead of the untrained one.\n\n"
+        "Not every column ranks models: `robustness kept` (and its cosines) is relative to the clean result, and an "
+        "untrained model has little to lose; the effective ranks of `rank` and the stability of `mode_switch` "
+        "describe features without rating them. In the other columns above the trained student is ahead of the "
+        "untrained one.\n\n"
         "## How fast kNN is\n\n"
         f"{speed['shape']['queries']} queries against {speed['shape']['bank']} x {speed['shape']['width']} float16 on "
         f"{speed['device']}: {speed['seconds']:.1f} s, the matrix product alone takes "
         f"{speed['product_seconds']:.1f} s ({100 * speed['share_of_product']:.0f} %; medians of three, interleaved, "
         "on a machine with other work). By that rate 50 000 queries against the 1.28 M images of ImageNet "
         f"take {speed['extrapolated_full_hours']:.1f} hours (extrapolated, not run); the inputs are "
-        f"{speed['full_inputs_gib']:.1f} GiB; what the search needs beside them does not grow with the bank "
+        f"{speed['full_inputs_gib']:.1f} GiB; the search needs more memory than that, "
+        "independent of the size of the bank "
         "([guides/evaluation.md](guides/evaluation.md)).\n",
         encoding="utf-8",
     )
