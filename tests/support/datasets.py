@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from agglo.data.views import draw_positions, image_at
 from agglo.sources.base import Source
 from agglo.weights.bundled import imagenet_wnids
 
@@ -182,3 +183,9 @@ def coco(root: Path) -> dict[str, Any]:
 
 
 MAKERS = {f.__name__: f for f in (imagenet, ade20k, voc, camvid, cifar, spair, navi, nyu, coco)}
+
+
+def draw_indices(seed, start, count, lengths, weights=None):
+    """``(source, index)`` of samples ``start .. start + count``, as the loader draws them."""
+    drawn = draw_positions(start, count, lengths if weights is None else weights)
+    return [(source, image_at(seed, source, position, lengths[source])) for source, position in drawn]

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from agglo.data.loader import Loader, evaluation_batches
-from agglo.data.views import Partition, ViewPolicy, draw_indices
+from agglo.data.views import Partition, ViewPolicy
 from agglo.sources.base import Source
 from agglo.sources.folder import Folder
 from agglo.types import ConfigError, ImageError
+from support.datasets import draw_indices
 
 PARTITIONS = [Partition([16, 24], batch=6, weight=2), Partition([32], batch=3, weight=1)]
 

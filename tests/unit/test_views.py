@@ -15,8 +15,6 @@ from agglo.data.views import (
     Partition,
     Quota,
     ViewPolicy,
-    centre_view,
-    draw_indices,
     draw_resolution,
     draw_view,
     generator,
@@ -24,7 +22,9 @@ from agglo.data.views import (
     mixup,
     render,
 )
+from agglo.preprocess import crop_box, fit
 from agglo.types import ConfigError, View
+from support.datasets import draw_indices
 
 PARTITIONS = [Partition([64, 96], batch=8, weight=3), Partition([(128, 96)], batch=2, weight=1)]
 
@@ -237,18 +237,21 @@ def test_identity_view_returns_the_image():
 def test_degenerate_images_render(source, size):
     image = Image.new("RGB", source[::-1], "teal")
     views = [draw_view(source, size, ViewPolicy(), generator(0, 0, i)) for i in range(20)]
-    for view in [*views, centre_view(source, size), centre_view(source, size, stretch=True)]:
-        out = render(image, view)
+    whole = [fit(image, size, mode) * 255 for mode in ("crop", "stretch")]
+    for out in [*(render(image, view) for view in views), *whole]:
         assert out.shape == (3, *size)
-        assert (out.flatten(1) == torch.tensor([[0], [128], [128]], dtype=torch.uint8)).all()
+        assert (out.flatten(1).round() == torch.tensor([[0], [128], [128]])).all()
 
 
-def test_centre_view():
-    view = centre_view((100, 300), (50, 50))
-    assert view.box == pytest.approx((100, 0, 200, 100))
-    assert view.scale == pytest.approx((0.5, 0.5))
-    assert centre_view((300, 100), (50, 25)).box == pytest.approx((0, 50, 100, 250))
-    assert centre_view((300, 100), (50, 25), stretch=True).box == pytest.approx((0, 0, 100, 300))
+def test_centre_crop_of_evaluation_images():
+    assert crop_box((100, 300), (50, 50)) == (100, 0, 200, 100)
+    assert crop_box((300, 100), (50, 25)) == (0, 50, 100, 250)
+    halves = Image.new("RGB", (300, 100), "black")
+    halves.paste("white", (150, 0, 300, 100))
+    cropped, stretched = fit(halves, (50, 50)), fit(halves, (50, 25), "stretch")
+    assert (cropped.shape, stretched.shape) == ((3, 50, 50), (3, 50, 25))
+    assert cropped.mean(0)[:, :20].max() == 0 and cropped.mean(0)[:, 30:].min() == 1
+    assert stretched[:, :, :8].max() == 0 and stretched[:, :, 17:].min() == 1
 
 
 # --- mixup ---

@@ -215,22 +215,6 @@ def image_at(seed: int, source: int, position: int, length: int) -> int:
     return int(_order(seed, source, epoch, length)[place])
 
 
-def draw_indices(
-    seed: int, start: int, count: int, lengths: Sequence[int], weights: Sequence[float] | None = None
-) -> list[tuple[int, int]]:
-    """``(source, index)`` of samples ``start .. start + count``.
-
-    Sources are mixed by quota; within a source every image occurs once per epoch.
-
-    Args:
-        start: :attr:`Draw.start` of the step.
-        lengths: number of images in each source.
-        weights: share of samples from each source; default: by length.
-    """
-    drawn = draw_positions(start, count, lengths if weights is None else weights)
-    return [(source, image_at(seed, source, position, lengths[source])) for source, position in drawn]
-
-
 @lru_cache(maxsize=32)
 def _order(seed: int, source: int, epoch: int, length: int) -> np.ndarray:
     return generator(seed, epoch, source, _ORDER).permutation(length)
@@ -289,16 +273,6 @@ def draw_view(
         box_w, box_h = min(width, height * aspect), min(height, width / aspect)
     box_w, box_h = min(box_w, width), min(box_h, height)
     return _window((width - box_w) * u_x, (height - box_h) * u_y, box_w, box_h, size, bool(u_flip < policy.flip))
-
-
-def centre_view(source_size: tuple[int, int], size: tuple[int, int], *, stretch: bool = False) -> View:
-    """The view used by evals: the largest central crop of the given shape, or the whole image stretched to it."""
-    (height, width), (rows, columns) = source_size, size
-    if stretch:
-        return _window(0, 0, width, height, size)
-    zoom = max(rows / height, columns / width)
-    box_w, box_h = min(columns / zoom, width), min(rows / zoom, height)
-    return _window((width - box_w) / 2, (height - box_h) / 2, box_w, box_h, size)
 
 
 def _window(x: float, y: float, width: float, height: float, size: tuple[int, int], flip: bool = False) -> View:

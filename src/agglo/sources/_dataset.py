@@ -27,7 +27,7 @@ class Layout:
         download: where to get the dataset.
         structure: the expected content of its folder, for messages.
         nested: sub-folders that may hold the dataset, relative to the configured path.
-        markers: files or folders that identify its root; one is enough.
+        markers: glob patterns that identify its root; one match is enough.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Layout:
         """
         base = Path(expanded(path)).expanduser()
         for candidate in (base, *(base / name for name in self.nested)):
-            if any((candidate / marker).exists() for marker in self.markers):
+            if any(next(candidate.glob(marker), None) is not None for marker in self.markers):
                 return candidate
         why = f"{path!r} holds none of {', '.join(self.markers)}" if base.exists() else not_found(path, base)
         raise ConfigError(f"source {self.kind}: {why}. Get it from {self.download}; expected: {self.structure}")

@@ -180,18 +180,10 @@ def _hub(name: str, split: str, config: str | None, revision: str | None) -> Any
 
 
 def _image_column(features: Mapping[str, Any], wanted: str | None, dataset: str) -> str:
-    """The column that holds images.
-
-    Raises:
-        ConfigError: it does not exist, or there is no unique candidate.
-    """
-    where = f"source huggingface: {dataset}"
-    listed = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+    """The column of the images; raises ConfigError if there is no unique candidate."""
+    where, listed = f"source huggingface: {dataset}", _listed(features)
     if wanted is not None:
-        if wanted not in features:
-            near = difflib.get_close_matches(wanted, features, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{where} has no column {wanted!r}{hint} (columns: {listed})")
+        _check_column(features, wanted, dataset)
         if _kind(features[wanted]) not in ("Image", "bytes", "path"):
             raise ConfigError(f"{where}: column {wanted!r} cannot hold images (columns: {listed})")
         return wanted
@@ -206,18 +198,23 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, dataset: str)
     raise ConfigError(f"{where} has no image column; set `column` (columns: {listed})")
 
 
-def _label_column(features: Mapping[str, Any], wanted: str | None, dataset: str) -> str | None:
-    """The column that holds the class labels, if any.
+def _listed(features: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
 
-    Raises:
-        ConfigError: the configured column does not exist.
-    """
+
+def _check_column(features: Mapping[str, Any], wanted: str, dataset: str) -> None:
+    if wanted not in features:
+        near = difflib.get_close_matches(wanted, features, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"source huggingface: {dataset} has no column {wanted!r}{hint} (columns: {_listed(features)})"
+        )
+
+
+def _label_column(features: Mapping[str, Any], wanted: str | None, dataset: str) -> str | None:
+    """The column of the class labels, if any."""
     if wanted is not None:
-        if wanted not in features:
-            near = difflib.get_close_matches(wanted, features, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            columns = ", ".join(features)
-            raise ConfigError(f"source huggingface: {dataset} has no column {wanted!r}{hint} (columns: {columns})")
+        _check_column(features, wanted, dataset)
         return wanted
     found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
     return found[0] if len(found) == 1 else "label" if "label" in features else None

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from agglo.sources._dataset import FileSource, Layout, normals_from_depth, read_mask
-from agglo.sources._paths import expanded
 from agglo.types import ConfigError
 
 LAYOUT = Layout(
@@ -61,7 +60,7 @@ class Navi(FileSource):
         LAYOUT.check_split(split, ("train", "val", "all"))
         if scenes not in ("multiview", "wild_set", "video", "all"):
             raise ConfigError(f"source navi: no scenes {scenes!r}; choose from: multiview, wild_set, video, all")
-        root = _root(path)
+        root = LAYOUT.root(path)
         prefix = "" if scenes == "all" else scenes
         self._entries = [
             (folder, entry)
@@ -119,18 +118,6 @@ class Navi(FileSource):
             for group in groups.values()
             for first, second in zip(group, group[self._apart :], strict=False)
         ]
-
-
-def _root(path: str) -> Path:
-    """Folder of the objects."""
-    try:
-        return LAYOUT.root(path)
-    except ConfigError:
-        base = Path(expanded(path)).expanduser()
-        for candidate in (base, *(base / name for name in LAYOUT.nested)):
-            if next(candidate.glob("*/*/annotations.json"), None) is not None:
-                return candidate
-        raise
 
 
 def _entries(file: Path, root: Path) -> list[tuple[str, dict[str, Any]]]:

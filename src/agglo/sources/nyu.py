@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -91,19 +92,11 @@ def intrinsics(shape: tuple[int, ...]) -> np.ndarray:
 # --- the labelled .mat file -------------------------------------------------------------------------------------------
 
 
-class _Mat:
+def _read_mat(path: Path, row: int, field: str) -> Any:
     """One image or depth map of the labelled file; MATLAB stores the axes in reverse."""
-
-    def __init__(self, path: Path, row: int, field: str) -> None:
-        self.path, self.row, self.field = path, row, field
-
-    def array(self) -> np.ndarray:
-        with require("h5py", "eval").File(self.path, "r") as file:
-            return np.asarray(file[self.field][self.row])
-
-    def __call__(self) -> Any:
-        array = self.array()
-        return Image.fromarray(array.transpose(2, 1, 0)) if self.field == "images" else array.T
+    with require("h5py", "eval").File(path, "r") as file:
+        array = np.asarray(file[field][row])
+    return Image.fromarray(array.transpose(2, 1, 0)) if field == "images" else array.T
 
 
 def _labelled(mat: Path, split: str) -> list[_Entry]:
@@ -123,59 +116,38 @@ def _labelled(mat: Path, split: str) -> list[_Entry]:
         raise ConfigError(
             f"source nyu: {missing} of {len(rows)} images of {split} are not in {mat}. Get it from {LAYOUT.download}"
         )
-    return [_Entry(f"{row:05d}", _Mat(mat, row, "images"), _Mat(mat, row, "depths")) for row in rows.tolist()]
+    return [
+        _Entry(f"{row:05d}", partial(_read_mat, mat, row, "images"), partial(_read_mat, mat, row, "depths"))
+        for row in rows.tolist()
+    ]
 
 
 # --- one file per image -----------------------------------------------------------------------------------------------
 
 
-class _Arrays:
-    """One array of an ``.npz`` or ``.h5`` file."""
-
-    def __init__(self, path: Path, names: tuple[str, ...], is_image: bool) -> None:
-        self.path, self.names, self.is_image = path, names, is_image
-
-    def __call__(self) -> Any:
-        try:
-            array = self._read()
-        except (OSError, KeyError, ValueError) as error:
-            raise ImageError(str(self.path), str(error)) from error
-        if not self.is_image:
-            return array
-        return Image.fromarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array)
-
-    def _read(self) -> np.ndarray:
-        if self.path.suffix == ".npz":
-            with np.load(self.path, allow_pickle=False) as file:
-                return np.asarray(file[self._key(file.files)])
-        with require("h5py", "eval").File(self.path, "r") as file:
-            return np.asarray(file[self._key(list(file.keys()))])
-
-    def _key(self, keys: list[str]) -> str:
-        found = next((name for name in self.names if name in keys), None)
-        if found is None:
-            raise KeyError(f"holds {', '.join(keys)}, but none of {', '.join(self.names)}")
-        return found
+def _read_arrays(path: Path, names: tuple[str, ...]) -> np.ndarray:
+    """The first of the named arrays in an ``.npz`` or ``.h5`` file."""
+    try:
+        with np.load(path, allow_pickle=False) if path.suffix == ".npz" else require("h5py", "eval").File(path) as file:
+            found = next((name for name in names if name in file), None)
+            if found is None:
+                raise KeyError(f"holds {', '.join(file)}, but none of {', '.join(names)}")
+            return np.asarray(file[found])
+    except (OSError, KeyError, ValueError) as error:
+        raise ImageError(str(path), str(error)) from error
 
 
-class _ImageFile:
-    """An encoded image."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
-
-    def __call__(self) -> Image.Image:
-        return decode(io.BytesIO(self.path.read_bytes()) if self.path.is_file() else self.path, self.name)
+def _read_image_array(path: Path) -> Image.Image:
+    array = _read_arrays(path, ("image", "rgb"))
+    return Image.fromarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array)
 
 
-class _DepthFile:
-    """A 16-bit depth map in millimetres."""
+def _read_image(path: Path, name: str) -> Image.Image:
+    return decode(io.BytesIO(path.read_bytes()) if path.is_file() else path, name)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __call__(self) -> np.ndarray:
-        return read_mask(self.path).astype(np.float64) / 1000
+def _read_millimetres(path: Path) -> np.ndarray:
+    return read_mask(path).astype(np.float64) / 1000
 
 
 def _files(folder: Path) -> list[_Entry]:
@@ -184,8 +156,8 @@ def _files(folder: Path) -> list[_Entry]:
         return [
             _Entry(
                 Path(name).stem,
-                _Arrays(folder / name, ("image", "rgb"), is_image=True),
-                _Arrays(folder / name, ("depth",), is_image=False),
+                partial(_read_image_array, folder / name),
+                partial(_read_arrays, folder / name, ("depth",)),
             )
             for name in arrays
         ]
@@ -197,6 +169,8 @@ def _files(folder: Path) -> list[_Entry]:
     known = {stem: folder / name for stem, name in zip(stems, names, strict=True)}
     LAYOUT.require_files([known.get(stem, folder / f"{stem}_colors.png") for stem in others], "images")
     return [
-        _Entry(stem, _ImageFile(folder / name, f"nyu/{folder.name}/{stem}"), _DepthFile(depth))
+        _Entry(
+            stem, partial(_read_image, folder / name, f"nyu/{folder.name}/{stem}"), partial(_read_millimetres, depth)
+        )
         for stem, name, depth in zip(stems, names, depths, strict=True)
     ]
