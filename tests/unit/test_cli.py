@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints, what it refuses, how it exits."""
+"""The command line: output, refusals, exit codes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def yaml(tmp_path: Path, folder: Path) -> Path:
 # --- at the door ------------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_command_and_does_not_import_torch() -> None:
+def test_help_lists_every_command_without_importing_torch() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom agglo.cli.main import app\n"
         "print(CliRunner().invoke(app, ['--help']).output)\n"
@@ -94,7 +94,7 @@ def test_help_names_every_command_and_does_not_import_torch() -> None:
     assert out.strip().endswith("[]")
 
 
-def test_an_unknown_command_gets_the_nearest() -> None:
+def test_unknown_command_suggests_the_nearest() -> None:
     result = agglo("serch")
     assert result.exit_code == 2
     assert "Did you mean 'search'" in result.stderr
@@ -106,7 +106,7 @@ def test_version() -> None:
     assert agglo("--version").stdout.strip() == f"agglo {package.__version__}"
 
 
-def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGGLO_TRACEBACK", "1")
     assert isinstance(agglo("train", "nothing").exception, config.ConfigError)
 
@@ -121,14 +121,14 @@ def test_kinds_lists_every_kind_of_every_point() -> None:
         assert all(kind in out for kind in config.kinds(point))
 
 
-def test_a_kind_shows_its_keys_types_and_defaults() -> None:
+def test_kinds_shows_keys_types_and_defaults() -> None:
     out = agglo("kinds", "students", "vit").stdout
     for line in (("width", "int", "192"), ("cls_per_teacher", "bool", "true"), ("mlp_ratio", "float", "4.0")):
         assert any(row.split() == list(line) for row in out.splitlines()), line
     assert "2312.06709" in out  # the docstring follows
 
 
-def test_unknown_points_and_kinds_get_the_nearest() -> None:
+def test_unknown_points_and_kinds_suggest_the_nearest() -> None:
     assert "did you mean 'losses'" in refused("kinds", "lossess")
     assert "did you mean 'cosine'" in refused("kinds", "losses", "cosin")
 
@@ -148,7 +148,7 @@ def test_recipes_and_models_are_listed() -> None:
 # --- embed ------------------------------------------------------------------------------------------------------------
 
 
-def test_embed_writes_names_the_bad_and_goes_on(model: Path, folder: Path, bad: Path, tmp_path: Path) -> None:
+def test_embed_skips_and_names_unreadable_images(model: Path, folder: Path, bad: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     result = agglo("embed", folder, "-o", out, "--model", model, "--size", 32)
     assert result.exit_code == 0, result.output
@@ -161,7 +161,7 @@ def test_embed_writes_names_the_bad_and_goes_on(model: Path, folder: Path, bad: 
         assert json.loads(str(file["metadata"]))["agglo.model"] == str(model)
 
 
-def test_embed_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_embed_refuses_bad_options_before_encoding(model: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     out.write_bytes(b"mine")
     assert "--overwrite" in refused("embed", folder, "-o", out, "--model", model)
@@ -171,7 +171,9 @@ def test_embed_refuses_before_it_works(model: Path, folder: Path, tmp_path: Path
     assert ".parquet or .npz" in refused("embed", folder, "-o", tmp_path / "x.csv", "--model", model)
     assert "64 or 80" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", model, "--size", 70)
     assert "no text tower" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", model, "--head", "clip")
-    assert "does not exist" in refused("embed", tmp_path / "nowhere", "-o", tmp_path / "x.npz", "--model", model)
+    assert "nowhere' does not exist" in refused(
+        "embed", tmp_path / "nowhere", "-o", tmp_path / "x.npz", "--model", model
+    )
     assert "no model" in refused("embed", folder, "-o", tmp_path / "x.npz", "--model", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "no image in" in refused("embed", tmp_path / "empty", "-o", tmp_path / "x.npz", "--model", model)
@@ -214,7 +216,7 @@ def test_search_ranks_the_right_image_first(folder: Path, bad: Path, monkeypatch
     assert all("photos/" in line for line in photos.stdout.splitlines())
 
 
-def test_search_says_what_it_needs(model: Path, folder: Path) -> None:
+def test_search_refuses_missing_arguments(model: Path, folder: Path) -> None:
     assert "needs a folder and a text" in refused("search", "cat", "--model", model)
     assert "is empty" in refused("search", folder, " ", "--model", model)
     assert "at least 1" in refused("search", folder, "cat", "-k", 0, "--model", model)
@@ -236,7 +238,7 @@ def test_view_writes_a_picture_of_all_readable_images(model: Path, folder: Path,
     assert right.reshape(-1, 3).std(0).min() > 10  # there is something to see, in all three colours
 
 
-def test_view_refuses(model: Path, folder: Path, bad: Path, tmp_path: Path) -> None:
+def test_view_refuses_bad_arguments(model: Path, folder: Path, bad: Path, tmp_path: Path) -> None:
     image, out = folder / "0.png", tmp_path / "v.png"
     before = image.read_bytes()
     assert "--overwrite" in refused("view", image, "-o", image, "--model", model)
@@ -244,7 +246,7 @@ def test_view_refuses(model: Path, folder: Path, bad: Path, tmp_path: Path) -> N
     assert image.read_bytes() == before
     assert "none of the images" in refused("view", bad, "-o", out, "--model", model)
     assert "64 or 80" in refused("view", image, "-o", out, "--model", model, "--size", 70)
-    assert "does not exist" in refused("view", tmp_path / "no.png", "-o", out, "--model", model)
+    assert "no.png' does not exist" in refused("view", tmp_path / "no.png", "-o", out, "--model", model)
     assert ".png" in refused("view", image, "-o", tmp_path / "v.txt", "--model", model)
     assert not out.exists()
 
@@ -252,13 +254,13 @@ def test_view_refuses(model: Path, folder: Path, bad: Path, tmp_path: Path) -> N
 # --- eval, train, report ----------------------------------------------------------------------------------------------
 
 
-def test_eval_names_the_nearest_eval(model: Path, tmp_path: Path) -> None:
+def test_eval_suggests_the_nearest_eval(model: Path, tmp_path: Path) -> None:
     assert "did you mean 'knn'" in refused("eval", model, "--evals", "kn")
     assert ".json" in refused("eval", model, "--json", tmp_path / "x.txt")
     assert "try --device cpu" in refused("eval", model, "--device", "gpu")
 
 
-def test_print_gives_a_recipe_that_reads_back(yaml: Path, tmp_path: Path) -> None:
+def test_print_writes_a_recipe_that_reads_back(yaml: Path, tmp_path: Path) -> None:
     result = agglo("train", yaml, "train.lr=0.5", "--print")
     assert result.exit_code == 0, result.output
     again = tmp_path / "again.yaml"
@@ -266,16 +268,16 @@ def test_print_gives_a_recipe_that_reads_back(yaml: Path, tmp_path: Path) -> Non
     assert recipe.load(str(again)) == recipe.load(str(yaml), ["train.lr=0.5"])
 
 
-def test_train_refuses_what_does_not_fit(yaml: Path, tmp_path: Path) -> None:
+def test_train_refuses_invalid_recipes(yaml: Path, tmp_path: Path) -> None:
     assert "did you mean 'steps'" in refused("train", yaml, "train.step=3", "--print")
     assert "did you mean 'cosine'" in refused("train", yaml, "losses.summary.kind=cosin", "--print")
     assert "did you mean 'quickstart'" in refused("train", "quickstat", "--print")
     assert "exclude each other" in refused("train", yaml, "--resume", "--overwrite", "--out", tmp_path / "run")
-    assert "multiples of 16 px" in refused("train", yaml, "partitions.0.sizes=[4]", "--out", tmp_path / "run")
+    assert "4 is not a multiple of 16 px" in refused("train", yaml, "partitions.0.sizes=[4]", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_train_measures_reports_and_never_overwrites_silently(yaml: Path, tmp_path: Path) -> None:
+def test_train_measures_and_refuses_to_overwrite(yaml: Path, tmp_path: Path) -> None:
     run = tmp_path / "a run"
     result = agglo("train", yaml, "--smoke", "--out", run, "--device", "cpu", "--no-report")
     assert result.exit_code == 0, result.output
@@ -294,7 +296,7 @@ def test_train_measures_reports_and_never_overwrites_silently(yaml: Path, tmp_pa
     )
 
 
-def test_an_interruption_during_the_evals_says_that_the_model_is_safe(
+def test_interruption_during_evals_names_the_saved_model(
     yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object, **options: object) -> None:
@@ -309,7 +311,9 @@ def test_an_interruption_during_the_evals_says_that_the_model_is_safe(
     assert (run / "model" / "model.safetensors").is_file()
 
 
-def test_report_runs_missing_evals_first(yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_measures_a_run_without_results_first(
+    yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     assert agglo("train", yaml, "--smoke", "--out", run, "--no-evals", "--no-report").exit_code == 0
     assert not (run / "evals").exists()
@@ -327,7 +331,7 @@ def test_report_runs_missing_evals_first(yaml: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_saves_and_exits_130(yaml: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_exits_130(yaml: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "agglo.cli.main", "train", str(yaml), "train.steps=100000", "train.log_every=1"]
     command += ["--out", str(run), "--device", "cpu"]
@@ -344,10 +348,10 @@ def test_ctrl_c_saves_and_exits_130(yaml: Path, tmp_path: Path) -> None:
     assert list((run / "checkpoints").iterdir())
 
 
-def test_info_tells_what_one_needs_to_know(model: Path) -> None:
-    said = agglo("info", model, "--size", "64x96").output
+def test_info_shows_widths_sizes_and_cost(model: Path) -> None:
+    shown = agglo("info", model, "--size", "64x96").output
     for fact in ("kind vit", "width 32", "multiples of 16 pixels; best at 64", "cost at 64x96", "GFLOPs"):
-        assert fact in said
+        assert fact in shown
     released = agglo("info", "c-radio_v4-h", "--window", 16, "--size", 512).output
     for fact in ("NVIDIA Open Model License", "2560 (2 class tokens)", "7 registers", "head sam3", "651.6 M"):
         assert fact in released
@@ -355,7 +359,7 @@ def test_info_tells_what_one_needs_to_know(model: Path) -> None:
     assert "give a side in pixels" in refused("info", model, "--size", "wide")
 
 
-def test_export_writes_for_others_and_refuses_what_does_not_fit(model: Path, tmp_path: Path) -> None:
+def test_export_writes_a_layout_and_refuses_unfit_models(model: Path, tmp_path: Path) -> None:
     result = agglo("export", model, "--to", "transformers", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "wrote" in result.output
@@ -364,15 +368,15 @@ def test_export_writes_for_others_and_refuses_what_does_not_fit(model: Path, tmp
     assert "did you mean 'timm'" in refused("export", model, "--to", "tim", "-o", tmp_path / "other")
     assert "RadioModel" in refused("export", "agglo-lite", "--to", "transformers", "-o", tmp_path / "third")
     assert not (tmp_path / "third").exists()
-    told = " ".join(agglo("export", "--help").output.replace("│", " ").split())
-    assert "an official file or folder, or owner/name on the hub" in told
+    text = " ".join(agglo("export", "--help").output.replace("│", " ").split())
+    assert "an official file or folder, or owner/name on the hub" in text
 
 
-def test_push_names_what_is_wrong(model: Path) -> None:
+def test_push_refuses_a_bad_repository_name(model: Path) -> None:
     assert "owner/name" in refused("push", model, "justaname")
 
 
-def test_a_full_disk_says_the_next_move(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_names_the_next_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""`agglo eval`, `report` and `compare` as a person meets them, and the page they make."""
+"""`agglo eval`, `report` and `compare`, and the page of results."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def measured(home: Path) -> dict[str, Path]:
     return folders
 
 
-def test_eval_prints_keeps_and_goes_on(home: Path, tmp_path: Path) -> None:
+def test_eval_prints_stores_and_resumes(home: Path, tmp_path: Path) -> None:
     out, numbers = tmp_path / "out", tmp_path / "numbers.json"
     first = agglo("eval", home / "one", *knn(home, "-o", str(out), "--no-pictures", "--json", str(numbers)))
     assert first.exit_code == 0, first.output
@@ -67,7 +67,7 @@ def test_eval_prints_keeps_and_goes_on(home: Path, tmp_path: Path) -> None:
     assert "--overwrite" in refused("eval", home / "one", *knn(home, "--json", str(numbers)))
 
 
-def test_eval_refuses(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_refuses_bad_options(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AGGLO_DATA", raising=False)
     model = home / "one"
     assert "did you mean 'quick'" in refused("eval", model, "--suite", "quik")
@@ -79,7 +79,7 @@ def test_eval_refuses(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "workers" in refused("eval", model, *knn(home, "--workers", "-1", "-o", str(tmp_path / "o")))
 
 
-def test_a_failed_eval_is_told_and_the_exit_says_so(home: Path, tmp_path: Path) -> None:
+def test_failed_eval_is_printed_and_exits_1(home: Path, tmp_path: Path) -> None:
     arguments = knn(home, "-o", str(tmp_path), "--no-pictures")
     arguments[0] = "knn.train={kind: cifar, path: nowhere}"
     result = agglo("eval", home / "one", *arguments)
@@ -88,24 +88,24 @@ def test_a_failed_eval_is_told_and_the_exit_says_so(home: Path, tmp_path: Path) 
     assert "cs.toronto.edu" in result.stderr
 
 
-def test_nothing_measured_is_told_and_the_exit_says_so(home: Path, tmp_path: Path) -> None:
+def test_nothing_measured_is_printed_and_exits_1(home: Path, tmp_path: Path) -> None:
     result = agglo("eval", home / "one", "--evals", "zero_shot", "-o", tmp_path)
     assert result.exit_code == 1
     assert "zero_shot left out: " in result.stderr
     assert f"nothing was measured on {home / 'one'}: every eval" in result.stderr
     assert result.stdout == ""  # no empty table
     both = agglo("eval", home / "one", *knn(home, "-o", str(tmp_path), "--no-pictures", "--evals", "knn,zero_shot"))
-    assert both.exit_code == 0, both.output  # one that does not apply is no failure
+    assert both.exit_code == 0, both.output  # an eval that does not apply has not failed
 
 
-def test_a_teacher_is_measured_by_its_options(home: Path, tmp_path: Path) -> None:
+def test_teacher_is_given_by_its_options(home: Path, tmp_path: Path) -> None:
     for cell in (8, 16):
         result = agglo("eval", f"{{kind: hog, cell: {cell}}}", *knn(home, "-o", str(tmp_path), "--no-pictures"))
         assert result.exit_code == 0, result.output
     assert [r.model["name"] for r in read(tmp_path)] == ["hog 8", "hog 16"]
 
 
-def test_heads_are_all_loaded_for_an_eval_that_reads_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_heads_are_loaded_for_evals_that_read_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of official checkpoints are large: only then. Without it no released model could be given a decoder."""
     asked: list[object] = []
 
@@ -121,7 +121,7 @@ def test_heads_are_all_loaded_for_an_eval_that_reads_them(home: Path, monkeypatc
     assert asked == ["text", "all", None]
 
 
-def test_a_protocol_says_what_differs(home: Path, tmp_path: Path) -> None:
+def test_protocol_prints_its_differences(home: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     tiny.spair(data / "spair")
     out = tmp_path / "out"
@@ -134,7 +134,7 @@ def test_a_protocol_says_what_differs(home: Path, tmp_path: Path) -> None:
     assert "pck@0.10" in kept.metrics
 
 
-def test_a_runs_results_lie_in_the_run(home: Path) -> None:
+def test_default_folder_of_a_run_is_inside_it(home: Path) -> None:
     from agglo.cli.measure import default_folder
 
     (home / "run" / "model").mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ class Page(HTMLParser):
             self.bold.append(data)
 
 
-def test_report_is_one_page_that_loads_nothing(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
+def test_report_is_self_contained(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     result = agglo("report", *measured.values(), "-o", out)
     assert result.exit_code == 0, result.output
@@ -194,7 +194,7 @@ def test_report_is_one_page_that_loads_nothing(home: Path, measured: dict[str, P
     assert "knn@32 top1" in table and "**" in table
 
 
-def test_report_of_one_folder_lies_in_it_and_spares_what_is_not_ours(measured: dict[str, Path], tmp_path: Path) -> None:
+def test_report_is_written_to_its_folder_and_keeps_foreign_files(measured: dict[str, Path], tmp_path: Path) -> None:
     assert agglo("report", measured["two"]).exit_code == 0
     text = (measured["two"] / "report.html").read_text()
     assert 'id="seen"' not in text  # no pictures were painted
@@ -219,7 +219,7 @@ def test_failures_show_the_worst_images(measured: dict[str, Path]) -> None:
     assert all(each.thumb is not None and each.label in ("cat", "dog") for each in found[0].worst)
 
 
-def test_the_values_of_failures_can_be_read(measured: dict[str, Path], tmp_path: Path) -> None:
+def test_values_under_worst_images_wrap(measured: dict[str, Path], tmp_path: Path) -> None:
     """Each on a line of its own that wraps: a cell of three is too narrow for a model's path and its number."""
     out = tmp_path / "page.html"
     assert agglo("report", *measured.values(), "-o", out).exit_code == 0
@@ -234,7 +234,7 @@ def test_the_values_of_failures_can_be_read(measured: dict[str, Path], tmp_path:
     assert "white-space: normal" in rule and "overflow: visible" in rule and "overflow-wrap: anywhere" in rule
 
 
-def test_failures_without_their_images_are_still_named(measured: dict[str, Path], home: Path, tmp_path: Path) -> None:
+def test_worst_images_without_files_are_named(measured: dict[str, Path], home: Path, tmp_path: Path) -> None:
     from agglo.report.failures import failures
 
     text = (measured["one"] / "results.jsonl").read_text().replace(str(home / "pets"), str(tmp_path / "gone"))
@@ -248,7 +248,7 @@ def test_failures_without_their_images_are_still_named(measured: dict[str, Path]
     assert "pets/" in found[0].worst[0].name
 
 
-def test_different_settings_are_never_one_row(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
+def test_different_settings_have_different_rows(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
     arguments = [a for a in knn(home, "--sizes", "32", "-o", str(tmp_path), "--no-pictures") if a != "knn.k=3"]
     assert agglo("eval", home / "two", *arguments, "knn.k=1").exit_code == 0
     out = tmp_path / "page.html"
@@ -260,7 +260,7 @@ def test_different_settings_are_never_one_row(home: Path, measured: dict[str, Pa
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def test_compare_tells_intervals_classes_and_images(measured: dict[str, Path], tmp_path: Path) -> None:
+def test_compare_prints_intervals_classes_and_images(measured: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "compared.json"
     result = agglo("compare", measured["one"], measured["two"], "--json", out)
     assert result.exit_code == 0, result.output
@@ -284,7 +284,7 @@ def test_compare_of_two_models_in_one_folder(home: Path, tmp_path: Path) -> None
     assert "holds no results of 'three'" in refused("compare", f"{tmp_path}#three", f"{tmp_path}#three")
 
 
-def test_compare_refuses_other_settings_and_other_evals(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
+def test_compare_names_other_settings_and_other_evals(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
     arguments = [a for a in knn(home, "--sizes", "32", "-o", str(tmp_path), "--no-pictures") if a != "knn.k=3"]
     assert agglo("eval", home / "two", *arguments, "knn.k=1").exit_code == 0
     result = agglo("compare", measured["one"], tmp_path)
@@ -295,7 +295,7 @@ def test_compare_refuses_other_settings_and_other_evals(home: Path, measured: di
     assert "no eval was run on both" in refused("compare", measured["one"], folder)
 
 
-def test_compare_names_the_file_that_is_empty(measured: dict[str, Path], tmp_path: Path) -> None:
+def test_compare_names_an_empty_file(measured: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("\n")
     for pair in ((tmp_path, measured["one"]), (measured["one"], tmp_path)):
         assert f"{tmp_path / 'results.jsonl'} holds no results" in refused("compare", *pair)

@@ -1,4 +1,4 @@
-"""Suites and protocols: run once, resumed, shared, and the same numbers whoever reads the images."""
+"""Suites and protocols: run, resumed, with shared features, with any number of workers."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def linear(images: Path) -> dict[str, Any]:
 # --- what is run ------------------------------------------------------------------------------------------------------
 
 
-def test_a_suite_is_resumed_and_nothing_is_measured_twice(images: Path) -> None:
-    model, folder, told = Noise(), images / "out", []
-    first = measure(model, "noise", [pets(images)], folder, done=lambda outcome: told.append(outcome.name))
-    assert told == ["knn"]
+def test_suite_resumes_without_measuring_twice(images: Path) -> None:
+    model, folder, ran = Noise(), images / "out", []
+    first = measure(model, "noise", [pets(images)], folder, done=lambda outcome: ran.append(outcome.name))
+    assert ran == ["knn"]
     calls = model.calls
     both = [pets(images), linear(images)]
-    second = measure(model, "noise", both, folder, done=lambda outcome: told.append(outcome.name))
-    assert told == ["knn", "linear"]
+    second = measure(model, "noise", both, folder, done=lambda outcome: ran.append(outcome.name))
+    assert ran == ["knn", "linear"]
     assert second.known == ["knn"]
     assert second.results["knn"] == first.results["knn"]
     assert model.calls == calls  # the images of linear are those of knn, encoded by the earlier call
@@ -71,7 +71,7 @@ def test_a_suite_is_resumed_and_nothing_is_measured_twice(images: Path) -> None:
     assert {n: r.metrics for n, r in again.results.items()} == {n: r.metrics for n, r in second.results.items()}
 
 
-def test_an_interruption_keeps_what_is_finished(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_keeps_finished_results(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: object) -> dict[str, float]:
         raise KeyboardInterrupt
 
@@ -88,7 +88,7 @@ def test_an_interruption_keeps_what_is_finished(images: Path, monkeypatch: pytes
     assert model.calls == 0
 
 
-def test_another_setting_model_or_image_is_measured_anew(images: Path) -> None:
+def test_changed_setting_model_or_image_is_measured_again(images: Path) -> None:
     class Other(Noise):
         pass
 
@@ -102,7 +102,7 @@ def test_another_setting_model_or_image_is_measured_anew(images: Path) -> None:
     assert len(read(folder)) == 4
 
 
-def test_other_masks_are_other_data_and_the_same_features(images: Path) -> None:
+def test_changed_masks_change_the_data_hash_but_reuse_features(images: Path) -> None:
     camvid = {"kind": "camvid", "path": str(images / "camvid"), "split": "train"}
     masks = {"kind": "segmentation", "name": "seg", "size": 16, "train": camvid, "val": camvid, "test": camvid}
     model, folder = Noise(), images / "out"
@@ -117,7 +117,7 @@ def test_other_masks_are_other_data_and_the_same_features(images: Path) -> None:
     assert model.calls == calls
 
 
-def test_a_result_says_everything(images: Path) -> None:
+def test_result_records_settings_data_and_versions(images: Path) -> None:
     found = measure(Noise(), "noise", [pets(images)], images / "out", published="nvidia").results["knn"]
     assert found.settings["temperature"] == 0.07
     assert found.settings["train"]["recursive"] is True
@@ -136,7 +136,7 @@ def test_a_result_says_everything(images: Path) -> None:
     assert set(known.classes["top1"]) == {"cat", "dog"}
 
 
-def test_whole_images_have_no_one_view(images: Path) -> None:
+def test_view_is_none_for_whole_images_except_fixed_size_teachers(images: Path) -> None:
     """But where a teacher has one canvas: that is what it sees, and its result says that the images were cropped."""
 
     def run(model: Any, **keys: Any) -> Any:
@@ -156,7 +156,7 @@ def test_whole_images_have_no_one_view(images: Path) -> None:
     assert "aspect: keep had no effect" in page.read_text()
 
 
-def test_one_that_fails_stops_no_other_and_gives_no_number(images: Path) -> None:
+def test_failed_eval_has_no_result_and_others_run(images: Path) -> None:
     class Nan(Noise):
         def forward(self, images: Tensor) -> Features:
             out = super().forward(images)
@@ -169,7 +169,7 @@ def test_one_that_fails_stops_no_other_and_gives_no_number(images: Path) -> None
     entries = [pets(images, name="gone", train=gone), masks, {"kind": "zero_shot", "name": "words"}, pets(images)]
     found = measure(Noise(), "noise", entries, images / "out")
     assert list(found.results) == ["seg", "knn"]
-    assert "no folder or image" in found.failed["gone"]
+    assert "nowhere' does not exist" in found.failed["gone"]
     assert "no encode_text" in found.skipped["words"]
     broken = measure(Nan(), "nan", [masks], images / "other")
     assert "contain NaN" in broken.failed["seg"]
@@ -178,7 +178,7 @@ def test_one_that_fails_stops_no_other_and_gives_no_number(images: Path) -> None
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), OSError("no room"), MemoryError("no room")])
-def test_one_that_finds_no_room_stops_no_other(
+def test_memory_and_disk_errors_fail_one_eval_only(
     images: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def full(*arguments: object) -> dict[str, float]:
@@ -190,7 +190,7 @@ def test_one_that_finds_no_room_stops_no_other(
     assert found.failed == {"linear": f"{type(error).__name__}: no room"}
 
 
-def test_memory_that_the_cpu_has_not_stops_no_other(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_cpu_allocation_fails_one_eval_only(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain RuntimeError in torch."""
     with monkeypatch.context() as patch:
         patch.setattr(find("evals", "linear"), "run", lambda *_: {"x": float(torch.empty(10**15)[0])})
@@ -209,7 +209,7 @@ def test_memory_that_the_cpu_has_not_stops_no_other(images: Path, monkeypatch: p
         ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
     ],
 )
-def test_only_memory_is_taken_for_a_failure(
+def test_runtime_errors_other_than_memory_are_raised(
     images: Path, monkeypatch: pytest.MonkeyPatch, words: str, fails: bool
 ) -> None:
     def run(*arguments: object) -> dict[str, float]:
@@ -223,7 +223,7 @@ def test_only_memory_is_taken_for_a_failure(
             measure(Noise(), "noise", [linear(images)], images / "out")
 
 
-def test_a_package_that_one_eval_lacks_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_fails_one_eval_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str, extra: str) -> object:
         raise MissingExtraError(f'{name} is not installed: pip install "agglo[{extra}]"')
 
@@ -236,7 +236,7 @@ def test_a_package_that_one_eval_lacks_stops_no_other(tmp_path: Path, monkeypatc
     assert "pip install" in found.failed["imagenet-zero-shot"]
 
 
-def test_wrong_keys_are_refused_before_anything_runs(images: Path) -> None:
+def test_wrong_keys_are_refused_before_any_eval_runs(images: Path) -> None:
     model = Noise()
     with pytest.raises(ConfigError, match="did you mean 'k'"):
         measure(model, "noise", [pets(images), {"kind": "knn", "name": "b", "kk": 2}], images / "out")
@@ -244,7 +244,7 @@ def test_wrong_keys_are_refused_before_anything_runs(images: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_numbers_whoever_reads(images: Path, workers: int) -> None:
+def test_numbers_do_not_depend_on_workers(images: Path, workers: int) -> None:
     entries = [pets(images), linear(images)]
     one = measure(Noise(), "noise", entries, images / "a", keep_features=False)
     two = measure(Noise(), "noise", entries, images / "b", keep_features=False, workers=workers)
@@ -254,7 +254,7 @@ def test_the_same_numbers_whoever_reads(images: Path, workers: int) -> None:
     assert not (images / "a" / FEATURES).exists()
 
 
-def test_reading_ahead_keeps_order_and_errors(images: Path) -> None:
+def test_reading_ahead_keeps_order_and_warnings(images: Path) -> None:
     bad = images / "pets" / "cat" / "3.png"
     bad.write_bytes(b"no image")
     with pytest.warns(UserWarning, match=r"3\.png"):
@@ -263,7 +263,7 @@ def test_reading_ahead_keeps_order_and_errors(images: Path) -> None:
         assert evaluate(Noise(), [{k: v for k, v in pets(images).items() if k != "name"}]) == found
 
 
-def test_what_was_skipped_is_in_the_result(images: Path) -> None:
+def test_skipped_images_are_noted_in_the_result(images: Path) -> None:
     (images / "pets" / "cat" / "3.png").write_bytes(b"no image")
     found = measure(Noise(), "noise", [pets(images)], images / "out").results["knn"]
     assert any("3.png" in note for note in found.notes)
@@ -286,8 +286,8 @@ def test_damaged_features_are_encoded_again(images: Path) -> None:
     assert model.calls == 2 * calls
 
 
-def test_a_replaced_image_is_not_taken_from_the_features(images: Path) -> None:
-    """Also one whose content is no part of the data's hash: its file's time is part of the key."""
+def test_features_of_a_replaced_image_are_encoded_again(images: Path) -> None:
+    """Even if its content is not in the data's hash: the key has its modification time."""
     import os
 
     model, folder = Noise(), images / "out"
@@ -300,14 +300,14 @@ def test_a_replaced_image_is_not_taken_from_the_features(images: Path) -> None:
     assert model.calls == 2 * calls
 
 
-def test_a_disk_that_cannot_be_written_costs_no_number(images: Path) -> None:
+def test_unwritable_feature_folder_is_a_note(images: Path) -> None:
     (images / "out").mkdir()
     (images / "out" / FEATURES).write_text("in the way")
     found = measure(Noise(), "noise", [pets(images)], images / "out").results["knn"]
     assert any("cannot store features on disk" in note for note in found.notes)
 
 
-def test_maps_come_back_bit_for_bit(images: Path) -> None:
+def test_stored_maps_read_back_bit_for_bit(images: Path) -> None:
     model = Noise()
     source = {"kind": "folder", "path": str(images / "pets")}
     stores, found = [], []
@@ -325,20 +325,20 @@ def test_maps_come_back_bit_for_bit(images: Path) -> None:
 
 
 @pytest.mark.parametrize("name", suites())
-def test_every_suite_decodes(name: str) -> None:
+def test_every_suite_has_valid_options(name: str) -> None:
     entries = plan(name)
     assert len({entry["name"] for entry in entries}) == len(entries) == len(suite(name))
     for entry in entries:
         settings({k: v for k, v in entry.items() if k != "name"})
 
 
-def test_full_is_every_eval_that_needs_no_outside_data() -> None:
+def test_full_suite_contains_the_other_suites() -> None:
     full = {entry["kind"] for entry in suite("full")}
     assert {entry["kind"] for name in ("quick", "dense", "demo") for entry in suite(name)} <= full
     assert full <= set(kinds("evals", installed=False))
 
 
-def test_every_published_protocol_fits_the_evals_and_their_sources(tmp_path: Path) -> None:
+def test_every_published_protocol_can_be_built(tmp_path: Path) -> None:
     """Each of its evals can be built: every key exists and is legal."""
     assert set(protocols()) == {"nvidia", "siglino", "eupe", "probe3d"}
     for name in protocols():
@@ -355,7 +355,7 @@ def test_every_published_protocol_fits_the_evals_and_their_sources(tmp_path: Pat
                     assert complete[key].get("path", "").startswith(str(tmp_path)), (name, entry["name"], key)
 
 
-def test_protocols_say_what_the_papers_say(tmp_path: Path) -> None:
+def test_protocols_have_the_settings_of_the_papers(tmp_path: Path) -> None:
     def of(name: str, which: str) -> dict[str, Any]:
         return next(e for e in plan("", published=name, data=tmp_path) if e["name"] == which)
 
@@ -367,7 +367,7 @@ def test_protocols_say_what_the_papers_say(tmp_path: Path) -> None:
     assert of("nvidia", "ade20k")["steps"] == 80_000
 
 
-def test_preferred_is_the_models_own_size_and_one_protocol(images: Path) -> None:
+def test_preferred_size_differs_by_model_under_one_protocol(images: Path) -> None:
     class Big(Noise):
         preferred_size = 32
 
@@ -381,7 +381,7 @@ def test_preferred_is_the_models_own_size_and_one_protocol(images: Path) -> None
     assert big.settings["size"] == "preferred"
 
 
-def test_data_that_are_nowhere_say_how_to_name_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_data_folder_names_the_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("AGGLO_DATA", raising=False)
     with pytest.raises(ConfigError, match="--data DIR"):
         plan("", published="eupe")
@@ -391,10 +391,10 @@ def test_data_that_are_nowhere_say_how_to_name_them(monkeypatch: pytest.MonkeyPa
     assert "Get it from cvlab.postech.ac.kr" in found.failed["spair"]
 
 
-def test_plans_are_changed_by_name() -> None:
+def test_plan_applies_changes_by_name() -> None:
     assert plan("knn,depth", changes=["knn.k=5"])[0] == {"kind": "knn", "k": 5, "name": "knn"}
     assert [e["name"] for e in plan("knn", sizes=[64, 128])] == ["knn@64", "knn@128"]
-    with pytest.raises(ConfigError, match="there are: knn"):
+    with pytest.raises(ConfigError, match="no eval of that name is selected; selected: knn"):
         plan("knn", changes=["dept.size=3"])
     with pytest.raises(ConfigError, match="did you mean 'knn'"):
         plan("kn")
@@ -404,7 +404,7 @@ def test_plans_are_changed_by_name() -> None:
         plan("spar", published="eupe", data="x")
 
 
-def test_teachers_are_part_of_agreements_protocol(images: Path) -> None:
+def test_teachers_are_part_of_the_protocol_of_agreement(images: Path) -> None:
     entry = {"kind": "agreement", "name": "agreement", "sources": [{"kind": "folder", "path": str(images / "pets")}]}
 
     class Student(Noise):
@@ -422,7 +422,7 @@ def test_teachers_are_part_of_agreements_protocol(images: Path) -> None:
     assert one.results["agreement"].protocol != two.results["agreement"].protocol
 
 
-def test_the_quick_suite_shares_its_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_evals_of_a_suite_share_encoded_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Adding an eval to a suite costs its probe only: the images of a second one are not encoded again."""
     model = Noise()
     measure(model, "noise", plan("knn"), tmp_path)
@@ -434,7 +434,7 @@ def test_the_quick_suite_shares_its_images(monkeypatch: pytest.MonkeyPatch, tmp_
     assert Knn.deterministic
 
 
-def test_maps_of_several_blocks_are_kept_apart_from_those_of_the_last(images: Path) -> None:
+def test_maps_of_several_blocks_are_stored_separately(images: Path) -> None:
     from agglo.model.model import Model
 
     model = Model({"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8}, {}, preferred_size=32).eval()

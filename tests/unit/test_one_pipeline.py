@@ -101,7 +101,7 @@ def test_report_of_a_run_has_the_sections_of_results_and_its_own(runs: tuple[Pat
     assert all(f">student ({run.name})<" in both for run in runs)
 
 
-def test_a_run_of_before_is_recognised(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_run_of_an_older_version_is_recognised(runs: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "evals.json").write_text('{"models": {}}', encoding="utf-8")
     result = CliRunner().invoke(app, ["compare", str(tmp_path), str(runs[0])])

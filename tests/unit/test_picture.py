@@ -34,7 +34,7 @@ def test_a_mirrored_position_order_gives_the_same_colours() -> None:
     np.testing.assert_allclose(one.project(features)[:, ::-1], two.project(mirrored), atol=1e-9)
 
 
-def test_maps_count_alike_whatever_their_size() -> None:
+def test_maps_have_equal_weight_regardless_of_size() -> None:
     small, large = np.zeros((4, 2, 2)), np.ones((4, 10, 10))
     np.testing.assert_allclose(pca_basis([small, large]).mean, 0.5)
 
@@ -47,7 +47,7 @@ def test_shared_basis_paints_equal_features_equal() -> None:
     assert not np.allclose(basis.project(a)[4, 4], pca_basis([b]).project(b)[0, 0])
 
 
-def test_one_outlier_does_not_dim_the_rest() -> None:
+def test_outlier_does_not_dim_the_rest() -> None:
     features = random_map(6, 30, 30)
     calm = pca_basis([features]).project(features)
     features[0, 3, 3] += 30  # along the leading axis, so that the axes stay
@@ -56,14 +56,14 @@ def test_one_outlier_does_not_dim_the_rest() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 1), (5, 1, 2), (1, 4, 4), (2, 3, 3), (384, 1, 3)])
-def test_tiny_and_thin_maps_have_pictures(shape: tuple[int, int, int]) -> None:
+def test_tiny_maps_have_pictures(shape: tuple[int, int, int]) -> None:
     features = random_map(*shape)
     picture = pca_picture(features, pca_basis([features]), (20, 30))
     assert picture.size == (30, 20)
     assert picture.mode == "RGB"
 
 
-def test_a_constant_map_is_grey_even_with_rounding_noise() -> None:
+def test_constant_map_is_grey_despite_rounding_noise() -> None:
     noise = np.random.default_rng(0).normal(size=(7, 4, 4)) * 1e-7
     for features in (np.full((7, 4, 4), 3.0), np.full((7, 4, 4), 3.0) + noise, np.zeros((7, 4, 4))):
         picture = np.asarray(pca_picture(features, pca_basis([features]), (8, 8)))
@@ -97,7 +97,7 @@ def test_blocks_keep_cells_and_smooth_does_not() -> None:
         ([np.zeros((3, 0, 2))], r"\(D, H, W\)"),
     ],
 )
-def test_what_has_no_basis_is_refused(maps: list[np.ndarray], message: str) -> None:
+def test_maps_without_a_common_basis_are_refused(maps: list[np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pca_basis(maps)
 
@@ -107,7 +107,7 @@ def test_a_map_of_other_width_is_refused() -> None:
         pca_basis([random_map(3, 2, 2)]).project(random_map(4, 2, 2))
 
 
-def test_sheets_hold_their_pictures() -> None:
+def test_sheets_contain_their_pictures() -> None:
     red, blue = Image.new("RGB", (40, 20), "red"), Image.new("RGB", (30, 50), "blue")
     plain, labelled = side_by_side([red, blue]), side_by_side([red, blue], ["a", "a very long caption that is cut"])
     assert plain.height == 50
@@ -118,13 +118,13 @@ def test_sheets_hold_their_pictures() -> None:
     sheet = stacked([plain, red])
     assert sheet.getpixel((0, sheet.height - 1)) == (255, 0, 0)
     assert fitted(blue, 100).size == (60, 100)
-    with pytest.raises(ValueError, match="2 images and 1 labels"):
+    with pytest.raises(ValueError, match="one label for each, got 2 and 1"):
         side_by_side([red, blue], ["one"])
     with pytest.raises(ValueError, match="stack"):
         stacked([])
 
 
-def test_limits_by_the_median_leave_outliers_out() -> None:
+def test_mad_limits_exclude_outliers() -> None:
     values = np.stack([np.arange(9.0), np.zeros(9)], 1)
     values[8, 0] = 100
     low, high = mad_limits(values)

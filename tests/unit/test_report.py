@@ -1,4 +1,4 @@
-"""The run's report: self-contained, escaped, complete, and never stopped by what is missing."""
+"""The page of a run: self-contained, escaped, complete, and written even if parts are missing."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_page_has_every_section(html: str) -> None:
     assert "has no text tower" in page.text  # the text search says why it is not there
 
 
-def test_hostile_names_stay_text(html: str) -> None:
+def test_names_are_escaped(html: str) -> None:
     assert "<script" not in html
     assert NASTY in " ".join(Parsed(html).words)
     assert tag("p", NASTY, title=NASTY).count("<") == 2
@@ -180,7 +180,7 @@ def test_best_and_changes_follow_the_direction_of_each_metric(html: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("gone", "told"),
+    ("gone", "expected"),
     [
         ("evals", "agglo report"),
         ("metrics.jsonl", "holds no losses"),
@@ -189,18 +189,16 @@ def test_best_and_changes_follow_the_direction_of_each_metric(html: str) -> None
         ("model", "agglo train"),
     ],
 )
-def test_missing_pieces_are_named_with_the_command_that_makes_them(
-    run: Path, tmp_path: Path, gone: str, told: str
-) -> None:
+def test_missing_parts_are_named_with_their_command(run: Path, tmp_path: Path, gone: str, expected: str) -> None:
     for path in run.iterdir():
         if path.name not in (gone, "report.html"):
             (tmp_path / path.name).symlink_to(path)
     page = Parsed(write_run(tmp_path).read_text(encoding="utf-8"))
-    assert told in page.text
+    assert expected in page.text
     assert {"learning", "measured", "seen", "found", "reproduce"} <= set(page.attributes("id"))
 
 
-def test_damaged_files_are_notes_not_errors(tmp_path: Path) -> None:
+def test_damaged_files_become_notes(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: [", encoding="utf-8")
     (tmp_path / "evals").mkdir()
     (tmp_path / "evals" / "results.jsonl").write_text("{", encoding="utf-8")
@@ -221,7 +219,7 @@ def test_damaged_files_are_notes_not_errors(tmp_path: Path) -> None:
     assert "no finite value" in page.text and "One step is logged" in page.text
 
 
-def test_not_a_run_folder(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="agglo train quickstart"):
         write_run(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="is not a run folder"):
@@ -319,7 +317,7 @@ def test_search_counts_the_right_photos() -> None:
     assert found.found_before is None
 
 
-def test_gallery_paints_the_teacher_and_its_copy_in_one_basis() -> None:
+def test_gallery_uses_one_basis_for_teacher_and_head() -> None:
     recipe = recipes.decode(RECIPE)
     from agglo.objectives.distill import build_teachers
 

@@ -40,7 +40,7 @@ def result(name: str = "knn", top1: float = 0.5, **changes) -> Result:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_result_reads_back_as_it_was(tmp_path: Path) -> None:
+def test_result_reads_back_unchanged(tmp_path: Path) -> None:
     first = result(lower_is_better=("rmse",), notes=("skipped one",), seconds=1.5, protocol_name="nvidia")
     images = PerImage({"top1": {"a": 1.0, "b": 0.0}}, {"top1": {"cat": 0.5}})
     append(tmp_path, first, images)
@@ -51,14 +51,14 @@ def test_a_result_reads_back_as_it_was(tmp_path: Path) -> None:
     assert read_images(tmp_path, found[1]) is None
 
 
-def test_of_one_id_the_newest_counts(tmp_path: Path) -> None:
+def test_newest_result_of_an_id_counts(tmp_path: Path) -> None:
     append(tmp_path, result(top1=0.1))
     append(tmp_path, result("other", protocol="q"))
     append(tmp_path, result(top1=0.2))
     assert [(r.name, r.metrics["top1"]) for r in read(tmp_path)] == [("other", 0.5), ("knn", 0.2)]
 
 
-def test_a_line_cut_off_loses_itself_only(tmp_path: Path) -> None:
+def test_damaged_line_is_left_out_alone(tmp_path: Path) -> None:
     append(tmp_path, result())
     whole = (tmp_path / FILE).read_text()
     (tmp_path / FILE).write_text(whole + whole[:70])
@@ -67,13 +67,13 @@ def test_a_line_cut_off_loses_itself_only(tmp_path: Path) -> None:
         assert [r.name for r in read(tmp_path)] == ["knn", "linear"]
 
 
-def test_a_number_that_is_none_is_not_kept(tmp_path: Path) -> None:
+def test_nan_is_not_a_result(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="top1 is not a finite number"):
         append(tmp_path, result(top1=float("nan")))
     assert not (tmp_path / FILE).exists()
 
 
-def test_older_and_newer_formats_say_what_to_do(tmp_path: Path) -> None:
+def test_other_formats_are_refused_with_the_next_step(tmp_path: Path) -> None:
     old = tmp_path / "old"
     old.mkdir()
     (old / FILE).write_text(json.dumps({"name": "knn", "metrics": {"top1": 0.5}}) + "\n")
@@ -98,7 +98,7 @@ def test_older_and_newer_formats_say_what_to_do(tmp_path: Path) -> None:
         read(old)
 
 
-def test_damaged_images_are_named(tmp_path: Path) -> None:
+def test_damaged_file_of_images_is_named(tmp_path: Path) -> None:
     made = result()
     append(tmp_path, made, PerImage({"top1": {"a": 1.0}}))
     file = next((tmp_path / "images").iterdir())
@@ -112,7 +112,7 @@ def _many(folder: Path, name: str) -> None:
         append(folder, result(name, protocol=f"{name}{number}"))
 
 
-def test_two_processes_may_append_at_once(tmp_path: Path) -> None:
+def test_two_processes_append_concurrently(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_many, args=(tmp_path, name)) for name in ("a", "b")]
     for process in processes:
@@ -125,12 +125,12 @@ def test_two_processes_may_append_at_once(tmp_path: Path) -> None:
 # --- hashes -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_setting_changes_the_protocol_and_no_place_does() -> None:
+def test_protocol_hash_depends_on_settings_and_not_on_paths() -> None:
     def protocol(**keys) -> str:
         return identity.protocol_hash(identity.settings({"kind": "knn", **keys}))
 
     base = protocol()
-    assert protocol(k=20, temperature=0.07) == base  # said or not, the default is the same choice
+    assert protocol(k=20, temperature=0.07) == base  # explicit or not
     assert protocol(name="other") == base
     train = {"kind": "folder", "path": "/a", "min_side": 3}
     changed = [protocol(k=10), protocol(size=224), protocol(vote="majority"), protocol(train=train)]
@@ -139,7 +139,7 @@ def test_every_setting_changes_the_protocol_and_no_place_does() -> None:
     assert protocol(train={**train, "min_side": 4}) != protocol(train=train)
 
 
-def test_a_revised_eval_is_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protocol_hash_depends_on_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     from agglo.evals.knn import Knn
 
     complete = identity.settings({"kind": "knn"})
@@ -149,14 +149,14 @@ def test_a_revised_eval_is_another_protocol(monkeypatch: pytest.MonkeyPatch) -> 
     assert identity.protocol_hash(complete, teachers={"a": "1"}) != identity.protocol_hash(complete)
 
 
-def test_settings_that_do_not_fit_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'size'"):
         identity.settings({"kind": "knn", "sise": 3})
     with pytest.raises(ConfigError, match="did you mean 'split'"):
         identity.settings({"kind": "knn", "train": {"kind": "scenes", "splt": "test"}})
 
 
-def test_the_data_hash_knows_names_labels_and_content(tmp_path: Path) -> None:
+def test_data_hash_depends_on_names_labels_and_content(tmp_path: Path) -> None:
     from support import datasets as tiny
 
     def hashed(root: Path) -> str:
@@ -166,7 +166,7 @@ def test_the_data_hash_knows_names_labels_and_content(tmp_path: Path) -> None:
         for i in range(3):
             tiny.picture(tmp_path / root / "cat" / f"{i}.png", i)
     base = hashed(tmp_path / "one")
-    assert hashed(tmp_path / "two") == base  # where it lies is no part of it
+    assert hashed(tmp_path / "two") == base  # the path is not hashed
     tiny.picture(tmp_path / "two" / "cat" / "1.png", 9)
     content = hashed(tmp_path / "two")
     (tmp_path / "one" / "cat").rename(tmp_path / "one" / "dog")
@@ -190,7 +190,7 @@ TRUTHS = {
 
 
 @pytest.mark.parametrize("kind", TRUTHS)
-def test_the_data_hash_knows_the_truth(kind: str, tmp_path: Path) -> None:
+def test_data_hash_depends_on_the_ground_truth(kind: str, tmp_path: Path) -> None:
     from support import datasets as tiny
 
     maker, (pattern, words) = kind.partition("#")[0], TRUTHS[kind]
@@ -208,7 +208,7 @@ def test_the_data_hash_knows_the_truth(kind: str, tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]  # another place and other times are the same data
 
 
-def test_of_many_large_annotations_sizes_and_a_sample_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_annotations_are_hashed_by_size_and_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from agglo.results import truth
 
     class Masks(Squares):
@@ -231,10 +231,10 @@ def test_of_many_large_annotations_sizes_and_a_sample_count(tmp_path: Path, monk
     assert identity.data_hash(Masks(100)) != base
 
 
-def test_annotations_without_files_pairs_and_queries_are_in_the_data_hash() -> None:
+def test_data_hash_depends_on_annotations_pairs_and_queries() -> None:
     from types import SimpleNamespace
 
-    class Told(Squares):
+    class Annotated(Squares):
         def __init__(self, **changes: object) -> None:
             super().__init__()
             self.changes = changes
@@ -251,13 +251,13 @@ def test_annotations_without_files_pairs_and_queries_are_in_the_data_hash() -> N
         def query(self, index: int) -> str | None:
             return self.changes.get("query") if index == 8 else super().query(index)  # type: ignore[return-value]
 
-    assert identity.data_hash(Told()) == identity.data_hash(Told())
-    told = [Told(), Told(focal=2.0), Told(edge=5), Told(point=4), Told(query="a blue one")]
-    assert len({identity.data_hash(each) for each in told}) == 5
-    assert len({identity.images_hash(each) for each in told}) == 1
+    assert identity.data_hash(Annotated()) == identity.data_hash(Annotated())
+    changed = [Annotated(), Annotated(focal=2.0), Annotated(edge=5), Annotated(point=4), Annotated(query="a blue one")]
+    assert len({identity.data_hash(each) for each in changed}) == 5
+    assert len({identity.images_hash(each) for each in changed}) == 1
 
 
-def test_the_model_hash_knows_every_weight_and_setting() -> None:
+def test_model_hash_depends_on_every_weight_and_setting() -> None:
     one, two = nn.Linear(3, 2), nn.Linear(3, 2)
     two.load_state_dict(one.state_dict())
     base = identity.model_hash(one)
@@ -273,7 +273,7 @@ def test_the_model_hash_knows_every_weight_and_setting() -> None:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def test_other_settings_or_data_never_share_a_column() -> None:
+def test_other_settings_or_data_have_their_own_column() -> None:
     other = {"name": "two", "hash": "bbbb"}
     same = tables.columns([result(top1=0.4), result(top1=0.6, model=other)])
     assert [(c.title, c.values) for c in same] == [("knn top1", {"one": 0.4, "two": 0.6})]
@@ -287,7 +287,7 @@ def test_other_settings_or_data_never_share_a_column() -> None:
     assert "do not compare" in tables.markdown(apart)
 
 
-def test_markdown_has_the_best_in_bold_as_printed() -> None:
+def test_markdown_prints_the_best_in_bold() -> None:
     models = [{"name": n, "hash": n} for n in ("one", "two", "three")]
     text = tables.markdown([result(top1=v, model=m) for v, m in zip((0.5, 0.70004, 0.70001), models, strict=True)])
     assert "| one | 0.500 |" in text
@@ -308,20 +308,20 @@ def test_markdown_has_the_best_in_bold_as_printed() -> None:
         ("elsewhere", ["top1"]),
     ],
 )
-def test_headlines_are_what_an_eval_is_about(kind: str, shown: list[str]) -> None:
+def test_headline_metrics_of_each_kind(kind: str, shown: list[str]) -> None:
     names = ("top1", "top1_corrupted", "kept", "cosine", "rank_me", "rank_me_spatial", "lidar", "mrr")
     made = result(kind, metrics=dict.fromkeys(names, 0.5), kind=kind)
     assert [column.metric for column in tables.columns([made], headlines=True)] == shown
     assert all(f"{kind} {metric}" in tables.markdown([made]) for metric in shown)
 
 
-def test_models_of_one_name_are_told_apart() -> None:
+def test_models_of_one_name_are_distinguished() -> None:
     pair = [result(), result(model={"name": "one", "hash": "bbbbbbbb"})]
     assert list(tables.labels(pair).values()) == ["one (aaaa)", "one (bbbbbb)"]
     assert len(tables.columns(pair)[0].values) == 2
 
 
-def test_answers_of_one_model_have_rows_of_their_own() -> None:
+def test_each_file_of_answers_has_its_own_row() -> None:
     given = [{"answers": "1a2b3c4d", "questions": "77"}, {"answers": "5e6f7a8b", "questions": "77"}]
     pair = [result("vlm", top1=v, inputs=i) for v, i in zip((0.9, 0.3), given, strict=True)]
     rows = {"one (answers 1a2b3c)": 0.9, "one (answers 5e6f7a)": 0.3}
@@ -334,7 +334,7 @@ def test_answers_of_one_model_have_rows_of_their_own() -> None:
     assert list(tables.labels([pair[0], more]).values()) == ["one (questions 77)", "one"]
 
 
-def test_curves_join_results_that_differ_in_size_alone() -> None:
+def test_curves_join_results_that_differ_in_size_only() -> None:
     def at(size: int, **changes) -> Result:
         settings = {"kind": "knn", "k": 20, "size": size} | changes
         return result(f"knn@{size}", size / 1000, settings=settings, view=(size, size), protocol=f"p{size}{changes}")
@@ -351,7 +351,7 @@ def test_curves_join_results_that_differ_in_size_alone() -> None:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def test_the_interval_is_that_of_the_mean() -> None:
+def test_interval_matches_the_standard_error() -> None:
     rng = np.random.default_rng(1)
     a = rng.normal(0.5, 0.2, 400)
     b = a + rng.normal(0.02, 0.1, 400)
@@ -364,7 +364,7 @@ def test_the_interval_is_that_of_the_mean() -> None:
     assert found.low != comparing.bootstrap("x", a, b, seed=1).low
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(2)
     inside = 0
     for trial in range(200):
@@ -375,13 +375,13 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 0.88 <= inside / 200 <= 0.99
 
 
-def test_identical_models_differ_by_nothing() -> None:
+def test_identical_models_have_no_difference() -> None:
     a = np.random.default_rng(0).random(50)
     found = comparing.bootstrap("x", a, a)
     assert (found.difference, found.low, found.high, found.better, found.sure) == (0, 0, 0, 0.5, False)
 
 
-def test_a_pairing_is_stronger_than_none() -> None:
+def test_pairing_cancels_the_spread_of_images() -> None:
     """The spread of the images cancels: that is what pairing is for."""
     hard = np.random.default_rng(0).random(200)
     found = comparing.bootstrap("x", hard, hard + 0.01)
@@ -389,7 +389,7 @@ def test_a_pairing_is_stronger_than_none() -> None:
     assert found.low == pytest.approx(0.01)
 
 
-def test_changed_images_and_classes_come_by_size_of_change() -> None:
+def test_changed_images_and_classes_are_sorted_by_change() -> None:
     one = PerImage({"top1": {"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.2}}, {"top1": {"cat": 0.5, "dog": 0.5, "cow": 1.0}})
     two = PerImage({"top1": {"a": 1.0, "b": 1.0, "c": 0.0, "e": 0.3}}, {"top1": {"cat": 0.4, "dog": 1.0}})
     found = comparing.compare(result(), result(top1=0.6), one, two)
@@ -397,8 +397,8 @@ def test_changed_images_and_classes_come_by_size_of_change() -> None:
     assert found.classes["top1"] == [("dog", 0.5, 1.0), ("cat", 0.5, 0.4)]
     assert found.metrics == {"top1": (0.5, 0.6)}
     assert found.intervals[0].images == 3
-    assert "2 images are known of one model only" in found.notes[0]
-    assert comparing.compare(result(), result(), one, None).notes == ("nothing is recorded image by image",)
+    assert "2 images have a value for one model only" in found.notes[0]
+    assert comparing.compare(result(), result(), one, None).notes == ("no values per image are recorded",)
 
 
 def test_different_measurements_are_not_compared() -> None:
@@ -413,7 +413,7 @@ def test_different_measurements_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize("room", [0, 10])
-def test_a_full_disk_costs_no_result_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_full_disk_keeps_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     append(tmp_path, result())
     before = (tmp_path / FILE).read_bytes()
 

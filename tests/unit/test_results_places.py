@@ -51,7 +51,7 @@ class Files:
         return found
 
 
-def test_answers_that_were_overwritten_are_scored_anew(tmp_path: Path) -> None:
+def test_overwritten_answers_are_scored_again(tmp_path: Path) -> None:
     files = Files(tmp_path)
     files.answers("blue", "red", "one")
     first = files.measure()
@@ -71,7 +71,7 @@ def test_answers_that_were_overwritten_are_scored_anew(tmp_path: Path) -> None:
     assert third.column != first.results["vlm"].column
 
 
-def test_the_answers_of_two_models_compare(tmp_path: Path) -> None:
+def test_answers_of_two_models_are_comparable(tmp_path: Path) -> None:
     class Other(Noise):
         pass
 
@@ -91,7 +91,7 @@ def test_the_answers_of_two_models_compare(tmp_path: Path) -> None:
     assert found.metrics["accuracy"] == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 
 
-def test_two_files_of_answers_are_two_rows_of_a_page_and_compare(tmp_path: Path) -> None:
+def test_two_files_of_answers_are_two_rows_and_comparable(tmp_path: Path) -> None:
     files = Files(tmp_path)
     for name, answers in (("a", ("blue", "red", "two")), ("b", ("blue", "red", "one"))):
         files.answers(*answers, name=f"{name}.jsonl")
@@ -104,17 +104,17 @@ def test_two_files_of_answers_are_two_rows_of_a_page_and_compare(tmp_path: Path)
     assert "2 results of 1 model." in page.read_text()
 
     def compared(a: str, b: str) -> Any:
-        return CliRunner().invoke(app, ["compare", a, b, "--json", str(tmp_path / "said.json"), "--overwrite"])
+        return CliRunner().invoke(app, ["compare", a, b, "--json", str(tmp_path / "compared.json"), "--overwrite"])
 
     out = str(tmp_path / "out")
     assert all(row in compared(out, out).stderr for row in rows)
     assert compared(f"{out}#{rows[0]}", f"{out}#{rows[1]}").exit_code == 0
-    said = json.loads((tmp_path / "said.json").read_text())
-    assert (said["a"], said["b"]) == tuple(rows)
-    assert said["evals"][0]["metrics"]["accuracy"] == pytest.approx([1, 2 / 3])
+    entry = json.loads((tmp_path / "compared.json").read_text())
+    assert (entry["a"], entry["b"]) == tuple(rows)
+    assert entry["evals"][0]["metrics"]["accuracy"] == pytest.approx([1, 2 / 3])
 
 
-def test_a_page_of_files(tmp_path: Path) -> None:
+def test_page_of_results_with_data_files(tmp_path: Path) -> None:
     """A file of truth has a hash and no images."""
     files = Files(tmp_path)
     files.answers("blue", "red", "one")
@@ -124,7 +124,7 @@ def test_a_page_of_files(tmp_path: Path) -> None:
     assert "| noise | 0.667 |" in table.read_text()
 
 
-def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = Files(tmp_path)
     files.answers("blue", "red", "one")
     wanted = files.measure().results["vlm"]
@@ -141,10 +141,10 @@ def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     concepts = SaCo(annotations=["~/a.json"], images="~/images", decoder="~/sam")
     assert concepts.annotations == (str(tmp_path / "a.json"),)
     assert (concepts.images, concepts.decoder) == (str(tmp_path / "images"), str(tmp_path / "sam"))
-    assert SaCo(annotations=["a"], predictions="~/said.json").predictions == str(tmp_path / "said.json")
+    assert SaCo(annotations=["a"], predictions="~/compared.json").predictions == str(tmp_path / "compared.json")
 
 
-def test_features_are_written_whatever_is_known(tmp_path: Path) -> None:
+def test_eval_that_writes_files_always_runs(tmp_path: Path) -> None:
     files = Files(tmp_path)
     nothing = {"answers": None, "truth": None, "size": 16}
     for place in ("one", "two"):
@@ -154,7 +154,7 @@ def test_features_are_written_whatever_is_known(tmp_path: Path) -> None:
     assert len(read(tmp_path / "out")) == 1  # the same measurement
 
 
-def test_a_decoder_is_what_it_holds(tmp_path: Path) -> None:
+def test_weights_are_identified_by_content(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
 
     def hashed(decoder: str) -> str:
@@ -169,7 +169,7 @@ def test_a_decoder_is_what_it_holds(tmp_path: Path) -> None:
     assert hashed(one) != hashed(str(copy))
 
 
-def test_a_file_that_is_not_there_fails_alone(tmp_path: Path) -> None:
+def test_missing_file_fails_one_eval_only(tmp_path: Path) -> None:
     files = Files(tmp_path)
     source = {"kind": "folder", "path": str(tmp_path / "images")}
     gone = {"answers": str(tmp_path / "none.jsonl"), "truth": str(tmp_path / "truth.json")}
@@ -179,7 +179,7 @@ def test_a_file_that_is_not_there_fails_alone(tmp_path: Path) -> None:
     assert files.folder == tmp_path
 
 
-def test_folders_are_their_files(tmp_path: Path) -> None:
+def test_folder_digest_depends_on_its_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         for i in range(40):
             (tmp_path / name / "sub").mkdir(parents=True, exist_ok=True)
@@ -199,11 +199,11 @@ def test_folders_are_their_files(tmp_path: Path) -> None:
     assert digest(tmp_path / "a", "images", ["sub/99", "sub/01"]) == few
     (tmp_path / "a" / "sub" / "99").write_text("")
     assert digest(tmp_path / "a", "images", ["sub/01", "sub/99"]) != few
-    with pytest.raises(ConfigError, match=r"truth: .*none cannot be read.*name a file that is there"):
+    with pytest.raises(ConfigError, match=r"truth: .*none cannot be read.*name an existing file"):
         digest(tmp_path / "none", "truth")
 
 
-def test_places_are_keys() -> None:
+def test_places_name_keys_of_their_eval() -> None:
     for kind in kinds("evals", installed=False):
         own = find("evals", kind)
         assert set(own.places) <= schema(own).model_fields.keys()

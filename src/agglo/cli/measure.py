@@ -74,13 +74,7 @@ def eval_command(
         for line in published(protocol).differs:
             typer.echo(f"not as published: {line}", err=True)
     if target is not None:
-        from agglo.files import write_json
-
-        lower = sorted({metric for result in found.results.values() for metric in result.lower_is_better})
-        metrics: dict[str, Any] = {each: dict(result.metrics) for each, result in found.results.items()}
-        metrics |= {"skipped": found.skipped} if found.skipped else {}
-        write_json(target, {"models": {name: metrics}, "lower_is_better": lower})
-        typer.echo(f"wrote {target}", err=True)
+        _write_numbers(found, target)
     if found.failed or not found.results:
         raise typer.Exit(1)
 
@@ -219,6 +213,16 @@ def _print_outcome(outcome: Outcome, model: str = "") -> None:
         typer.echo(f"  note: {warning}", err=True)
 
 
+def _write_numbers(found: Measured, target: Path) -> None:
+    from agglo.files import write_json
+
+    lower = sorted({metric for result in found.results.values() for metric in result.lower_is_better})
+    metrics: dict[str, Any] = {each: dict(result.metrics) for each, result in found.results.items()}
+    metrics |= {"skipped": found.skipped} if found.skipped else {}
+    write_json(target, {"models": {found.model["name"]: metrics}, "lower_is_better": lower})
+    typer.echo(f"wrote {target}", err=True)
+
+
 def _paint(loaded: Any, found: Measured, folder: Path) -> None:
     from agglo.cli.terminal import status
     from agglo.harness.pictures import paint
@@ -240,7 +244,7 @@ def _print_measured(measured: Sequence[Measured], folder: Path) -> None:
         name = f"{found.model['name']}: " if len(measured) > 1 else ""
         if found.known:
             typer.echo(f"{name}already measured: {', '.join(found.known)} (--again measures anew)", err=True)
-        for each, why in found.skipped.items():
+        for each, why in found.skipped.items() if found.model.get("role") != "teacher" else ():
             typer.echo(f"{name}{each} left out: {why}", err=True)
         for each, why in found.failed.items():
             typer.echo(f"{name}{each} failed: {why}", err=True)

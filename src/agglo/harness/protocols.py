@@ -1,4 +1,4 @@
-"""What is to be measured: suites, lists of kinds, and the published protocols, as evals whose every key is known."""
+"""What to measure: suites, lists of kinds and published protocols, as a list of evals with their options."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agglo.config import NESTED, find, kinds, nearest, override, read_yaml, sche
 from agglo.types import ConfigError
 
 PREFERRED = "preferred"
-"""As an eval's ``size``: the model's own preferred side."""
+"""``size`` of an eval: the model's preferred side."""
 
 DATA = "AGGLO_DATA"
-"""The environment variable that names the folder of data sets, where ``--data`` does not."""
+"""Environment variable with the folder of data sets; ``--data`` takes precedence."""
 
 
 SUITES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -31,8 +31,8 @@ SUITES: dict[str, tuple[dict[str, Any], ...]] = {
         {"kind": "agreement"},
     ),
 }
-"""Named suites: ``quick`` needs no teacher and takes seconds; ``dense`` is about maps; ``demo`` is what the quickstart
-reports. ``full`` is every kind that can run without being told where its data lie."""
+"""``quick`` needs no teacher; ``dense`` measures maps; ``demo`` is measured by the quickstart. :func:`suite` adds
+``full``: every kind that runs on its defaults."""
 
 
 def suites() -> list[str]:
@@ -44,7 +44,7 @@ def suite(name: str) -> list[dict[str, Any]]:
     """The evals of a suite.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no suite has that name.
     """
     if name == "full":
         return [{"kind": kind} for kind in kinds("evals", installed=False) if _complete(kind)]
@@ -54,20 +54,20 @@ def suite(name: str) -> list[dict[str, Any]]:
 
 
 def _complete(kind: str) -> bool:
-    """Whether every key of an eval has a default, and one that names its data: an eval of an outside file has None."""
+    """Whether an eval runs on its defaults, without outside files."""
     fields = schema(find("evals", kind)).model_fields
     return not any(item.is_required() for item in fields.values()) and getattr(find("evals", kind), "bundled", True)
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """A published way to measure.
+    """A published evaluation protocol.
 
     Args:
         name: ``nvidia``, ``siglino``, ``eupe`` or ``probe3d``.
-        title: whose it is.
-        source: where it is written.
-        differs: what our evals do not do as the authors did.
+        title: of the project.
+        source: the paper or code.
+        differs: differences of our evals from the authors'.
         evals: as in a recipe, each with a ``name``.
     """
 
@@ -92,7 +92,7 @@ def protocol(name: str) -> Protocol:
     """The published protocol of a name.
 
     Raises:
-        ConfigError: there is none; the message offers the nearest.
+        ConfigError: no protocol has that name.
     """
     known = protocols()
     if name not in known:
@@ -111,12 +111,11 @@ def plan(
     """The evals to run, in order, each with its ``name``.
 
     Args:
-        what: a suite, or kinds with commas between them; of a published protocol the names of those evals of it that
-            are wanted, or nothing for all.
-        published: a published protocol, instead of a suite.
-        data: the folder of data sets: a source without a ``path`` lies in its sub-folder of that kind.
-        sizes: run each eval that has a ``size`` at all of these; its results are called ``knn@224``.
-        changes: ``name.key=value``; to an eval by its name.
+        what: a suite, or kinds separated by commas; with ``published``, names of its evals, empty for all.
+        published: a published protocol instead of a suite.
+        data: the folder of data sets; a source without a ``path`` is read from ``data/<kind>``.
+        sizes: run each eval that has a ``size`` at all of these; its results are named ``knn@224``.
+        changes: ``name.key=value``, by the name of an eval.
 
     Raises:
         ConfigError: an unknown name, key or suite.
@@ -125,7 +124,7 @@ def plan(
     names = list(named)
     for change in changes:
         if change.partition("=")[0].partition(".")[0] not in named:
-            raise ConfigError(f"{change!r}: no eval of that name is to be run; there are: {', '.join(names)}")
+            raise ConfigError(f"{change!r}: no eval of that name is selected; selected: {', '.join(names)}")
     changed = override(named, changes, keep=("kind", "name"))
     entries = [{**changed[name], "name": name} for name in names]
     root = data if data is not None else os.environ.get(DATA)
@@ -152,7 +151,7 @@ def _of_protocol(published: str, what: str) -> dict[str, Any]:
 
 
 def _placed(entry: Mapping[str, Any], root: Path | None) -> dict[str, Any]:
-    """An eval whose sources have their place: those that need a ``path`` and have none lie below ``root``."""
+    """The eval with a ``path`` below ``root`` for each source that needs one and has none."""
 
     def place(source: Any) -> Any:
         if not isinstance(source, Mapping) or "path" in source or "kind" not in source:
@@ -162,8 +161,8 @@ def _placed(entry: Mapping[str, Any], root: Path | None) -> dict[str, Any]:
             return dict(source)
         if root is None:
             raise ConfigError(
-                f"{entry['name']} reads {source['kind']}: name the folder that holds it with --data DIR (or {DATA}), "
-                f"where it lies as DIR/{source['kind']}"
+                f"{entry['name']} reads {source['kind']}: give the folder of data sets with --data DIR (or {DATA}); "
+                f"it is read from DIR/{source['kind']}"
             )
         return {**source, "path": str(root / str(source["kind"]))}
 
@@ -181,7 +180,7 @@ def _sized(entry: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def resolved(entry: Mapping[str, Any], model: object) -> dict[str, Any]:
-    """An eval's options for one model: its preferred side where they say so, and no ``name``."""
+    """An eval's options for one model: ``preferred`` becomes its preferred side; ``name`` is removed."""
     options = {key: value for key, value in entry.items() if key != "name"}
     if options.get("size") == PREFERRED:
         options["size"] = int(getattr(model, "preferred_size", None) or getattr(model, "native", None) or 224)

@@ -46,7 +46,7 @@ def measure_run(
         done: called with the model's name and the outcome after each eval that ran.
 
     Returns:
-        Name of the model → what was measured: the teachers, the untrained student, the student.
+        Name of the model → what was measured, in the order student, untrained student, teachers.
 
     Raises:
         ConfigError: the folder holds no recipe or no model, or a teacher has the name of a student.
@@ -77,7 +77,7 @@ def measure_run(
             progress=prefixed(progress, name),
             done=None if done is None else (lambda outcome, name=name: done(name, outcome)),
         )
-    return found
+    return {name: found[name] for name in (STUDENT, UNTRAINED, *teachers) if name in found}
 
 
 def facts_of(folder: Path, role: str) -> dict[str, str]:

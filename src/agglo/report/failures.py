@@ -1,4 +1,4 @@
-"""The images on which models do worst, with the images themselves where they can still be read."""
+"""The images with the worst values of a metric, as thumbnails if they can be read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from agglo.types import AggloError
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One image that went wrong.
+    """One image with a bad value.
 
     Args:
         name: of the image.
-        label: its class, where the source knows it.
-        values: model → value of the metric on it.
-        thumb: the image, or None where it cannot be read here.
+        label: its class, if known.
+        values: model → value of the metric.
+        thumb: the image; None if it cannot be read.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Failures:
 
     Args:
         name: of the results.
-        metric: which.
-        lower: better when lower.
+        metric: recorded per image.
+        lower: whether lower is better.
         worst: the images, the worst first.
-        count: how many images there are.
+        count: number of all images.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Failures:
 
 
 def failures(found: Sequence[tuple[Path, Result]], most: int = 6) -> list[Failures]:
-    """The worst images of each eval that recorded single images, over all models with the same settings and data.
+    """The worst images of each metric recorded per image, over all models with the same settings and data.
 
     Args:
-        found: results and the folders they lie in.
-        most: images of each.
+        found: results with their folders.
+        most: number of images per metric.
     """
     called = labels([result for _, result in found])
     values: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
@@ -67,7 +67,7 @@ def failures(found: Sequence[tuple[Path, Result]], most: int = 6) -> list[Failur
     for folder, result in found:
         try:
             images = read_images(folder, result)
-        except AggloError:  # damaged: the tables do not need it
+        except AggloError:  # damaged: leave the metric out
             continue
         for metric, by_image in (images.images if images else {}).items():
             key = (result.name, metric, *result.column)
@@ -85,7 +85,7 @@ def _worst(
 
     def order(image: str) -> tuple[float, str]:
         mean = sum(by_image[image].values()) / len(by_image[image])
-        # Many images are equally wrong: which of them are shown must not be those that come first in the folder.
+        # Ties are broken by hash, so that not only the first images of the folder are shown.
         return (-mean if lower else mean), hashlib.sha256(image.encode()).hexdigest()
 
     chosen = sorted(by_image, key=order)[:most]
@@ -106,7 +106,7 @@ def _opened(result: Result) -> Source | None:
     try:
         source = build("sources", dict(facts["source"]))
         return source if len(source) == facts["images"] else None
-    except (AggloError, OSError, KeyError):  # measured elsewhere: names are shown, and no images
+    except (AggloError, OSError, KeyError):  # measured on another machine: show names only
         return None
 
 

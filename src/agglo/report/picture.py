@@ -1,6 +1,6 @@
 """Pictures of spatial features: their first three principal components as red, green and blue.
 
-The basis is fitted on all maps that are to be compared, so that one colour means one thing in all of them.
+The basis is fitted on all maps that are compared, so that equal colours mean equal features.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _MOST = 16_384
-"""Positions that the basis is fitted on at most; more of them only cost time."""
+"""Number of positions that the basis is fitted on at most."""
 _TAILS = (1.0, 99.0)
-"""Percentiles of each component that become 0 and full brightness, so that a few outliers do not dim the rest."""
+"""Percentiles of each component drawn as 0 and full brightness, so that outliers do not dim the rest."""
 _NOTHING = 1e-12
-"""A component with less than this share of the features' mean square is rounding noise and is drawn as grey."""
+"""A component with a smaller share of the features' mean square is rounding noise, drawn as grey."""
 _GAP, _CAPTION, _PAPER, _INK = 8, 24, (255, 255, 255), (40, 40, 40)
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """Three directions in feature space and the range each is drawn in.
+    """Three directions in feature space and their ranges of brightness.
 
     Args:
         mean: ``(D,)``, subtracted first.
-        axes: ``(3, D)`` orthonormal rows, by falling variance; a row of zeros where the features have fewer dimensions.
-        low, high: ``(3,)`` projections that become 0 and 1.
+        axes: ``(3, D)`` orthonormal rows, by falling variance; zeros if the features have fewer dimensions.
+        low, high: ``(3,)`` projections drawn as 0 and 1.
     """
 
     mean: np.ndarray
@@ -44,7 +44,7 @@ class Basis:
         """
         array = _as_map(features)
         if array.shape[0] != len(self.mean):
-            raise ValueError(f"the basis is of {len(self.mean)} channels, the map has {array.shape[0]}")
+            raise ValueError(f"the basis has {len(self.mean)} channels, the map has {array.shape[0]}")
         values = (array.reshape(len(array), -1).T - self.mean) @ self.axes.T
         span = self.high - self.low
         flat = span <= 0
@@ -55,13 +55,13 @@ class Basis:
 def pca_basis(maps: Sequence[Any], *, limits: Literal["percentiles", "mad"] = "percentiles") -> Basis:
     """The principal components of all positions of several maps together.
 
-    Each map counts alike, whatever its size. The sign of a component is fixed by making its largest loading positive,
-    so the same features give the same colours everywhere.
+    Every map has the same weight. The largest loading of a component is positive, so that equal features give equal
+    colours.
 
     Args:
         maps: tensors or arrays ``(D, H, W)``, of one D and any H, W.
-        limits: what becomes 0 and full brightness: the first and last percentile, or ``mad`` (:func:`mad_limits`),
-            RADIO's choice.
+        limits: drawn as 0 and full brightness: the first and last percentile, or ``mad`` (:func:`mad_limits`) as in
+            RADIO.
 
     Raises:
         ValueError: no maps, maps of different D, or values that are not finite.
@@ -75,7 +75,7 @@ def pca_basis(maps: Sequence[Any], *, limits: Literal["percentiles", "mad"] = "p
     rows, weights = [], []
     for array in arrays:
         flat = array.reshape(widths[0], -1).T
-        # A stride keeps the choice deterministic; ceil keeps it at or below the share of this map.
+        # A stride is deterministic; rounding up stays within the map's share.
         flat = flat[:: -(-len(flat) * len(arrays) // _MOST)]
         rows.append(flat)
         weights.append(np.full(len(flat), 1 / (len(flat) * len(arrays))))
@@ -89,9 +89,9 @@ def pca_basis(maps: Sequence[Any], *, limits: Literal["percentiles", "mad"] = "p
 
 
 def mad_limits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest of those in each column of ``(N, K)`` that are no outliers: ``|c - median| < 2 MAD``.
+    """Minimum and maximum of each column of ``(N, K)`` without outliers: those with ``|c - median| < 2 MAD``.
 
-    MAD is the median of the absolute distances to the median. A column that has none within takes its extremes.
+    MAD is the median of the absolute distances to the median. A column of outliers only keeps its extremes.
     """
     distance = np.abs(values - _median(values))
     inside = distance < 2 * _median(distance)
@@ -101,7 +101,7 @@ def mad_limits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """Of each column: one of its values, the lower of the two in the middle."""
+    """The lower median of each column."""
     return np.sort(values, axis=0)[(len(values) - 1) // 2]
 
 
@@ -112,7 +112,7 @@ def pca_picture(features: Any, basis: Basis, size: tuple[int, int], *, smooth: b
         features: tensor or array.
         basis: from :func:`pca_basis`.
         size: ``(H, W)`` of the picture in pixels.
-        smooth: interpolate between cells (the projections, before they are clipped); False shows each cell as a block.
+        smooth: interpolate the projections between cells; False draws each cell as a block.
     """
     values = basis.project(features).astype(np.float32)
     how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
@@ -122,19 +122,19 @@ def pca_picture(features: Any, basis: Basis, size: tuple[int, int], *, smooth: b
 
 
 def fitted(image: Image.Image, longest: int) -> Image.Image:
-    """The image scaled so that its longer side has ``longest`` pixels."""
+    """Scale an image to a longer side of ``longest`` pixels."""
     scale = longest / max(image.size)
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def side_by_side(images: Sequence[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
-    """Pictures in a row, tops aligned, with an optional caption under each.
+    """Pictures in a row, aligned at the top, with an optional caption under each.
 
     Raises:
-        ValueError: no images, or not one label an image.
+        ValueError: no images, or another number of labels.
     """
     if not images or (labels and len(labels) != len(images)):
-        raise ValueError(f"{len(images)} images and {len(labels)} labels do not make a row")
+        raise ValueError(f"expected one or more images and one label for each, got {len(images)} and {len(labels)}")
     caption = _CAPTION if any(labels) else 0
     width = sum(image.width for image in images) + _GAP * (len(images) - 1)
     sheet = Image.new("RGB", (width, max(image.height for image in images) + caption), _PAPER)
@@ -149,7 +149,7 @@ def side_by_side(images: Sequence[Image.Image], labels: Sequence[str] = ()) -> I
 
 
 def stacked(rows: Sequence[Image.Image]) -> Image.Image:
-    """Pictures below each other, left edges aligned.
+    """Pictures below each other, aligned at the left.
 
     Raises:
         ValueError: no pictures.
@@ -171,7 +171,7 @@ def _as_map(features: Any) -> np.ndarray:
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"expected one spatial map (D, H, W), got shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError("the spatial features hold NaN or infinity: there is no picture of them")
+        raise ValueError("the spatial features contain NaN or infinity")
     return array
 
 
@@ -186,14 +186,14 @@ def _principal(weighted: np.ndarray, floor: float) -> np.ndarray:
             break
         axis = vectors[:, index] if width <= count else weighted.T @ vectors[:, index]
         axis = axis / np.linalg.norm(axis)
-        # Near-equal loadings of opposite sign must not flip with rounding: the first close to the largest decides.
+        # The first of the nearly largest loadings decides the sign, so that rounding does not flip it.
         leading = int(np.argmax(np.abs(axis) >= np.abs(axis).max() * (1 - 1e-6)))
         axes[slot] = axis * (1.0 if axis[leading] > 0 else -1.0)
     return axes
 
 
 def _limits(values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted percentiles of each column; a column whose percentiles meet (one odd cell) takes its extremes."""
+    """Weighted percentiles of each column; a column with equal percentiles keeps its extremes."""
     low, high = np.zeros(3), np.zeros(3)
     for column in range(3):
         order = np.argsort(values[:, column], kind="stable")
@@ -210,7 +210,7 @@ def _font() -> Any:
 
 
 def _shortened(text: str, width: int) -> str:
-    """The text, its end cut so that it fits."""
+    """The text, shortened to fit."""
     font = _font()
     while font.getlength(text) > width and len(text) > 1:
         text = text.rstrip("…")[:-1] + "…" if len(text) > 2 else "…"

@@ -1,4 +1,4 @@
-"""What the models of a run see and find: PCA pictures of their spatial maps, and photos ranked by text."""
+"""Pictures made with the models of a run: PCA of their spatial maps, and photos ranked by text."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from agglo.teachers.base import Teacher
 from agglo.types import AggloError
 
 PIXELS = 320
-"""Largest side at which models look at the gallery; smaller for models that were trained far below."""
+"""Largest input side for the gallery; smaller for models trained at less than half of it."""
 SHOWN = 224
-"""Side of a picture in the file: sharp on a dense screen, small enough for the whole page to stay below 3 MB."""
+"""Side of a picture in the page, which stays below 3 MB."""
 THUMB = 176
 IMITATED = 3
-"""With more teachers than this the table would be too wide to show the student's answer beside each."""
+"""Number of teachers up to which the student's head is shown beside each of them."""
 FAVOURITES = ("chelsea", "coffee", "motorcycle_left", "astronaut", "flower", "rocket")
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of the gallery: ``title``, a ``note`` under it, and one picture a row (None: the model gave none)."""
+    """A column of the gallery: ``title``, a ``note`` under it, and one picture per row (None if there is none)."""
 
     title: str
     note: str
@@ -58,7 +58,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A text, its best photos, and the rank (from 1) of the right photo for the student and before training."""
+    """A text, its best photos, and the rank (from 1) of the right photo for the student and the untrained student."""
 
     text: str
     hits: list[Hit]
@@ -81,14 +81,14 @@ class Search:
 
     @property
     def found_before(self) -> int | None:
-        """The same before training, or None where the untrained student is not there."""
+        """The same for the untrained student; None without it."""
         ranks = [query.rank_before for query in self.queries]
         return None if any(rank is None for rank in ranks) else sum(rank == 1 for rank in ranks)
 
 
 @dataclass(slots=True)
 class Models:
-    """What the pictures are made with; each may be missing."""
+    """The models of a run; each may be missing."""
 
     student: Model | None = None
     untrained: Model | None = None
@@ -106,10 +106,10 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 
 def gallery_images(recipe: Recipe | None, count: int = 6) -> list[tuple[str, Image.Image]]:
-    """Images that the student was not trained on, half photos and half scenes; else what the recipe's sources hold.
+    """Held-out images, half photos and half scenes; if neither is installed, images of the recipe's sources.
 
     Returns:
-        Up to ``count`` pairs of name and image; empty where no source can be opened.
+        Up to ``count`` pairs of name and image; empty if no source can be opened.
     """
     photos, scenes = _open({"kind": "photos", "split": "heldout"}), _open({"kind": "scenes", "split": "test"})
     found: list[tuple[str, Image.Image]] = []
@@ -130,8 +130,8 @@ def gallery_images(recipe: Recipe | None, count: int = 6) -> list[tuple[str, Ima
 def _open(options: Mapping[str, Any]) -> Source | None:
     try:
         source = build("sources", options)
-        return source if len(source) else None  # the length opens a bundled archive, which may be missing
-    except AggloError:  # not installed here: the page says what it shows, and shows what there is
+        return source if len(source) else None  # opens a bundled archive, which may be missing
+    except AggloError:  # not installed
         return None
 
 
@@ -151,18 +151,18 @@ def _read(source: Source, order: Sequence[int], count: int) -> list[tuple[str, I
     return found
 
 
-# --- what they see ----------------------------------------------------------------------------------------------------
+# --- gallery ----------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, Image.Image]]) -> Gallery:
-    """Images beside the PCA pictures of every model's spatial map; one basis a column, fitted over all images.
+    """Images beside the PCA pictures of every model's spatial map; one basis per column, fitted over all images.
 
-    Beside each teacher stands what the student's head for it answers, painted with the teacher's own basis: equal
-    colours mean equal features.
+    The output of the student's head for a teacher stands beside the teacher, in the teacher's basis: equal colours
+    mean equal features.
 
     Raises:
-        ValueError: there is no image, or no model to show.
+        ValueError: no image, or no model with a spatial map.
     """
     if not images:
         raise ValueError("no image source could be opened")
@@ -173,7 +173,7 @@ def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, I
     stride = 16 if guide is None else guide.spec.stride
     batch = torch.stack([to_tensor(square(image, side), name) for name, image in images])
     wanted = _dense_teachers(models, recipe)
-    answers: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     for title, note, model in (
         ("untrained", "before step 0", models.untrained),
         ("student", "after training", models.student),
@@ -183,15 +183,15 @@ def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, I
         heads = [name for name in wanted if name in model.heads] if model is models.student else []
         output = model(batch, heads=heads)
         columns.append(_column(title, note, output.spatial))
-        answers |= {name: f.spatial for name, f in output.heads.items() if f.spatial is not None}
+        outputs |= {name: f.spatial for name, f in output.heads.items() if f.spatial is not None}
     for name in wanted:
         teacher = models.teachers[name]
         spatial = teacher(resize(batch, teacher.input_size((side, side), stride))).spatial
         columns.append(_column(name, "teacher", spatial))
-        if name in answers and len(wanted) <= IMITATED:
-            columns.append(_column(f"student as {name}", "in the same basis", answers[name], basis=spatial))
+        if name in outputs and len(wanted) <= IMITATED:
+            columns.append(_column(f"student as {name}", "in the same basis", outputs[name], basis=spatial))
     if len(columns) == 1:
-        raise ValueError("neither a student nor a teacher with a spatial map is there")
+        raise ValueError("no student and no teacher with a spatial map")
     return Gallery(names, columns)
 
 
@@ -202,12 +202,12 @@ def _dense_teachers(models: Models, recipe: Recipe | None) -> list[str]:
 
 def _column(title: str, note: str, maps: Tensor | None, *, basis: Tensor | None = None) -> Column:
     if maps is None:
-        raise ValueError(f"{title} gave no spatial map")
+        raise ValueError(f"{title} returned no spatial map")
     fitted = pca_basis(list(maps if basis is None else basis))
     return Column(title, note, [pca_picture(one, fitted, (SHOWN, SHOWN)) for one in maps])
 
 
-# --- what they find ---------------------------------------------------------------------------------------------------
+# --- text search -----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -216,23 +216,23 @@ def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 
 
     Args:
         models: the student, and the untrained one for comparison.
-        recipe: its ``retrieval`` eval, if any, says at which size photos are looked at.
-        top: photos kept of a ranking.
-        limit: most queries shown.
+        recipe: its ``retrieval`` eval, if any, gives the input size and the template.
+        top: number of photos kept per text.
+        limit: number of texts.
 
     Raises:
         TypeError: the student has no text-aligned head.
         AggloError: the photos are not installed.
     """
     if models.student is None:
-        raise ValueError("there is no trained model in this run folder")
+        raise ValueError("the run folder has no trained model")
     head = models.student.text_head()
     photos = build("sources", {"kind": "photos", "split": "heldout"})
-    asked = [photos.query(i) for i in range(len(photos))]
+    queried = [photos.query(i) for i in range(len(photos))]
     images = [photos.read(i) for i in range(len(photos))]
     side = search_size(models.student, recipe)
     batch = torch.stack([to_tensor(square(image, side)) for image in images])
-    queries = list(dict.fromkeys(asked))[:limit]
+    queries = list(dict.fromkeys(queried))[:limit]
     template = (
         next((str(e.get("template")) for e in recipe.evals if e.get("kind") == "retrieval"), "{}") if recipe else "{}"
     )
@@ -245,19 +245,19 @@ def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 
     results = []
     for row, query in enumerate(queries):
         order = scores[row].argsort(descending=True, stable=True).tolist()
-        hits = [Hit(photos.name(i), thumbs[i], float(scores[row, i]), asked[i] == query) for i in order[:top]]
-        old = None if before is None else _rank(before[row], asked, query)
-        results.append(Query(query, hits, _rank(scores[row], asked, query), old))
+        hits = [Hit(photos.name(i), thumbs[i], float(scores[row, i]), queried[i] == query) for i in order[:top]]
+        old = None if before is None else _rank(before[row], queried, query)
+        results.append(Query(query, hits, _rank(scores[row], queried, query), old))
     return Search(results, len(photos), head)
 
 
-def _rank(scores: Tensor, asked: Sequence[str], query: str) -> int:
+def _rank(scores: Tensor, queried: Sequence[str], query: str) -> int:
     order = scores.argsort(descending=True, stable=True).tolist()
-    return 1 + next(place for place, index in enumerate(order) if asked[index] == query)
+    return 1 + next(rank for rank, index in enumerate(order) if queried[index] == query)
 
 
 def search_size(model: Model, recipe: Recipe | None) -> int:
-    """The side at which the recipe's ``retrieval`` eval looks at photos; else the model's own, at least 224."""
+    """The ``size`` of the recipe's ``retrieval`` eval; else the model's preferred size, at least 224."""
     for entry in recipe.evals if recipe else []:
         if entry.get("kind") == "retrieval" and isinstance(entry.get("size"), int):
             return _legal(model, int(entry["size"]))
@@ -265,5 +265,5 @@ def search_size(model: Model, recipe: Recipe | None) -> int:
 
 
 def _legal(model: Model, side: int) -> int:
-    """The side nearest to ``side`` that a model can take: whole windows, where it looks through windows."""
+    """The nearest legal side: a multiple of the patch, or of a whole window."""
     return nearest_size((side, side), model.step())[0]

@@ -1,1 +1,1 @@
-"""Results of evals as they are kept: records, what identifies them, tables, and the comparison of two models."""
+"""Results of evals: records, the hashes that identify them, tables, and the comparison of two models."""

@@ -1,4 +1,4 @@
-"""Two models on the same images: how sure a difference is, in which classes it lies, which images changed."""
+"""Compare two models on the same images: bootstrap intervals, and the classes and images that changed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _BLOCK = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean difference ``b - a`` over images, and how far it may be off.
+    """A mean difference ``b - a`` over images and its 95 % interval.
 
     Args:
-        metric: of each image.
-        images: how many.
+        metric: recorded per image.
+        images: their number.
         a, b: the two means.
         difference: ``b - a``.
-        low, high: its 95 % interval by paired bootstrap over images.
-        better: share of the samples in which b is above a, ties counted half.
+        low, high: the interval, by paired bootstrap over images.
+        better: share of the bootstrap samples in which b is above a; ties count half.
     """
 
     metric: str
@@ -39,7 +39,7 @@ class Interval:
 
     @property
     def sure(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -49,13 +49,13 @@ class Compared:
 
     Args:
         name: of the results.
-        metrics: metric → ``(a, b)``, of all that both have.
-        lower_is_better: of them.
-        intervals: of the metrics that are known image by image.
-        classes: metric → ``(class, a, b)``, the greatest change first.
-        changed: metric → ``(image, a, b)``, the greatest change first; images with equal values are left out.
-        why: they cannot be compared; everything else is empty then.
-        notes: what a reader must know.
+        metrics: metric → ``(a, b)``, of the metrics that both have.
+        lower_is_better: the metrics that are better when lower.
+        intervals: of the metrics recorded per image.
+        classes: metric → ``(class, a, b)``, the largest change first.
+        changed: metric → ``(image, a, b)``, the largest change first; images with equal values are left out.
+        why: the reason why the results do not compare; everything else is then empty.
+        notes: remarks.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Compared:
 def compare(a: Result, b: Result, a_images: PerImage | None, b_images: PerImage | None, seed: int = 0) -> Compared:
     """Compare one eval of two models; the same seed gives the same intervals.
 
-    Results of other settings or other data are not compared: ``why`` says what differs.
+    Results with other settings or other data are not compared; ``why`` names the difference.
     """
     if a.column != b.column:
         chosen = "; ".join(differences(a.settings, b.settings)) if a.protocol != b.protocol else ""
@@ -80,17 +80,17 @@ def compare(a: Result, b: Result, a_images: PerImage | None, b_images: PerImage 
     metrics = {name: (a.metrics[name], b.metrics[name]) for name in a.metrics if name in b.metrics}
     lower = frozenset(a.lower_is_better)
     if a_images is None or b_images is None:
-        return Compared(a.name, metrics, lower, notes=("nothing is recorded image by image",))
+        return Compared(a.name, metrics, lower, notes=("no values per image are recorded",))
     intervals, changed, notes = [], {}, []
-    for metric, ours in a_images.images.items():
-        theirs = b_images.images.get(metric, {})
-        names = [name for name in ours if name in theirs]
-        alone = len(ours) + len(theirs) - 2 * len(names)
-        if alone:
-            notes.append(f"{metric}: {alone} images are known of one model only and left out")
+    for metric, first in a_images.images.items():
+        second = b_images.images.get(metric, {})
+        names = [name for name in first if name in second]
+        unpaired = len(first) + len(second) - 2 * len(names)
+        if unpaired:
+            notes.append(f"{metric}: {unpaired} images have a value for one model only and are left out")
         if not names:
             continue
-        x, y = (np.array([values[name] for name in names]) for values in (ours, theirs))
+        x, y = (np.array([values[name] for name in names]) for values in (first, second))
         intervals.append(bootstrap(metric, x, y, seed))
         changed[metric] = _sorted((name, float(p), float(q)) for name, p, q in zip(names, x, y, strict=True))
     classes = {
@@ -109,19 +109,19 @@ def _sorted(rows: Iterable[tuple[str, float, float]]) -> list[tuple[str, float, 
 
 
 def bootstrap(metric: str, a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Paired bootstrap (Efron 1979): images are drawn with replacement, both models on the same ones.
+    """Paired bootstrap (Efron 1979): images are drawn with replacement, the same for both models.
 
     Args:
-        metric: for the result.
+        metric: name of the result.
         a, b: ``(N,)`` values of the same images.
         seed: of the draws.
-        draws: how many samples.
+        draws: number of samples.
 
     Raises:
-        ResultError: there is no image, or the arrays differ in length.
+        ResultError: no images, or arrays of different length.
     """
     if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise ResultError(f"{metric}: {a.shape} and {b.shape} are not two values of the same images")
+        raise ResultError(f"{metric}: shapes {a.shape} and {b.shape} are not values of the same images")
     gap = b.astype(np.float64) - a.astype(np.float64)
     random = np.random.default_rng(seed)
     means = []

@@ -1,4 +1,4 @@
-"""What identifies a result: hashes of a model's weights, of the images it saw, of the settings it was measured with."""
+"""Hashes that identify a result: of the model's weights, of the images and their ground truth, of the settings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from agglo.sources.base import Source
 from agglo.types import ImageError
 
 PLACES = frozenset({"path", "shards", "dataset", "revision"})
-"""Keys of sources that say where files lie on one machine. The files themselves are in the data's hash."""
+"""Keys of sources that locate files on one machine. The content of the files is in the data's hash."""
 
 SAMPLE = 16
-"""Images whose content is part of a data set's hash; of all others name and label are."""
+"""Number of images hashed by content; the others by name and label."""
 
 
 def settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """An eval's ``{"kind": ..., **keys}`` with every default filled in, those of its sources too, as JSON data.
+    """An eval's options with all defaults, those of its sources included, as JSON data.
 
     Raises:
         ConfigError: the options do not fit.
@@ -41,7 +41,7 @@ def settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable(complete: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the places of files: the same on every machine."""
+    """Settings without paths: equal on every machine."""
 
     def strip(value: Any, inside: bool) -> Any:
         if isinstance(value, Mapping):
@@ -52,18 +52,18 @@ def portable(complete: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def protocol_hash(complete: Mapping[str, Any], **more: Any) -> str:
-    """Of everything that was chosen: the settings, the eval's ``revision``, and what the program added.
+    """Hash of the settings, the eval's ``revision`` and ``more``.
 
     Args:
         complete: from :func:`settings`.
-        more: what else changes the numbers, JSON-able (the teachers of ``agreement``).
+        more: other JSON data that the numbers depend on (the teachers of ``agreement``).
     """
     revision = getattr(find("evals", str(complete["kind"])), "revision", 1)
     return _digest({"settings": portable(complete), "revision": revision, **more})
 
 
 def sources_of(complete: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The options of each source that an eval reads, by the name of its key (``train``, ``test``, ``sources.0``)."""
+    """The options of each source of an eval by its key (``train``, ``test``, ``sources.0``)."""
     found: dict[str, Mapping[str, Any]] = {}
     for key, value in complete.items():
         if NESTED.get(key) == "sources":
@@ -75,21 +75,21 @@ def sources_of(complete: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def data_hash(source: Source) -> str:
-    """Of images and of what is known of them: :func:`images_hash`, and the ground truth where the source has any."""
+    """Hash of the images (:func:`images_hash`) and of their ground truth, if there is any."""
     images, truth = images_hash(source), truth_hash(source)
     return images if truth is None else hashlib.sha256(f"{images} {truth}".encode()).hexdigest()[:16]
 
 
 def images_hash(source: Source) -> str:
-    """Of a set of images alone: how many, their names and labels, and the content of :data:`SAMPLE` of them.
+    """Hash of a set of images: their number, names and labels, and the content of :data:`SAMPLE` of them.
 
-    The root folder's own name is no part of it, so that a data set may lie anywhere.
+    The root folder's name is left out, so that a data set may be moved.
     """
     label: Callable[[int], Any] | None = getattr(source, "label", None)
     digest = hashlib.sha256(str(len(source)).encode())
     for index in range(len(source)):
         name = source.name(index)
-        if hasattr(source, "file"):  # the folder's own name comes first: the same data set may have another one
+        if hasattr(source, "file"):  # the root folder's name comes first
             name = name.partition("/")[2]
         digest.update(f"{name}\t{None if label is None else label(index)}\n".encode())
     for index in sorted({i * len(source) // SAMPLE for i in range(SAMPLE)}) if len(source) else ():
@@ -102,11 +102,11 @@ def images_hash(source: Source) -> str:
 
 
 def model_hash(model: object, *more: Any) -> str:
-    """Of a model's configuration and every number in it.
+    """Hash of a model's configuration and of all its tensors.
 
     Args:
         model: a Model, a Teacher, anything that encodes images.
-        more: what it was built from, JSON-able.
+        more: the options that it was built from, JSON data.
     """
     config: Callable[[], Mapping[str, Any]] | None = getattr(model, "config", None)
     known = {k: v for k, v in config().items() if k != "provenance"} if callable(config) else _plain(model)
@@ -121,7 +121,7 @@ def model_hash(model: object, *more: Any) -> str:
 
 
 def _plain(model: object) -> dict[str, Any]:
-    """What was given to the constructor and is still there under that name: numbers, words or lists of them."""
+    """The constructor's arguments that the object keeps under the same name: numbers, strings or lists of them."""
     simple = (int, float, str, bool, type(None))
     found = {name: vars(model).get(name) for name in inspect.signature(type(model).__init__).parameters}
     return {
@@ -138,7 +138,7 @@ def takes_teachers(kind: str) -> bool:
 
 
 def file_name(text: str) -> str:
-    """A name of a model, a file or a repository as one part of a path."""
+    """A name of a model, a file or a repository as one component of a path."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "model"
 
 

@@ -1,4 +1,4 @@
-"""The files that an eval's own keys name: where they lie is no part of a measurement, what they hold is."""
+"""File-valued options of evals: a file is identified by its content, not by its path."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from agglo.config import find
 from agglo.types import ConfigError
 
 GIVEN = "given"
-"""Stands in settings for the place of a file of data."""
+"""Replaces the path of a data file in settings."""
 
 SAMPLE = 16
-"""Files whose content is part of the hash of a folder of data; of all others name and size are."""
-
+"""Number of files of a data folder that are hashed by content; the others by name and size."""
 
 LARGE = 64 * 2**20
-"""Bytes from which on a file that was hashed is not read again while its size and time stay."""
+"""Files of at least this many bytes are hashed once per size and modification time."""
 
 
 def places_of(complete: Mapping[str, Any]) -> Mapping[str, str]:
-    """Key → role of the files that it names, as :attr:`agglo.evals.base.Eval.places` has it."""
+    """Key → role of its files (:attr:`agglo.evals.base.Eval.places`)."""
     return getattr(find("evals", str(complete["kind"])), "places", {})
 
 
 def without_places(complete: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that are the same wherever the files lie.
+    """Settings that do not depend on the location of files.
 
-    Files of data are named as given or not, weights in a folder by what they hold; answers and places that are written
-    to are left out.
+    The path of a data file becomes :data:`GIVEN`, that of weights the hash of their content; answers and outputs are
+    left out.
 
     Raises:
-        ConfigError: a folder of weights that cannot be read.
+        ConfigError: weights cannot be read.
     """
     roles, found = places_of(complete), {}
     for key, value in complete.items():
         role = roles.get(key)
         place = Path(os.path.expanduser(value)) if role == "weights" and isinstance(value, str) and value else None
         if role is None or (role == "weights" and (place is None or not place.exists())):
-            found[key] = value  # weights that lie nowhere here are a name on the hub
+            found[key] = value  # no such path: a name on the hub
         elif place is not None:
             found[key] = f"content {digest(place, key)}"
         elif role == "data":
@@ -51,14 +50,14 @@ def without_places(complete: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_of(complete: Mapping[str, Any], made: Any) -> dict[str, dict[str, Any]]:
-    """What a result says of each file or folder of data: ``{"truth": {"source": ..., "hash": ...}}``.
+    """The record of each file or folder of data: ``{"truth": {"source": ..., "hash": ...}}``.
 
     Args:
         complete: from :func:`agglo.results.identity.settings`.
-        made: the eval, which knows the files of a folder that it reads.
+        made: the eval; it lists the files that it reads of a folder.
 
     Raises:
-        ConfigError: one that cannot be read.
+        ConfigError: a file cannot be read.
     """
     found = {}
     for name, key, path in _named(complete, "data"):
@@ -68,16 +67,16 @@ def data_of(complete: Mapping[str, Any], made: Any) -> dict[str, dict[str, Any]]
 
 
 def answers_of(complete: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of each file of answers: of what another program made of the model, and what is measured here.
+    """The hash of each file of answers (another program's output for the model).
 
     Raises:
-        ConfigError: one that cannot be read.
+        ConfigError: a file cannot be read.
     """
     return {name: digest(path, key) for name, key, path in _named(complete, "answers")}
 
 
 def writes(complete: Mapping[str, Any]) -> bool:
-    """Whether the eval writes files, so that its numbers alone are not all that is wanted of it."""
+    """Whether the eval writes files."""
     return any(True for _ in _named(complete, "output"))
 
 
@@ -91,17 +90,16 @@ def _named(complete: Mapping[str, Any], role: str) -> Iterator[tuple[str, str, P
 
 
 def digest(path: Path, key: str, only: Sequence[str] | None = None, *, sample: bool = False) -> str:
-    """Of what a file holds; of a folder, of its files and their names below it. Hidden files do not count.
+    """Hash of a file's content, or of a folder's files and their relative names. Hidden files are ignored.
 
     Args:
         path: a file or a folder.
-        key: that names it, for messages.
-        only: the files of the folder that count, by their names below it; None: all. Those that are not there count
-            as that.
-        sample: of a folder, names and sizes count, and the content of :data:`SAMPLE` files only.
+        key: of the option, for error messages.
+        only: relative names of the folder's files to hash, existing or not; None for all.
+        sample: of a folder, hash names, sizes and the content of :data:`SAMPLE` files.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file or folder cannot be read.
     """
     try:
         if not path.is_dir():
@@ -117,9 +115,7 @@ def digest(path: Path, key: str, only: Sequence[str] | None = None, *, sample: b
             found.update(f"{name}\t{size}\t{_content(file) if index in whole and size >= 0 else ''}\n".encode())
         return found.hexdigest()[:16]
     except OSError as error:
-        raise ConfigError(
-            f"{key}: {path} cannot be read ({error.strerror or error}): name a file that is there"
-        ) from error
+        raise ConfigError(f"{key}: {path} cannot be read ({error.strerror or error}): name an existing file") from error
 
 
 def _below(path: Path) -> Iterator[str]:
@@ -138,7 +134,7 @@ def _content(file: Path) -> str:
 
 @lru_cache(256)
 def _hashed(file: str, size: int, time: int) -> str:
-    """Gigabytes of weights are read once, as long as their size and time are those of before."""
+    """Hash of a large file; cached by size and modification time."""
     found = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(LARGE):

@@ -142,7 +142,9 @@ def _cell(result: Result) -> tuple[str, ...]:
 
 
 def columns(results: Sequence[Result], *, headlines: bool = False) -> list[Column]:
-    """Every column, by eval in the order of the results; of one row, eval and protocol the newest number counts.
+    """Every column, by eval in the order of the results, those of a run's student first.
+
+    Of one row, eval and protocol the newest number counts.
 
     Args:
         results: of any number of models.
@@ -150,7 +152,7 @@ def columns(results: Sequence[Result], *, headlines: bool = False) -> list[Colum
     """
     called = labels(results)
     found: dict[tuple[str, str, str, str], Column] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result.model.get("role") != STUDENT):
         for metric in _headlines(result) if headlines else result.metrics:
             key = (result.name, metric, *result.column)
             lower = metric in result.lower_is_better

@@ -1,4 +1,4 @@
-"""The ground truth as a part of a data set's hash: masks, maps, key points, captions, queries."""
+"""Hash of a source's ground truth: masks, maps, key points, captions, queries."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
 
 TRUTHS = 64
-"""Images, spread over the source, whose annotation is part of the hash where reading every one would take long."""
+"""Number of images, spread over the source, whose annotation is hashed if reading all would take long."""
 
 ALL_BYTES = 64 * 2**20
-"""Files of annotations are hashed one and all where they take no more than this together."""
+"""All annotation files are hashed if their total size is at most this."""
 
 
 def truth_hash(source: Source) -> str | None:
-    """Of what a source knows beside labels; None where it knows nothing.
+    """Hash of a source's ground truth beside labels; None if it has none.
 
     - ``query(index)`` and ``captions(index)`` of every image, and all ``pairs()``;
-    - ``annotation_files(index)``: the size of every file, and the content of all where they are small together
-      (:data:`ALL_BYTES`), else of those of :data:`TRUTHS` images;
+    - ``annotation_files(index)``: the size of every file, and the content of all files up to :data:`ALL_BYTES`
+      together, else of those of :data:`TRUTHS` images;
     - without such files, ``annotation(index)`` of :data:`TRUTHS` images.
     """
     digest, found = hashlib.sha256(), False
     for name in ("query", "captions"):
-        words: Callable[[int], Any] | None = getattr(source, name, None)
-        if words is not None:
+        of: Callable[[int], Any] | None = getattr(source, name, None)
+        if of is not None:
             found = True
-            _feed(digest, [words(index) for index in range(len(source))])
+            _feed(digest, [of(index) for index in range(len(source))])
     pairs: Callable[[], Iterable[Any]] | None = getattr(source, "pairs", None)
     if callable(pairs):
         found = True
@@ -53,7 +53,7 @@ def truth_hash(source: Source) -> str | None:
 
 
 def _readable(get: Callable[[], Any]) -> Any:
-    """What ``get`` returns. One that cannot be read is for the eval to tell, which may not even look at it."""
+    """What ``get`` returns, or a constant if it cannot be read: the eval raises if it needs that file."""
     try:
         return get()
     except (ImageError, ConfigError):
@@ -62,7 +62,7 @@ def _readable(get: Callable[[], Any]) -> Any:
 
 def _feed_files(digest: Any, files: Sequence[tuple[Path, ...]], chosen: Sequence[int]) -> None:
     sizes = {file: _size(file) for file in dict.fromkeys(file for each in files for file in each)}
-    _feed(digest, list(sizes.values()))  # not their times, which differ between copies of one data set
+    _feed(digest, list(sizes.values()))  # modification times differ between copies of a data set
     whole = sum(sizes.values()) <= ALL_BYTES
     for file in sizes if whole else dict.fromkeys(file for index in chosen for file in files[index]):
         try:
@@ -79,7 +79,7 @@ def _size(file: Path) -> int:
 
 
 def _feed(digest: Any, value: Any) -> None:
-    """Add a value so that no two that differ look the same: arrays by type, shape and bytes, objects by their parts."""
+    """Add a value unambiguously: arrays by type, shape and bytes, objects by their fields."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
