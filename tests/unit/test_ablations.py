@@ -1,4 +1,4 @@
-"""The ablations' verdicts: a difference counts where it is larger than what seeds make of it."""
+"""Verdicts of the ablations: a difference counts if it exceeds the spread of the seeds."""
 
 import sys
 from pathlib import Path

@@ -186,11 +186,11 @@ def test_spair_pairs_have_points_boxes_and_categories(tmp_path: Path) -> None:
 
 
 def test_navi_geometry_is_consistent_between_views(tmp_path: Path) -> None:
-    """A point of the wall, lifted with one view's depth and camera, falls where the other camera sees it."""
+    """A point of the wall, lifted with the depth and camera of one view, projects correctly into the other."""
     import torch
 
     made = source("navi", tmp_path)
-    assert len(made) == 3  # one image is of the other split
+    assert len(made) == 3  # one image belongs to the other split
     assert [(pair.first, pair.second) for pair in made.pairs()] == [(0, 1), (1, 2)]
     one, two = made.annotation(0), made.annotation(1)
     assert np.allclose(one.depth, 0.5, atol=2e-4)

@@ -114,7 +114,7 @@ def test_a_map_of_another_shape_is_refused() -> None:
 def test_shifts_follow_the_rounded_normal_and_are_pure_functions() -> None:
     drawn = torch.cat([draw_shifts(3, step, 1, 64, 0.5) for step in range(200)])
     shares = {m: (drawn == m).double().mean().item() for m in range(-2, 3)}
-    assert shares[0] == pytest.approx(0.683, abs=0.01)  # METHOD 2.4
+    assert shares[0] == pytest.approx(0.683, abs=0.01)  # docs/method.md, 2.4
     assert shares[1] == pytest.approx(0.157, abs=0.01)
     assert shares[-1] == pytest.approx(0.157, abs=0.01)
     assert drawn.abs().max() <= max_shift(0.5) == 2

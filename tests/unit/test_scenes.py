@@ -1,4 +1,4 @@
-"""The bundled scenes archive: what it holds, and that its geometry is true."""
+"""The bundled scenes archive: contents and consistent geometry."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_masks_and_objects(annotations: list[SceneAnnotation], everything: Scene
         assert subject.pixels == max(item.pixels for item in note.objects)
 
 
-def test_captions_name_what_shows(annotations: list[SceneAnnotation], everything: Scenes) -> None:
+def test_captions_name_visible_objects(annotations: list[SceneAnnotation], everything: Scenes) -> None:
     for note in annotations:
         shown = {item.category for item in note.objects if item.pixels}
         subject = everything.classes[note.label]
@@ -108,8 +108,8 @@ def test_depth_is_metric_and_finite(annotations: list[SceneAnnotation]) -> None:
         np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-9)
         assert np.linalg.det(pose[:3, :3]) == pytest.approx(1)
         world = np.einsum("ij,jhw->ihw", pose[:3, :3].T, unit_rays(note) * note.depth - pose[:3, 3, None, None])
-        assert world[2].min() > -0.02  # nothing lies under the floor (a rug's bare floor is 14 mm lower)
-        for item in note.objects:  # what stands in the scene is of toy size
+        assert world[2].min() > -0.02  # no point lies under the floor (the bare floor beside a rug is 14 mm lower)
+        for item in note.objects:  # objects have toy size
             extent = np.ptp(world[:, note.instances == item.instance], axis=1)
             assert extent.max() < 0.9
 
@@ -168,7 +168,7 @@ def test_normals_agree_with_depth(annotations: list[SceneAnnotation]) -> None:
         assert smooth.mean() > 0.5 and np.median(angle) < 2 and np.mean(angle < 15) > 0.9
 
 
-def test_bad_split_names_the_legal_ones() -> None:
+def test_unknown_split_error_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="train, val, test, all"):
         Scenes(split="dev")
 

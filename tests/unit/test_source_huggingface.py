@@ -208,7 +208,7 @@ def test_classes_from_the_label_column(tmp_path):
     rows(3, species=(kinds, [1, 0, None]), colour=(datasets.Value("string"), ["red", "blue", "red"])).save_to_disk(
         tmp_path / "pets"
     )
-    named = HuggingFace(dataset=str(tmp_path / "pets"))  # the only ClassLabel, not the column called `label`
+    named = HuggingFace(dataset=str(tmp_path / "pets"))  # the only ClassLabel, not the column named `label`
     assert named.classes == ("cat", "dog")
     assert [named.label(i) for i in range(3)] == [1, 0, None]
     free = HuggingFace(dataset=str(tmp_path / "pets"), label="colour")
