@@ -31,7 +31,10 @@ CONFIGS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glo
 MODELS = [name for name, config in CONFIGS.items() if "args" in config or config.get("layout") == "huggingface"]
 CASES = [pytest.param(name, case, id=f"{name}-{case['id']}") for name in MODELS for case in CONFIGS[name]["cases"]]
 
-pytestmark = pytest.mark.skipif(not MODELS, reason=f"no golden vectors in {FOLDER}: set AGGLO_SHARED")
+pytestmark = [
+    pytest.mark.weights,
+    pytest.mark.skipif(not MODELS, reason=f"no golden vectors in {FOLDER}: set AGGLO_SHARED"),
+]
 
 
 def seeded(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -163,7 +166,6 @@ HALVES = [
 ]
 
 
-@pytest.mark.weights
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("name", "case"), HALVES)
 def test_half_precision_stays_close(name: str, case: dict[str, Any], dtype: torch.dtype) -> None:
@@ -172,7 +174,6 @@ def test_half_precision_stays_close(name: str, case: dict[str, Any], dtype: torc
         assert cosine.min() >= 0.999, (output, float(cosine.min()))
 
 
-@pytest.mark.weights
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_wrapper_says_of_itself(name: str) -> None:
     for case in CONFIGS[name]["cases"]:

@@ -31,6 +31,7 @@ def test_it_decodes_states_its_claim_and_builds(name: str) -> None:
         assert all(size % model.spec.step == 0 for partition in loaded.partitions for size in partition.sizes)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("name", recipe.names())
 def test_its_pocket_size_trains(name: str, tmp_path: Path) -> None:
     loaded = recipe.load(name, smoke=True)

@@ -19,6 +19,8 @@ from agglo.training.step import Stopwatch
 from agglo.types import ConfigError
 from support.training import started, tiny, trace, weights
 
+pytestmark = pytest.mark.training
+
 DEEP = "student.depth=4"
 
 

@@ -16,6 +16,8 @@ from agglo.extras import require
 from agglo.types import AssetError, ConfigError, MissingExtraError
 from agglo.weights import bundled
 
+pytestmark = pytest.mark.weights
+
 HERE = [name for name, entry in bundled.BUNDLED.items() if importlib.util.find_spec(entry.package)]
 
 

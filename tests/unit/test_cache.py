@@ -30,6 +30,8 @@ from agglo.training import loop
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec, StorageError
 from support import training
 
+pytestmark = pytest.mark.training
+
 TINY = {
     **training.TINY,
     "teachers": {

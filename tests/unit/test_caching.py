@@ -15,6 +15,8 @@ from agglo.cli import cache as caching
 from agglo.cli.cache import Pace
 from support.commands import agglo
 
+pytestmark = pytest.mark.processes
+
 RECIPE = """
 name: tiny
 claim: {{summary: nothing}}

@@ -608,6 +608,7 @@ print((peak() - before) / weights)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize(
     ("stored", "suffix"), [(torch.float32, "safetensors"), (torch.float16, "safetensors"), (torch.float16, "pth.tar")]

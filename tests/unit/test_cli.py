@@ -22,6 +22,8 @@ from agglo.model.model import HeadConfig, Model
 from agglo.results.records import read
 from support.commands import agglo
 
+pytestmark = pytest.mark.processes
+
 RECIPE = """
 name: tiny
 claim: {{summary: two steps of nothing, time: a second}}

@@ -16,6 +16,8 @@ from agglo.results.records import read
 from support import datasets as tiny
 from support.commands import agglo
 
+pytestmark = pytest.mark.evals
+
 
 def refused(*arguments: object) -> str:
     result = agglo(*arguments)

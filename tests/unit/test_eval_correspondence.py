@@ -25,6 +25,8 @@ from agglo.sources.base import Source
 from agglo.types import ConfigError, Features, FeatureSpec
 from support.models import Noise, Oracle, Squares
 
+pytestmark = pytest.mark.evals
+
 SIDE, FOCAL, DISTANCE = 32, 32.0, 2.0
 STEP = DISTANCE / FOCAL
 """Metres on the wall that one pixel covers."""

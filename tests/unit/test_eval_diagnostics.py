@@ -24,6 +24,8 @@ from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
 from support.models import Broken, Noise, Oracle, Squares, Student
 
+pytestmark = pytest.mark.evals
+
 
 class Cells(Teacher):
     """Mean colours of cells of eight pixels."""

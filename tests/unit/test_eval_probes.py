@@ -34,6 +34,8 @@ from agglo.model.model import Model
 from agglo.types import ConfigError, Features, FeatureSpec
 from support.models import Broken, Noise, Oracle, Squares
 
+pytestmark = pytest.mark.evals
+
 RNG = np.random.default_rng(0)
 
 

@@ -20,6 +20,8 @@ from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 from support.checkpoints import tiny_sam
 from support.models import Squares, Student
 
+pytestmark = pytest.mark.libraries
+
 pytest.importorskip("transformers")
 
 

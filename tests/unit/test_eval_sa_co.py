@@ -25,6 +25,8 @@ from support import datasets as tiny
 from support.checkpoints import tiny_sam3
 from support.models import Noise, Student
 
+pytestmark = pytest.mark.libraries
+
 pytest.importorskip("scipy")
 SIZE = (20, 30)
 

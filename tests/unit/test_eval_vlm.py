@@ -19,6 +19,8 @@ from agglo.evals.vlm import Vlm, padded
 from agglo.types import ConfigError, Features, FeatureSpec
 from support.models import Noise, Oracle, Squares
 
+pytestmark = pytest.mark.evals
+
 
 class Wide(Squares):
     """Images twice as wide as high."""

@@ -33,6 +33,8 @@ from agglo.types import ConfigError, Features, FeatureSpec, ImageError
 from support import datasets as tiny
 from support.models import COLOURS, Broken, Noise, Oracle, Squares, Student
 
+pytestmark = pytest.mark.evals
+
 
 def squares(kind: type[Eval], count: int = 12, **options: Any) -> Any:
     """An eval over the fake source, one object a split."""

@@ -19,6 +19,8 @@ from agglo.training.rendering import canvases
 from agglo.types import ConfigError
 from support.training import tiny, trace
 
+pytestmark = pytest.mark.training
+
 STRIDE_32 = "student={kind: timm, model: test_convnext}"
 ONE = "teachers={toy: {kind: toy}}"
 

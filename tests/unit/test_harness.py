@@ -26,6 +26,8 @@ from agglo.types import ConfigError, Features, MissingExtraError
 from support import datasets as tiny
 from support.models import Noise
 
+pytestmark = pytest.mark.evals
+
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:

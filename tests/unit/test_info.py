@@ -17,6 +17,8 @@ from agglo.zoo.info import describe
 from agglo.zoo.releases import HUB
 from support.checkpoints import ARGS, official_state
 
+pytestmark = pytest.mark.weights
+
 
 @pytest.mark.parametrize("name", list(HUB))
 def test_every_release_is_described_without_its_weights(name: str) -> None:

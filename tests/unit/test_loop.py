@@ -25,6 +25,8 @@ from agglo.training.step import draw_window
 from agglo.types import AssetError, ConfigError, StorageError
 from support.training import TINY, tiny, trace, weights
 
+pytestmark = pytest.mark.training
+
 
 def test_a_run_leaves_everything_and_lowers_every_term(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

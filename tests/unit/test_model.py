@@ -139,6 +139,7 @@ def test_stages_default_to_what_the_architecture_has() -> None:
     assert Timm(model="test_vit").stages == (5,)  # the last block, not the fourth
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("model", ["mobileone_s0", "fastvit_t8"])
 def test_training_survives_a_strided_pointwise_convolution_of_an_image(model: str) -> None:
     """In another process, because what it proves is that the interpreter is not ended."""

@@ -31,6 +31,8 @@ from agglo.training.folder import resume_command
 from agglo.types import ConfigError
 from support.training import tiny, trace, weights, write_images
 
+pytestmark = pytest.mark.processes
+
 # All that is random a sample, and masks.
 MANY = [
     "data.views.shift=0.5", "losses.mesa={kind: se_mesa, weight: 1.0, ramp: 2}", "train.steps=4", "train.save_every=2",

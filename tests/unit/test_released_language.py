@@ -16,6 +16,8 @@ import agglo
 from agglo.cli.main import app
 from support.checkpoints import ARGS, TEACHERS, official_state, tiny_siglip2
 
+pytestmark = pytest.mark.libraries
+
 TEXT_WIDTH = 40
 
 

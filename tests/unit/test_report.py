@@ -26,6 +26,8 @@ from agglo.results.records import Result, append
 from agglo.results.tables import number, signed
 from agglo.types import ConfigError
 
+pytestmark = pytest.mark.evals
+
 NASTY = "<script>alert('x')</script>&\"quoted\""
 RECIPE: dict[str, Any] = {
     "name": "tiny",

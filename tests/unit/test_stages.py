@@ -11,6 +11,8 @@ from agglo.training import loop
 from agglo.types import ConfigError
 from support.training import tiny, trace
 
+pytestmark = pytest.mark.training
+
 STAGES = 'stages=[{name: low, teachers: [toy, dense]}, {name: high, set: ["partitions=[{sizes: [64], batch: 2}]"]}]'
 
 

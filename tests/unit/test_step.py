@@ -24,6 +24,8 @@ from agglo.training.step import Stopwatch, one_step
 from agglo.types import ConfigError
 from support.training import started, tiny, trace, weights
 
+pytestmark = pytest.mark.training
+
 EVERYTHING = (
     "data.views.shift=0.8", "losses.mesa={kind: se_mesa}", "train.windows=[2]", "train.window_share=1.0",
     "train.damp=0.1", "train.spectral=true", "data.views.mixup=1.0",

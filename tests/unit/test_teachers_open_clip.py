@@ -17,6 +17,8 @@ from agglo.teachers import open_clip as kind
 from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
 
+pytestmark = pytest.mark.libraries
+
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
 

