@@ -4,7 +4,7 @@
 >>> model = agglo.load("agglo-lite")
 >>> output = model("cup.jpg")        # output.summary (1, D), output.spatial (1, D', H, W), output.heads[teacher]
 
-The names below are found when they are first used, so that ``import agglo`` stays fast: it does not import torch.
+Public names are imported when first used, so that ``import agglo`` is fast and does not import torch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Several processes that train one model: which of them this is, and what they tell each other.
+"""Ranks, devices and collectives of distributed training.
 
-torchrun describes the processes in the environment; :func:`process_group` joins them. Every
-function here also works in a single process, where it costs nothing and changes nothing.
-
-Tensors on the CPU travel by gloo and tensors on a GPU by NCCL, so agreeing on a number that the host knows does not
-wait for the device.
+torchrun sets the environment; :func:`process_group` initialises the group. In a single process every function is a
+no-op or the identity. CPU tensors are reduced by gloo and GPU tensors by NCCL, so a collective on a host value does not
+synchronise the device.
 """
 
 from __future__ import annotations
@@ -22,44 +20,41 @@ from agglo.types import AggloError, ConfigError
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others, which may be writing a checkpoint or solving for eigenvectors."""
+_TIMEOUT = timedelta(minutes=30)
+"""Of a collective: another process may be writing a checkpoint or solving for eigenvectors."""
 
-_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class OtherRankError(AggloError, RuntimeError):
-    """Another process of the run cannot go on, and says why; this one stops with it."""
-
-
-# --- who is who -------------------------------------------------------------------------------------------------------
+    """Another process of the run failed, so that this one stops too."""
 
 
 def rank() -> int:
-    """The number of this process in the group, from 0."""
+    """Rank of this process; 0 outside :func:`process_group`."""
     return distributed.get_rank() if _grouped() else 0
 
 
 def world_size() -> int:
-    """How many processes train together; 1 outside :func:`process_group`."""
+    """Number of processes; 1 outside :func:`process_group`."""
     return distributed.get_world_size() if _grouped() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and talks."""
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def launch_rank() -> tuple[int, int]:
-    """``(rank, processes)`` as torchrun says in the environment, before and after there is a group.
+    """``(rank, world size)`` from torchrun's environment variables; usable before :func:`process_group`.
 
     Raises:
-        ConfigError: ``WORLD_SIZE`` is set and the rest is not.
+        ConfigError: ``WORLD_SIZE`` is set and other variables are not.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         return 0, 1
-    missing = [name for name in _TOLD if not os.environ.get(name)]
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if missing:
         raise ConfigError(
             f"WORLD_SIZE is {size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start "
@@ -72,14 +67,14 @@ def launch_rank() -> tuple[int, int]:
 
 
 def local_slice(count: int) -> slice:
-    """This process's part of what is drawn for all: of ``count * world_size()`` samples, ``count`` in a row."""
+    """Slice of this rank's ``count`` samples among the ``count * world_size()`` of all ranks."""
     return slice(rank() * count, (rank() + 1) * count)
 
 
 def uniform(shape: Sequence[int], *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Uniform numbers in [0, 1), the first axis this process's samples: those that one process alone would draw.
+    """Uniform numbers in [0, 1); the first axis is this rank's part of the samples that one process would draw.
 
-    Processes whose generators are in one state draw different numbers, and stay in one state.
+    Every rank draws the numbers of all ranks, so that equal generator states stay equal.
     """
     count, *rest = shape
     return torch.rand(world_size() * count, *rest, device=device, dtype=dtype)[local_slice(count)]
@@ -87,12 +82,12 @@ def uniform(shape: Sequence[int], *, device: torch.device, dtype: torch.dtype | 
 
 @contextlib.contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """While it lasts, each process draws numbers of its own; afterwards all draw what they would have drawn without it.
+    """Give each rank a different random state inside the context; the state outside is not affected.
 
-    For what draws by itself and cannot ask :func:`uniform`, such as another library's stochastic depth.
+    For random operations that cannot use :func:`uniform`, such as another library's stochastic depth.
 
     Args:
-        device: where it draws, beside the CPU.
+        device: whose generator is forked, in addition to the CPU's.
     """
     if world_size() == 1:
         yield
@@ -103,13 +98,13 @@ def forked_rng(device: torch.device) -> Iterator[None]:
 
 
 def local_device(device: str | None) -> str | None:
-    """The device of this process: ``cuda`` is the GPU of its local rank.
+    """The device of this process; ``cuda`` becomes the GPU of its local rank.
 
     Args:
-        device: what was asked for; None for GPUs where there are any. In one process it comes back as it is.
+        device: the requested device; None for GPUs if available. Returned unchanged in a single process.
 
     Raises:
-        ConfigError: a device that several processes cannot have, or more processes than GPUs.
+        ConfigError: a device that several processes cannot share, or more processes than GPUs.
     """
     if launch_rank()[1] == 1:
         return device
@@ -118,26 +113,26 @@ def local_device(device: str | None) -> str | None:
         return kind
     if kind != "cuda":
         raise ConfigError(
-            f"--device {kind}: each process of several has a GPU of its own, or all use the CPU: --device cuda or cpu"
+            f"--device {kind}: several processes need one GPU each or the CPU; use --device cuda or --device cpu"
         )
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= gpus:
         raise ConfigError(
-            f"process {local} of this machine has no GPU: there are {gpus}; torchrun --nproc_per_node {max(gpus, 1)}, "
-            "or --device cpu"
+            f"process {local} of this machine has no GPU: there are {gpus}; use torchrun --nproc_per_node "
+            f"{max(gpus, 1)}, or --device cpu"
         )
     return f"cuda:{local}"
 
 
 @contextlib.contextmanager
 def process_group(device: str | None = None) -> Iterator[str | None]:
-    """While it lasts, this process belongs to the group that torchrun started, if it started several.
+    """Initialise torchrun's process group inside the context; yield this process's device.
 
     Args:
-        device: as for :func:`local_device`, which is what comes back.
+        device: as for :func:`local_device`.
 
     Raises:
-        ConfigError: the group cannot be made.
+        ConfigError: the group cannot be initialised.
     """
     number, size = launch_rank()
     if size == 1 or _grouped():
@@ -151,17 +146,18 @@ def process_group(device: str | None = None) -> Iterator[str | None]:
         torch.cuda.set_device(mine)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        distributed.init_process_group(backend, timeout=_PATIENCE)
+        distributed.init_process_group(backend, timeout=_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f"process {number} of {size} cannot join the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).strip().splitlines()[0]}): see that all were started and that "
+            f"{os.environ['MASTER_PORT']} ({str(error).strip().splitlines()[0]}): check that all were started and that "
             "the machines reach each other"
         ) from None
     try:
         yield mine
     except Exception as error:
-        # What one process alone met leaves the others waiting; taking leave would wait for them. torchrun ends them.
+        # An error of this rank only leaves the others in a collective, and destroying the group would wait for them:
+        # torchrun ends them instead.
         if isinstance(error, AggloError):
             distributed.destroy_process_group()
         raise
@@ -176,11 +172,8 @@ def _grouped() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-# --- what they tell each other ----------------------------------------------------------------------------------------
-
-
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes: without gradient where there are several, the tensor itself where there is one."""
+    """Sum over all ranks, without gradient; the tensor itself in a single process."""
     if world_size() == 1:
         return tensor
     summed = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -189,22 +182,22 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def average(tensor: Tensor) -> Tensor:
-    """The mean over all processes: without gradient where there are several, the tensor itself where there is one."""
+    """Mean over all ranks, without gradient; the tensor itself in a single process."""
     return tensor if world_size() == 1 else total(tensor).div_(world_size())
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is so in any process; all get the same answer at the same place."""
+    """Whether ``flag`` is True on any rank."""
     return flag if world_size() == 1 else bool(total(torch.tensor(int(flag))))
 
 
 def all_ranks(flag: Tensor) -> Tensor:
-    """Whether it is so in all processes: a bool scalar on the flag's device, which nobody waits for."""
+    """Whether ``flag`` is True on all ranks: a bool scalar on its device, without synchronisation."""
     return flag if world_size() == 1 else total((~flag).int()) == 0
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """``(B, ...)`` of every process, in their order, as ``(world_size() * B, ...)``."""
+    """Concatenate ``(B, ...)`` of all ranks to ``(world_size() * B, ...)``."""
     if world_size() == 1:
         return tensor
     gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -212,18 +205,18 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
-def gather(thing: T) -> list[T]:
-    """What each process has, in their order: small things that can be pickled."""
+def gather(value: T) -> list[T]:
+    """The small picklable value of every rank, in order."""
     if world_size() == 1:
-        return [thing]
+        return [value]
     found: list[Any] = [None] * world_size()
-    distributed.all_gather_object(found, thing)
+    distributed.all_gather_object(found, value)
     return found
 
 
 @torch.no_grad()
 def broadcast(module: nn.Module) -> None:
-    """Give every process the first one's parameters and buffers, in place."""
+    """Copy rank 0's parameters and buffers to all ranks, in place."""
     if world_size() == 1:
         return
     for tensor in (*module.parameters(), *module.buffers()):
@@ -233,32 +226,32 @@ def broadcast(module: nn.Module) -> None:
 
 
 def run_on_all(work: Callable[[], T]) -> T:
-    """Every process does it, and none goes on before all have.
+    """Run ``work`` on every rank, and wait for all of them.
 
     Raises:
-        OtherRankError: another process failed. Where several did, the first raises what went wrong and the others this.
+        OtherRankError: another rank failed. If several did, the first raises its own error and the others this one.
     """
     if world_size() == 1:
         return work()
     result, error = None, None
     try:
         result = work()
-    except Exception as caught:  # noqa: BLE001 - whatever it is, the others wait to hear of it
+    except Exception as caught:  # noqa: BLE001 - any error must be reported to the waiting ranks
         error = caught
-    said = gather(None if error is None else f"{type(error).__name__}: {error}")
-    failed = [number for number, why in enumerate(said) if why is not None]
+    messages = gather(None if error is None else f"{type(error).__name__}: {error}")
+    failed = [number for number, message in enumerate(messages) if message is not None]
     if error is not None and failed[0] == rank():
         raise error
     if failed:
-        raise OtherRankError(f"process {failed[0]} stopped: {said[failed[0]]}") from error
+        raise OtherRankError(f"process {failed[0]} stopped: {messages[failed[0]]}") from error
     return result  # type: ignore[return-value]
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """The main process does it, the others wait; all get what came of it.
+    """Run ``work`` on rank 0 and return its result on every rank.
 
     Raises:
-        OtherRankError: in the others, where it failed.
+        OtherRankError: on the other ranks, if it failed.
     """
     if world_size() == 1:
         return work()

@@ -1,4 +1,4 @@
-"""Optional dependencies, imported when first needed; a missing one names the line that installs it."""
+"""Import of optional dependencies when they are first needed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ def require(module: str, extra: str) -> ModuleType:
 
     Args:
         module: dotted module name, e.g. ``"timm"``.
-        extra: the extra of the agglo distribution that brings it, e.g. ``"timm"``.
-
-    Returns:
-        The imported module.
+        extra: agglo's extra that installs it, e.g. ``"timm"``.
 
     Raises:
-        MissingExtraError: the module, or one that it needs, is not installed; holds the line that installs it.
+        MissingExtraError: the module, or one of its dependencies, is not installed; the message has the command.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        absent = error.name or module
+        missing = error.name or module
         top = module.partition(".")[0]
-        why = f"{top} is not installed" if absent == top else f"{module} needs {absent}, which is not installed"
-        raise MissingExtraError(f'{why}: pip install "agglo[{extra}]"', name=absent) from error
+        why = f"{top} is not installed" if missing == top else f"{module} needs {missing}, which is not installed"
+        raise MissingExtraError(f'{why}: pip install "agglo[{extra}]"', name=missing) from error

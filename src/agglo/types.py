@@ -1,7 +1,7 @@
-"""The nouns of agglo: what models return, what they promise to return, and where a view lies in its image.
+"""Types of the whole package: errors, features and their specification, and the geometry of a view.
 
-Conventions of the whole package: images are RGB floats in [0, 1] of shape ``(B, 3, H, W)``; sizes are ``(H, W)``;
-points are ``(x, y)`` in pixels with pixel centres at ``+0.5``; boxes are ``xyxy``.
+Conventions: images are RGB floats in [0, 1] of shape ``(B, 3, H, W)``; sizes are ``(H, W)``; points are ``(x, y)`` in
+pixels with pixel centres at ``+0.5``; boxes are ``xyxy``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class AggloError(Exception):
-    """Base of every error agglo raises on purpose: its message names the next move."""
+    """Base of agglo's errors. The message has the offending value and the next move."""
 
 
 class ConfigError(AggloError, ValueError):
-    """A recipe, an override or a model's configuration does not fit; names the key and the nearest legal one."""
+    """A recipe, an override or a model's configuration is invalid."""
 
 
 class ImageError(AggloError, ValueError):
-    """One image cannot be used. Loops over many images skip it, count it and name it.
+    """One image cannot be used. Loops over many images skip, count and report it.
 
     Args:
         name: the image's name or path.
@@ -40,27 +40,27 @@ class ImageError(AggloError, ValueError):
 
 
 class AssetError(AggloError, RuntimeError):
-    """A bundled or downloaded file is missing or is not what its sha256 says."""
+    """A bundled, downloaded or saved file is missing or damaged, or holds other content than expected."""
 
 
 class StorageError(AggloError, OSError):
-    """Weights could not be written (a full disk, a read-only folder); what was there before is as it was."""
+    """Files could not be written (a full disk, a read-only folder); earlier files are unchanged."""
 
 
 class MissingExtraError(AggloError, ImportError):
-    """An optional dependency is not installed; the message holds the line that installs it."""
+    """An optional dependency is not installed; the message has the command that installs it."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """What a student, a head or a teacher returns.
+    """Shape of the features that a student, a head or a teacher returns.
 
     Args:
-        summary: width of the summary vector, or None where the model has no notion of one (HOG, SAM).
-        spatial: channels of the spatial map, or None where the model has none (a text-aligned pooled head).
-        stride: pixels of input per cell of the spatial map.
-        step: side lengths must be a multiple of this many pixels (1: any size is legal).
-        slots: the summary is the concatenation of this many class tokens of ``summary // slots`` channels each.
+        summary: width of the summary vector, or None if there is none (HOG, SAM).
+        spatial: channels of the spatial map, or None if there is none (a text-aligned pooled head).
+        stride: input pixels per cell of the spatial map.
+        step: input sides must be a multiple of this many pixels; 1 for any size.
+        slots: number of class tokens, of ``summary // slots`` channels each, that form the summary.
     """
 
     summary: int | None
@@ -72,20 +72,18 @@ class FeatureSpec:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """One image batch, encoded. The only thing students, heads and teachers return.
+    """Features of an image batch, as returned by students, heads and teachers.
 
     Args:
-        summary: ``(B, D)``, or None where the model's spec says so.
-        spatial: ``(B, D', H, W)``, or None where the model's spec says so.
-
-    Of clips, a model returns both with the frames behind the batch: ``(B, T, D)`` and ``(B, T, D', H, W)``.
+        summary: ``(B, D)``, or None; ``(B, T, D)`` for clips.
+        spatial: ``(B, D', H, W)``, or None; ``(B, T, D', H, W)`` for clips.
     """
 
     summary: Tensor | None
     spatial: Tensor | None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Features:
-        """Apply ``fn`` to each tensor that is there."""
+        """Apply ``fn`` to each tensor that is not None."""
         return replace(
             self,
             summary=None if self.summary is None else fn(self.summary),
@@ -101,19 +99,19 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Output(Features):
-    """What a :class:`agglo.Model` returns: the backbone's features, and each head's by teacher name."""
+    """The output of :class:`agglo.Model`: the backbone's features, and each head's by teacher name."""
 
     heads: Mapping[str, Features] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An axis-aligned view of a source image (METHOD 6.3): ``p = scale * X + offset`` per axis, in continuous pixels.
+    """An axis-aligned view of a source image: ``p = scale * X + offset`` per axis, in pixels (docs/method.md, 6.3).
 
     Args:
-        size: ``(H, W)`` of the view's canvas.
-        scale: ``(sx, sy)`` canvas pixels per source pixel.
-        offset: ``(x, y)`` canvas position of the source's corner (0, 0).
+        size: ``(H, W)`` of the view.
+        scale: ``(sx, sy)`` view pixels per source pixel.
+        offset: ``(x, y)`` position of the source's corner (0, 0) in the view.
         flip: mirrored left to right after cropping.
     """
 
@@ -123,17 +121,17 @@ class View:
     flip: bool = False
 
     def to_view(self, x: float, y: float) -> tuple[float, float]:
-        """Source point ``(x, y)`` in canvas pixels."""
+        """Source point ``(x, y)`` in view pixels."""
         u = self.scale[0] * x + self.offset[0]
         return (self.size[1] - u if self.flip else u), self.scale[1] * y + self.offset[1]
 
     def to_source(self, u: float, v: float) -> tuple[float, float]:
-        """Canvas point ``(u, v)`` in source pixels; the inverse of :meth:`to_view`."""
+        """View point ``(u, v)`` in source pixels; the inverse of :meth:`to_view`."""
         u = self.size[1] - u if self.flip else u
         return (u - self.offset[0]) / self.scale[0], (v - self.offset[1]) / self.scale[1]
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """The canvas in source pixels, ``xyxy``; may reach outside the image."""
+        """The view in source pixels, ``xyxy``; may extend beyond the image."""
         x0, y0 = -self.offset[0] / self.scale[0], -self.offset[1] / self.scale[1]
         return x0, y0, x0 + self.size[1] / self.scale[0], y0 + self.size[0] / self.scale[1]

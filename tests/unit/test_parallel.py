@@ -311,7 +311,7 @@ def test_what_torchrun_did_not_say_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         dist.launch_rank()
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "nowhere"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"--device mps.*of its own"):
+    with pytest.raises(ConfigError, match=r"--device mps.*one GPU each"):
         dist.local_device("mps")
     with pytest.raises(ConfigError, match="cannot join the others"), dist.process_group("cpu"):
         pass

@@ -559,7 +559,7 @@ def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, 
         (("train.windows=[3, 5]",), r"train\.windows: \[3, 5\] fit no size.*32 px: none; 48 px: none; 64 px: 2$"),
         (("student.window=5",), r"partitions\.0\.sizes: .*32 is not a multiple of 80 px, .*the nearest is 80"),
         (("partitions.0.sizes=[7]",), r"partitions\.0\.sizes.*7 is not a multiple of 16 px, .*the nearest is 16"),
-        (("train.windows=[1]",), "window: 0 for none"),
+        (("train.windows=[1]",), r"window: 1 is neither 0 \(none\) nor an integer"),
     ],
 )
 def test_sets_that_cannot_be_met_list_the_legal_ones(

@@ -11,7 +11,7 @@ from agglo.balancers._weights import Weighted
 
 
 class AdaLoss(Weighted):
-    """``L = Σ_k w_k λ_k L_k`` with ``λ_k = c / EMA[L_k]``, so every term is worth the same (arXiv 2312.06709, E.2).
+    """``L = Σ_k w_k λ_k L_k`` with ``λ_k = c / EMA[L_k]``, so every term is worth the same (arXiv:2312.06709, E.2).
 
     ``c`` makes the λ of the terms seen so far sum to their number; then each is clipped, and none has a gradient. A
     term that is absent or not finite at a step leaves its average as it was; one that was never seen has λ = 1.

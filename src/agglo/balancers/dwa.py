@@ -12,7 +12,7 @@ from agglo.balancers._weights import Weighted
 
 
 class Dwa(Weighted):
-    """Dynamic weight averaging: terms that fall slowly count more (Liu, Johns and Davison, arXiv 1803.10704).
+    """Dynamic weight averaging: terms that fall slowly count more (Liu, Johns and Davison, arXiv:1803.10704).
 
     Steps are taken in windows of ``every``. With the mean loss ``L_k(t)`` of window ``t`` and ``K`` terms::
 

@@ -10,7 +10,7 @@ from agglo.balancers._weights import Weighted
 
 
 class Fixed(Weighted):
-    """``L = Σ_k w_k L_k`` with the recipe's weights, as in AM-RADIO (arXiv 2312.06709) and C-RADIOv4 (2601.17237).
+    """``L = Σ_k w_k L_k`` with the recipe's weights, as in AM-RADIO (arXiv:2312.06709) and C-RADIOv4 (2601.17237).
 
     A term of weight 0 is left out altogether: it has no gradient, and a NaN in it does no harm.
 

@@ -16,7 +16,7 @@ _STREAM = 0x7D0
 
 
 class TeacherDrop(Weighted):
-    """Teacher dropping after UNIC (arXiv 2408.05088): the worst teacher of an image stays, each other one may go.
+    """Teacher dropping after UNIC (arXiv:2408.05088): the worst teacher of an image stays, each other one may go.
 
     For each image the teacher of the greatest loss is kept, and every other one is dropped with probability ``p``,
     each on its own. With ``m_t`` = 1 for a teacher that is kept, in an image of ``T`` teachers::

@@ -11,9 +11,9 @@ from agglo.balancers._weights import Weighted
 
 
 class Uncertainty(Weighted):
-    """``L = Σ_k w_k (e^{-b_k} L_k + softplus(b_k))`` with a learned ``b_k`` a term (arXiv 2312.06709, E.1).
+    """``L = Σ_k w_k (e^{-b_k} L_k + softplus(b_k))`` with a learned ``b_k`` a term (arXiv:2312.06709, E.1).
 
-    ``b = log σ²``. Kendall et al. (arXiv 1705.07115) add ``b / 2``; softplus takes its place so that weights above 1
+    ``b = log σ²``. Kendall et al. (arXiv:1705.07115) add ``b / 2``; softplus takes its place so that weights above 1
     are not rewarded. At the optimum ``λ = e^{-b}`` solves ``L λ² + L λ = 1``: large losses count less.
 
     AM-RADIO lets the student predict ``b`` for each image; here it is one number a term, which needs no further head

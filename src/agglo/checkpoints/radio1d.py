@@ -15,7 +15,7 @@ FACTORIES: dict[str, dict[str, Any]] = {
     "radio1d_so400m_patch16_224": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152},
     "radio1d_huge_patch16_224": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "mlp_ratio": 4.0},
 }
-"""Official architecture names, with what each sets unless ``model_kwargs`` differs (RADIO.md sections 4.2 and 9)."""
+"""Official architecture names, with what each sets unless ``model_kwargs`` differs (docs/checkpoints.md, 4.2 and 9)."""
 
 _NEEDED = ("downscale_levels", "decoder_depth", "decoder_upscale_levels")
 _FIXED: dict[str, Any] = {

@@ -14,7 +14,7 @@ _LAYER_SCALE = 1e-5
 
 
 class Attention(Head):
-    """Transformer blocks on the patch tokens, then an :class:`~agglo.heads.mlp.Mlp` "v2" (METHOD 1.4, "attn").
+    """Transformer blocks on the patch tokens, then an :class:`~agglo.heads.mlp.Mlp` "v2" (docs/method.md, 1.4, "attn").
 
     The blocks keep the source's width, have an MLP four times as wide, layer scales, no bias in ``qkv`` and no position
     embedding of their own. Positions see one another: a map must be one whole image, without padding, and there is no

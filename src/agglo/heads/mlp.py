@@ -13,9 +13,9 @@ from agglo.types import ConfigError
 
 
 class Mlp(Head):
-    """``Linear -> n x (x + Linear(GELU(LN(x)))) -> LN -> GELU -> Linear`` (METHOD 1.4, "v2").
+    """``Linear -> n x (x + Linear(GELU(LN(x)))) -> LN -> GELU -> Linear`` (docs/method.md, 1.4, "v2").
 
-    The older form is ``Linear -> LN -> ReLU -> n x (Linear -> LN -> ReLU) -> Linear`` (METHOD 1.4, "v1"). LayerNorms
+    Version "v1": ``Linear -> LN -> ReLU -> n x (Linear -> LN -> ReLU) -> Linear``. LayerNorms
     have eps 1e-5, the GELU is exact. Works on vectors and, position by position, on maps.
 
     Args:

@@ -14,7 +14,7 @@ _MIX = (0x9E3779B1, 0x85EBCA6B)
 
 
 class Pointwise(Loss):
-    """The mean of a :meth:`distance` over the positions that count: masked sum over number (METHOD 2.4, reduction a).
+    """The mean of a :meth:`distance` over the positions that count: masked sum over number (docs/method.md, 2.4, reduction a).
 
     0 where no position counts. Whatever a masked position holds, NaN included, has no effect.
     """

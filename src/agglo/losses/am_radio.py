@@ -12,7 +12,7 @@ from agglo.nn.linalg import unit
 class AMRadio(Pointwise):
     """``alpha (1 - cos(x, y)) + beta mean_c smoothL1(x_c - y_c)`` a position, then the mean over valid positions.
 
-    AM-RADIO (arXiv 2312.06709, section 3.4; METHOD 2.1), on features that are not normalised: the cosine does the work,
+    AM-RADIO (arXiv:2312.06709, section 3.4; docs/method.md, 2.1), on features that are not normalised: the cosine does the work,
     smooth L1 keeps the magnitudes, so that a head can stand in for its teacher.
 
     Args:

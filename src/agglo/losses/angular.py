@@ -23,7 +23,7 @@ _CONSTANT = 1e-12
 
 
 class Angular(Pointwise):
-    """Squared angle over the teacher's dispersion, the summary loss of C-RADIOv4 (arXiv 2601.17237, eq. 3-7).
+    """Squared angle over the teacher's dispersion, the summary loss of C-RADIOv4 (arXiv:2601.17237, eq. 3-7).
 
     In the paper's letters::
 

@@ -14,7 +14,7 @@ class Loss(nn.Module, ABC):
     Attributes:
         needs_statistics: :meth:`fit` must see a sample of targets before training.
         counts_positions: :meth:`forward` is the mean over the positions that count. Where several processes train, such
-            means are then weighed by how many each has seen (METHOD D-13); others are averaged as they are.
+            means are then weighed by how many each has seen (docs/method.md, D-13); others are averaged as they are.
     """
 
     needs_statistics: bool = False

@@ -14,15 +14,15 @@ Targets = Literal["soft", "hard"]
 
 
 class Contrastive(Relation):
-    """Cross-entropy of the student's similarities to the teacher's vectors of the batch (METHOD 10b).
+    """Cross-entropy of the student's similarities to the teacher's vectors of the batch (docs/method.md, 10b).
 
     With x, y the L2-normalised vectors of student and teacher and ``q_i = softmax_j(x_i·y_j / temperature)``::
 
         soft:  L = mean_i KL(p_i || q_i),   p_i = softmax_j(y_i·y_j / teacher_temperature)
-        hard:  L = mean_i -log q_ii                          (InfoNCE, van den Oord et al. 2018, arXiv 1807.03748)
+        hard:  L = mean_i -log q_ii                          (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748)
 
     A batch holds near-duplicates for the teacher, which hard targets push apart and soft ones (as in SEED, Fang et al.
-    2021, arXiv 2101.04731, without its queue) do not. With equal temperatures the soft loss is 0 at the target. Hard
+    2021, arXiv:2101.04731, without its queue) do not. With equal temperatures the soft loss is 0 at the target. Hard
     targets are the limit of a small teacher temperature; they have a floor above 0, which is not at the target.
 
     The vectors are the summaries of this device's batch, or the positions of one image.

@@ -9,7 +9,7 @@ from agglo.nn.linalg import unit
 
 
 class Gram(Relation):
-    """``1/N² ||X X^T - Y Y^T||_F²``, the Gram anchoring of DINOv3 (arXiv 2508.10104, section 4.2).
+    """``1/N² ||X X^T - Y Y^T||_F²``, the Gram anchoring of DINOv3 (arXiv:2508.10104, section 4.2).
 
     The rows of X and Y are the L2-normalised tokens of an image (of summaries: of the batch). Only cosines between
     tokens count, so any rotation of the features, and any length, costs nothing: the loss keeps the relations of dense

@@ -12,7 +12,7 @@ class SeMesa(Pointwise):
     """``mean_c (LN(F)_c - LN(F~)_c)^2`` a position, ``LN`` a layer norm over channels without affine part.
 
     ``F`` is the student's map, ``F~`` the averaged student's of another crop, brought onto common cells before
-    (C-RADIOv4, arXiv 2601.17237, eq. 2; Du et al. 2022, "Sharpness-aware training for free", arXiv 2205.14083). What is
+    (C-RADIOv4, arXiv:2601.17237, eq. 2; Du et al. 2022, "Sharpness-aware training for free", arXiv:2205.14083). What is
     locked to a position in the view, and not to the content, cannot agree between the two crops.
     """
 

@@ -11,7 +11,7 @@ from agglo.losses._reduce import Pointwise
 class SmoothL1(Pointwise):
     """``d² / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``; mean over channels, then valid positions.
 
-    AM-RADIO (arXiv 2312.06709) adds it to the cosine to keep the magnitudes of features.
+    AM-RADIO (arXiv:2312.06709) adds it to the cosine to keep the magnitudes of features.
 
     Args:
         beta: where the square turns into a line, in units of the target; 0 gives L1.

@@ -1,1 +1,1 @@
-"""Pure tensor code: no model knows of a recipe, a file or a device here."""
+"""Pure tensor code: layers, geometry and linear algebra, without recipes and files."""

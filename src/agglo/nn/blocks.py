@@ -1,4 +1,4 @@
-"""Transformer blocks as RADIO's ViTs have them: pre-norm, fused qkv, exact GELU."""
+"""Transformer blocks of RADIO's ViTs: pre-norm, fused qkv, exact GELU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from agglo.nn.packing import Packing
 
 NORM_EPS = 1e-6
-"""LayerNorm epsilon of trunks and attention heads; MLP heads and the norm inside an MLP have PyTorch's 1e-5."""
+"""LayerNorm epsilon of backbones and attention heads; MLP heads and the norm inside an MLP use PyTorch's 1e-5."""
 
 MlpKind = Literal["gelu", "swiglu"]
 
 
 class LayerScale(nn.Module):
-    """``y = gamma * x`` per channel (Touvron et al. 2021, arXiv 2103.17239)."""
+    """``y = gamma * x`` per channel (Touvron et al. 2021, arXiv:2103.17239)."""
 
     def __init__(self, width: int, init: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``; with a packing ``(1, N, C)``, and tokens see only their own sequence."""
+        """``(B, N, C)`` to ``(B, N, C)``; with a packing ``(1, N, C)``, each token attends to its own sequence."""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         y = attend(q, k, v) if packing is None else packing.attend(q, k, v)
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """``fc2(norm(gelu(fc1(x))))``, the norm absent unless asked for."""
+    """``fc2(norm(gelu(fc1(x))))``, the norm optional."""
 
     def __init__(self, width: int, hidden: int, *, norm: bool = False) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
         x = self.fc1(x)
-        x = F.gelu(x) if self.fc1._forward_hooks else gelu(x)  # a hook may have kept it
+        x = F.gelu(x) if self.fc1._forward_hooks else gelu(x)  # a hook may hold x: not in place
         return self.fc2(x if self.norm is None else self.norm(x))
 
 
 class SwiGlu(nn.Module):
-    """``w3(silu(a) * b)`` with ``a, b = halves of w12(x)`` (Shazeer 2020, arXiv 2002.05202)."""
+    """``w3(silu(a) * b)`` with ``a, b = halves of w12(x)`` (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SwiGlu(nn.Module):
 
 
 class Block(nn.Module):
-    """``x += ls1(attn(norm1(x))); x += ls2(mlp(norm2(x)))``; the layer scales absent unless asked for.
+    """``x += ls1(attn(norm1(x))); x += ls2(mlp(norm2(x)))``; the layer scales optional.
 
     Args:
         width: C.

@@ -1,11 +1,11 @@
-"""DAMP: data augmentation via multiplicative perturbations, of the weights (Trinh et al. 2024, arXiv 2405.15017).
+"""DAMP: data augmentation via multiplicative perturbations, of the weights (Trinh et al. 2024, arXiv:2405.15017).
 
-A perturbation of a layer's input acts like a multiplication of its weights, so a network that is trained with
-``W_eff = W * xi``, ``xi ~ N(1, sigma^2)``, is trained for corrupted images without seeing one (METHOD 2.7)::
+A corruption of a layer's input acts like a multiplicative perturbation of its weights, so training with
+``W_eff = W * xi``, ``xi ~ N(1, sigma^2)``, makes a network robust to corrupted images (docs/method.md, 2.7)::
 
     dL/dW = xi * dL/dW_eff
 
-Every rank draws its own noise, shared by its whole batch: the gradient averages over as many draws as there are ranks.
+Each rank draws its own noise, shared by its batch; the gradient averages over the draws of all ranks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from agglo import dist
 from agglo.nn.products import Linear
 
-# What these forwards do with a weight is known: one product.
+# Forwards that are one matrix product and can be recomputed with another weight.
 _PRODUCTS = (nn.Linear.forward, Linear.forward)
 
 Layer = nn.Linear | nn.Conv2d
-"""What is perturbed: maps that are linear in their input. A convolution is one, and a ConvNet has hardly any other."""
+"""Perturbed layers: those that are linear in their input."""
 
 
 class _Noise:
-    """A layer's factors, drawn ahead of the forward. A deep copy has none: it is the average, or an export."""
+    """A layer's factors, drawn before the forward. A deep copy has none: it is an EMA model or an export."""
 
     def __init__(self) -> None:
         self.factors: Tensor | None = None
@@ -39,17 +40,11 @@ class _Noise:
 
 
 class Damp:
-    """The noise of a module's linear layers and convolutions.
+    """The noise of a module's linear layers and convolutions, a function of ``(seed, rank, step, micro, layer name)``.
 
-    A pure function of ``(seed, rank, step, micro, layer name)``.
-    It is drawn once a step into memory that stays, not in the forward. A recomputed forward (activation checkpointing)
-    therefore meets the same noise, and a compiled one needs no generator and does not compile again. That memory is the
-    size of the perturbed weights. Names and number of a module's parameters and buffers do not change.
-
-    Attributes:
-        sigma: standard deviation of the factors.
-        seed: of the run.
-        rank: of this process.
+    It is drawn once per step into persistent memory, of the size of the perturbed weights, not in the forward. A
+    recomputed forward (activation checkpointing) therefore uses the same noise, and a compiled one needs no generator
+    and is not recompiled. The module's parameters and buffers keep their names and number.
     """
 
     def __init__(self, layers: dict[str, Layer], sigma: float, seed: int, rank: int) -> None:
@@ -58,18 +53,18 @@ class Damp:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The perturbed layers, by their dotted path."""
+        """Dotted paths of the perturbed layers."""
         return tuple(self._layers)
 
     @torch.no_grad()
     def set_step(self, step: int, micro: int = 0) -> None:
-        """Draw the noise of a step; to be called between a backward and the next forward, after the model was moved.
+        """Draw the noise of a step. Call it before the step's forward, after the model was moved to its device.
 
         Args:
             step: of the training run.
-            micro: of the batches whose gradients a step accumulates.
+            micro: index of the batch within a step that accumulates gradients.
         """
-        draws: dict[torch.device, torch.Generator] = {}
+        generators: dict[torch.device, torch.Generator] = {}
         for name, layer in self._layers.items():
             weight, noise = _stored(layer), _noise(layer)
             drawn = noise.factors
@@ -77,13 +72,13 @@ class Damp:
                 drawn = noise.factors = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             if drawn.is_meta:
                 continue
-            if drawn.device not in draws:
-                draws[drawn.device] = torch.Generator(drawn.device)
-            generator = draws[drawn.device].manual_seed(self._key(step, micro, name))
+            if drawn.device not in generators:
+                generators[drawn.device] = torch.Generator(drawn.device)
+            generator = generators[drawn.device].manual_seed(self._key(step, micro, name))
             drawn.normal_(1.0, self.sigma, generator=generator)
 
     def disable(self) -> None:
-        """Give the layers their own forward back."""
+        """Restore the layers' own forward."""
         for layer in self._layers.values():
             for name in ("forward", "_damp"):
                 layer.__dict__.pop(name, None)
@@ -91,39 +86,37 @@ class Damp:
 
     def _key(self, *place: object) -> int:
         text = "/".join(map(str, ("damp", self.seed, self.rank, *place)))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")  # all that a CPU generator reads
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")  # a CPU generator uses 32 bits
 
 
 def enable_damp(module: nn.Module, sigma: float, /, *, seed: int, rank: int | None = None) -> Damp:
     """Perturb every ``nn.Linear`` and ``nn.Conv2d`` below ``module`` at every training forward, in place.
 
-    In ``eval()`` the layers do exactly what they did; so do deep copies of the module, in either mode. It goes with
-    :func:`agglo.nn.spectral.enable_spectral` in any order: the noise multiplies what that makes of the weights.
-    Attention that reads a layer's weight without calling the layer (``nn.MultiheadAttention``) is not perturbed.
+    Layers in ``eval()`` and deep copies of the module are not perturbed. Can be combined with
+    :func:`agglo.nn.spectral.enable_spectral` in any order: the noise multiplies the reparametrised weights. A module
+    that reads a layer's weight without calling the layer (``nn.MultiheadAttention``) is not perturbed.
 
     Args:
         module: a student, without its heads.
-        sigma: standard deviation of the factors; DAMP's own ViTs had 0.15 to 0.25 (D-7: 0.1).
+        sigma: standard deviation of the factors; 0.15 to 0.25 in the paper's ViTs, 0.1 here (docs/method.md, D-7).
         seed: of the run.
-        rank: of this process; what ``torch.distributed`` says when None, and 0 without it.
+        rank: of this process; that of ``torch.distributed`` when None, else 0.
 
     Returns:
-        The handle: call its ``set_step`` before every step. The noise of step 0 is there already.
+        A handle, with the noise of step 0 drawn; call its ``set_step`` before every step.
 
     Raises:
-        ValueError: a negative or infinite ``sigma``, no such layer, or one that is perturbed already.
+        ValueError: ``sigma`` is negative or infinite, there is no such layer, or one is perturbed already.
     """
     if not 0 <= sigma < float("inf"):
-        raise ValueError(f"sigma must be a number from 0 up, got {sigma}")
+        raise ValueError(f"sigma must be finite and at least 0, got {sigma}")
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
     if not layers:
         raise ValueError(f"{type(module).__name__} has no nn.Linear and no nn.Conv2d to perturb")
-    taken = [name for name, layer in layers.items() if "forward" in layer.__dict__]
-    if taken:
-        raise ValueError(f"the forward of {taken[0]} was replaced already: disable() what did it first")
-    if rank is None:
-        known = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if known else 0
+    replaced = [name for name, layer in layers.items() if "forward" in layer.__dict__]
+    if replaced:
+        raise ValueError(f"the forward of {replaced[0]} is replaced already: call disable() of its handle first")
+    rank = dist.rank() if rank is None else rank
     for layer in layers.values():
         layer.__dict__["_damp"] = _Noise()
         layer.__dict__["forward"] = MethodType(_forward, layer)
@@ -150,7 +143,7 @@ def _forward(self: Layer, input: Tensor) -> Tensor:
     own: Any = type(self).forward
     if factors is None or not self.training:
         return own(self, input)
-    weight = self.weight  # once: it may be computed
+    weight = self.weight  # read once: a parametrised weight is computed at each access
     if factors.device != weight.device:
         raise RuntimeError(
             f"noise on {factors.device}, weight on {weight.device}: call set_step after moving the model"
@@ -160,9 +153,9 @@ def _forward(self: Layer, input: Tensor) -> Tensor:
         return F.linear(input, perturbed, self.bias)
     if parametrize.is_parametrized(self, "weight"):
         raise RuntimeError(
-            f"{type(self).__name__} has a forward of its own and a parametrised weight: no way in for DAMP"
+            f"DAMP cannot perturb {type(self).__name__}: it has a custom forward and a parametrised weight"
         )
-    self.__dict__["weight"] = perturbed  # read before the parameter of that name
+    self.__dict__["weight"] = perturbed  # shadows the parameter of that name
     try:
         return own(self, input)
     finally:

@@ -1,4 +1,4 @@
-"""The normalizers that some RADIO checkpoints carry for their own features (PHI-S, arXiv 2410.01680)."""
+"""Normalizers of a model's own features, part of some RADIO checkpoints (PHI-S, arXiv:2410.01680)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class FeatureNormalizer(nn.Module):
 
 
 class IntermediateNormalizer(nn.Module):
-    """``y_i = R_i (x_i - mean_i)`` for the map after block ``i``, and a scale ``alpha_i`` beside it.
+    """``y_i = R_i (x_i - mean_i)`` for the map after block ``i``, and a scale ``alpha_i``.
 
     Args:
         depth: N, number of blocks.
         width: C.
-        per_block: whether every block has its own rotation.
+        per_block: one rotation per block instead of one for all.
     """
 
     alphas: Tensor

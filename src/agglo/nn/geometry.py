@@ -1,4 +1,4 @@
-"""Bringing two feature maps onto one grid (METHOD 3.3, D-11)."""
+"""Resampling of feature maps to a common grid (docs/method.md, 3.3 and D-11)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from torch import Tensor
 
 
 def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Resample two maps that cover the same field of view onto the smaller grid of the two, axis by axis.
-
-    A map already on that grid comes back as it is (the same object). Differentiable.
+    """Resample two maps of the same image region to the smaller of their grids, axis by axis. Differentiable.
 
     Args:
         a: ``(B, C, H, W)``.
-        b: ``(B', C', H', W')``; batch and channels are not compared.
+        b: ``(B', C', H', W')``.
 
     Returns:
-        Both maps at ``(min(H, H'), min(W, W'))``.
+        Both maps at ``(min(H, H'), min(W, W'))``; a map already on that grid is returned as the same object.
 
     Raises:
         ValueError: a map is not four-dimensional.
@@ -36,16 +34,15 @@ def resample(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resample ``(B, C, H, W)`` to ``grid`` without aliasing, cell centres at ``+0.5`` (``align_corners=False``).
 
     Per axis with the ratio ``r = n_in / n_out``: a target cell is the mean of the linear interpolation at ``ceil(r)``
-    evenly spaced points inside it, indices clamped at the border (D-11). So an integer ratio is the exact block mean,
-    a growing axis is bilinear interpolation, a constant stays that constant, and a linear ramp keeps its value at every
-    cell centre that is not touched by the border.
+    evenly spaced points inside it, indices clamped at the border (docs/method.md, D-11). An integer ratio gives the
+    exact block mean, upsampling gives bilinear interpolation, and linear functions are reproduced inside the border.
 
     Args:
         x: ``(B, C, H, W)``, floating point.
         grid: ``(H', W')``, both >= 1.
 
     Raises:
-        ValueError: an axis of ``grid`` is smaller than one cell.
+        ValueError: an axis of ``grid`` is less than one cell.
     """
     if min(grid) < 1:
         raise ValueError(f"a grid needs at least one cell per axis; got {grid}")
@@ -54,7 +51,7 @@ def resample(x: Tensor, grid: tuple[int, int]) -> Tensor:
         return x
     if height % grid[0] == 0 and width % grid[1] == 0:
         return F.avg_pool2d(x, (height // grid[0], width // grid[1]))
-    # Autocast would silently lower the precision of targets, which are resampled here too.
+    # Autocast would lower the precision of targets, which are resampled here too.
     with torch.autocast(x.device.type, enabled=False):
         rows = _axis(height, grid[0]).to(x)
         columns = _axis(width, grid[1]).to(x)

@@ -1,7 +1,7 @@
-"""Views of an image under a homography, and the same for its feature maps (METHOD 4.2, 6.2; D-16).
+"""Homography views of images and feature maps (docs/method.md, 4.2, 6.2 and D-16).
 
-Coordinates are normalised: an image's corners are ``(+-1, +-1)``, ``(x, y)``, whatever its grid, and cell ``k`` of
-``n`` has its centre at ``(2 k + 1) / n - 1``. A matrix takes a point of the view to the point of the image it shows.
+Coordinates ``(x, y)`` are normalised: the corners of any grid are ``(+-1, +-1)``, and cell ``k`` of ``n`` has its
+centre at ``(2 k + 1) / n - 1``. A matrix maps points of the view to points of the image.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ CORNERS = ((-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0))
 
 
 def from_corners(corners: Tensor) -> Tensor:
-    """The homographies that take the corners of a view to given points of the image.
+    """Homographies that map the corners of a view to given points of the image.
 
     Args:
-        corners: ``(N, 4, 2)`` float64, where :data:`CORNERS` go.
+        corners: ``(N, 4, 2)`` float64, the images of :data:`CORNERS`.
 
     Returns:
         ``(N, 3, 3)`` float64 with a last entry of 1.
@@ -36,7 +36,7 @@ def from_corners(corners: Tensor) -> Tensor:
 
 
 def cell_centres(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where the cell centres of a view lie in the image: ``(N, 3, 3)`` to ``(N, h, w, 2)`` in float32."""
+    """Positions in the image of a view's cell centres: ``(N, 3, 3)`` to float32 ``(N, h, w, 2)``."""
     y, x = ((2 * torch.arange(n, dtype=torch.float64, device=matrix.device) + 1) / n - 1 for n in grid)
     base = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x)), torch.ones(grid).to(x)], -1)
     found = torch.einsum("nij,hwj->nhwi", matrix.double(), base)
@@ -44,11 +44,11 @@ def cell_centres(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def warp(x: Tensor, matrix: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A view of images or maps ``(N, C, H, W)`` under ``(N, 3, 3)``: ``(N, C, h, w)``, bilinear, mirrored outside."""
-    at = cell_centres(matrix, grid).to(x.device, x.dtype)
-    return F.grid_sample(x, at, mode="bilinear", padding_mode="reflection", align_corners=False)
+    """Warp images or maps ``(N, C, H, W)`` by ``(N, 3, 3)`` to ``(N, C, h, w)``; bilinear, mirrored at the border."""
+    positions = cell_centres(matrix, grid).to(x.device, x.dtype)
+    return F.grid_sample(x, positions, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def inside_mask(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which cells of a view have their centre on the image, ``(N, 1, h, w)`` bool."""
+    """Cells of a view whose centre is inside the image, ``(N, 1, h, w)`` bool."""
     return (cell_centres(matrix, grid).abs() <= 1).all(-1)[:, None]

@@ -1,6 +1,7 @@
 """Linear algebra of target normalisation: exact Hadamard matrices, equal-variance rotations, streaming moments.
 
-Everything is float64: these numbers are computed once, before training, and then frozen (METHOD 2.2).
+Everything is float64: these numbers are computed once, before training, and then frozen (PHI-S, arXiv:2410.01680;
+docs/method.md, 2.2).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from agglo import dist
 
-# Rows that are centred at once in float64: bounds the temporary of `Moments.update` at 16384 * C * 8 bytes.
+# Rows centred at once in float64: bounds the temporary memory of `Moments.update` to 16384 * C * 8 bytes.
 _CHUNK = 16384
 
 
@@ -30,13 +31,13 @@ class Rotation(NamedTuple):
 
 
 def unit(x: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """``x / ||x||`` along ``dim``; vectors shorter than ``eps`` have no direction: they become 0 and get no gradient.
+    """``x / ||x||`` along ``dim``; vectors shorter than ``eps`` become 0 and get no gradient.
 
-    (Dividing by ``max(||x||, eps)`` alone would send a gradient of order ``1 / eps`` into a zero vector.) A vector that
-    holds NaN or infinity stays visible: NaN comes out.
+    Division by ``max(||x||, eps)`` alone would give a zero vector a gradient of order ``1 / eps``. NaN and infinity
+    give NaN.
     """
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    # Not `norm > eps`, which is False for NaN too and would make a harmless 0 of it.
+    # Not `norm > eps`, which is False for NaN and would turn it into 0.
     directed = ~(norm <= eps)
     return torch.where(directed, x / norm.clamp(min=eps), 0.0)
 
@@ -63,7 +64,7 @@ def _bordered(core: Tensor, left: int) -> Tensor:
 
 def _paley_type(n: int) -> int:
     """1 or 2 where Paley I or II over a prime field gives a Hadamard matrix of order ``n``, else 0."""
-    # q mod 4 is tested exactly: "some power of q is 1 mod 4" would let q = 3 mod 4 into Paley II.
+    # q itself must be 1 mod 4 for Paley II: an even power of q = 3 mod 4 is 1 mod 4 too.
     if _is_prime(n - 1) and (n - 1) % 4 == 3:
         return 1
     q = n // 2 - 1
@@ -129,18 +130,18 @@ def hadamard(n: int) -> Tensor:
     """The normalised Hadamard matrix of order ``n``: ``(n, n)`` float64, entries ``±1/sqrt(n)``, ``H Hᵀ = I``.
 
     ``n = 2^i p`` with the largest ``i`` that works: Sylvester(2^i) ⊗ Paley(p), where Paley I takes ``p = q + 1`` with
-    a prime ``q = 3 (mod 4)`` and Paley II ``p = 2 (q + 1)`` with a prime ``q = 1 (mod 4)`` (PHI-S, arXiv 2410.01680).
+    a prime ``q = 3 (mod 4)`` and Paley II ``p = 2 (q + 1)`` with a prime ``q = 1 (mod 4)`` (PHI-S, arXiv:2410.01680).
 
     Raises:
-        ValueError: no such construction; the nearest orders that have one are named.
+        ValueError: no such construction; the message has the nearest orders that have one.
     """
     return _signs(n).double() / n**0.5
 
 
 def isotropic_rotation(n: int) -> Rotation:
-    """:func:`hadamard` where there is one, else the Q factor of a random ±1 matrix (the same one for every call).
+    """:func:`hadamard` if it exists, else the Q factor of a fixed random ±1 matrix.
 
-    The fallback is orthogonal but its squared entries only scatter around ``1 / n``: see :func:`equalise_variance`.
+    The squared entries of the fallback are ``1 / n`` only on average: see :func:`equalise_variance`.
 
     Raises:
         ValueError: ``n`` is not positive.
@@ -157,10 +158,10 @@ def isotropic_rotation(n: int) -> Rotation:
 
 
 def equalise_variance(rotation: Tensor, covariance: Tensor) -> Tensor:
-    """Turn ``rotation`` a little further so that every diagonal entry of ``R covariance Rᵀ`` is the mean variance.
+    """Rotate ``rotation`` further until every diagonal entry of ``R covariance Rᵀ`` equals the mean variance.
 
-    Such a rotation exists for every symmetric matrix (Schur-Horn) and takes at most ``n - 1`` plane rotations
-    (Bendel and Mickey 1978): one of a too small and a too large entry makes the first equal to the mean.
+    Such a rotation exists for every symmetric matrix (Schur-Horn) and takes at most ``n - 1`` plane rotations (Bendel
+    and Mickey 1978), each of which sets the smallest entry to the mean by rotating it against the largest.
 
     Args:
         rotation: ``(n, n)`` float64, orthogonal.
@@ -208,7 +209,7 @@ class Moments:
         self._m2 = torch.zeros(channels, channels, dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
-        """Add the rows of ``x (N, C)``, of any float type. The sums live on the device of the first batch.
+        """Add the rows of ``x (N, C)``. The sums are kept on the device of the first batch.
 
         Raises:
             ValueError: not ``(N, C)``, or an entry is not finite; the sums are then unchanged.
@@ -217,9 +218,9 @@ class Moments:
             raise ValueError(f"expected (N, {len(self.mean)}), got {tuple(x.shape)}")
         x = x.detach()
         if not bool(torch.isfinite(x).all()):
-            raise ValueError("the features hold NaN or infinity: run the teacher in float32 or look at its input")
+            raise ValueError("the features contain NaN or infinity: run the teacher in float32, or check its input")
         if self.count == 0:
-            # Metal has no float64.
+            # MPS has no float64.
             device = torch.device("cpu") if x.device.type == "mps" else x.device
             self.mean, self._m2 = self.mean.to(device), self._m2.to(device)
         with torch.autocast(self.mean.device.type, enabled=False):
@@ -232,7 +233,7 @@ class Moments:
                     self._shift(len(rows), mean)
 
     def merge(self, other: Moments) -> None:
-        """Add everything ``other`` has seen; ``other`` is left as it is.
+        """Add the rows of ``other``, which is unchanged.
 
         Raises:
             ValueError: the channel counts differ.
@@ -244,7 +245,7 @@ class Moments:
             self._shift(other.count, other.mean.to(self.mean.device))
 
     def all_reduce(self) -> None:
-        """Add what the other processes of the run have seen; all hold the same sums then."""
+        """Add the rows of all ranks; afterwards all have the same sums."""
         if dist.world_size() == 1:
             return
         counts = dist.gather(self.count)
@@ -254,7 +255,7 @@ class Moments:
         self.mean, self.count = mean, sum(counts)
 
     def _shift(self, count: int, mean: Tensor) -> None:
-        """Move the mean to include ``count`` rows around ``mean`` whose scatter is in ``M2`` already."""
+        """Include in the mean ``count`` rows around ``mean`` whose scatter is in ``M2`` already."""
         delta = mean - self.mean
         total = self.count + count
         self._m2.addr_(delta, delta, alpha=count * (self.count / total))
@@ -265,7 +266,7 @@ class Moments:
         """The unbiased covariance ``M2 / (N - 1)``, ``(C, C)`` float64, exactly symmetric.
 
         Raises:
-            ValueError: fewer than two rows were seen.
+            ValueError: fewer than two rows.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")

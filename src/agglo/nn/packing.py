@@ -1,8 +1,7 @@
-"""Token sequences of one length or of several, in one tensor, without padding.
+"""Token sequences of several lengths in one tensor, without padding (NaViT, Dehghani et al. 2023, arXiv:2307.06304).
 
-:class:`Packing` lets attention keep several sequences apart; :class:`Layout` knows where prefix and patches of each
-image stand and moves the patches through windows. Packing images of any size and aspect into one pass follows Dehghani
-et al. 2023, "Patch n' Pack: NaViT" (arXiv 2307.06304).
+:class:`Packing` restricts attention to each sequence; :class:`Layout` locates prefix and patches of each image and
+splits the patches into windows.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from agglo.nn.windows import from_windows, to_windows
 
 
 class Packing:
-    """Attention over sequences that lie one after another in one tensor; each token sees its own sequence only.
+    """Attention over concatenated sequences; each token attends to its own sequence.
 
     Args:
-        lengths: tokens of each sequence. Neighbours of equal length are attended together: sort by length.
+        lengths: tokens of each sequence. Adjacent sequences of equal length share one call: sort by length.
     """
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
@@ -31,19 +30,16 @@ class Packing:
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
-        """``(how many, length)`` of each run of neighbours of equal length."""
+        """``(count, length)`` of each run of adjacent sequences of equal length."""
         return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``(1, heads, N, d)`` each, ``N`` the sum of the lengths, to ``(1, heads, N, d)``."""
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            found = self._attend_jagged(q, k, v)
-        else:
-            found = self._attend_runs(q, k, v)
-        return found
+        jagged = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+        return self._attend_jagged(q, k, v) if jagged else self._attend_runs(q, k, v)
 
     def _attend_runs(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A dense call for every run of equal lengths: on a CPU nothing is gained by one call for all."""
+        """One dense call per run of equal lengths; on a CPU a single call for all is not faster."""
         parts, start = [], 0
         heads, width = q.shape[1], q.shape[3]
         for count, length in self.runs:
@@ -71,12 +67,12 @@ class Packing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of images stand: a batch ``(B, P + L, C)`` of one grid, or a pack ``(1, sum(P + L_i), C)``.
+    """Positions of images' tokens in a batch ``(B, P + L, C)`` of one grid, or a pack ``(1, sum(P + L_i), C)``.
 
     Args:
         prefix: P, class and register tokens before the patches of every image.
         grids: ``(h, w)`` of each image of a pack; the one grid of a batch.
-        packed: whether the images lie one after another along the second axis.
+        packed: whether the images are concatenated along the second axis.
     """
 
     prefix: int
@@ -90,15 +86,15 @@ class Layout:
 
     @cached_property
     def packing(self) -> Packing | None:
-        """What attention needs to keep the images apart; None for a batch."""
+        """The packing that separates the images in attention; None for a batch."""
         return Packing(self.lengths) if self.packed else None
 
     def images(self, x: Tensor) -> list[Tensor]:
-        """The tokens of each image of a pack, ``(1, P + L_i, C)``; of a batch the batch itself."""
+        """The tokens of each image of a pack, ``(1, P + L_i, C)``; for a batch, the batch itself."""
         return list(x.split(self.lengths, dim=1)) if self.packed else [x]
 
     def split_windows(self, x: Tensor, window: int) -> tuple[list[Tensor], Tensor]:
-        """Take the prefix off and cut the patches into windows.
+        """Separate the prefix and split the patches into windows.
 
         Returns:
             The prefixes ``(b, P, C)``, and all windows ``(n, window^2, C)``.

@@ -1,4 +1,4 @@
-"""Cropped position embeddings (CPE; AM-RADIO, METHOD 2.8): one large table, any grid."""
+"""Cropped position embeddings (CPE; AM-RADIO, arXiv:2312.06709; docs/method.md, 2.8): one table for any grid."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from agglo import dist
 
 
 def eval_embedding(table: Tensor, grid: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """The embedding of a grid at inference: the table shrunk to the grid's longer side, then cropped top-left.
-
-    So a wide image uses the upper part of a square of its own width, and the aspect of the table is kept.
+    """The position embedding at inference: the table resized to the grid's longer side, then cropped top-left.
 
     Args:
         table: ``(1, C, R, R)``.
         grid: ``(h, w)`` in patches.
-        align_corners: how the table is resized; RADIO's generations differ (RADIO.md section 2).
+        align_corners: of the resize; RADIO's generations differ (docs/checkpoints.md, 2).
 
     Returns:
         ``(1, C, h, w)`` in the table's dtype.
@@ -32,9 +30,9 @@ def eval_embedding(table: Tensor, grid: tuple[int, int], align_corners: bool = F
 
 
 def corner_embedding(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The table's top-left ``h x w`` at its own scale; stretched to the grid where the table is too small for it.
+    """The table's top-left ``h x w`` without resizing, ``(1, C, h, w)``; stretched if the table is too small.
 
-    The rule of a model whose table is as large as its nominal image (RADIO.md section 2); ``(1, C, h, w)``.
+    For models whose table is as large as their nominal image (docs/checkpoints.md, 2).
     """
     corner = table[..., : grid[0], : grid[1]]
     if tuple(corner.shape[-2:]) == grid:
@@ -43,19 +41,19 @@ def corner_embedding(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def train_embedding(table: Tensor, grid: tuple[int, int], batch: int, drop: float = 0.1) -> Tensor:
-    """A random viewport of the table for every sample (METHOD 2.8 steps 1 to 5).
+    """A random viewport of the table per sample, in training (docs/method.md, 2.8, steps 1 to 5).
 
     Scale ``s ~ U(sqrt(0.1), 1)`` and aspect ``a = exp(U(ln 3/4, ln 4/3))`` give an extent ``(s a, s / a)`` in (x, y),
-    placed uniformly inside the table; with probability ``drop`` a sample gets no position at all.
+    placed uniformly inside the table; with probability ``drop`` a sample gets a zero embedding.
 
     Args:
         table: ``(1, C, R, R)``.
-        grid: ``(h, w)`` in patches; a grid equal to the table's gets the table as it is.
+        grid: ``(h, w)`` in patches.
         batch: number of samples.
         drop: probability of an all-zero embedding.
 
     Returns:
-        ``(batch, C, h, w)``, or ``(1, C, R, R)`` when the grid is the table's own.
+        ``(batch, C, h, w)``, or the table ``(1, C, R, R)`` if that is the grid.
     """
     if grid == tuple(table.shape[-2:]):
         return table
@@ -69,7 +67,7 @@ def train_embedding(table: Tensor, grid: tuple[int, int], batch: int, drop: floa
     ys, xs = torch.linspace(0, 1, height, device=device), torch.linspace(0, 1, width, device=device)
     points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)[None]
     points = (points * extent + u_place * (1 - extent)) * 2 - 1
-    # All samples' viewports as one tall grid over the one table: its gradient is then one table, not one a sample.
+    # One tall grid for all samples: the gradient is then one table instead of one per sample.
     tall = F.grid_sample(table.float(), points.view(1, batch * height, width, 2), mode="bilinear", align_corners=True)
     window = tall.view(-1, batch, height, width).transpose(0, 1)
     if drop > 0:

@@ -1,9 +1,9 @@
-"""What a transformer spends its time on, made fast for inference on a CPU: linear layers, attention, GELU.
+"""Linear layers, attention and GELU, optimised for inference on a CPU.
 
-On x86, PyTorch gives float32 products to MKL, which uses AVX2 on processors that are not Intel's, whatever they have.
-With oneDNN, which PyTorch carries too, the same products take half the time on AMD's AVX-512 processors, in the same
-precision (IEEE float32; sums in another order). ``torch.backends.mkldnn.set_flags(False)`` switches that off.
-Everything here is PyTorch's own operator wherever gradients, autocast, tracing or compilation are about.
+On x86, PyTorch computes float32 products with MKL, which uses AVX2 only on processors of other vendors than Intel.
+oneDNN, also part of PyTorch, takes half the time on AMD's AVX-512 processors, in the same precision (IEEE float32; sums
+in another order). ``torch.backends.mkldnn.set_flags(False)`` switches it off. With gradients, autocast, tracing or
+compilation everything here is PyTorch's own operator.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 MULTIPLICATIONS = 1 << 22
-"""A smaller product is not worth oneDNN's set-up."""
+"""Smallest product for which oneDNN's set-up pays off."""
 
 SCORES = 1 << 17
-"""Attention scores a thread must have to compute in one product for a product per head to be worth its set-up."""
+"""Smallest number of attention scores per thread for which a product per head pays off."""
 
 TILE = 1 << 20
-"""Attention scores of one product for each thread: 4 MB."""
+"""Attention scores per thread and product: 4 MB."""
 
 REUSED = 1 << 25
-"""Bytes up to which memory is used again. The C library takes larger tensors from the operating system each time."""
+"""Bytes up to which memory is reused. The C library allocates larger tensors from the operating system each time."""
 
 THREADS = 16
-"""With more threads, PyTorch's own attention, which gives every thread heads of its own, is left alone."""
+"""With more threads, PyTorch's own attention, which is parallel over heads, is used."""
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, on either library."""
+    """``nn.Linear``, computed by oneDNN where it is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C')``."""
@@ -45,8 +45,8 @@ class Linear(nn.Linear):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` for every head: ``(B, heads, N, d)`` each, to ``(B, heads, N, d)``."""
-    # A trace must not depend on sizes: this comes first.
+    """``softmax(q k^T / sqrt(d)) v`` per head: ``(B, heads, N, d)`` each, to ``(B, heads, N, d)``."""
+    # Before any look at sizes, on which a trace must not depend.
     if not _applies(q, k):
         return F.scaled_dot_product_attention(q, k, v)
     batch, heads, length, width = q.shape
@@ -68,9 +68,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU; in the memory of ``x`` where no gradient is wanted, so ``x`` is no longer to be used.
+    """Exact GELU, in place without gradients: ``x`` must not be used afterwards.
 
-    A tensor of this size is fresh memory from the operating system every time, which costs more than the function.
+    A new tensor of this size costs more to allocate than to compute.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _traced():
         return F.gelu(x)
@@ -78,12 +78,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def tokens_per_pass(x: Tensor, widest: int) -> int | None:
-    """Into passes of how many tokens inference is best cut on a CPU; None where it is best left whole.
+    """Number of tokens per pass that is fastest for inference on a CPU; None for a single pass.
 
-    Memory that is fresh for every layer costs more than larger products gain.
+    Passes are small enough that layers reuse memory, see :data:`REUSED`.
 
     Args:
-        x: what goes in; for its device and dtype.
+        x: the input, for its device and dtype.
         widest: channels of the widest layer.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _traced() or x.device.type != "cpu":
@@ -97,17 +97,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product may go to oneDNN: float32 on the CPU, with nobody watching, and faster there."""
+    """Whether a product is computed by oneDNN: float32 inference on a CPU where it is faster."""
     return (
         not torch.compiler.is_compiling()
         and not _traced()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
-        and _held_back()
+        and _onednn_is_faster()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        # Counters, fake tensors and the like know PyTorch's own operators.
+        # Dispatch modes (FLOP counters, fake tensors) support PyTorch's own operators only.
         and _get_current_dispatch_mode() is None
     )
 
@@ -117,15 +117,15 @@ def _traced() -> bool:
 
 
 @cache
-def _held_back() -> bool:
-    """Whether MKL leaves half of this processor idle."""
+def _onednn_is_faster() -> bool:
+    """Whether MKL does not use this processor's AVX-512."""
     packet: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     libraries = packet is not None and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return libraries and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "Intel" not in _vendor()
 
 
 def _vendor() -> str:
-    """Such as ``AuthenticAMD`` or ``GenuineIntel``; empty where the system does not say."""
+    """Such as ``AuthenticAMD`` or ``GenuineIntel``; empty if unknown."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()

@@ -1,12 +1,12 @@
-"""Spectral reparametrisation for training: every linear layer learns its largest singular value as a number.
+"""Spectral reparametrisation for training: the largest singular value of every linear layer is a parameter.
 
 ::
 
     W_eff = W (softplus(s) + 0.05) / sigma(W),    sigma(W) = u^T W v + eps
 
-with ``u``, ``v`` from power iteration (AM-RADIO, arXiv 2312.06709; METHOD 2.9; RADIO.md section 7). The direction of a
-matrix is learned apart from its gain, which keeps activations from growing outliers; weight decay reaches the gain
-because ``s`` is a 1 x 1 matrix. The keys are those of RADIO's training checkpoints, so whoever reads these reads ours.
+with ``u``, ``v`` from power iteration (AM-RADIO, arXiv:2312.06709; docs/method.md, 2.9). Direction and gain of a matrix
+are learned separately, which prevents outliers in activations; weight decay applies to ``s`` because it is a 1 x 1
+matrix. The keys are those of RADIO's training checkpoints (docs/checkpoints.md, 7).
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch.nn.utils import parametrize
 from agglo.nn.products import Linear
 
 FLOOR = 0.05
-"""Added to ``softplus(scale)`` so that a layer's gain never vanishes."""
+"""Added to ``softplus(scale)``: the smallest gain of a layer."""
 
 VERSION = 2
-"""Of the parametrisation, as checkpoints say it: 1 had the plain scale for a gain."""
+"""Version of the parametrisation in checkpoints; in version 1 the gain was the scale itself."""
 
 INITIAL_STEPS = 20
 """Power iterations when a layer is wrapped."""
 
 FUSED = {"qkv": 3, "w12": 2}
-"""Layers that hold several matrices, one above the other, each with a gain of its own."""
+"""Layers of several stacked matrices, each with its own gain."""
 
 
 class Spectral(nn.Module):
     """The parametrisation of one matrix ``(R, C)``: parameter ``scale (1, 1)``, buffers ``_u (R,)`` and ``_v (C,)``.
 
     Args:
-        weight: the matrix as it is; the gain starts at its largest singular value, so that nothing changes.
+        weight: the matrix; the gain starts at its largest singular value, so that the output does not change.
         eps: added to that value.
-        steps: power iterations a training forward.
+        steps: power iterations per training forward.
     """
 
     _u: Tensor
@@ -50,7 +50,7 @@ class Spectral(nn.Module):
         super().__init__()
         self.eps, self.steps = eps, steps
         rows, columns = weight.shape
-        draw = torch.Generator().manual_seed(rows * 1_000_003 + columns)  # leaves the caller's generator alone
+        draw = torch.Generator().manual_seed(rows * 1_000_003 + columns)  # the global generator is not used
         device, gain = weight.device, torch.ones((), device=weight.device)
         self.register_buffer("_u", F.normalize(torch.randn(rows, generator=draw), dim=0).to(device))
         self.register_buffer("_v", F.normalize(torch.randn(columns, generator=draw), dim=0).to(device))
@@ -58,25 +58,25 @@ class Spectral(nn.Module):
         if not weight.is_meta:
             self.iterate(weight, INITIAL_STEPS)
             gain = self.norm(weight.detach())
-        # The inverse of softplus, in float64: log(exp(x) - 1) of small and of large numbers.
+        # The inverse of softplus, log(exp(x) - 1), stable for small and large numbers.
         x = gain.double() - FLOOR
         self.scale = nn.Parameter((x + torch.log(-torch.expm1(-x))).float().reshape(1, 1))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The matrix with its largest singular value replaced by the learned one, in float32, in the matrix's dtype."""
+        """The matrix scaled to the learned singular value; computed in float32, returned in the matrix's dtype."""
         with _full_precision(weight):
             gain = (F.softplus(self.scale.float()) + FLOOR) / self.norm(weight)
             return (weight.float() * gain).to(weight.dtype)
 
     def norm(self, weight: Tensor) -> Tensor:
-        """``u^T W v + eps``, a scalar, with a gradient into ``weight`` alone."""
-        # Copies: the next forward may move them before this one's gradient is taken.
+        """``u^T W v + eps``, a scalar, differentiable in ``weight`` only."""
+        # Copies: the next forward may change them before this one's backward.
         u, v = self._u.float().clone(), self._v.float().clone()
         return torch.dot(u, weight.float() @ v) + self.eps
 
     @torch.no_grad()
     def iterate(self, weight: Tensor, steps: int | None = None) -> None:
-        """Move ``u`` and ``v`` towards the leading singular vectors, as many steps as a training forward takes."""
+        """Power iteration of ``u`` and ``v``, by default the steps of one training forward."""
         matrix = weight.detach().float()
         with _full_precision(weight):
             for _ in range(self.steps if steps is None else steps):
@@ -86,7 +86,7 @@ class Spectral(nn.Module):
 
 
 class FusedSpectral(nn.Module):
-    """The parametrisation of several matrices, one above the other: a :class:`Spectral` each, in ``parts``."""
+    """The parametrisation of several stacked matrices: one :class:`Spectral` each, in ``parts``."""
 
     parts: Sequence[Spectral]
 
@@ -108,29 +108,28 @@ def enable_spectral(
     n_power_iterations: int = 1,
     skip: Collection[str] = ("patch_generator",),
 ) -> tuple[str, ...]:
-    """Reparametrise every ``nn.Linear`` below ``module``, in place; its output stays what it was.
+    """Reparametrise every ``nn.Linear`` below ``module``, in place; its output does not change.
 
-    One power iteration belongs to every training forward. It runs before ``module`` itself is called, not where a
-    weight is read: activation checkpointing, which runs the layers twice, sees the same weights both times, and in
-    ``eval()`` nothing moves. Call it before the optimiser is built and before a state is loaded, on what is called in
-    training: the student, which a model's ``encode`` calls, not the model. DAMP multiplies what comes out of it,
-    whichever was enabled first.
+    The power iteration of a training forward runs before ``module`` itself is called, not where a weight is read:
+    activation checkpointing, which runs the layers twice, uses the same weights both times, and ``eval()`` changes
+    nothing. Call this before the optimiser is built and before a state is loaded, on the module that training calls:
+    the student, not the model. DAMP multiplies the reparametrised weights, in either order of enabling.
 
-    An average of the weights (EMA) averages the parameters ``original`` and ``scale`` and must copy the buffers, whose
-    names end in ``_u`` and ``_v``: the mean of two directions is not one.
+    An EMA must average the parameters ``original`` and ``scale`` and copy the buffers ``_u`` and ``_v``, because the
+    mean of two directions is not a direction.
 
     Args:
         module: a student.
         eps: added to the norm.
-        n_power_iterations: a training forward.
-        skip: names or dotted paths; layers whose own path holds one of them are left alone.
+        n_power_iterations: per training forward.
+        skip: names or dotted paths; layers whose path contains one of them are not reparametrised.
 
     Returns:
-        The layers, by their dotted path.
+        Dotted paths of the layers.
 
     Raises:
-        ValueError: nothing to wrap, something wrapped already, a fused layer whose rows do not divide, or a layer whose
-            largest singular value is below what the parametrisation can express; nothing was changed then.
+        ValueError: no such layer, one that is parametrised already, a fused layer whose rows do not divide, or a layer
+            whose largest singular value is too small; ``module`` is then unchanged.
     """
     layers = {
         name: layer
@@ -139,9 +138,9 @@ def enable_spectral(
     }
     if not layers:
         raise ValueError(f"{type(module).__name__} has no nn.Linear outside {sorted(skip)}")
-    taken = [name for name, layer in layers.items() if parametrize.is_parametrized(layer)]
-    if taken:
-        raise ValueError(f"{taken[0]} is parametrised already: materialize the module first")
+    wrapped = [name for name, layer in layers.items() if parametrize.is_parametrized(layer)]
+    if wrapped:
+        raise ValueError(f"{wrapped[0]} is parametrised already: materialize the module first")
     parts = {name: _parts(name, layer.weight, eps, n_power_iterations) for name, layer in layers.items()}
     weak = [
         name
@@ -151,13 +150,13 @@ def enable_spectral(
     if weak:
         raise ValueError(
             f"the largest singular value of {', '.join(weak)} is not above {FLOOR}, the smallest gain of a layer: "
-            f"initialise larger, or leave out with skip={(*skip, *weak)}"
+            f"initialise larger, or use skip={(*skip, *weak)}"
         )
     for name, layer in layers.items():
         found = parts[name]
         parametrize.register_parametrization(layer, "weight", found[0] if len(found) == 1 else FusedSpectral(found))
         if type(layer).forward is Linear.forward:
-            # It reads the weight twice, which is to compute it twice. The class is this layer's own.
+            # Linear.forward reads the weight twice, which would compute it twice. The class is not shared.
             type(layer).forward = nn.Linear.forward
     module.register_forward_pre_hook(_advance)
     return tuple(layers)
@@ -165,28 +164,27 @@ def enable_spectral(
 
 @torch.no_grad()
 def materialize(module: nn.Module) -> nn.Module:
-    """Take the reparametrisation off, in place: plain weights under plain names.
+    """Replace the reparametrisation by plain weights under plain names, in place.
 
-    One more training forward's power iteration comes first, in ``eval()`` too, as RADIO's releases were made: the
-    result is what a reader of the checkpoint gets.
+    The power iteration of one training forward is run first, in ``eval()`` too, as for RADIO's releases.
 
     Returns:
-        The module itself, as it was where nothing was wrapped.
+        The module itself.
 
     Raises:
-        ValueError: a layer was parametrised further by someone else; nothing was changed then.
+        ValueError: a layer has a further parametrisation; the module is then unchanged.
     """
     layers = list(_wrapped(module))
     for layer, _ in layers:
         lists = layer.parametrizations
         if len(lists) > 1 or len(lists["weight"]) > 1:  # type: ignore[arg-type,index]
-            raise ValueError("a layer was parametrised further: take that off first")
+            raise ValueError("a layer has a further parametrisation: remove that first")
     for layer, parts in layers:
         weight = _original(layer)
         for part, chunk in zip(parts, weight.chunk(len(parts)), strict=True):
             part.iterate(chunk)
         weight.data = layer.weight.detach()
-        # Not by `remove_parametrizations`: it takes the property off a class that copies of the layer share.
+        # Not `remove_parametrizations`: it changes a class that copies of the layer share.
         del layer.parametrizations
         layer.__class__ = type(layer).__bases__[0]
         layer.register_parameter("weight", weight)
@@ -197,7 +195,7 @@ def materialize(module: nn.Module) -> nn.Module:
 
 
 def _advance(module: nn.Module, args: object) -> None:
-    """Before a training forward: the power iteration of every layer."""
+    """Hook before a training forward: the power iteration of every layer."""
     if module.training:
         for layer, parts in _wrapped(module):
             for part, chunk in zip(parts, _original(layer).chunk(len(parts)), strict=True):
@@ -205,7 +203,7 @@ def _advance(module: nn.Module, args: object) -> None:
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:
-    """No autocast, which the meta device does not have."""
+    """Disable autocast, which the meta device does not support."""
     return contextlib.nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
 
 
@@ -219,13 +217,13 @@ def _wrapped(module: nn.Module) -> Iterator[tuple[nn.Linear, Sequence[Spectral]]
 
 
 def _original(layer: nn.Linear) -> nn.Parameter:
-    """What is trained in the place of the weight."""
+    """The parameter behind the reparametrised weight."""
     return layer.parametrizations["weight"].original  # type: ignore[index,return-value]
 
 
 def _parts(name: str, weight: Tensor, eps: float, steps: int) -> list[Spectral]:
-    """The states of a layer, in the order of its rows."""
+    """One :class:`Spectral` per matrix of a layer, in the order of its rows."""
     count = FUSED.get(name.split(".")[-1], 1)
     if len(weight) % count:
-        raise ValueError(f"{name} should hold {count} matrices, which its {len(weight)} rows do not divide into")
+        raise ValueError(f"{name}: {len(weight)} rows are not divisible into {count} matrices")
     return [Spectral(chunk, eps, steps) for chunk in weight.chunk(count)]

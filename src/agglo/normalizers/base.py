@@ -1,4 +1,4 @@
-"""The contract of a normalizer: an affine map that puts a teacher's features on common footing (METHOD 2.2)."""
+"""The contract of a normalizer: an affine map that puts a teacher's features on common footing (docs/method.md, 2.2)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from agglo.normalizers._affine import AffineNormalizer
 
 
 class GlobalStandard(AffineNormalizer):
-    """One mean and one scale for all channels and positions: ``y_hat = (y - mu_g) / sigma_g`` (arXiv 2410.01680).
+    """One mean and one scale for all channels and positions: ``y_hat = (y - mu_g) / sigma_g`` (arXiv:2410.01680).
 
     ``mu_g = mean_c(mu_c)`` and ``sigma_g² = mean_c(sigma_c²) + mean_c((mu_c - mu_g)²)``: the moments of all numbers
     that the teacher says. Channels keep their offsets and their relative scales, so a channel of great variance still

@@ -11,7 +11,7 @@ from agglo.normalizers._eigen import even_rotation, principal, too_few
 
 
 class PhiS(AffineNormalizer):
-    """Rotates the variance evenly over all channels, then divides by one scalar (PHI-S, arXiv 2410.01680).
+    """Rotates the variance evenly over all channels, then divides by one scalar (PHI-S, arXiv:2410.01680).
 
     With ``cov(y) = U Λ Uᵀ`` and a normalised Hadamard matrix ``H``::
 

@@ -12,7 +12,7 @@ from agglo.normalizers._eigen import even_rotation, principal, too_few
 
 
 class Whiten(AffineNormalizer):
-    """Unit variance in every *direction*: the three whitenings that PHI-S is compared with (arXiv 2410.01680).
+    """Unit variance in every *direction*: the three whitenings that PHI-S is compared with (arXiv:2410.01680).
 
     With ``cov(y) = U Λ Uᵀ`` and a normalised Hadamard matrix ``H``::
 

@@ -35,7 +35,7 @@ class AttentionOptions:
 class RelativeBias(nn.Module):
     """Attention bias as a smooth function of the offset: ``B = 16 sigmoid(mlp(coords))``.
 
-    As in Swin V2 (arXiv 2111.09883): an offset ``d`` in [-(w - 1), w - 1] becomes ``sign(u) log2(|u| + 1) / log2 8``
+    As in Swin V2 (arXiv:2111.09883): an offset ``d`` in [-(w - 1), w - 1] becomes ``sign(u) log2(|u| + 1) / log2 8``
     with ``u = 8 d / (trained window - 1)``, so another window than the trained one can be used.
 
     Attributes:
@@ -123,7 +123,7 @@ class AttentionBlock(nn.Module):
         heads: attention heads.
         window: w, in cells of the (sub-sampled) map.
         ratio: r; 1 has a 3x3 convolution where others have their sub-sampling.
-        shifted: windows lie half a window further, around the corner (Swin, arXiv 2103.14030).
+        shifted: windows lie half a window further, around the corner (Swin, arXiv:2103.14030).
         options: what all blocks share.
     """
 

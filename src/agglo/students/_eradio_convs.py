@@ -111,7 +111,7 @@ class Bottleneck(nn.Module):
 
 
 class CrossStage(nn.Module):
-    """A cross-stage partial stage (Wang et al. 2020, arXiv 1911.11929) that keeps every intermediate.
+    """A cross-stage partial stage (Wang et al. 2020, arXiv:1911.11929) that keeps every intermediate.
 
     A 1x1 convolution gives ``a, b`` of half the width; bottlenecks are chained from ``b``; ``[a, b, m_1, ..., m_n]``
     goes through a 1x1 convolution back to the full width.

@@ -17,7 +17,7 @@ class PatchGenerator(nn.Module):
     """Pixels to the token sequence ``[cls_1 .. cls_K, reg_1 .. reg_R, patches row-major]``.
 
     Patches are flattened (channel, y, x) and projected; a crop of the position table is added to them; class and
-    register tokens get no position (METHOD 1.2).
+    register tokens get no position (docs/method.md, 1.2).
 
     Args:
         width: C.

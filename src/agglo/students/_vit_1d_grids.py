@@ -1,4 +1,4 @@
-"""How RADIO1D coarsens a grid of tokens, and how its decoder grows it back (RADIO.md section 9)."""
+"""How RADIO1D coarsens a grid of tokens, and how its decoder grows it back (docs/checkpoints.md, 9)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_levels(key: str, levels: Sequence[int], depth: int) -> tuple[int, ...]
 
 
 class Merge(nn.Module):
-    """Four neighbours become one token of twice the width (Liu et al. 2021, arXiv 2103.14030, patch merging).
+    """Four neighbours become one token of twice the width (Liu et al. 2021, arXiv:2103.14030, patch merging).
 
     An odd side gets a row or column of zeros at the bottom or right. The four cells are concatenated column-major,
     ``(dx, dy, c)`` with ``dx`` slowest, normalised (epsilon 1e-5) and projected ``4C -> 2C`` without bias.

@@ -20,7 +20,7 @@ LARGEST_WINDOW = 16
 
 
 class Hybrid(Student):
-    """E-RADIO (arXiv 2312.06709): four stages at strides 4, 8, 16, 32, each twice as wide as the last.
+    """E-RADIO (arXiv:2312.06709): four stages at strides 4, 8, 16, 32, each twice as wide as the last.
 
     Stages 0 and 1 are convolutional, 2 and 3 attend inside windows. The neck adds up the maps of the later stages;
     the summary is the mean of the result, one for all teachers. The published networks are in

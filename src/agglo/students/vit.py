@@ -24,7 +24,7 @@ PACK_TOKENS = 16_384
 class ViT(Student):
     """The RADIO ViT: linear patch embedding, cropped position embeddings over a large grid, a class token per teacher.
 
-    AM-RADIO (arXiv 2312.06709); METHOD 1.2, 2.8; RADIO.md sections 2 to 4. The keys below the line are for the released
+    AM-RADIO (arXiv:2312.06709); docs/method.md, 1.2, 2.8; docs/checkpoints.md, 2 to 4. The keys below the line are for the released
     models' sake: their generations differ in them.
 
     Args:

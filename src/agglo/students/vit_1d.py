@@ -19,7 +19,7 @@ Neck = Literal["decoder", "encoder"]
 
 
 class ViT1D(Student):
-    """NVIDIA's RADIO1D (RADIO.md section 9): merge, keep the first tokens, decode.
+    """NVIDIA's RADIO1D (docs/checkpoints.md, 9): merge, keep the first tokens, decode.
 
     A RADIO ViT merges its patch tokens 2x2 on the way, which doubles width and heads. Of the resulting tokens, taken
     row-major, the first ``num_tokens`` are kept: the "1-D tokens". A decoder fills the rest with learned tokens and
@@ -53,7 +53,7 @@ class ViT1D(Student):
             of them. A number given in a call comes before either.
         pos_dropout: probability that a training sample gets no position embedding.
         align_corners: how the position table is resized at inference.
-        position: ``cropped``, or ``corner`` where the nominal image is as large as the table (RADIO.md section 2).
+        position: ``cropped``, or ``corner`` where the nominal image is as large as the table (docs/checkpoints.md, 2).
 
     Raises:
         ConfigError: sizes that do not divide, levels outside the depth, no merge, fewer than one token to keep.
@@ -224,7 +224,7 @@ def _check_shape(width: int, heads: int, merges: int, splits: int) -> None:
 
 @torch.no_grad()
 def _initialize(student: ViT1D, depth: int, decoder_depth: int) -> None:
-    """Magneto's start (Wang et al. 2022, arXiv 2210.06423).
+    """Magneto's start (Wang et al. 2022, arXiv:2210.06423).
 
     Xavier, with gain ``sqrt(ln(2 depth))`` on the value, output and MLP projections; biases zero.
     """
