@@ -87,5 +87,5 @@ def test_the_big_recipes_train_it_too(name: str, student: str, tmp_path: Path) -
 
 
 def test_stochastic_depth_that_an_architecture_lacks_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"student\.drop_path: vgg11 has no stochastic depth: leave it out"):
+    with pytest.raises(ConfigError, match=r"student\.drop_path: vgg11 has no stochastic depth: omit it"):
         build("students", {"kind": "timm", "model": "vgg11", "drop_path": 0.1}, (), where="student")

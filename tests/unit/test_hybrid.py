@@ -277,7 +277,7 @@ def test_windows_change_what_is_computed_but_no_weights() -> None:
         student.change_window(2)
         assert torch.equal(student(images).spatial, trained)
     assert set(student.state_dict()) == names
-    with pytest.raises(ValueError, match="1 or more"):
+    with pytest.raises(ValueError, match="is less than 1 cell"):
         student.change_window(0)
 
 

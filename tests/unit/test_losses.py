@@ -237,9 +237,9 @@ def test_dispersion_is_saved_and_required() -> None:
         (torch.zeros(0, 3), "N and D positive"),
         (torch.zeros(3), "N and D positive"),
         (torch.tensor([[1.0, float("nan")]] * 9), "NaN or infinity"),
-        (torch.ones(1, 3), r"at least 2 targets, 8 to mean something.*estimate_images"),
-        (torch.ones(10, 3), r"all 10 targets point the same way.*weights are loaded.*dispersion: false"),
-        (torch.rand(9, 1) * torch.ones(9, 3), "point the same way"),
+        (torch.ones(1, 3), r"at least 2 targets and 8 for a usable estimate, got 1.*estimate_images"),
+        (torch.ones(10, 3), r"all 10 targets have the same direction.*weights are loaded.*dispersion: false"),
+        (torch.rand(9, 1) * torch.ones(9, 3), "have the same direction"),
     ],
 )
 def test_fit_refuses_bad_targets(bad: Tensor, message: str) -> None:

@@ -295,7 +295,7 @@ def test_am_radio_is_the_weighed_sum() -> None:
     ("build", "word"),
     [
         (lambda: AMRadio(alpha=-1), "alpha"),
-        (lambda: AMRadio(alpha=0, beta=0), "nothing is left"),
+        (lambda: AMRadio(alpha=0, beta=0), "both 0; at least one must be positive"),
         (lambda: AMRadio(huber=float("nan")), "huber"),
         (lambda: Relational(beta=-1), "beta"),
         (lambda: Relational(tokens=1), "tokens"),

@@ -1,1 +1,1 @@
-"""Balancers, one kind a file."""
+"""Balancers, one kind per file."""

@@ -1,4 +1,4 @@
-"""The contract of a balancer: how the terms of the objective are weighed against each other."""
+"""The contract of a balancer: the weighted combination of the objective's loss terms."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 class Balancer(nn.Module, ABC):
     """Combines named loss terms. A kind's constructor takes ``weights`` positionally: term name to recipe weight.
 
-    Terms are named ``<teacher>/summary`` and ``<teacher>/spatial``; those of no teacher have a name without a slash
-    (``mesa``). What a kind learns or remembers lies in parameters and buffers, so a run's state holds it; parameters
-    must reach the optimizer. In eval mode nothing is remembered and nothing is random. No kind waits for the device.
+    Terms are named ``<teacher>/summary`` and ``<teacher>/spatial``; others have a name without a slash (``mesa``).
+    State lives in parameters, which must be optimised, and buffers. In eval mode nothing is updated and nothing is
+    random. No kind synchronises the device.
 
     Attributes:
-        weighs_images: wants ``per_image``, which costs those who make the terms another reduction.
+        weighs_images: needs ``per_image``, which costs an additional reduction of every term.
     """
 
     weighs_images: bool = False
@@ -34,15 +34,14 @@ class Balancer(nn.Module, ABC):
         """The scalar to minimise.
 
         Args:
-            terms: term name to a scalar; announced terms may be absent.
+            terms: term name to a scalar; terms of ``weights`` may be absent.
             step: of the schedule, from 0.
             total: steps of the schedule.
-            per_image: the terms of the single images, ``(B,)`` each (:meth:`agglo.losses.base.Loss.by_image`), of which
-                ``terms`` then holds the means; given to kinds that weigh images. A term of no teacher has none.
-
-            shares: which part of its weight a term has in this step, such as one that is ramped up; 1 where none is
-                given. A kind whose weights look at losses looks at whole terms, or it would undo the ramp.
+            per_image: teachers' terms per image, ``(B,)`` each (:meth:`agglo.losses.base.Loss.by_image`), whose means
+                are in ``terms``; for kinds that weigh images.
+            shares: factor on the weight of a term in this step, e.g. of a ramp; 1 by default. Not included in the loss
+                values from which a kind computes its weights, which would cancel it.
 
         Raises:
-            KeyError: a term that was not announced in ``weights``.
+            KeyError: a term is not in ``weights``.
         """

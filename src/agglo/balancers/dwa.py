@@ -1,4 +1,4 @@
-"""Weights that follow how fast each loss falls."""
+"""Weights by the rate at which each loss falls."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from agglo.balancers._weights import Weighted
 
 
 class Dwa(Weighted):
-    """Dynamic weight averaging: terms that fall slowly count more (Liu, Johns and Davison, arXiv:1803.10704).
+    """Dynamic weight averaging: terms that fall slowly get larger weights (Liu, Johns and Davison, arXiv:1803.10704).
 
-    Steps are taken in windows of ``every``. With the mean loss ``L_k(t)`` of window ``t`` and ``K`` terms::
+    Losses are averaged over windows of ``every`` steps. With the mean loss ``L_k(t)`` of window ``t`` and ``K`` terms::
 
         L = Σ_k w_k λ_k L_k,    λ_k = K softmax_k(r_k / T),    r_k = L_k(t - 1) / L_k(t - 2)
 
-    Until two windows have passed, and for a term that was absent from one, ``r_k`` is 1. A value that is not finite
-    does not enter a mean. It needs the step: a caller that does not pass it has all λ at 1.
-
-    Off by default (C-RADIOv4 uses ``fixed``).
+    ``r_k`` is 1 until two windows are complete, and for a term that is absent from one. Values that are not finite are
+    left out of the means. Without ``step`` all λ are 1. C-RADIOv4 uses ``fixed``.
 
     Args:
         weights: term name to the recipe's weight, which multiplies λ.
-        every: steps of a window; an epoch in the paper.
-        temperature: ``T``, positive; large values bring all λ near 1.
+        every: steps per window; an epoch in the paper.
+        temperature: ``T``, positive; large values make all λ close to 1.
 
     Raises:
         ValueError: ``every`` is less than 1, or ``temperature`` is not positive.
@@ -46,17 +44,17 @@ class Dwa(Weighted):
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.every = every
         self.temperature = temperature
-        for name in ("sums", "counts", "last", "before"):  # last, before: mean losses of windows, 0 when unknown
+        for name in ("sums", "counts", "last", "before"):  # last, before: mean losses of windows, 0 if unknown
             self.register_buffer(name, torch.zeros(len(self.names)))
         self.register_buffer("window", torch.tensor(-1))
-        self._window: int | None = -1  # the buffer's value without waiting for the device; None: look
+        self._window: int | None = -1  # host copy of the buffer; None: not read yet
 
     def combine(
         self, terms: dict[str, Tensor], *, step: int, total: int, per_image: Mapping[str, Tensor] | None
     ) -> Tensor:
         if self.training:
             self._roll(step // self.every)
-            self._remember(self.values(terms))
+            self._update(self.values(terms))
         return self.weigh(terms, self.by_name(self.factors()))
 
     @torch.no_grad()
@@ -68,7 +66,7 @@ class Dwa(Weighted):
 
     @torch.no_grad()
     def _roll(self, window: int) -> None:
-        """Close the running window when the step is in another one."""
+        """Close the current window if the step is in another one."""
         if self._window is None:
             self._window = int(self.window)
         if window == self._window:
@@ -82,7 +80,7 @@ class Dwa(Weighted):
         self.window.fill_(window)
 
     @torch.no_grad()
-    def _remember(self, values: Tensor) -> None:
+    def _update(self, values: Tensor) -> None:
         usable = values.isfinite()
         self.sums += torch.where(usable, values, 0.0)
         self.counts += usable

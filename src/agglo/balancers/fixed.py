@@ -1,4 +1,4 @@
-"""Weights that never change."""
+"""Constant weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from agglo.balancers._weights import Weighted
 class Fixed(Weighted):
     """``L = Σ_k w_k L_k`` with the recipe's weights, as in AM-RADIO (arXiv:2312.06709) and C-RADIOv4 (2601.17237).
 
-    A term of weight 0 is left out altogether: it has no gradient, and a NaN in it does no harm.
+    A term of weight 0 is left out: it has no gradient, and a NaN in it has no effect.
 
     Args:
-        weights: term name to a weight that is finite and not negative.
+        weights: term name to a finite weight of at least 0.
 
     Raises:
         ValueError: a weight is negative or not finite, or none is positive.

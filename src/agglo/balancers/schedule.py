@@ -1,4 +1,4 @@
-"""Weights that change over the run as the recipe says."""
+"""Weights with a piecewise-linear schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Points = list[tuple[float, float]]
 class Schedule(Weighted):
     """``L = Σ_k w_k f_k(τ) L_k`` with piecewise-linear factors over progress ``τ = step / (total - 1)``.
 
-    Off by default (C-RADIOv4 uses ``fixed``; its nearest is a stage that adds SAM3). In a recipe::
+    C-RADIOv4 uses ``fixed``. In a recipe::
 
         balancer:
           kind: schedule
@@ -26,16 +26,16 @@ class Schedule(Weighted):
             "*/spatial": [[0, 1], [1, 1.25]]
             sam3: [[0.6, 0], [0.7, 1]]
 
-    Before the first and after the last point a factor is that point's; two points at one progress are a jump. At
-    factor 0 a term stays out. Terms that no key names keep the factor 1.
+    A factor is constant before its first and after its last point; two points at one progress are a jump. A term with
+    factor 0 is left out. Terms that match no key have factor 1.
 
     Args:
         weights: term name to the recipe's weight, which the factor multiplies.
-        points: term, teacher or glob over terms, to ``[progress, factor]`` in order of progress. Where several keys
-            fit a term, its own name wins, then its teacher's, then the first glob.
+        points: term, teacher or glob over terms, to ``[progress, factor]`` in order of progress. If several keys match
+            a term, its own name comes first, then its teacher's, then the first glob.
 
     Raises:
-        ValueError: a key fits no term; points are missing, out of order, outside of [0, 1], or negative.
+        ValueError: a key matches no term; points are missing, out of order, outside [0, 1], or negative.
     """
 
     def __init__(self, weights: Mapping[str, float], /, *, points: dict[str, list[tuple[float, float]]]) -> None:
@@ -44,27 +44,27 @@ class Schedule(Weighted):
             _check(key, line)
             if not any(_rank(key, name) for name in self.weights):
                 known = {**self.weights, **{t: 0 for t in map(teacher_of, self.weights) if t}}
-                raise ValueError(f"points: {key!r} fits no term; {nearest(key, known)}")
+                raise ValueError(f"points: {key!r} matches no term; {nearest(key, known)}")
         self.lines: dict[str, Points] = {}
         for name in self.names:
-            fitting = [key for key in points if _rank(key, name)]
-            if fitting:  # max takes the first of equals
-                self.lines[name] = points[max(fitting, key=lambda key: _rank(key, name))]
+            matching = [key for key in points if _rank(key, name)]
+            if matching:  # max takes the first of equals
+                self.lines[name] = points[max(matching, key=lambda key: _rank(key, name))]
 
     def combine(
         self, terms: dict[str, Tensor], *, step: int, total: int, per_image: Mapping[str, Tensor] | None
     ) -> Tensor:
         factors = self.factors(step / max(1, total - 1))
-        counted = {name: term for name, term in terms.items() if factors[name] > 0}
-        return self.weigh(counted, factors) if counted else self.nothing(terms)
+        active = {name: term for name, term in terms.items() if factors[name] > 0}
+        return self.weigh(active, factors) if active else self.zero(terms)
 
     def factors(self, progress: float) -> dict[str, float]:
-        """Factor of every term of positive weight at a progress, which is 0 at the first step and 1 at the last."""
+        """Factor of every term at a progress from 0 (first step) to 1 (last)."""
         return {name: _at(self.lines[name], progress) if name in self.lines else 1.0 for name in self.names}
 
 
 def _rank(key: str, name: str) -> int:
-    """How closely a key fits a term: 3 its name, 2 its teacher, 1 a glob, 0 not at all."""
+    """How closely a key matches a term: 3 its name, 2 its teacher, 1 a glob, 0 not."""
     if key == name:
         return 3
     return 2 if key == teacher_of(name) else int(fnmatchcase(name, key))

@@ -1,4 +1,4 @@
-"""Teachers that the student already agrees with are dropped at random."""
+"""Teacher dropping: teachers with a small loss are left out at random."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ from torch import Tensor
 from agglo import dist
 from agglo.balancers._weights import Weighted, teacher_of
 
-# Keeps the draws apart from others that are made of the same seed and step.
+# Separates these draws from others with the same seed and step.
 _STREAM = 0x7D0
 
 
 class TeacherDrop(Weighted):
-    """Teacher dropping after UNIC (arXiv:2408.05088): the worst teacher of an image stays, each other one may go.
+    """Teacher dropping (UNIC, arXiv:2408.05088): keeps the teacher with the largest loss, drops others at random.
 
-    For each image the teacher of the greatest loss is kept, and every other one is dropped with probability ``p``,
-    each on its own. With ``m_t`` = 1 for a teacher that is kept, in an image of ``T`` teachers::
+    Per image, the teacher with the largest loss is kept, and every other one is dropped with probability ``p``,
+    independently. With ``m_t = 1`` for a kept teacher, and ``T`` teachers::
 
         L = Σ_k w_k mean_b( c_t(k),b L_k,b ),    c_t = T m_t / Σ_t m_t
 
-    so every image weighs as much as without dropping (UNIC divides by the sum over the batch, which favours images
-    that keep many teachers). A teacher's loss is the mean of its terms by their weights, so one without a summary
-    competes on equal terms; losses must be normalised (PHI-S, angular) for "greatest" to mean anything. Terms of no
-    teacher are never dropped.
+    so that every image keeps its total weight (UNIC divides by the sum over the batch, which favours images that keep
+    many teachers). A teacher's loss is the weighted mean of its terms; terms must be normalised (PHI-S, angular) to be
+    comparable. Terms without a teacher are never dropped. C-RADIOv4 uses ``fixed``.
 
-    Images are told apart when ``per_image`` is given; otherwise one draw decides for the whole batch. Draws depend on
-    (seed, step) alone, so a resumed run repeats them; a caller that does not pass the step has the same draw always.
-    In eval mode nothing is dropped. A value that is not finite never makes its teacher the worst; it does no harm
-    where that teacher is dropped.
-
-    Off by default (C-RADIOv4 uses ``fixed``).
+    Without ``per_image`` one draw decides for the whole batch. Draws depend on (seed, step) only, so a resumed run
+    repeats them. In eval mode nothing is dropped. A loss that is not finite never counts as the largest, and has no
+    effect if its teacher is dropped.
 
     Args:
         weights: term name to the recipe's weight.
@@ -78,8 +74,8 @@ class TeacherDrop(Weighted):
 
     @torch.no_grad()
     def _kept(self, members: Mapping[str, list[str]], rows: Mapping[str, Tensor], step: int, parts: int) -> Tensor:
-        """Which teacher ``(T, B)`` stays for which image; of ``parts`` equal parts of a batch these are one."""
-        # A teacher's loss: the mean of its terms by their weights.
+        """Mask ``(T, B)`` of the teachers kept per image; the batch is one of ``parts`` equal parts."""
+        # A teacher's loss: the weighted mean of its terms.
         scores = torch.stack(
             [
                 torch.stack([self.weights[name] * rows[name].detach().float() for name in names]).sum(0)
@@ -89,8 +85,8 @@ class TeacherDrop(Weighted):
         )
         worst = torch.where(scores.isfinite(), scores, float("-inf")).argmax(0, keepdim=True)
         seed = int(np.random.SeedSequence([_STREAM, self.seed, step]).generate_state(1)[0])
-        # One row for each announced teacher: who is absent does not change the draws of the others.
-        # For the images of all processes, of which this one takes its own.
+        # One row for every teacher of the recipe and one column for every image of all ranks: the draws depend neither
+        # on absent teachers nor on the number of ranks.
         images = scores.shape[1]
         draws = torch.rand(len(self.teachers), parts * images, generator=torch.Generator().manual_seed(seed))
         draws = draws[:, dist.local_slice(images)] if parts > 1 else draws
@@ -100,12 +96,12 @@ class TeacherDrop(Weighted):
 
 
 def _rows(names: list[str], terms: Mapping[str, Tensor], per_image: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Each term as ``(B,)``, or as ``(1,)`` when images are not told apart."""
+    """Each term as ``(B,)``, or as ``(1,)`` without ``per_image``."""
     if per_image is None:
         return {name: terms[name].reshape(1) for name in names}
     missing = [name for name in names if name not in per_image]
     if missing:
-        raise ValueError(f"per_image lacks {', '.join(missing)}: pass every term of a teacher by image, or none")
+        raise ValueError(f"per_image lacks {', '.join(missing)}: pass every teacher's terms per image, or none")
     batch = per_image[names[0]].shape
     for name in names:
         shape = per_image[name].shape

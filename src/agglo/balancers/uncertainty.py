@@ -1,4 +1,4 @@
-"""Weights that are learned as uncertainties."""
+"""Weights learned as uncertainties."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from agglo.balancers._weights import Weighted
 
 
 class Uncertainty(Weighted):
-    """``L = Σ_k w_k (e^{-b_k} L_k + softplus(b_k))`` with a learned ``b_k`` a term (arXiv:2312.06709, E.1).
+    """``L = Σ_k w_k (e^{-b_k} L_k + softplus(b_k))`` with a learned ``b_k`` per term (AM-RADIO, arXiv:2312.06709, E.1).
 
-    ``b = log σ²``. Kendall et al. (arXiv:1705.07115) add ``b / 2``; softplus takes its place so that weights above 1
-    are not rewarded. At the optimum ``λ = e^{-b}`` solves ``L λ² + L λ = 1``: large losses count less.
+    ``b = log σ²``. Softplus replaces the ``b / 2`` of Kendall et al. (arXiv:1705.07115), so that weights above 1 are
+    not rewarded. At the optimum ``λ = e^{-b}`` solves ``L λ² + L λ = 1``: large losses get smaller weights.
 
-    AM-RADIO lets the student predict ``b`` for each image; here it is one number a term, which needs no further head
-    and is the same idea. ``b`` starts at 0 (λ = 1), is a parameter of this module and must reach the optimizer,
-    without weight decay. The scalar holds the softplus terms: it is not comparable with that of other balancers.
-
-    Off by default (C-RADIOv4 uses ``fixed``).
+    In AM-RADIO the student predicts ``b`` per image; here it is one parameter per term, starting at 0 (λ = 1), to be
+    optimised without weight decay. The scalar includes the softplus terms and is not comparable with that of other
+    balancers. C-RADIOv4 uses ``fixed``.
 
     Args:
-        weights: term name to the recipe's weight; it multiplies both parts, so that it does not move the optimum of b.
+        weights: term name to the recipe's weight; it multiplies both parts, which leaves the optimum of b unchanged.
     """
 
     def __init__(self, weights: Mapping[str, float], /) -> None:

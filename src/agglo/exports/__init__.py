@@ -1,1 +1,1 @@
-"""Kinds of folders that a model can be written to, so that others' programs load it."""
+"""Exports: models written in other libraries' layouts, one kind per file."""

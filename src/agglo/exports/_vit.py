@@ -1,4 +1,4 @@
-"""What the exports of a RADIO ViT share: what fits, what is left out, and how a folder is written."""
+"""Shared by the exports of a RADIO ViT: compatibility checks, notes, the card and the folder."""
 
 from __future__ import annotations
 
@@ -24,43 +24,42 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def fitting(model: Model, where: str) -> ViT:
-    """The student, if nothing in the model but its heads would be missing.
+    """Return the student if the layout can express the model, heads excepted.
 
     Args:
-        model: what shall be exported.
+        model: to be exported.
         where: the foreign architecture, for messages.
 
     Raises:
-        ConfigError: it does not fit; says why and what to do.
+        ConfigError: the model does not fit.
     """
     student, kind = model.student, model.student_config["kind"]
     if not isinstance(student, ViT):
-        raise ConfigError(f"{where} is a ViT, this model's student is a {kind}: only students of kind vit fit")
+        raise ConfigError(f"student: {where} is a ViT, this model's student is a {kind}; only kind vit can be exported")
     if student.window:
         raise ConfigError(
-            f"{where} has no windows, and this model looks through windows of {student.window} patches: load it "
-            "without window= (the weights are the same)"
+            f"window: {student.window}, but {where} has no windows: load the model without window="
         )
     if student.patch_generator.position != "cropped":
         raise ConfigError(
-            f"{where} crops its position table after resizing it, this student has position: "
-            f"{student.patch_generator.position}; only position: cropped fits"
+            f"position: {student.patch_generator.position}, but {where} resizes its position table before cropping; "
+            "only position: cropped can be exported"
         )
     if model.student_config["mlp_norm"]:
-        raise ConfigError(f"{where} has no norm (of epsilon 1e-5) inside its MLPs, this student has: mlp_norm: true")
+        raise ConfigError(f"mlp_norm: true, but {where} has no norm inside its MLPs")
     if student.pool != "token":
-        raise ConfigError(f"{where} has a class token for its summary, this student has pool: {student.pool}")
+        raise ConfigError(f"pool: {student.pool}, but {where} has a class token for its summary")
     if model.feature_normalizer is not None:
-        raise ConfigError(f"{where} has no feature normalizer, and this model's map goes through one")
+        raise ConfigError(f"this model has a feature normalizer, but {where} has none")
     if not isinstance(model.conditioner, Conditioner):
-        raise ConfigError("this model's conditioner was taken: put it back (model.conditioner = ...) or load it again")
+        raise ConfigError("this model's conditioner was taken: restore model.conditioner, or load it again")
     return student
 
 
 def left_out(model: Model, where: str) -> list[str]:
-    """What the foreign layout has no place for, warned of and returned as phrases for the card."""
+    """Warn of the parts that the foreign layout cannot hold; return them as phrases for the card."""
     parts = []
-    # An official checkpoint is loaded without its heads, and they stay behind all the same.
+    # Includes the heads of an official checkpoint that were not loaded.
     heads = dict.fromkeys([*model.heads, *model.provenance.get("available_heads", ())])
     if heads:
         parts.append(f"the heads ({', '.join(heads)})")
@@ -72,7 +71,7 @@ def left_out(model: Model, where: str) -> list[str]:
 
 
 def notes(model: Model) -> dict[str, Any]:
-    """What the foreign layout cannot say and our own importer wants to know; foreign readers ignore it."""
+    """Configuration that only our importer reads; the foreign library ignores it."""
     config = model.student_config
     return {
         NOTES: {
@@ -87,17 +86,17 @@ def notes(model: Model) -> dict[str, Any]:
 
 
 def side(model: Model) -> int:
-    """The preferred side, in pixels, as a multiple of a patch."""
+    """The preferred side in pixels, rounded to whole patches."""
     return nearest_size((model.preferred_size, model.preferred_size), model.spec.step)[0]
 
 
 def hidden_width(student: ViT) -> int:
-    """Of the MLPs."""
+    """Hidden width of the MLPs."""
     return next(m.in_features for n, m in student.blocks[0].mlp.named_modules() if n in ("fc2", "w3"))  # type: ignore[return-value]
 
 
 def ratio(width: int, hidden: int) -> float:
-    """A number whose product with ``width`` is ``hidden`` when its fraction is cut off, as others compute it."""
+    """A ratio with ``int(width * ratio) == hidden``, as other libraries compute it."""
     value = hidden / width
     while int(width * value) < hidden:
         value = math.nextafter(value, math.inf)
@@ -141,24 +140,24 @@ def card(model: Model, name: str, *, library: str, usage: str, missing: list[str
     """A model card for the foreign library.
 
     Args:
-        model: what was exported.
+        model: the exported model.
         name: of the folder.
         library: the library that loads it.
-        usage: Python code that does.
-        missing: phrases, from :func:`left_out`.
-        remarks: what its user has to know.
+        usage: Python code that loads it.
+        missing: phrases of :func:`left_out`.
+        remarks: limitations.
     """
     facts = model.provenance
     licence = str(facts.get("license", "other"))
     front = f"license: {licence.lower()}" if " " not in licence else f"license: other\nlicense_name: {licence!r}"
     teachers = "\n".join(f"- `{n}`: {t}" for n, t in facts.get("teachers", {}).items()) or "- unknown"
-    lost = f"Left out, because {library} has no place for them: {', '.join(missing)}.\n\n" if missing else ""
+    omitted = f"Left out, because {library} has no place for them: {', '.join(missing)}.\n\n" if missing else ""
     size = sum(p.numel() for p in model.student.parameters()) / 1e6
     return (
         f"---\nlibrary_name: {library}\n{front}\npipeline_tag: image-feature-extraction\n"
         "tags: [agglomerative, feature-extraction, agglo]\n---\n\n"
         f"# {name}\n\nThe backbone of an agglomerative vision model ({size:.1f} M parameters, patches of "
-        f"{model.spec.stride} pixels, at its best at {side(model)} pixels), written for {library} by agglo, which "
+        f"{model.spec.stride} pixels, preferred size {side(model)} pixels), written for {library} by agglo, which "
         f"loads it too (`agglo.load`).\n\n```python\n{usage}```\n\n{remarks}\n\n"
-        f"{lost}Teachers and their licences:\n\n{teachers}\n"
+        f"{omitted}Teachers and their licences:\n\n{teachers}\n"
     )

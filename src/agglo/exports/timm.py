@@ -38,8 +38,7 @@ ARCHITECTURES: dict[tuple[int, int, bool, int], str] = {
 """(width, depth, whether it has layer scales, prefix tokens) → timm's name."""
 
 OTHERS = {True: "naflexvit_base_patch16_radio_v3", False: "naflexvit_huge_patch16_radio_v4"}
-"""What an architecture of other sizes is called, by whether it has layer scales: timm can switch them on or change
-their value, but not off. Every size is overridden by ``model_args``."""
+"""Base architecture of models of other sizes, by whether they have layer scales, which timm cannot switch off."""
 
 _USAGE = """\
 import timm, torch
@@ -55,21 +54,21 @@ features = tokens[:, {prefix}:]  # (1, patches, {width})
 _REMARKS = (
     "The model takes images that are normalised already (as the transform does), sides a multiple of {patch} pixels. "
     "timm counts all class tokens but the first among the registers, and its pooled output is the first: take the "
-    "summary from the tokens, as above. Windowed attention and random positions in training are agglo's only."
+    "summary from the tokens, as above. Windowed attention and random positions in training need agglo."
 )
 
 
 class Timm(Export):
     """A folder of timm's hub layout: ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
 
-    The architecture is that of the released C-RADIO of the same size, or one of them with every size overridden in
-    ``model_args``. timm 1.0.31 has them; writing the folder needs no timm.
+    The architecture is that of the released C-RADIO of the same size, or one of them with all sizes overridden in
+    ``model_args``, as in timm 1.0.31. Writing the folder does not need timm.
 
-    What does not fit: windows, ``position: corner``, gated MLPs, ``mlp_norm``, a feature normalizer, and students of
-    other kinds.
+    Not supported: windows, ``position: corner``, gated MLPs, ``mlp_norm``, a feature normalizer, and students of other
+    kinds.
 
     Args:
-        dtype: precision of the weights on disk; timm loads them as float32 unless told otherwise.
+        dtype: precision of the weights on disk; timm loads them as float32 by default.
     """
 
     def __init__(self, *, dtype: Precision = "float32") -> None:
@@ -79,9 +78,7 @@ class Timm(Export):
         """See :meth:`Export.write`."""
         student = fitting(model, "timm's NaFlexViT")
         if model.student_config["mlp"] != "gelu":
-            raise ConfigError(
-                "timm's NaFlexViT has no gated MLP like this student's (mlp: swiglu): export it to transformers"
-            )
+            raise ConfigError("mlp: swiglu, but timm's NaFlexViT has no such gated MLP: export it to transformers")
         name, prefix = Path(folder).expanduser().resolve().name, student.patch_generator.tokens
         usage = _USAGE.format(
             name=name, slots=list(model.summary_slots), summary=model.spec.summary, prefix=prefix,
@@ -152,7 +149,7 @@ def _tensors(student: ViT) -> Iterator[tuple[str, Tensor]]:
     generator = student.patch_generator
     patch, grid = generator.patch, generator.max_grid
     weight, bias = generator.embedder.weight, generator.embedder.bias
-    # A row of their projection holds a patch's pixels as (y, x, channel).
+    # timm flattens a patch as (y, x, channel).
     yield "embeds.proj.weight", weight.view(-1, 3, patch, patch).permute(0, 2, 3, 1).flatten(1)
     yield "embeds.proj.bias", weight.new_zeros(len(weight)) if bias is None else bias
     yield "embeds.pos_embed", generator.pos_embed.unflatten(1, (grid, grid))

@@ -44,22 +44,22 @@ out.features  # (1, patches, {width})
 _REMARKS = (
     "The model takes RGB in [0, 1], sides a multiple of {patch} pixels, and normalises inside; the processor resizes "
     "and crops to {side} x {side}, any other legal size works too. Windowed attention and random positions in "
-    "training are agglo's only."
+    "training need agglo."
 )
 
 
 class Transformers(Export):
     """A folder that plain transformers loads as a native ``RadioModel``: ``AutoModel.from_pretrained(folder)``.
 
-    Its files are those that ``save_pretrained`` writes (5.23), with an image processor beside them; nobody needs
-    ``trust_remote_code``, and writing them needs no transformers. A bias of the patch projection is folded into the
-    position table, which changes nothing at inference.
+    Its files are those of ``save_pretrained`` (5.23) and an image processor; loading does not need
+    ``trust_remote_code``, writing does not need transformers. A bias of the patch projection is folded into the
+    position table, which is equivalent at inference.
 
-    What does not fit: windows, ``position: corner``, ``align_corners: true``, ``mlp_norm``, ``final_norm``, a feature
-    normalizer, gated MLPs whose width is no multiple of 8, and students of other kinds.
+    Not supported: windows, ``position: corner``, ``align_corners: true``, ``mlp_norm``, ``final_norm``, a feature
+    normalizer, gated MLPs whose width is not a multiple of 8, and students of other kinds.
 
     Args:
-        dtype: precision of the weights on disk, and what ``dtype="auto"`` loads them as.
+        dtype: precision of the weights on disk and with ``dtype="auto"``.
     """
 
     def __init__(self, *, dtype: Precision = "float32") -> None:
@@ -96,7 +96,7 @@ class Transformers(Export):
             "hidden_size": width,
             "num_hidden_layers": student.depth,
             "num_attention_heads": options["heads"],
-            # Their gated MLP keeps two thirds of the width that this ratio gives.
+            # The gated MLP of RadioModel uses two thirds of the width that this ratio gives.
             "mlp_ratio": ratio(width, hidden * 3 // 2 if gated else hidden),
             "use_swiglu_ffn": gated,
             "hidden_act": "gelu",
@@ -118,23 +118,23 @@ class Transformers(Export):
 
 def _check(student: ViT, model: Model) -> None:
     if model.student_config["final_norm"]:
-        raise ConfigError("RadioModel has no norm after its last block, this student has: final_norm: true")
+        raise ConfigError("final_norm: true, but RadioModel has no norm after its last block")
     if student.patch_generator.align_corners:
         raise ConfigError(
-            "RadioModel resizes its position table without align_corners, this model with: load it with "
-            "align_corners=False, as torch.hub has done since July 2025, or export it to timm"
+            "align_corners: true, but RadioModel resizes its position table without: load the model with "
+            "align_corners=False, as torch.hub does since July 2025, or export it to timm"
         )
     hidden = hidden_width(student)
     if model.student_config["mlp"] == "swiglu" and gated_width(hidden * 3 // 2) != hidden:
         legal = (max(8, hidden // 8 * 8), -(-hidden // 8) * 8)
         raise ConfigError(
-            f"RadioModel has gated MLPs of a width that is a multiple of 8, this student's are {hidden} wide; nearest "
+            f"mlp_hidden: {hidden} is not a multiple of 8, as RadioModel's gated MLPs need; nearest "
             f"mlp_hidden: {legal[0]} or {legal[1]}"
         )
 
 
 def _processor(side: int) -> dict[str, Any]:
-    """The model normalises inside, so a processor only resizes, crops and divides by 255."""
+    """A processor that resizes, crops and divides by 255; the model normalises."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -150,14 +150,14 @@ def _processor(side: int) -> dict[str, Any]:
 
 
 def _tensors(model: Model, student: ViT) -> Iterator[tuple[str, Tensor]]:
-    """By the names that ``save_pretrained`` writes."""
+    """Tensors by the names of ``save_pretrained``."""
     below, generator = "radio_model.model.", student.patch_generator
     yield "radio_model.summary_idxs", torch.tensor(model.summary_slots, dtype=torch.long)
     for name, buffer in model.conditioner.named_buffers():
         yield f"radio_model.input_conditioner.norm_{name}", buffer.float()
     table, bias = generator.pos_embed, generator.embedder.bias
     yield f"{below}patch_generator.embedder.weight", generator.embedder.weight
-    # Resizing has weights that add up to one, so what every patch gets may as well stand in the table.
+    # Resizing weights sum to one, so a constant of all patches can be part of the table.
     yield f"{below}patch_generator.pos_embed", table if bias is None else table.float() + bias.float()
     yield f"{below}patch_generator.cls_token.token", generator.token
     for name, tensor in student.blocks.state_dict().items():
@@ -165,7 +165,7 @@ def _tensors(model: Model, student: ViT) -> Iterator[tuple[str, Tensor]]:
             for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
                 yield f"{below}blocks.{name.replace('w12', part)}", half.clone()
             continue
-        for ours, theirs in ((".ls1.gamma", ".layer_scale1.lambda1"), (".ls2.gamma", ".layer_scale2.lambda1"),
-                             (".mlp.w3.", ".mlp.down_proj.")):  # fmt: skip
-            name = name.replace(ours, theirs)
+        for ours, foreign in ((".ls1.gamma", ".layer_scale1.lambda1"), (".ls2.gamma", ".layer_scale2.lambda1"),
+                              (".mlp.w3.", ".mlp.down_proj.")):  # fmt: skip
+            name = name.replace(ours, foreign)
         yield f"{below}blocks.{name}", tensor

@@ -1,1 +1,1 @@
-"""Heads, one kind a file."""
+"""Heads, one kind per file."""

@@ -1,4 +1,4 @@
-"""RADIO's attention head, for maps."""
+"""RADIO's attention head for maps."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from agglo.nn.blocks import Block
 from agglo.types import ConfigError
 
 _LAYER_SCALE = 1e-5
-"""Initial layer scale: a new head starts almost as its MLP alone."""
+"""Initial layer scale: a new head is almost its MLP alone."""
 
 
 class Attention(Head):
     """Transformer blocks on the patch tokens, then an :class:`~agglo.heads.mlp.Mlp` "v2" (docs/method.md, 1.4, "attn").
 
-    The blocks keep the source's width, have an MLP four times as wide, layer scales, no bias in ``qkv`` and no position
-    embedding of their own. Positions see one another: a map must be one whole image, without padding, and there is no
-    such head for summaries.
+    The blocks have the source's width, an MLP four times as wide, layer scales, no bias in ``qkv`` and no position
+    embedding. Since positions attend to one another, a map must be one image without padding.
 
     Args:
         source: input channels, a multiple of ``heads``.
         target: output channels.
-        blocks: how many transformer blocks.
+        blocks: number of transformer blocks.
         heads: attention heads of each block.
-        hidden: width inside the MLP behind the blocks.
+        hidden: hidden width of the MLP after the blocks.
         inner: residual blocks of that MLP.
-        upsample: u of that MLP: maps come out u times finer.
+        upsample: u of that MLP: output maps are u times finer.
 
     Raises:
-        ConfigError: ``source`` is no multiple of ``heads``, or ``upsample`` is below 1.
+        ConfigError: ``source`` is not a multiple of ``heads``, or ``upsample`` is below 1.
     """
 
     def __init__(
@@ -48,9 +47,7 @@ class Attention(Head):
         super().__init__()
         if heads < 1 or source % heads:
             near = min((n for n in range(1, source + 1) if source % n == 0), key=lambda n: abs(n - heads))
-            raise ConfigError(
-                f"{source} channels do not split into {heads} attention heads: nearest is `heads: {near}`"
-            )
+            raise ConfigError(f"heads: {heads} does not divide {source} channels; nearest is `heads: {near}`")
         self.source, self.target = source, target
         self.blocks = nn.ModuleList(
             Block(source, heads, 4 * source, qkv_bias=False, layer_scale=_LAYER_SCALE) for _ in range(blocks)
@@ -61,12 +58,12 @@ class Attention(Head):
         """``(B, source, H, W)`` to ``(B, target, u*H, u*W)``.
 
         Raises:
-            ConfigError: ``x`` is no map.
+            ConfigError: ``x`` is not a map.
         """
         if x.ndim != 4:
             raise ConfigError(
-                f"an attention head reads maps (B, {self.source}, H, W), not {tuple(x.shape)}: "
-                "give summaries a head of kind mlp"
+                f"an attention head takes maps (B, {self.source}, H, W), not {tuple(x.shape)}; "
+                "use a head of kind mlp for summaries"
             )
         tokens = x.flatten(2).transpose(1, 2)
         for block in self.blocks:
@@ -74,5 +71,5 @@ class Attention(Head):
         return self.mlp(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
     def fold(self, matrix: Tensor, mean: Tensor) -> None:
-        """Into the MLP's last linear, see :meth:`~agglo.heads.mlp.Mlp.fold`."""
+        """See :meth:`agglo.heads.mlp.Mlp.fold`."""
         self.mlp.fold(matrix, mean)

@@ -1,4 +1,4 @@
-"""RADIO's MLP heads, "v2" and the older "v1"."""
+"""RADIO's MLP heads, "v2" and "v1"."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from agglo.types import ConfigError
 class Mlp(Head):
     """``Linear -> n x (x + Linear(GELU(LN(x)))) -> LN -> GELU -> Linear`` (docs/method.md, 1.4, "v2").
 
-    Version "v1": ``Linear -> LN -> ReLU -> n x (Linear -> LN -> ReLU) -> Linear``. LayerNorms
-    have eps 1e-5, the GELU is exact. Works on vectors and, position by position, on maps.
+    Version "v1" is ``Linear -> LN -> ReLU -> n x (Linear -> LN -> ReLU) -> Linear``. LayerNorms have eps 1e-5, the GELU
+    is exact. Applied to vectors, and to maps per position.
 
     Args:
         source: input channels.
         target: output channels.
-        hidden: m, the width between.
-        inner: n, the blocks between (residual in v2).
+        hidden: hidden width.
+        inner: n, number of inner blocks (residual in v2).
         pre_norm: LayerNorm and GELU before the first linear (v2 only).
-        version: ``v2``, or ``v1`` as RADIO's first releases have it.
-        upsample: u, the last linear answers with ``u x u`` cells a position, channels laid out ``(u1, u2, c)``: a map
-            comes out u times finer, position ``(h, w)`` in rows ``h*u + u1`` and columns ``w*u + u2``.
+        version: ``v2``, or ``v1`` as in RADIO's first releases.
+        upsample: u: the last linear gives ``u x u`` cells per position, channels laid out ``(u1, u2, c)``, so that
+            position ``(h, w)`` of a map becomes rows ``h*u + u1`` and columns ``w*u + u2``.
 
     Raises:
         ConfigError: ``pre_norm`` with v1, or ``upsample`` below 1.
@@ -46,9 +46,9 @@ class Mlp(Head):
     ) -> None:
         super().__init__()
         if upsample < 1:
-            raise ConfigError(f"upsample is {upsample}: the least is 1, which keeps the grid")
+            raise ConfigError(f"upsample: {upsample} is less than 1; 1 keeps the grid")
         if pre_norm and version == "v1":
-            raise ConfigError("pre_norm belongs to version v2: leave it out, or set `version: v2`")
+            raise ConfigError("pre_norm: not available in version v1; omit it or set `version: v2`")
         self.source, self.target = source, target
         self.version, self.upsample = version, upsample
         self.pre = nn.LayerNorm(source) if pre_norm else None
@@ -62,14 +62,13 @@ class Mlp(Head):
         """See :meth:`Head.forward`; a map ``(B, source, H, W)`` becomes ``(B, target, u*H, u*W)``.
 
         Raises:
-            ConfigError: a vector, and ``upsample`` above 1.
+            ConfigError: ``x`` is a vector and ``upsample`` is greater than 1.
         """
         if x.ndim == 4:
             return self._refine(self._project(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         if self.upsample > 1:
             raise ConfigError(
-                f"a head with `upsample: {self.upsample}` refines maps, and a vector has no grid: "
-                "set `upsample: 1` for summaries"
+                f"a head with `upsample: {self.upsample}` takes maps, not {tuple(x.shape)}: set `upsample: 1`"
             )
         return self._project(x)
 
@@ -98,10 +97,7 @@ class Mlp(Head):
 
     @torch.no_grad()
     def fold(self, matrix: Tensor, mean: Tensor) -> None:
-        """``W <- matrix W``, ``b <- matrix b + mean`` for each of the u x u cells.
-
-        In float64, so that nothing is lost on the way.
-        """
+        """Set ``W`` to ``matrix W`` and ``b`` to ``matrix b + mean`` for each of the u x u cells, in float64."""
         cells = self.upsample**2
         weight = self.fc2.weight.double().view(cells, self.target, -1)
         bias = self.fc2.bias.double().view(cells, self.target)

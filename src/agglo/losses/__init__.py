@@ -1,1 +1,1 @@
-"""Losses, one kind a file."""
+"""Losses, one kind per file."""

@@ -1,4 +1,4 @@
-"""What the losses share: checks, float32, masks, and the mean over what counts, of a batch or of each image."""
+"""Bases of the losses: shape checks, float32, masks, and means per batch or per image."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _MIX = (0x9E3779B1, 0x85EBCA6B)
 
 
 class Pointwise(Loss):
-    """The mean of a :meth:`distance` over the positions that count: masked sum over number (docs/method.md, 2.4, reduction a).
+    """The mean of a :meth:`distance` over the unmasked positions (docs/method.md, 2.4, reduction a).
 
-    0 where no position counts. Whatever a masked position holds, NaN included, has no effect.
+    0 if all are masked. Values at masked positions, NaN included, have no effect.
     """
 
     counts_positions = True
 
     @abstractmethod
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Float32 ``(B, D, ...)`` twice to a distance a position ``(B, ...)``.
+        """The distance per position, ``(B, ...)``, of two float32 ``(B, D, ...)``.
 
-        Must be finite at zero vectors, with finite gradient: masked positions hold them.
+        It must be finite at zero vectors, with finite gradient: masked positions are set to zero.
         """
 
     def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -42,29 +42,25 @@ class Pointwise(Loss):
 
 
 class Relation(Loss):
-    """The mean of what :meth:`relate` says of vectors that belong together, over the entries that count.
+    """The mean of :meth:`relate` over the unmasked relations within groups of vectors.
 
-    Of summaries ``(B, D)`` the whole batch is one group of B members, and an image's own value is the mean over the
-    entries of its row; of maps ``(B, D, H, W)`` every image is a group, of at most :attr:`tokens` of its positions.
-    Which positions is a pseudo-random function of their number and of the target: the same call always takes the same,
-    the next batch others, the same ones in all of its images.
+    Summaries ``(B, D)`` of a batch are one group; an image's own value is the mean over its row. Of maps each
+    image is a group of at most :attr:`tokens` positions, chosen pseudo-randomly from their number and the
+    target: the same in all images of a batch and in repeated calls. Each rank relates its own part of the batch.
 
-    Where several processes train, each relates the vectors of its own part of the batch, and these means are averaged.
-
-    0 where nothing counts. Whatever a masked position holds, NaN included, has no effect.
+    0 if everything is masked. Values at masked positions, NaN included, have no effect.
 
     Attributes:
-        tokens: at least 1; does not limit summaries.
+        tokens: largest number of positions per map, at least 1; does not limit summaries.
     """
 
     tokens: int
 
     @abstractmethod
     def relate(self, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32 ``x (G, N, D)``, ``y (G, N, D)`` and ``valid (G, N)`` to values and which of them count.
+        """Values and their mask, both ``(G, N)`` or ``(G, N, N)``, of float32 ``x, y (G, N, D)`` and ``valid (G, N)``.
 
-        Both results are ``(G, N)`` or ``(G, N, N)``. Members that are not valid are zero vectors: values must be finite
-        there, with finite gradient.
+        Invalid members are zero vectors: values must be finite there, with finite gradient.
         """
 
     def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -84,25 +80,21 @@ class Relation(Loss):
             else:
                 x, y, valid = x.flatten(2).mT, y.flatten(2).mT, valid.flatten(1)
                 if x.shape[1] > self.tokens:
-                    taken = _sampled(y, self.tokens)
-                    x, y, valid = x[:, taken], y[:, taken], valid[:, taken]
+                    chosen = _sampled(y, self.tokens)
+                    x, y, valid = x[:, chosen], y[:, chosen], valid[:, chosen]
             return self.relate(x, y, valid)
 
 
 def pairs(valid: Tensor) -> Tensor:
-    """``(G, N)`` members that count to ``(G, N, N)`` pairs of two different ones that do."""
+    """Pairs ``(G, N, N)`` of two different valid members ``(G, N)``."""
     both = valid[:, :, None] & valid[:, None, :]
     return both & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
 
 
 def check_positions(positions: int) -> int:
-    """The number itself.
-
-    Raises:
-        ValueError: fewer than 2: one position has no relations.
-    """
+    """Return ``positions``; raise a ValueError if there are fewer than 2."""
     if positions < 2:
-        raise ValueError(f"tokens must be at least 2, got {positions}: one position has no relations")
+        raise ValueError(f"tokens must be at least 2, got {positions}")
     return positions
 
 
@@ -121,7 +113,7 @@ def _prepared(prediction: Tensor, target: Tensor, mask: Tensor | None) -> tuple[
     prediction, target = prediction.float(), target.detach().float()
     if mask is None:
         return prediction, target
-    # Before the distance and not after it: the gradient of a discarded NaN is still NaN.
+    # Masked before the distance: the gradient of a NaN that is masked afterwards is still NaN.
     return torch.where(mask.bool(), prediction, 0.0), torch.where(mask.bool(), target, 0.0)
 
 
@@ -130,7 +122,7 @@ def _mean(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _means(values: Tensor, counted: Tensor | None) -> Tensor:
-    """The mean along each first index, ``(B, ...)`` to ``(B,)``; 0 where nothing counts."""
+    """The mean per image, ``(B, ...)`` to ``(B,)``; 0 where everything is masked."""
     values = values.reshape(len(values), -1)
     if counted is None:
         return values.sum(1) / max(values.shape[1], 1)
@@ -139,8 +131,8 @@ def _means(values: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _sampled(target: Tensor, count: int) -> Tensor:
-    """``count`` different positions of ``(G, N, D)``, as indices, without waiting for the device."""
-    # The bits of one channel, added as integers: exact in any order, and drawing from no generator.
+    """Indices of ``count`` different positions of ``(G, N, D)``, without synchronising the device."""
+    # The seed is an integer sum of one channel's bits: independent of the order, and no generator is used.
     key = target[:1, :, :1].contiguous().view(torch.int32).sum(dtype=torch.int64)
     mixed = torch.arange(target.shape[1], device=target.device) + key
     for multiplier in _MIX:

@@ -1,4 +1,4 @@
-"""The dense loss of AM-RADIO: mostly cosine, a little smooth L1."""
+"""The dense loss of AM-RADIO: cosine distance and smooth L1."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from agglo.nn.linalg import unit
 
 
 class AMRadio(Pointwise):
-    """``alpha (1 - cos(x, y)) + beta mean_c smoothL1(x_c - y_c)`` a position, then the mean over valid positions.
+    """``alpha (1 - cos(x, y)) + beta mean_c smoothL1(x_c - y_c)`` per position, averaged over unmasked positions.
 
-    AM-RADIO (arXiv:2312.06709, section 3.4; docs/method.md, 2.1), on features that are not normalised: the cosine does the work,
-    smooth L1 keeps the magnitudes, so that a head can stand in for its teacher.
+    AM-RADIO (arXiv:2312.06709, section 3.4; docs/method.md, 2.1), on features that are not normalised: smooth L1 makes
+    the head match magnitudes, to which the cosine is invariant.
 
     Args:
         alpha: weight of the cosine distance.
-        beta: weight of smooth L1; 0 leaves the loss blind to lengths.
-        huber: where smooth L1's square turns into a line, in units of the target; 0 gives L1.
+        beta: weight of smooth L1.
+        huber: transition from quadratic to linear in smooth L1, in units of the target; 0 gives L1.
 
     Raises:
-        ValueError: a negative number, or both weights 0.
+        ValueError: an argument is negative, or both weights are 0.
     """
 
     def __init__(self, *, alpha: float = 0.9, beta: float = 0.1, huber: float = 1.0) -> None:
@@ -30,10 +30,10 @@ class AMRadio(Pointwise):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if alpha == beta == 0:
-            raise ValueError("alpha and beta are both 0: nothing is left of the loss")
+            raise ValueError("alpha and beta are both 0; at least one must be positive")
         self.alpha, self.beta, self.huber = alpha, beta, huber
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         cosine = (unit(prediction) - unit(target)).square().sum(1) / 2
-        apart = F.smooth_l1_loss(prediction, target, reduction="none", beta=self.huber).mean(1)
-        return self.alpha * cosine + self.beta * apart
+        magnitude = F.smooth_l1_loss(prediction, target, reduction="none", beta=self.huber).mean(1)
+        return self.alpha * cosine + self.beta * magnitude

@@ -12,9 +12,9 @@ class Loss(nn.Module, ABC):
     """A scalar distance over the channel axis (dim 1), averaged over everything else.
 
     Attributes:
-        needs_statistics: :meth:`fit` must see a sample of targets before training.
-        counts_positions: :meth:`forward` is the mean over the positions that count. Where several processes train, such
-            means are then weighed by how many each has seen (docs/method.md, D-13); others are averaged as they are.
+        needs_statistics: :meth:`fit` must be called with a sample of targets before training.
+        counts_positions: :meth:`forward` is a mean over unmasked positions, which several processes must weight by
+            their number (docs/method.md, D-13).
     """
 
     needs_statistics: bool = False
@@ -27,17 +27,16 @@ class Loss(nn.Module, ABC):
         Args:
             prediction: ``(B, D)`` or ``(B, D, H, W)``.
             target: the same shape; no gradient flows into it.
-            mask: ``(B, 1)`` or ``(B, 1, H, W)``, True where the position counts. All False gives 0, never NaN.
+            mask: ``(B, 1)`` or ``(B, 1, H, W)``, False where a position is left out. All False gives 0.
 
         Raises:
             ValueError: the shapes differ.
         """
 
     def by_image(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Float32 ``(B,)``: the loss of each image, its own positions averaged; 0 for one of which nothing counts.
+        """Float32 ``(B,)``: the loss of each image; 0 for one that is masked entirely.
 
-        Their mean is :meth:`forward` where every image has as many positions that count. The default asks
-        :meth:`forward` for one image at a time, which is right for kinds that compare no image with another.
+        The default calls :meth:`forward` per image, which is correct for kinds that do not relate images.
 
         Args:
             prediction, target, mask: as in :meth:`forward`.
@@ -46,8 +45,8 @@ class Loss(nn.Module, ABC):
         return torch.stack([self(prediction[r], target[r], None if mask is None else mask[r]) for r in rows])
 
     def fit(self, targets: Tensor) -> None:
-        """Estimate what the loss must know of the targets' distribution from ``(N, D)`` of them.
+        """Estimate statistics of the targets from a sample ``(N, D)``.
 
         Raises:
-            ValueError: they are too few, constant, or not finite; says what to do.
+            ValueError: the sample is too small, constant or not finite.
         """

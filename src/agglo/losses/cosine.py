@@ -9,10 +9,9 @@ from agglo.nn.linalg import unit
 
 
 class Cosine(Pointwise):
-    """``1 - cos(x, y)``, the summary loss of AM-RADIO (arXiv:2312.06709); range [0, 2], blind to lengths.
+    """``1 - cos(x, y)``, the summary loss of AM-RADIO (arXiv:2312.06709); range [0, 2], scale-invariant.
 
-    Computed as ``||x/|x| - y/|y|||² / 2``, which is the same for unit vectors and exactly 0 at equality. A zero vector
-    has no direction: it gets no gradient.
+    Computed as ``||x/|x| - y/|y|||² / 2``, which is exactly 0 at equality. A zero vector gets no gradient.
     """
 
     def __init__(self) -> None:

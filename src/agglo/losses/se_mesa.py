@@ -1,4 +1,4 @@
-"""Shift-equivariant MESA: agree with the averaged student's view of the same place."""
+"""Shift-equivariant MESA: match the EMA student's features of another crop."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from agglo.losses._reduce import Pointwise
 
 
 class SeMesa(Pointwise):
-    """``mean_c (LN(F)_c - LN(F~)_c)^2`` a position, ``LN`` a layer norm over channels without affine part.
+    """``mean_c (LN(F)_c - LN(F~)_c)^2`` per position, ``LN`` a layer norm over channels without affine part.
 
-    ``F`` is the student's map, ``F~`` the averaged student's of another crop, brought onto common cells before
-    (C-RADIOv4, arXiv:2601.17237, eq. 2; Du et al. 2022, "Sharpness-aware training for free", arXiv:2205.14083). What is
-    locked to a position in the view, and not to the content, cannot agree between the two crops.
+    ``F`` is the student's map, ``F~`` the EMA student's map of another crop, resampled to common cells (C-RADIOv4,
+    arXiv:2601.17237, eq. 2; Du et al. 2022, "Sharpness-aware training for free", arXiv:2205.14083). Patterns fixed to
+    positions in the view instead of the content differ between the crops and are penalised.
     """
 
     def __init__(self) -> None:
         super().__init__()
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """See the base class. Blind to each position's mean and scale."""
+        """See the base class. Invariant to each position's mean and scale over channels."""
         return (_norm(prediction) - _norm(target)).square().mean(1)
 
 

@@ -9,12 +9,12 @@ from agglo.losses._reduce import Pointwise
 
 
 class SmoothL1(Pointwise):
-    """``d² / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``; mean over channels, then valid positions.
+    """``d² / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``; mean over channels, then unmasked positions.
 
-    AM-RADIO (arXiv:2312.06709) adds it to the cosine to keep the magnitudes of features.
+    AM-RADIO (arXiv:2312.06709) adds it to the cosine distance to match magnitudes.
 
     Args:
-        beta: where the square turns into a line, in units of the target; 0 gives L1.
+        beta: transition from quadratic to linear, in units of the target; 0 gives L1.
 
     Raises:
         ValueError: ``beta`` is negative.

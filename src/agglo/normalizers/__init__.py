@@ -1,1 +1,1 @@
-"""Normalizers, one kind a file."""
+"""Normalizers, one kind per file."""

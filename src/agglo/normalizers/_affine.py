@@ -1,4 +1,4 @@
-"""What every affine normalizer shares: its buffers, the pre-pass, and the two directions of the map."""
+"""Base of the affine normalizers: buffers, statistics, forward and inverse."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from agglo import dist
 from agglo.nn.linalg import Moments
 from agglo.normalizers.base import Normalizer
 
-# Mean variance over mean squared mean below which features are constant up to float32 rounding (eps² = 1.4e-14).
+# Ratio of mean variance to mean squared mean below which features count as constant (float32 eps² = 1.4e-14).
 _CONSTANT = 1e-13
 
 
 class AffineNormalizer(Normalizer):
-    """Statistics by :class:`Moments`, turned into ``(whiten, unwhiten)`` by a kind's :meth:`solve`."""
+    """Collects :class:`Moments`, from which a kind's :meth:`solve` computes ``(whiten, unwhiten)``."""
 
     mean: Tensor
     whiten: Tensor
@@ -38,24 +38,24 @@ class AffineNormalizer(Normalizer):
 
     @abstractmethod
     def solve(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """``(whiten, unwhiten)``, float64 ``(C, C)`` on the CPU, from the scatter around ``centre``, never all 0."""
+        """``(whiten, unwhiten)``, float64 ``(C, C)`` on the CPU, from the non-zero scatter around ``centre``."""
 
     def centre(self, mean: Tensor) -> Tensor:
-        """What is subtracted before ``whiten``, ``(C,)``; the mean of each channel unless a kind says otherwise."""
+        """Subtracted before ``whiten``, ``(C,)``; by default the mean of each channel."""
         return mean
 
     def check_count(self, count: int) -> None:
-        """Raise ValueError or warn where ``count >= 2`` positions are too few for this kind, naming the next move."""
+        """Raise a ValueError or warn if ``count >= 2`` positions are too few for this kind."""
 
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
         """See the base class.
 
         Raises:
             RuntimeError: frozen already.
-            ValueError: wrong shapes, or a counted position is not finite.
+            ValueError: wrong shapes, or an unmasked position is not finite.
         """
         if self._is_frozen():
-            raise RuntimeError("this normalizer is frozen: build a new one to estimate other statistics")
+            raise RuntimeError("this normalizer is frozen: build a new one for other statistics")
         self._check(features)
         rows = features.detach().movedim(1, -1)
         if mask is not None:
@@ -72,8 +72,8 @@ class AffineNormalizer(Normalizer):
         """See the base class.
 
         Raises:
-            RuntimeError: frozen already, or fewer than two positions were seen.
-            ValueError: the features do not vary at all, or too few positions were seen for this kind.
+            RuntimeError: frozen already, or fewer than two positions.
+            ValueError: the features are constant, or there are too few positions for this kind.
         """
         if self._is_frozen():
             raise RuntimeError("this normalizer is frozen already")
@@ -84,14 +84,14 @@ class AffineNormalizer(Normalizer):
         mean, covariance = moments.mean.cpu(), moments.covariance().cpu()
         if covariance.diagonal().mean() <= _CONSTANT * mean.square().mean():
             raise ValueError(
-                f"the teacher's features are the same at all {moments.count} positions, so they have no scale: check "
-                "that its weights are loaded and that the images differ, or set `normalizer: {kind: identity}`"
+                f"the teacher's features are equal at all {moments.count} positions: check that its weights are loaded "
+                "and that the images differ, or set `normalizer: {kind: identity}`"
             )
         self.check_count(moments.count)
-        if dist.is_main():  # eigen-solvers differ between machines, and one is enough
+        if dist.is_main():  # eigen-solvers differ between machines
             centre = self.centre(mean)
-            apart = mean - centre
-            whiten, unwhiten = self.solve(covariance + torch.outer(apart, apart))
+            offset = mean - centre
+            whiten, unwhiten = self.solve(covariance + torch.outer(offset, offset))
             self.mean.copy_(centre)
             self.whiten.copy_(whiten)
             self.unwhiten.copy_(unwhiten)
@@ -125,10 +125,10 @@ class AffineNormalizer(Normalizer):
     def _check_map(self, features: Tensor) -> None:
         self._check(features)
         if not self._is_frozen():
-            raise RuntimeError("this normalizer is not frozen: update() it on teacher features, then freeze()")
+            raise RuntimeError("this normalizer is not frozen: call update() on teacher features, then freeze()")
 
     def _is_frozen(self) -> bool:
-        # Reading the buffer waits for the device; a normalizer is never thawed, so one True is enough.
+        # Reading the buffer synchronises the device; a True never changes back.
         self._ready = self._ready or bool(self.frozen)
         return self._ready
 

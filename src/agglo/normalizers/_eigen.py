@@ -1,4 +1,4 @@
-"""What the kinds that rotate share: principal axes, a rotation that spreads variance evenly, and counting samples."""
+"""Shared by the rotating kinds: principal axes, variance-equalising rotations, and sample counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agglo.nn.linalg import equalise_variance, isotropic_rotation
 def principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``Λ (C,)``, ascending and at least 0, and eigenvectors ``U (C, C)`` in columns: ``cov = U Λ Uᵀ``.
 
-    An eigenvector's sign is arbitrary and differs between solvers: its largest entry is made positive.
+    The sign of an eigenvector differs between solvers: its largest entry is made positive.
     """
     values, vectors = torch.linalg.eigh(covariance)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
@@ -21,10 +21,10 @@ def principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def even_rotation(values: Tensor) -> Tensor:
-    """The normalised Hadamard matrix ``(C, C)``, or what stands in for it, which is said in a warning.
+    """The normalised Hadamard matrix ``(C, C)``; if there is none, an equivalent rotation, with a warning.
 
-    The stand-in is a random rotation that is turned further until ``R diag(values) Rᵀ`` has equal diagonal entries
-    (:func:`agglo.nn.linalg.equalise_variance`): what a Hadamard matrix does for any values, it does for these.
+    The substitute is a random rotation, rotated further until ``R diag(values) Rᵀ`` has equal diagonal entries
+    (:func:`agglo.nn.linalg.equalise_variance`), as a Hadamard matrix gives for any values.
 
     Args:
         values: eigenvalues ``(C,)``, float64.
@@ -32,23 +32,21 @@ def even_rotation(values: Tensor) -> Tensor:
     rotation, exact = isotropic_rotation(len(values))
     if not exact:
         warnings.warn(
-            f"no Hadamard matrix of order {len(values)}: a random rotation, turned until every channel has the same "
-            "variance, is used instead",
-            stacklevel=4,  # this, solve, freeze: whoever froze the normalizer
+            f"no Hadamard matrix of order {len(values)}: a random rotation to equal variances is used instead",
+            stacklevel=4,  # the caller of freeze
         )
         rotation = equalise_variance(rotation, values.diag())
     return rotation
 
 
-def too_few(count: int, channels: int) -> str | None:
-    """What is wrong where ``count`` positions cannot span ``channels`` dimensions, else None.
+def shortage(count: int, channels: int) -> str | None:
+    """A message if ``count`` positions cannot span ``channels`` dimensions, else None.
 
     A covariance of ``n`` samples has a rank of at most ``n - 1``, so all of ``C`` eigenvalues need ``C + 1`` samples.
     """
     if count > channels:
         return None
     return (
-        f"the covariance of {channels} channels was estimated from {count} positions, which leaves at least "
-        f"{channels - count + 1} of its eigenvalues at 0: at least {channels + 1} are needed and many times that are "
-        "better; raise `targets.estimate_images`"
+        f"the covariance of {channels} channels was estimated from {count} positions: at least {channels + 1} are "
+        "needed and many times that are better; raise `targets.estimate_images`"
     )

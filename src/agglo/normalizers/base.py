@@ -1,4 +1,4 @@
-"""The contract of a normalizer: an affine map that puts a teacher's features on common footing (docs/method.md, 2.2)."""
+"""The contract of a normalizer: an affine map to targets of comparable scale (PHI-S; docs/method.md, 2.2)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 
 class Normalizer(nn.Module, ABC):
-    """``y_hat = forward_matrix (y - mean)`` per position; fitted on a pre-pass, then frozen.
+    """``y_hat = whiten (y - mean)`` per position; fitted before training, then frozen.
 
     A kind's constructor takes ``channels`` positionally. Use: ``update`` on batches, ``freeze`` once, then ``forward``.
-
-    Buffers (float32, saved with a run's state, zero-cost to load): ``mean (C,)``, ``whiten (C, C)``,
-    ``unwhiten (C, C)``, ``frozen ()`` bool.
+    The float32 buffers ``mean (C,)``, ``whiten (C, C)``, ``unwhiten (C, C)`` and ``frozen ()`` are part of a run's
+    state.
     """
 
     channels: int
@@ -24,11 +23,11 @@ class Normalizer(nn.Module, ABC):
 
     @abstractmethod
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
-        """Accumulate statistics in float64 of ``(B, C, H, W)``, only where ``mask (B, 1, H, W)`` is True."""
+        """Accumulate float64 statistics of ``(B, C, H, W)`` where ``mask (B, 1, H, W)`` is True."""
 
     @abstractmethod
     def freeze(self) -> None:
-        """Turn the statistics into the map and forget them.
+        """Compute the map from the statistics and discard them.
 
         Raises:
             RuntimeError: called twice, or before any update.

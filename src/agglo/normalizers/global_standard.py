@@ -1,4 +1,4 @@
-"""Standardisation by two numbers."""
+"""Standardisation by one mean and one scale."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from agglo.normalizers._affine import AffineNormalizer
 class GlobalStandard(AffineNormalizer):
     """One mean and one scale for all channels and positions: ``y_hat = (y - mu_g) / sigma_g`` (arXiv:2410.01680).
 
-    ``mu_g = mean_c(mu_c)`` and ``sigma_g² = mean_c(sigma_c²) + mean_c((mu_c - mu_g)²)``: the moments of all numbers
-    that the teacher says. Channels keep their offsets and their relative scales, so a channel of great variance still
-    dominates the others of its teacher, but no teacher dominates another.
+    ``mu_g = mean_c(mu_c)`` and ``sigma_g² = mean_c(sigma_c²) + mean_c((mu_c - mu_g)²)``: the moments of all feature
+    values. Channels keep their offsets and relative scales, so a channel of large variance still dominates within its
+    teacher, but no teacher dominates another.
 
     Args:
         channels: ``C`` of the teacher's features.
@@ -26,7 +26,7 @@ class GlobalStandard(AffineNormalizer):
         return mean.mean().expand(self.channels)
 
     def solve(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        # Scatter around mu_g, so its diagonal holds the channels' offsets too.
+        # The scatter around mu_g, which includes the channels' offsets.
         sigma = covariance.diagonal().mean().sqrt()
         eye = torch.eye(self.channels, dtype=torch.float64)
         return eye / sigma, eye * sigma

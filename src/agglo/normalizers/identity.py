@@ -11,7 +11,7 @@ from agglo.normalizers._affine import AffineNormalizer
 class Identity(AffineNormalizer):
     """Leaves features as they are: ``y_hat = y``, as in AM-RADIO (arXiv:2312.06709).
 
-    Frozen from the start. With plain MSE the teacher of the largest variance then dominates (docs/method.md, 2.2).
+    Frozen from the start. With MSE the teacher with the largest variance dominates (docs/method.md, 2.2).
 
     Args:
         channels: ``C`` of the teacher's features.

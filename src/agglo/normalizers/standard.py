@@ -9,10 +9,10 @@ from agglo.normalizers._affine import AffineNormalizer
 
 
 class Standard(AffineNormalizer):
-    """Zero mean and unit variance a channel: ``y_hat_c = (y_c - mu_c) / sigma_c``, as in EUPE (arXiv:2603.22387).
+    """Zero mean and unit variance per channel: ``y_hat_c = (y_c - mu_c) / sigma_c``, as in EUPE (arXiv:2603.22387).
 
-    A channel that is constant has no sigma; it is divided by the root mean variance of all channels instead, so that
-    the map stays invertible and never amplifies rounding noise.
+    A constant channel is divided by the root mean variance of all channels instead, so that the map is invertible and
+    does not amplify rounding noise.
 
     Args:
         channels: ``C`` of the teacher's features.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from agglo.normalizers._affine import AffineNormalizer
-from agglo.normalizers._eigen import even_rotation, principal, too_few
+from agglo.normalizers._eigen import even_rotation, principal, shortage
 
 
 class Whiten(AffineNormalizer):
-    """Unit variance in every *direction*: the three whitenings that PHI-S is compared with (arXiv:2410.01680).
+    """Unit variance in every direction: the three whitenings of PHI-S's comparison (arXiv:2410.01680).
 
     With ``cov(y) = U Λ Uᵀ`` and a normalised Hadamard matrix ``H``::
 
@@ -20,21 +20,19 @@ class Whiten(AffineNormalizer):
         zca        y_hat = U Λ^-½ Uᵀ (y - mu)      y = U Λ^½ Uᵀ y_hat + mu
         hadamard   y_hat = H Λ^-½ Uᵀ (y - mu)      y = U Λ^½ Hᵀ y_hat + mu
 
-    The three differ by a rotation of ``y_hat``, which a head's last layer can learn and MSE does not see; losses that
-    treat channels one by one (smooth L1) do. ZCA stays nearest to the teacher's own channels; Hadamard gives every
-    channel of ``y_hat`` the same share of an error in ``y``. Against PHI-S, all weak directions of the teacher are
-    amplified until they count as much as the strong ones, noise included. Hence the floor: an eigenvalue below
-    ``floor * mean(Λ)`` is raised to that, so no direction is amplified more than ``floor^-½`` times what PHI-S does,
-    and the map stays invertible where the covariance is rank deficient. Directions under the floor have less than unit
-    variance.
+    The three differ by a rotation of ``y_hat``, to which MSE is invariant; losses that treat channels separately
+    (smooth L1) are not. ZCA is closest to the teacher's own channels; Hadamard spreads an error in ``y`` evenly over
+    the channels of ``y_hat``. Unlike PHI-S, whitening amplifies weak directions, noise included, to the variance of the
+    strong ones. Eigenvalues below ``floor * mean(Λ)`` are therefore raised to it: no direction is amplified more than
+    ``floor^-½`` times as much as by PHI-S, a rank-deficient map is invertible, and directions under the floor have less
+    than unit variance.
 
     Args:
         channels: ``C`` of the teacher's features.
-        rotation: which of the three. Where no Hadamard matrix of order ``channels`` is at hand, an equivalent
-            rotation takes its place and a warning says so.
-        floor: smallest eigenvalue, in units of the mean one, in (0, 1]. A number rounded to bfloat16 carries noise of
-            some 2e-6 of its square; the default keeps that at 2 % of the target's variance in every direction, where
-            1e-6 would let it be most of the target.
+        rotation: one of the three. If no Hadamard matrix of order ``channels`` is known, an equivalent rotation is
+            used, with a warning.
+        floor: smallest eigenvalue, in units of the mean one, in (0, 1]. Rounding to bfloat16 has a relative variance of
+            about 2e-6, which the default keeps below 2 % of the target's variance in every direction.
 
     Raises:
         ValueError: ``floor`` is not in (0, 1].
@@ -50,9 +48,9 @@ class Whiten(AffineNormalizer):
         self.floor = floor
 
     def check_count(self, count: int) -> None:
-        problem = too_few(count, self.channels)
+        problem = shortage(count, self.channels)
         if problem:
-            raise ValueError(f"{problem}, or set `normalizer: {{kind: phi_s}}`, which amplifies no direction")
+            raise ValueError(f"{problem}, or set `normalizer: {{kind: phi_s}}`")
 
     def solve(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = principal(covariance)

@@ -1,1 +1,1 @@
-"""Students, one kind a file."""
+"""Students, one kind per file."""

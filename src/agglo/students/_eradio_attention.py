@@ -1,7 +1,7 @@
-"""The attention of E-RADIO: blocks on windows of a map, with a learned position bias.
+"""Attention blocks of E-RADIO on windows of a map, with a learned position bias.
 
-Modules and parameters carry the names of the released checkpoints, so that weights load without renaming. Maps are
-``(B, C, H, W)``; tokens exist only inside :class:`AttentionBlock`.
+Modules and parameters have the names of the released checkpoints, so that weights load without renaming. Maps are
+``(B, C, H, W)``; tokens are used inside :class:`AttentionBlock` only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from agglo.students._eradio_convs import ConvBN, fit
 
 RECOMPUTED = ("relative_coords_table", "relative_position_index", "relative_bias")
-"""Buffers of released checkpoints that follow from the window and the weights; they are never read."""
+"""Buffers of released checkpoints that are recomputed from the window and the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What all attention blocks of a network share; the meanings are those of :class:`agglo.students.hybrid.Hybrid`."""
+    """Options common to all attention blocks, as in :class:`agglo.students.hybrid.Hybrid`."""
 
     bias_hidden: int
     conv_resample: bool
@@ -36,10 +36,10 @@ class RelativeBias(nn.Module):
     """Attention bias as a smooth function of the offset: ``B = 16 sigmoid(mlp(coords))``.
 
     As in Swin V2 (arXiv:2111.09883): an offset ``d`` in [-(w - 1), w - 1] becomes ``sign(u) log2(|u| + 1) / log2 8``
-    with ``u = 8 d / (trained window - 1)``, so another window than the trained one can be used.
+    with ``u = 8 d / (trained window - 1)``, so that the window can change after training.
 
     Attributes:
-        window: w in use, in cells.
+        window: current w, in cells.
     """
 
     def __init__(self, heads: int, hidden: int, window: int) -> None:
@@ -50,7 +50,7 @@ class RelativeBias(nn.Module):
         self.register_buffer("frozen", None, persistent=False)
 
     def forward(self) -> Tensor:
-        """``(1, heads, w^2, w^2)``, queries by keys, both row-major; the frozen one after :meth:`freeze`."""
+        """``(1, heads, w^2, w^2)``, queries by keys, both row-major; constant after :meth:`freeze`."""
         return self._compute() if self.frozen is None else self.frozen
 
     def _compute(self) -> Tensor:
@@ -65,7 +65,7 @@ class RelativeBias(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Compute the bias from the present weights, and keep it."""
+        """Compute the bias from the current weights and store it."""
         if self.frozen is None:
             self.frozen = self._compute()
 
@@ -76,12 +76,12 @@ class RelativeBias(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Softmax attention inside windows, without biases in its projections: ``q k^T / sqrt(head width) + B``."""
+    """Softmax attention inside windows with logits ``q k^T / sqrt(head width) + B``; projections have no bias."""
 
     def __init__(self, width: int, heads: int, window: int, options: AttentionOptions) -> None:
         super().__init__()
         self.heads, self.head_width = heads, width // heads
-        self.shared = 1 if options.multi_query else heads  # heads of the keys and of the values
+        self.shared = 1 if options.multi_query else heads  # number of key and value heads
         self.qkv = nn.Linear(width, width + 2 * self.shared * self.head_width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
         self.pos_emb_funct = RelativeBias(heads, options.bias_hidden, window)
@@ -122,9 +122,9 @@ class AttentionBlock(nn.Module):
         width: C.
         heads: attention heads.
         window: w, in cells of the (sub-sampled) map.
-        ratio: r; 1 has a 3x3 convolution where others have their sub-sampling.
-        shifted: windows lie half a window further, around the corner (Swin, arXiv:2103.14030).
-        options: what all blocks share.
+        ratio: r; 1 uses a 3x3 convolution instead of sub-sampling.
+        shifted: windows are cyclically shifted by half a window (Swin, arXiv:2103.14030).
+        options: common to all blocks.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class AttentionBlock(nn.Module):
 
     @property
     def window(self) -> int:
-        """The window in use."""
+        """The current window, in cells."""
         return self.attn.pos_emb_funct.window
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,8 +182,8 @@ class AttentionBlock(nn.Module):
         if self.upsample_op is None:
             return x
         if self.downsample_mixer is not None:
-            # A 1x1 convolution commutes with repeating cells, and is ratio^2 times cheaper before it. In training the
-            # norm inside sees the same mean and variance either way.
+            # A 1x1 convolution commutes with repeating cells and is ratio^2 times cheaper before it; the norm has
+            # the same statistics either way.
             x = F.interpolate(self.upsample_op(x), scale_factor=self.ratio, mode="nearest")
         else:
             x = self.upsample_op(x)
@@ -204,7 +204,7 @@ def from_windows(x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
 
 
 def shift_mask(grid: tuple[int, int], window: int, like: Tensor) -> Tensor:
-    """``(n, 1, w^2, w^2)``: -100 between cells that only rolling around the corner brought into one window."""
+    """``(n, 1, w^2, w^2)``: -100 between cells that share a window only because of the cyclic shift."""
     sides = []
     for side in grid:
         cells = torch.arange(side, device=like.device)

@@ -1,6 +1,6 @@
-"""The convolutional parts of E-RADIO: stem, convolutional stages, downsampling, neck.
+"""Convolutional parts of E-RADIO: stem, convolutional stages, downsampling, neck.
 
-Modules and parameters carry the names of the released checkpoints, so that weights load without renaming.
+Modules and parameters have the names of the released checkpoints, so that weights load without renaming.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Put the affine map that ``norm`` is at inference into the ``conv`` before it, which gets a bias.
-
-    Computed in float64: folding is done once and must not cost accuracy.
-    """
+    """Fold a BatchNorm at inference into the convolution before it, in float64; the convolution gets a bias."""
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None:
         raise ValueError("a BatchNorm without running statistics cannot be folded")
@@ -38,7 +35,7 @@ def fit(x: Tensor, size: tuple[int, int], mode: Literal["reflect", "constant"]) 
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, "same" padding, then BatchNorm; one convolution with bias after :meth:`deploy`."""
+    """Convolution without bias, "same" padding, then BatchNorm; a single convolution after :meth:`deploy`."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -51,7 +48,7 @@ class ConvBN(nn.Module):
         return x if self.bn is None else self.bn(x)
 
     def deploy(self) -> None:
-        """Fold the norm; once done, nothing more happens."""
+        """Fold the norm, if not done yet."""
         if self.bn is not None:
             fold(self.conv, self.bn)
             self.bn = None
@@ -60,8 +57,8 @@ class ConvBN(nn.Module):
 def stack_tiles(x: Tensor, factor: int) -> Tensor:
     """Cut a map into ``factor x factor`` contiguous tiles and stack them as channels.
 
-    ``out[c f^2 + i f + j, y, x] = in[c, i H/f + y, j W/f + x]``: each tile is a whole region of the picture, which is
-    *not* what pixel-unshuffle does. No released variant uses it.
+    ``out[c f^2 + i f + j, y, x] = in[c, i H/f + y, j W/f + x]``: unlike in pixel-unshuffle, a tile is a contiguous
+    region. No released variant uses it.
     """
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels, factor, height // factor, factor, width // factor)
@@ -69,7 +66,7 @@ def stack_tiles(x: Tensor, factor: int) -> Tensor:
 
 
 class Stem(nn.Module):
-    """Pixels to the map of stage 0 at stride 4: two strided convolutions, or stacked tiles and one convolution."""
+    """Images to the map of stage 0 at stride 4: two strided convolutions, or stacked tiles and one convolution."""
 
     def __init__(self, stem_width: int, width: int, *, tiles: bool) -> None:
         super().__init__()
@@ -111,7 +108,7 @@ class Bottleneck(nn.Module):
 
 
 class CrossStage(nn.Module):
-    """A cross-stage partial stage (Wang et al. 2020, arXiv:1911.11929) that keeps every intermediate.
+    """A cross-stage partial stage (Wang et al. 2020, arXiv:1911.11929) that concatenates every intermediate.
 
     A 1x1 convolution gives ``a, b`` of half the width; bottlenecks are chained from ``b``; ``[a, b, m_1, ..., m_n]``
     goes through a 1x1 convolution back to the full width.
@@ -133,7 +130,7 @@ class CrossStage(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """``x + gamma * conv2(gelu(conv1(x)))``; ``gamma`` absent unless asked for."""
+    """``x + gamma * conv2(gelu(conv1(x)))``; ``gamma`` optional."""
 
     def __init__(self, width: int, layer_scale: float | None) -> None:
         super().__init__()
@@ -147,7 +144,7 @@ class ResidualConv(nn.Module):
 
 
 class Level(nn.Module):
-    """A stage's blocks and the downsampling after them, which the last stage does not have."""
+    """A stage's blocks, then downsampling, except in the last stage."""
 
     def __init__(self, blocks: nn.Module, downsample: Downsample | None) -> None:
         super().__init__()
@@ -184,8 +181,8 @@ class Projection(nn.Module):
 class Neck(nn.Module):
     """The sum of the later stages' maps on the grid of the first of them, at one width.
 
-    A map that already has the grid and the width goes in as it is. From stage 0 the factors of the released code are
-    one stage late (1, 1, 2, 4), so coarser maps cover only a corner; that is kept for exactness, 1 to 3 are right.
+    A map that already has the grid and the width is not projected. With ``start == 0`` the upsampling factors of the
+    released code are 1, 1, 2, 4, so that coarser maps cover a corner only; reproduced for exactness.
     """
 
     def __init__(self, widths: Sequence[int], start: int, outputs: int) -> None:

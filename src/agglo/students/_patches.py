@@ -1,4 +1,4 @@
-"""From pixels to tokens, as RADIO's transformers do it."""
+"""Patch embedding of RADIO's transformers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Position = Literal["cropped", "corner"]
 class PatchGenerator(nn.Module):
     """Pixels to the token sequence ``[cls_1 .. cls_K, reg_1 .. reg_R, patches row-major]``.
 
-    Patches are flattened (channel, y, x) and projected; a crop of the position table is added to them; class and
-    register tokens get no position (docs/method.md, 1.2).
+    Patches are flattened (channel, y, x) and projected; a crop of the position table is added; class and register
+    tokens get no position (docs/method.md, 1.2).
 
     Args:
         width: C.
         patch: side of a patch in pixels.
         max_grid: R, side of the position table in patches.
-        tokens: K + R', class and register tokens.
+        tokens: K + R, class and register tokens.
         drop: probability that a training sample gets no position.
-        bias: whether the projection has one (DINOv2's and timm's have, RADIO's has none).
-        align_corners: how the table is resized at inference; RADIO's generations differ.
-        position: ``cropped`` resizes the table to the longer side and crops it; ``corner`` crops it at its own scale.
+        bias: bias of the projection (in DINOv2 and timm, not in RADIO).
+        align_corners: of the table's resize at inference; RADIO's generations differ.
+        position: ``cropped`` resizes the table to the longer side and crops it; ``corner`` crops without resizing.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class PatchGenerator(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, max_grid * max_grid, width))
         self.token = nn.Parameter(torch.empty(tokens, width))
         for parameter in (self.pos_embed, self.token):
-            # A normal draw on the meta device makes PyTorch import its compiler: a second or two for nothing.
+            # normal_ on the meta device makes PyTorch import its compiler, which takes a second or two.
             if not parameter.is_meta:
                 nn.init.normal_(parameter, std=width**-0.5)
         self.max_grid = max_grid
         self.clip_length = 1
-        """Frames that share one random viewport of the table in training: 1 for images, T for clips of T frames."""
+        """Number of frames that share one random viewport of the table in training; 1 for images."""
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, tokens + H W / patch^2, C)``."""
@@ -80,7 +80,7 @@ class PatchGenerator(nn.Module):
         return patches.reshape(batch, (height // p) * (width // p), channels * p * p)
 
     def positions(self, grid: tuple[int, int], batch: int) -> Tensor:
-        """What is added to the patches of a grid: ``(1 or batch, h w, C)``."""
+        """Position embeddings of a grid, ``(1 or batch, h w, C)``."""
         table = self.pos_embed.transpose(1, 2).unflatten(2, (self.max_grid, self.max_grid))
         if self.position == "corner":
             window = corner_embedding(table, grid)
@@ -88,7 +88,7 @@ class PatchGenerator(nn.Module):
             window = eval_embedding(table, grid, self.align_corners)
         else:
             if batch % self.clip_length:
-                raise ValueError(f"{batch} frames are no whole number of clips of {self.clip_length} frames")
+                raise ValueError(f"{batch} frames are not divisible into clips of {self.clip_length}")
             window = train_embedding(table, grid, batch // self.clip_length, self.drop)
             if self.clip_length > 1 and len(window) > 1:
                 window = window.repeat_interleave(self.clip_length, dim=0)

@@ -1,4 +1,4 @@
-"""How RADIO1D coarsens a grid of tokens, and how its decoder grows it back (docs/checkpoints.md, 9)."""
+"""Token merging and the decoder of RADIO1D (docs/checkpoints.md, 9)."""
 
 from __future__ import annotations
 
@@ -23,34 +23,29 @@ def merged(grid: Grid, times: int = 1) -> Grid:
 
 
 def check_levels(key: str, levels: Sequence[int], depth: int) -> tuple[int, ...]:
-    """The blocks before which the grid changes, ascending.
-
-    Args:
-        key: the recipe key, for messages.
-        levels: indices of blocks.
-        depth: number of blocks.
+    """Return the sorted indices of the blocks before which the grid changes.
 
     Raises:
-        ConfigError: none, a repeated one, or one that is no index of a block.
+        ConfigError: there are none, one is repeated, or one is not the index of a block.
     """
     if not levels:
         raise ConfigError(
-            f"{key}: needs at least one block of 0 to {depth - 1} before which the grid changes, for example "
-            f"[{depth // 2}]; a ViT that keeps its grid is the kind 'vit'"
+            f"{key}: needs at least one block of 0 to {depth - 1}, e.g. [{depth // 2}]; for a ViT without merging use "
+            "kind 'vit'"
         )
     outside = [level for level in levels if not 0 <= level < depth]
     if outside:
         near = min(max(outside[0], 0), depth - 1)
-        raise ConfigError(f"{key}: {outside[0]} is no block of 0 to {depth - 1}; the nearest is {near}")
+        raise ConfigError(f"{key}: {outside[0]} is not a block of 0 to {depth - 1}; the nearest is {near}")
     if len(set(levels)) < len(levels):
-        raise ConfigError(f"{key}: {list(levels)} names a block twice; the grid changes once before a block")
+        raise ConfigError(f"{key}: {list(levels)} has a block twice")
     return tuple(sorted(levels))
 
 
 class Merge(nn.Module):
-    """Four neighbours become one token of twice the width (Liu et al. 2021, arXiv:2103.14030, patch merging).
+    """Merges 2x2 tokens to one of twice the width (patch merging, Swin, arXiv:2103.14030).
 
-    An odd side gets a row or column of zeros at the bottom or right. The four cells are concatenated column-major,
+    Odd sides are zero-padded at the bottom or right. The four cells are concatenated column-major,
     ``(dx, dy, c)`` with ``dx`` slowest, normalised (epsilon 1e-5) and projected ``4C -> 2C`` without bias.
 
     Args:
@@ -73,7 +68,7 @@ class Merge(nn.Module):
 
 
 class Split(nn.Module):
-    """One token becomes a 2x2 block of tokens of half the width; the decoder's answer to :class:`Merge`.
+    """Splits a token into 2x2 tokens of half the width; the decoder's counterpart of :class:`Merge`.
 
     A projection ``C -> 2C`` without bias, laid out row-major, ``(dy, dx, c)`` with ``dy`` slowest, then a LayerNorm
     (epsilon 1e-5) over the ``C / 2`` channels.
@@ -95,10 +90,10 @@ class Split(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the 1-D tokens that were kept to a map at the patches' own grid.
+    """Decodes the kept 1-D tokens to a map at the patch grid.
 
-    A table of filler tokens is resized to the merged grid; the kept tokens replace its first entries. Blocks without
-    qkv bias work on ``[prefix, grid]``, and the grid is split 2x2 before the blocks in ``levels``.
+    A table of filler tokens is resized to the merged grid, and the kept tokens replace its first entries. Blocks
+    without qkv bias process ``[prefix, grid]``; the grid is split 2x2 before the blocks in ``levels``.
 
     Args:
         width: channels of the 1-D tokens, the encoder's last.
@@ -141,7 +136,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens: ``(B, n, C)``, the first ``n`` tokens of the merged grid, row-major.
-            grid: ``(h, w)`` of the patches, which the result has.
+            grid: ``(h, w)`` of the patches and of the result.
 
         Returns:
             Prefix ``(B, K + R, C')`` and spatial tokens ``(B, h w, C')``, ``C' = C / 2^splits``.
@@ -159,7 +154,7 @@ class Decoder(nn.Module):
                 grid_now = (2 * grid_now[0], 2 * grid_now[1])
             x = block(x)
         x = self.norm(x)
-        # What the merges padded takes part to the end, and is cut off here.
+        # Remove the cells that the merges padded.
         spatial = x[:, count:].unflatten(1, grid_now)[:, : grid[0], : grid[1]]
         return x[:, :count], spatial.flatten(1, 2)
 

@@ -1,4 +1,4 @@
-"""The contract of a student: one encoder that learns from several teachers."""
+"""The contract of a student: the encoder that is trained."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from agglo.types import Features, FeatureSpec
 class Student(nn.Module, ABC):
     """An image encoder to be trained.
 
-    A kind's constructor takes ``tokens`` positionally: one class token is wanted for each of these teacher names.
-    A student that cannot hold several (a ConvNet) sets ``spec.slots == 1``, and every head reads the one summary.
+    A kind's constructor takes ``tokens`` positionally: names of the teachers that get a class token. A student with a
+    single summary (a ConvNet) has ``spec.slots == 1``, and every head reads that summary.
 
     Attributes:
-        mean, std: per-channel constants of the input conditioner that belongs before this student.
-        spec: what :meth:`forward` returns.
+        mean, std: per-channel constants of the input conditioner before this student.
+        spec: shape of the features that :meth:`forward` returns.
         windows: whether :meth:`forward` takes ``window``, the side in patches of ViTDet's windows.
-        depth: number of blocks that :meth:`visit` can show; 0 where there are none.
+        builds_on_meta: whether the constructor runs on the meta device, so that loading skips random initialisation.
     """
 
     windows: bool = False
     builds_on_meta: bool = True
-    """Whether the constructor needs no values, so that weights can be loaded without being drawn first."""
-
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     spec: FeatureSpec
@@ -40,17 +38,17 @@ class Student(nn.Module, ABC):
             ``summary (B, slots * D)``, slots in the order of ``tokens``; ``spatial (B, D', H / stride, W / stride)``.
 
         Raises:
-            ValueError: a side is no multiple of ``spec.step``; the message names the nearest legal sizes.
+            ValueError: a side is not a multiple of ``spec.step``; the message has the nearest legal sizes.
         """
 
     def forward_list(self, images: Sequence[Tensor], *, window: int | None = None) -> list[Features]:
-        """Encode conditioned images ``(1, 3, H_i, W_i)`` of any legal sizes; as many features, in the same order.
+        """Encode conditioned images ``(1, 3, H_i, W_i)`` of any legal sizes, in order.
 
-        A student that can holds them in one pass without padding; here, images of one size share a batch.
+        By default images of equal size share a batch; a kind may pack all into one pass.
 
         Args:
             images: each a batch of one.
-            window: as in :meth:`forward`, where the student has windows.
+            window: as in :meth:`forward`, for students with windows.
         """
         options = {} if window is None else {"window": window}
         result: dict[int, Features] = {}
@@ -64,77 +62,73 @@ class Student(nn.Module, ABC):
 
     @property
     def depth(self) -> int:
-        """Number of blocks that :meth:`visit` can show."""
+        """Number of blocks that :meth:`visit` supports; 0 for none."""
         return 0
 
     def visit(
         self,
         images: Tensor,
         blocks: Collection[int],
-        see: Callable[[int, Features], None],
+        callback: Callable[[int, Features], None],
         *,
         norm: bool = False,
         window: int | None = None,
     ) -> None:
-        """Call ``see(index, features)`` after each of these blocks, in ascending order; nothing runs after the last.
+        """Call ``callback(index, features)`` after each of these blocks, in ascending order; later blocks do not run.
 
         Args:
             images: conditioned, ``(B, 3, H, W)``.
             blocks: indices from 0.
-            see: gets what :meth:`forward` would return if the model ended with that block (without the final norm).
-            norm: apply the final norm, if there is one.
+            callback: gets the features that :meth:`forward` would return if the student ended with that block.
+            norm: apply the final norm, if any, to these features.
             window: as in :meth:`forward`.
 
         Raises:
-            TypeError: this student is no stack of blocks.
+            TypeError: this student is not a stack of blocks.
         """
-        raise TypeError(f"{type(self).__name__} is no stack of equal blocks: it has no intermediate features to show")
+        raise TypeError(f"{type(self).__name__} is not a stack of equal blocks: it has no intermediate features")
 
     def set_clip_length(self, frames: int) -> None:
-        """Announce that this many successive images of a training batch are frames of one clip."""
+        """Set the number of successive images of a training batch that are frames of one clip."""
 
     def deploy(self) -> None:
-        """Fold what can be folded for inference; a student with nothing to fold stays as it is."""
+        """Fold layers for inference, in place, where the kind supports it."""
 
     def settings(self) -> dict[str, object]:
-        """Keys of the constructor that were set to something else since: a saved model keeps them.
+        """Current values of constructor keys that can change after construction; saved with a model.
 
         Raises:
-            ValueError: it was changed in a way that no constructor's keys can express.
+            ValueError: the student was changed in a way that the constructor's keys cannot express.
         """
         return {}
 
-    def copy_from(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
-        """Take over the weights of a student of the same kind and size, which may know other teachers.
+    def copy_from(self, other: Student, tokens: Sequence[str], other_tokens: Sequence[str]) -> None:
+        """Copy the weights of a student of the same kind and size, which may have other teachers.
 
         Args:
-            other: whose weights are copied.
-            mine, theirs: the teachers' names behind the class tokens of each.
+            other: the source.
+            tokens, other_tokens: teacher names of the class tokens of each.
 
         Raises:
-            ValueError: it is of another size; names the first tensors that do not fit.
+            ValueError: ``other`` has another size; the message has the first tensors that differ.
         """
-        del mine, theirs
+        del tokens, other_tokens
         copy_state(self, other.state_dict())
 
     def initialize(self) -> None:
-        """Load the weights training starts from, if the recipe names some. Never called when a model is loaded."""
+        """Load the initial weights of training that the recipe names, if any. Not called when a model is loaded."""
 
     def classifier(self) -> tuple[Tensor, Tensor] | None:
-        """``(weight (classes, D), bias (classes,))`` of the classifier that came with the initial weights, if any."""
+        """``(weight (classes, D), bias (classes,))`` of the initial weights' classifier, if any."""
         return None
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay must leave alone, besides biases and norms."""
+        """Names of parameters without weight decay, besides biases and norms."""
         return set()
 
 
 def copy_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state that must fit.
-
-    Raises:
-        ValueError: it does not; names the first tensors that differ.
-    """
+    """Load a state dict, or raise a ValueError with the first tensors that differ."""
     own = module.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and own[k].shape != state[k].shape]
     if wrong:

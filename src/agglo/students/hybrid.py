@@ -15,19 +15,18 @@ from agglo.students.base import Student
 from agglo.types import ConfigError, Features, FeatureSpec
 
 STEP = 32
-"""Image sides are multiples of the last stage's stride."""
+"""Image sides must be multiples of the last stage's stride, in pixels."""
 LARGEST_WINDOW = 16
 
 
 class Hybrid(Student):
     """E-RADIO (arXiv:2312.06709): four stages at strides 4, 8, 16, 32, each twice as wide as the last.
 
-    Stages 0 and 1 are convolutional, 2 and 3 attend inside windows. The neck adds up the maps of the later stages;
-    the summary is the mean of the result, one for all teachers. The published networks are in
-    :data:`agglo.checkpoints.eradio.VARIANTS`.
+    Stages 0 and 1 are convolutional, 2 and 3 use windowed attention. The neck sums the maps of the later stages; its
+    mean is the summary of all teachers. ``agglo/checkpoints/eradio.py`` has the options of the published networks.
 
-    Windows fit without a detour where the map of stages 2 and 3 is a multiple of ``max(ratios) * window`` cells;
-    elsewhere it is blown up to the next multiple, which costs time: :meth:`set_optimal_window` avoids that.
+    Maps of stages 2 and 3 are upsampled to a multiple of ``max(ratios) * window`` cells, which costs time:
+    :meth:`set_optimal_window` avoids that.
 
     Args:
         tokens: names of the teachers; there is one summary for all of them.
@@ -35,21 +34,21 @@ class Hybrid(Student):
         stem_width: width between the stem's two convolutions.
         depths: blocks of each stage.
         heads: attention heads of stages 2 and 3.
-        windows: windows of stages 2 and 3 in cells, one for each of its ``ratios``; the first where there are fewer.
-        ratios: sub-samplings of stages 2 and 3; each block is a chain of attention blocks, one for each.
+        windows: windows of stages 2 and 3 in cells, one for each of its ``ratios``; the first for the rest.
+        ratios: sub-sampling ratios of stages 2 and 3; each block is a chain of one attention block per ratio.
         csp: stages 0 and 1 are cross-stage partial (as released), else chains of residual blocks.
-        conv_resample: attention sub-samples by strided convolutions (else by averages, and repeats cells back).
-        group_ratio: groups of the convolution before full-resolution attention, as a share of the width: 0 is dense,
-            1 depth-wise, -1 leaves it out.
-        bias_hidden: hidden width of the MLP that makes the attention bias of an offset.
+        conv_resample: attention sub-samples by strided convolutions, else by averages with nearest upsampling.
+        group_ratio: groups of the convolution before full-resolution attention, relative to the width: 0 is dense, 1
+            depth-wise, -1 none.
+        bias_hidden: hidden width of the MLP of the attention bias.
         mlp: ``gelu`` or ``swiglu``.
-        layer_scale: start of the per-channel factors on attention and MLP; null for none.
-        conv_layer_scale: the same of residual convolutional blocks.
+        layer_scale: initial layer scale of attention and MLP; null for none.
+        conv_layer_scale: initial layer scale of residual convolutional blocks; null for none.
         multi_query: all attention heads share one key and one value head.
-        shift: every second block of a stage has its windows half a window further.
-        tile_stem: the stem stacks 4x4 tiles of the image, in place of its first convolution.
+        shift: windows of every second block of a stage are shifted by half a window.
+        tile_stem: the stem stacks 4x4 tiles of the image instead of its first convolution.
         tile_downsample: downsampling stacks 2x2 tiles of the map.
-        neck_start: first stage that the neck reads; the stride of the output is ``4 * 2**neck_start``.
+        neck_start: first stage that the neck uses; the stride of the output is ``4 * 2**neck_start``.
         neck_width: D of the output.
     """
 
@@ -97,7 +96,7 @@ class Hybrid(Student):
         self.spec = FeatureSpec(neck_width, neck_width, stride=4 * 2**neck_start, step=STEP)
         self.deployed = self.window_changed = False
         self.apply(_initialize)
-        self.to(memory_format=torch.channels_last)  # convolutions run faster so on CPUs and on tensor cores
+        self.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and tensor cores
 
     def forward(self, images: Tensor) -> Features:
         """See :meth:`Student.forward`."""
@@ -111,63 +110,59 @@ class Hybrid(Student):
         return Features(summary=spatial.mean((2, 3)), spatial=spatial)
 
     def settings(self) -> dict[str, object]:
-        """Nothing: a changed window and folded norms are states of inference.
+        """No settings.
 
         Raises:
-            ValueError: the student is in one of them.
+            ValueError: the window was changed or the norms were folded, which a saved model cannot express.
         """
         if self.deployed:
-            raise ValueError("a deployed student cannot be loaded again: save the model before student.deploy()")
+            raise ValueError("a deployed student cannot be saved: save before student.deploy()")
         if self.window_changed:
-            raise ValueError("a changed window is no part of a saved model: save before student.change_window()")
+            raise ValueError("a changed window cannot be saved: save before student.change_window()")
         return {}
 
     def change_window(self, window: int) -> None:
-        """Attend in windows of another size from now on; offsets keep the scale of the trained window.
+        """Change the window of all attention blocks; offsets keep the scale of the trained window.
 
         Args:
-            window: side in cells, for all attention blocks.
+            window: side in cells.
 
         Raises:
-            ValueError: no positive size.
-            RuntimeError: the network is deployed, so that its attention bias belongs to one window.
+            ValueError: ``window`` is not positive.
+            RuntimeError: the network is deployed, so that its attention bias is constant.
         """
         if window < 1:
-            raise ValueError(f"window must be 1 or more cells, not {window}; the trained one suits most images")
+            raise ValueError(f"window: {window} is less than 1 cell; the trained window suits most images")
         if self.deployed:
-            raise RuntimeError("a deployed network cannot change its window: load it again and do so before deploy()")
+            raise RuntimeError("a deployed network cannot change its window: load it again, change it before deploy()")
         for module in self.modules():
             if isinstance(module, RelativeBias):
                 self.window_changed |= module.window != window
                 module.window = window
 
     def set_optimal_window(self, side: int) -> int:
-        """Choose the largest window, up to 16, that fits square images without blowing up their maps.
+        """Set the largest window, up to 16, that fits square images of ``side`` pixels without upsampling their maps.
 
-        A side of few divisors leaves a small window: 544 px are 17 cells of 32, which only windows of 1 divide.
-
-        Args:
-            side: of the images, in pixels; what is over a multiple of 32 does not count.
+        Sides with few divisors give small windows: 544 px are 17 cells of 32, which only windows of 1 divide.
 
         Returns:
             The window: the largest divisor of ``side // 32`` that is 16 or less.
 
         Raises:
-            ValueError: a side of less than 32.
+            ValueError: ``side`` is less than 32.
             RuntimeError: the network is deployed.
         """
         cells = side // STEP
         if cells < 1:
-            raise ValueError(f"images of {side} px are too small, the smallest legal side is {STEP}")
+            raise ValueError(f"side: {side} px is too small; the smallest legal side is {STEP}")
         window = max(divisor for divisor in range(1, LARGEST_WINDOW + 1) if cells % divisor == 0)
         self.change_window(window)
         return window
 
     def deploy(self) -> None:
-        """Make it an inference network, in place: norms folded into convolutions, attention biases computed once.
+        """Convert to an inference network, in place: fold norms into convolutions, compute attention biases once.
 
-        The biases are computed here from the weights: the ones stored in released checkpoints are not trusted. Save
-        before, not after: the result has other weights than the constructor makes.
+        A deployed network cannot be trained or saved. The biases stored in released checkpoints are not used.
         """
         self.eval()
         for module in self.modules():
@@ -175,17 +170,13 @@ class Hybrid(Student):
                 module.deploy()
             elif isinstance(module, RelativeBias):
                 module.freeze()
-        self.to(memory_format=torch.channels_last)  # loading may have put other tensors in place
+        self.to(memory_format=torch.channels_last)  # loaded weights may have another memory format
         self.deployed = True
 
     def train(self, mode: bool = True) -> Hybrid:
-        """As any module's.
-
-        Raises:
-            RuntimeError: ``mode`` is True and the network is deployed.
-        """
+        """See :meth:`torch.nn.Module.train`; raises a RuntimeError if the network is deployed."""
         if mode and self.deployed:
-            raise RuntimeError("a deployed network cannot be trained, its norms are gone: build or load it again")
+            raise RuntimeError("a deployed network cannot be trained: build or load it again")
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
@@ -211,10 +202,10 @@ def _check(
     neck_start: int,
 ) -> None:
     if len(depths) != 4 or min(depths) < 1:
-        raise ConfigError(f"student.depths: {list(depths)}, but there are four stages of one block or more")
+        raise ConfigError(f"student.depths: {list(depths)} is not four stages of at least one block")
     for key, value in (("heads", heads), ("windows", windows), ("ratios", ratios)):
         if len(value) != 2:
-            raise ConfigError(f"student.{key}: {len(value)} entries, but two stages attend, 2 and 3")
+            raise ConfigError(f"student.{key}: {len(value)} entries; needs one for each of stages 2 and 3")
     for width, count in zip(widths[2:], heads, strict=True):
         if count < 1 or width % count:
             legal = [n for n in range(1, width + 1) if width % n == 0]
@@ -222,9 +213,9 @@ def _check(
             raise ConfigError(f"student.heads: {count} does not divide a stage's width {width}; {near} does")
     for key, value, least in (("windows", windows, 2), ("ratios", ratios, 1)):
         if not all(entry and min(entry) >= least for entry in value):
-            raise ConfigError(f"student.{key}: each of the two stages needs one number or more, all at least {least}")
+            raise ConfigError(f"student.{key}: each of the two stages needs one or more numbers, all at least {least}")
     if not 0 <= neck_start <= 3:
-        raise ConfigError(f"student.neck_start: {neck_start} is no stage; the stages are 0 to 3")
+        raise ConfigError(f"student.neck_start: {neck_start} is not a stage; the stages are 0 to 3")
 
 
 def _initialize(module: nn.Module) -> None:

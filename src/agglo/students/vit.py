@@ -18,14 +18,14 @@ from agglo.students.base import Student, copy_state
 from agglo.types import ConfigError, Features, FeatureSpec
 
 PACK_TOKENS = 16_384
-"""Images of a list are packed into passes of about this many tokens: more gains no speed and costs memory."""
+"""Tokens per pass when a list of images is packed; more is not faster and needs more memory."""
 
 
 class ViT(Student):
     """The RADIO ViT: linear patch embedding, cropped position embeddings over a large grid, a class token per teacher.
 
-    AM-RADIO (arXiv:2312.06709); docs/method.md, 1.2, 2.8; docs/checkpoints.md, 2 to 4. The keys below the line are for the released
-    models' sake: their generations differ in them.
+    AM-RADIO (arXiv:2312.06709); docs/method.md, 1.2 and 2.8; docs/checkpoints.md, 2 to 4. Keys from ``num_windowed``
+    on differ between the generations of released models.
 
     Args:
         tokens: names of the teachers that get a class token; one token when empty.
@@ -35,11 +35,11 @@ class ViT(Student):
         mlp_ratio: hidden width of the MLP over ``width``.
         patch: P, side of a patch in pixels; image sides must be multiples of it.
         max_grid: R, side of the position table in patches (2048 / 16 = 128 in the released models).
-        registers: further prefix tokens that are not read by any head.
-        cls_per_teacher: one class token a teacher (else one for all).
+        registers: further prefix tokens, not used by heads.
+        cls_per_teacher: one class token per teacher, else one for all.
         pos_dropout: probability that a training sample gets no position embedding.
-        window: side, in patches, of the windows that most blocks look through (ViTDet); None: every block sees all.
-        num_global: how many blocks see the whole image all the same.
+        window: side, in patches, of ViTDet's attention windows; None for global attention in every block.
+        num_global: number of blocks with global attention where ``window`` is set.
         num_windowed: windowed blocks between two global ones; replaces ``num_global``.
         mlp_hidden: hidden width of the MLP in channels; replaces ``mlp_ratio``.
         mlp: ``gelu`` or ``swiglu``.
@@ -48,9 +48,9 @@ class ViT(Student):
         layer_scale: initial value of the layer scales, or None for none.
         final_norm: LayerNorm after the last block.
         patch_bias: a bias in the patch projection.
-        position: ``cropped`` or ``corner``, how the position table meets a grid.
-        align_corners: how the table is resized at inference (True in releases before July 2025).
-        pool: where the summary comes from: ``token``, or ``avg``, the mean of the patches (class tokens stay).
+        position: how the position table is cropped to a grid, ``cropped`` or ``corner``.
+        align_corners: of the table's resize at inference (True in releases before July 2025).
+        pool: source of the summary: ``token``, or ``avg``, the mean of the patches (class tokens are kept).
     """
 
     windows = True
@@ -88,9 +88,9 @@ class ViT(Student):
             raise ConfigError(f"student.heads: {heads} does not divide width {width}")
         check_window_value(window)
         if mlp == "swiglu" and mlp_norm:
-            raise ConfigError("student.mlp_norm: only a gelu MLP has a norm inside")
+            raise ConfigError("student.mlp_norm: needs `mlp: gelu`")
         if pool == "avg" and cls_per_teacher and len(tokens) > 1:
-            raise ConfigError("student.pool: avg has one summary for all teachers: set cls_per_teacher: false")
+            raise ConfigError("student.pool: avg gives one summary for all teachers: set cls_per_teacher: false")
         slots = max(1, len(tokens)) if cls_per_teacher else 1
         self.registers, self.window, self.pool = registers, window, pool
         self.windowed = windowed_blocks(depth, num_windowed=num_windowed, num_global=num_global)
@@ -109,20 +109,20 @@ class ViT(Student):
         self.apply(_initialize)
 
     def forward(self, images: Tensor, *, window: int | None = None) -> Features:
-        """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the model's own."""
+        """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the constructor's."""
         layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
-        most = None if self.training else tokens_per_pass(images, self.widest)
-        some = max(1, most // layout.lengths[0]) if most else len(images)
-        parts = [self.norm(self._run(self.patch_generator(part), layout, window)) for part in images.split(some)]
+        limit = None if self.training else tokens_per_pass(images, self.widest)
+        count = max(1, limit // layout.lengths[0]) if limit else len(images)
+        parts = [self.norm(self._run(self.patch_generator(part), layout, window)) for part in images.split(count)]
         return self._features(parts[0] if len(parts) == 1 else torch.cat(parts), layout.grids[0])
 
     def forward_list(self, images: Sequence[Tensor], *, window: int | None = None) -> list[Features]:
-        """See :meth:`Student.forward_list`; images are packed into passes, of some 16 thousand tokens on a GPU."""
+        """See :meth:`Student.forward_list`; images are packed into passes of at most :data:`PACK_TOKENS` tokens."""
         grids = [self._grid(image) for image in images]
         order = sorted(range(len(images)), key=lambda index: grids[index][0] * grids[index][1])
         result: dict[int, Features] = {}
-        most = tokens_per_pass(images[0], self.widest) if images else None
-        for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids], most):
+        limit = tokens_per_pass(images[0], self.widest) if images else None
+        for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids], limit):
             layout = Layout(self.patch_generator.tokens, tuple(grids[m] for m in members), packed=True)
             x = self.patch_generator.pack([images[m] for m in members])
             parts = layout.images(self.norm(self._run(x, layout, window)))
@@ -133,7 +133,7 @@ class ViT(Student):
         self,
         images: Tensor,
         blocks: Collection[int],
-        see: Callable[[int, Features], None],
+        callback: Callable[[int, Features], None],
         *,
         norm: bool = False,
         window: int | None = None,
@@ -141,25 +141,25 @@ class ViT(Student):
         """See :meth:`Student.visit`."""
         layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
 
-        def show(index: int, x: Tensor) -> None:
-            see(index, self._features(self.norm(x) if norm else x, layout.grids[0]))
+        def after_block(index: int, x: Tensor) -> None:
+            callback(index, self._features(self.norm(x) if norm else x, layout.grids[0]))
 
-        self._run(self.patch_generator(images), layout, window, frozenset(blocks), show)
+        self._run(self.patch_generator(images), layout, window, frozenset(blocks), after_block)
 
     def _run(
         self,
         x: Tensor,
         layout: Layout,
         window: int | None,
-        shown: frozenset[int] = frozenset(),
-        show: Callable[[int, Tensor], None] | None = None,
+        visited: frozenset[int] = frozenset(),
+        after_block: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """All blocks, or those up to the last that is shown; inside windows the prefix neither sees nor is seen."""
+        """Run all blocks, or those up to the last visited one; the prefix skips blocks with windows."""
         check_window_value(window)
         window = self.window if window is None else window
         for grid in layout.grids if window else ():
             check_window_divides(grid, window or 0, self.spec.stride)
-        last = max(shown) if shown else len(self.blocks) - 1
+        last = max(visited) if visited else len(self.blocks) - 1
         prefixes = None
         for index, block in enumerate(self.blocks[: last + 1]):
             if window and self.windowed[index]:
@@ -170,8 +170,8 @@ class ViT(Student):
                 if prefixes is not None:
                     prefixes, x = None, layout.join_windows(prefixes, x, window or 0)
                 x = block(x, layout.packing)
-            if show is not None and index in shown:
-                show(index, x if prefixes is None else layout.join_windows(prefixes, x, window or 0))
+            if after_block is not None and index in visited:
+                after_block(index, x if prefixes is None else layout.join_windows(prefixes, x, window or 0))
         return x
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
@@ -190,27 +190,27 @@ class ViT(Student):
         return len(self.blocks)
 
     def settings(self) -> dict[str, object]:
-        """The window."""
+        """The current window."""
         return {"window": self.window}
 
     def set_clip_length(self, frames: int) -> None:
-        """In training, this many successive images share one random viewport of the position table."""
+        """See :meth:`Student.set_clip_length`; frames of a clip share one random viewport of the position table."""
         self.patch_generator.clip_length = frames
 
-    def copy_from(self, other: Student, mine: Sequence[str], theirs: Sequence[str]) -> None:
-        """See :meth:`Student.copy_from`; class tokens go by their teachers' names, registers by their place."""
+    def copy_from(self, other: Student, tokens: Sequence[str], other_tokens: Sequence[str]) -> None:
+        """See :meth:`Student.copy_from`; class tokens are matched by teacher name, registers by index."""
         state = other.state_dict()
         key = "patch_generator.token"
-        token, given, slots = self.patch_generator.token.detach().clone(), state[key], other.spec.slots
-        if token.shape[1] != given.shape[1]:
-            raise ValueError(f"its width is {given.shape[1]}, this one's {token.shape[1]}: another architecture")
+        token, source, slots = self.patch_generator.token.detach().clone(), state[key], other.spec.slots
+        if token.shape[1] != source.shape[1]:
+            raise ValueError(f"its width is {source.shape[1]}, this one's {token.shape[1]}: another architecture")
         if self.spec.slots == slots == 1:
-            token[0] = given[0]
-        for place, name in enumerate(mine[: self.spec.slots] if self.spec.slots > 1 else ()):
-            if name in theirs[:slots]:
-                token[place] = given[list(theirs).index(name)]
-        both = min(len(token) - self.spec.slots, len(given) - slots)
-        token[self.spec.slots : self.spec.slots + both] = given[slots : slots + both]
+            token[0] = source[0]
+        for index, name in enumerate(tokens[: self.spec.slots] if self.spec.slots > 1 else ()):
+            if name in other_tokens[:slots]:
+                token[index] = source[list(other_tokens).index(name)]
+        registers = min(len(token) - self.spec.slots, len(source) - slots)
+        token[self.spec.slots : self.spec.slots + registers] = source[slots : slots + registers]
         copy_state(self, {**state, key: token})
 
     def no_weight_decay(self) -> set[str]:
@@ -218,14 +218,14 @@ class ViT(Student):
         return {"patch_generator.pos_embed", "patch_generator.token"}
 
 
-def _passes(order: Sequence[int], lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
-    """Images, in the given order, in passes of at most ``PACK_TOKENS`` or ``most`` tokens, one image at least."""
+def _passes(order: Sequence[int], lengths: Sequence[int], limit: int | None = None) -> list[list[int]]:
+    """Group images, in order, into passes of at most ``PACK_TOKENS`` or ``limit`` tokens, with at least one image."""
     passes: list[list[int]] = []
     room = 0
     for index in order:
         if not passes or lengths[index] > room:
             passes.append([])
-            room = min(PACK_TOKENS, most or PACK_TOKENS)
+            room = min(PACK_TOKENS, limit or PACK_TOKENS)
         passes[-1].append(index)
         room -= lengths[index]
     return passes

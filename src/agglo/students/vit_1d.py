@@ -1,4 +1,4 @@
-"""RADIO1D: a ViT whose image becomes a short list of tokens, most important first, and a decoder back to a map."""
+"""RADIO1D: a ViT that encodes an image to an ordered list of tokens, with a decoder to a map."""
 
 from __future__ import annotations
 
@@ -19,44 +19,43 @@ Neck = Literal["decoder", "encoder"]
 
 
 class ViT1D(Student):
-    """NVIDIA's RADIO1D (docs/checkpoints.md, 9): merge, keep the first tokens, decode.
+    """NVIDIA's RADIO1D (docs/checkpoints.md, 9): merge tokens, keep the first ones, decode.
 
-    A RADIO ViT merges its patch tokens 2x2 on the way, which doubles width and heads. Of the resulting tokens, taken
-    row-major, the first ``num_tokens`` are kept: the "1-D tokens". A decoder fills the rest with learned tokens and
-    grows a map at the patches' grid. There are two results ("necks"); :meth:`forward` returns the chosen one, and
-    ``spec`` describes it, with K class tokens and ``D = 2^merges C``:
+    A RADIO ViT merges its patch tokens 2x2 between blocks, which doubles width and heads. Of the resulting tokens, in
+    row-major order, the first ``num_tokens`` are kept: the "1-D tokens". A decoder fills the rest with learned tokens
+    and upsamples to the patch grid. :meth:`forward` returns one of two results ("necks"), described by ``spec``, with
+    K class tokens and ``D = 2^merges C``:
 
-    - ``decoder``: ``summary (B, K C)``, ``spatial (B, C, H / patch, W / patch)``, from what the kept tokens say.
-    - ``encoder``: ``summary (B, K D)``, ``spatial (B, D, 1, n)``: the 1-D tokens as a map of height one, so that
-      ``.tokens()`` is ``(B, n, D)``. It is no picture: ``spec.stride`` is that of the patches, and heads or losses
-      that compare places have no use for it.
+    - ``decoder``: ``summary (B, K C)``, ``spatial (B, C, H / patch, W / patch)``, decoded from the kept tokens.
+    - ``encoder``: ``summary (B, K D)``, ``spatial (B, D, 1, n)``: the 1-D tokens as a map of height 1, so that
+      ``.tokens()`` is ``(B, n, D)``. ``spec.stride`` is that of the patches; not for heads or losses on positions.
 
     Args:
         tokens: names of the teachers that get a class token; one token when empty.
         width: C, before the first merge.
         depth: number of encoder blocks.
-        heads: attention heads at ``width``; divides it. The decoder begins with as many, at D.
-        mlp_ratio: hidden width of the MLPs over that of their block.
+        heads: attention heads at ``width``, which they divide; also of the decoder's first blocks, at D.
+        mlp_ratio: hidden width of the MLPs over the width of their block.
         patch: side of a patch in pixels; image sides must be multiples of it. Odd grids are padded and cropped.
         max_grid: side of the position table in patches.
-        registers: further prefix tokens that are not read by any head.
-        class_tokens: number of class tokens where it is not that of ``tokens``.
+        registers: further prefix tokens, not used by heads.
+        class_tokens: number of class tokens; that of ``tokens`` when None.
         downscale_levels: encoder blocks (from 0) before which the grid is merged 2x2.
         decoder_depth: number of decoder blocks.
-        decoder_upscale_levels: decoder blocks before which the grid is split 2x2; as many as there are merges.
+        decoder_upscale_levels: decoder blocks before which the grid is split 2x2; one per merge.
         filler_grid: side of the decoder's table of filler tokens (nominal image / patch / 2^merges).
         final_norm: LayerNorm after the encoder's last block. The decoder always ends in one.
         neck: which result :meth:`forward` returns.
-        num_tokens: how many 1-D tokens are kept in evaluation; more than there are, or null, keeps all.
-        rate: how many are kept in training: ``uniform`` draws ``n ~ U{1 .. all}`` once a forward pass, from torch's
-            CPU generator, for the whole batch, so that every prefix of the tokens learns to serve; ``all`` keeps all
-            of them. A number given in a call comes before either.
+        num_tokens: number of 1-D tokens kept in evaluation; null, or more than exist, keeps all.
+        rate: number of tokens kept in training: ``uniform`` draws ``n ~ U{1 .. all}`` per forward pass for the whole
+            batch, from torch's CPU generator, so that every prefix is trained; ``all`` keeps all. An argument of
+            :meth:`forward` overrides both.
         pos_dropout: probability that a training sample gets no position embedding.
-        align_corners: how the position table is resized at inference.
-        position: ``cropped``, or ``corner`` where the nominal image is as large as the table (docs/checkpoints.md, 2).
+        align_corners: of the position table's resize at inference.
+        position: ``cropped``, or ``corner`` if the nominal image is as large as the table (docs/checkpoints.md, 2).
 
     Raises:
-        ConfigError: sizes that do not divide, levels outside the depth, no merge, fewer than one token to keep.
+        ConfigError: widths and heads that do not divide, invalid levels, or fewer than one token to keep.
     """
 
     def __init__(
@@ -117,26 +116,26 @@ class ViT1D(Student):
         _initialize(self, depth, decoder_depth)
 
     def forward(self, images: Tensor, num_tokens: int | None = None) -> Features:
-        """Encode conditioned images to the chosen neck; the decoder does not run where it is not asked for.
+        """Encode conditioned images to the chosen neck; the decoder runs only if needed.
 
         Args:
             images: ``(B, 3, H, W)``.
-            num_tokens: how many 1-D tokens to keep, at least 1; clamped to what exists. None: the student's own
-                number in evaluation, its rate in training.
+            num_tokens: number of 1-D tokens to keep, at least 1, at most all. None: the constructor's ``num_tokens`` in
+                evaluation, its ``rate`` in training.
 
         Raises:
-            ValueError: a side is no multiple of the patch, or ``num_tokens`` is less than 1.
+            ValueError: a side is not a multiple of the patch, or ``num_tokens`` is less than 1.
         """
         prefix, kept, grid = self._encode(images, num_tokens)
         return self._encoder_neck(prefix, kept) if self.neck == "encoder" else self._decoder_neck(kept, grid)
 
     def necks(self, images: Tensor, num_tokens: int | None = None) -> dict[str, Features]:
-        """Both results, ``encoder`` and ``decoder``, of the same kept tokens; arguments of :meth:`forward`."""
+        """Results of both necks, ``encoder`` and ``decoder``, from the same tokens; arguments of :meth:`forward`."""
         prefix, kept, grid = self._encode(images, num_tokens)
         return {"encoder": self._encoder_neck(prefix, kept), "decoder": self._decoder_neck(kept, grid)}
 
     def settings(self) -> dict[str, object]:
-        """How many tokens are kept, and how that is drawn in training."""
+        """Number of kept tokens in evaluation and in training."""
         return {"num_tokens": self.num_tokens, "rate": self.rate}
 
     def no_weight_decay(self) -> set[str]:
@@ -166,11 +165,11 @@ class ViT1D(Student):
         x = self.norm(x)
         if keep == "uniform":
             keep = int(torch.randint(1, x.shape[1] - count + 1, ()))
-        end = None if keep is None else count + keep  # a slice clamps to what exists
+        end = None if keep is None else count + keep  # a slice is clamped to the number of tokens
         return x[:, :count], x[:, count:end], grid
 
     def _keep(self, num_tokens: int | None) -> int | Literal["uniform"] | None:
-        """How many tokens to keep: a number, a draw, or (None) all."""
+        """Tokens to keep: a number, ``uniform``, or None for all."""
         if num_tokens is not None:
             return self._check_num_tokens(num_tokens)
         if self.training:
@@ -180,7 +179,7 @@ class ViT1D(Student):
     @staticmethod
     def _check_num_tokens(num_tokens: int | None) -> int | None:
         if num_tokens is not None and num_tokens < 1:
-            raise ConfigError(f"student.num_tokens: {num_tokens} tokens cannot be kept; 1 or more, or null for all")
+            raise ConfigError(f"student.num_tokens: {num_tokens} is less than 1; use 1 or more, or null for all")
         return num_tokens
 
     def _encoder_neck(self, prefix: Tensor, kept: Tensor) -> Features:
@@ -195,36 +194,35 @@ class ViT1D(Student):
 
 def _check_choice(key: str, value: str, legal: tuple[str, ...]) -> None:
     if value not in legal:
-        raise ConfigError(f"student.{key}: {value!r} is none of {', '.join(map(repr, legal))}")
+        raise ConfigError(f"student.{key}: {value!r} is not one of {', '.join(map(repr, legal))}")
 
 
 def _check_counts(**counts: tuple[int, int]) -> None:
-    """Raise for a ``key=(value, least)`` below its least value."""
+    """Raise for a ``key=(value, minimum)`` below its minimum."""
     for key, (value, least) in counts.items():
         if value < least:
-            raise ConfigError(f"student.{key}: {value} is too few; {least} or more")
+            raise ConfigError(f"student.{key}: {value} is less than {least}")
 
 
 def _check_shape(width: int, heads: int, merges: int, splits: int) -> None:
-    """Raise unless heads divide widths all the way, and the decoder undoes every merge."""
+    """Raise unless heads divide the widths of all levels, and the decoder has one split per merge."""
     if heads < 1 or width % heads:
         near = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
         raise ConfigError(f"student.heads: {heads} does not divide width {width}; the nearest that does is {near}")
     if splits != merges:
         raise ConfigError(
-            f"student.decoder_upscale_levels: {splits} blocks split the grid, but downscale_levels merges it "
-            f"{merges} times; name {merges}"
+            f"student.decoder_upscale_levels: {splits} splits for {merges} merges in downscale_levels; use {merges}"
         )
     if heads % 2**splits:
         raise ConfigError(
-            f"student.heads: {heads} cannot be halved {splits} times, as the decoder does; the nearest that can is "
-            f"{max(1, round(heads / 2**splits)) * 2**splits}"
+            f"student.heads: {heads} is not divisible by {2**splits}, as {splits} splits need; the nearest "
+            f"is {max(1, round(heads / 2**splits)) * 2**splits}"
         )
 
 
 @torch.no_grad()
 def _initialize(student: ViT1D, depth: int, decoder_depth: int) -> None:
-    """Magneto's start (Wang et al. 2022, arXiv:2210.06423).
+    """Magneto's initialisation (Wang et al. 2022, arXiv:2210.06423).
 
     Xavier, with gain ``sqrt(ln(2 depth))`` on the value, output and MLP projections; biases zero.
     """
@@ -238,7 +236,7 @@ def _initialize(student: ViT1D, depth: int, decoder_depth: int) -> None:
         for block in stack.children():
             for name, layer in block.named_modules():
                 if name == "attn.qkv" and isinstance(layer, nn.Linear):
-                    # Three projections of one matrix: each has the fan-out of its own third.
+                    # Three stacked projections: each has the fan-out of its own third.
                     for part, scale in zip(layer.weight.chunk(3), (1.0, 1.0, gain), strict=True):
                         nn.init.xavier_normal_(part, gain=scale)
                 elif name in ("attn.proj", "mlp.fc1", "mlp.fc2") and isinstance(layer, nn.Linear):
