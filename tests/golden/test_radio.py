@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def seeded(config: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights that are not stored but drawn by name (the README of the folder gives the rule)."""
+    """Random weights drawn by name (rule in the README of the folder)."""
     recipe = config["seeded_weights"]
     state = {}
     for key, shape in recipe["shapes"].items():
@@ -175,7 +175,7 @@ def test_half_precision_stays_close(name: str, case: dict[str, Any], dtype: torc
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_the_wrapper_says_of_itself(name: str) -> None:
+def test_properties_equal_the_wrappers(name: str) -> None:
     for case in CONFIGS[name]["cases"]:
         model = built(CONFIGS[name], case)
         if model.student_config["kind"] != "vit":
@@ -189,17 +189,17 @@ def test_what_the_wrapper_says_of_itself(name: str) -> None:
             "num_summary_tokens": model.student.patch_generator.tokens,
             "num_cls_tokens": model.student.spec.slots,
         }
-        told = case.get("model_properties", {})
+        expected = case.get("model_properties", {})
         wrong = {
-            key: (value, told[key])
+            key: (value, expected[key])
             for key, value in ours.items()
-            if not isinstance(told.get(key, ""), str) and told[key] != value
+            if not isinstance(expected.get(key, ""), str) and expected[key] != value
         }
         assert not wrong, case["id"]
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if CONFIGS[n].get("args", {}).get("spectral_reparam")])
-def test_spectral_weights_are_those_the_reference_ends_up_with(name: str) -> None:
+def test_spectral_weights_equal_the_references(name: str) -> None:
     state = load_file(FOLDER / CONFIGS[name]["io"])
     effective = {k.removeprefix("effective/"): v for k, v in state.items() if k.startswith("effective/")}
     model = built(CONFIGS[name], CONFIGS[name]["cases"][0])

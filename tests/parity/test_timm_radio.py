@@ -38,7 +38,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 if not timm.is_model("naflexvit_huge_patch16_radio_v4"):
     pytest.skip(f"timm {timm.__version__} has no RADIO", allow_module_level=True)
 
-pytestmark = [pytest.mark.libraries, pytest.mark.filterwarnings("ignore:images larger than")]
+pytestmark = [pytest.mark.libraries, pytest.mark.filterwarnings("ignore:images exceed the")]
 
 SMALL = {
     "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4, "patch_size": PATCH, "pos_embed_grid_size": (GRID, GRID)
@@ -205,9 +205,9 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
         from_timm(changed(pos_embed_interp_mode="bicubic"))
     with pytest.raises(ConfigError, match="num_heads is 'four'"):
         from_timm(changed(num_heads="four"))
-    with pytest.raises(ConfigError, match=r"windo is no option.*'window'"):
+    with pytest.raises(ConfigError, match=r"windo is not an option.*'window'"):
         from_timm(whole, windo=2)
-    with pytest.raises(ConfigError, match="'resnet18' is no RADIO architecture"):
+    with pytest.raises(ConfigError, match="'resnet18' is not a RADIO architecture"):
         from_timm(Checkpoint(whole.tensors, config={"architecture": "resnet18"}))
     with pytest.raises(ConfigError, match="mean and std"):
         from_timm(Checkpoint(whole.tensors, config={**whole.config, "pretrained_cfg": {"mean": [1, "x"]}}))

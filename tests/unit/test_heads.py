@@ -257,9 +257,9 @@ def test_tensors_of_no_such_head_are_named(change: dict[str, Any], drop: str, ve
 def test_other_bad_requests_are_named() -> None:
     with pytest.raises(ConfigError, match="attn, v1, v2"):
         read_head(V2, "_heads.sam.", "v7")
-    with pytest.raises(ConfigError, match="least is 1"):
+    with pytest.raises(ConfigError, match="upsample: must be at least 1, got 0"):
         read_head(V2, "_heads.sam.", "v2", upsample=0)
-    with pytest.raises(AssetError, match="16 channels are not those of 3 x 3 cells"):
+    with pytest.raises(AssetError, match="16 channels are not a multiple of 3 x 3 cells"):
         read_head(V2, "_heads.sam.", "v2", upsample=3)
     with pytest.raises(AssetError, match=r"no tensors under '_heads\.sam3\.'.*_heads\.sam\."):
         read_head(V2, "_heads.sam3.", "v2")

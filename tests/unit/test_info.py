@@ -1,4 +1,4 @@
-"""What `agglo info` tells: published releases without a download, our own, and official files by their headers."""
+"""`agglo info`: published releases without a download, our own models, and official files by their headers."""
 
 import argparse
 import io
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.weights
 
 
 @pytest.mark.parametrize("name", list(HUB))
-def test_every_release_is_described_without_its_weights(name: str) -> None:
+def test_releases_are_described_without_weights(name: str) -> None:
     info = describe(name, size=HUB[name].patch * 4)
     assert info.params[0] / 1e6 == pytest.approx(HUB[name].params, rel=0.02)
     assert info.licence == HUB[name].licence
@@ -30,7 +30,7 @@ def test_every_release_is_described_without_its_weights(name: str) -> None:
     assert info.flops > 0
 
 
-def test_the_facts_of_c_radio_v4() -> None:
+def test_facts_of_c_radio_v4() -> None:
     info = describe("c-radio_v4-h")
     assert (info.summary, info.spatial, info.registers) == ((2560, 2), 1280, 7)
     assert (info.preferred, info.largest, info.step) == (512, 2048, 16)
@@ -44,13 +44,13 @@ def test_the_facts_of_c_radio_v4() -> None:
     assert 4 * tokens * (5120 + 2 * width) <= info.memory[1] < 4 * tokens * (3 * 5120)
 
 
-def test_windows_cost_less() -> None:
+def test_windows_reduce_the_cost() -> None:
     whole, windowed = (describe("c-radio_v4-so400m", size=1024, window=w) for w in (None, 8))
     assert windowed.flops < 0.8 * whole.flops
     assert windowed.step == 128
 
 
-def test_a_saved_model(tmp_path: Path) -> None:
+def test_saved_model(tmp_path: Path) -> None:
     head = HeadConfig({"kind": "mlp", "hidden": 8}, {"kind": "mlp", "hidden": 8, "upsample": 2}, 5, 6,
                       text={"kind": "minilm"})  # fmt: skip
     student = {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8}
@@ -63,7 +63,7 @@ def test_a_saved_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["c-radio_v4-h", "c-radio_v3-b", "radio_v2.5-b", "radio_v2.1"])
-def test_heads_that_speak_are_told_before_the_download(name: str) -> None:
+def test_text_heads_are_listed_before_the_download(name: str) -> None:
     assert set(describe(name, size=64).text) == {"clip", "siglip", "siglip2-g"} & set(HUB[name].teachers)
     shown = Console(width=200, file=io.StringIO())
     shown.print(info_table(describe(name, size=64)))
@@ -74,8 +74,8 @@ def test_heads_that_speak_are_told_before_the_download(name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cached", "copied", "folder"])
-def test_a_download_is_described_as_it_is_loaded(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """radio_v2.1 has another preferred size, licence and rule for its windows than files that nobody knows."""
+def test_download_is_described_as_loaded(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """radio_v2.1 differs from the defaults in preferred size, licence and windows."""
     entry = HUB["radio_v2.1"]
     cache = tmp_path / "cache"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
@@ -101,14 +101,14 @@ def test_a_download_is_described_as_it_is_loaded(how: str, tmp_path: Path, monke
     assert describe(where, size=64, window=2).flops < info.flops
 
 
-def test_what_cannot_be_described() -> None:
+def test_describe_refuses_bad_input() -> None:
     with pytest.raises(ConfigError, match="did you mean 'c-radio_v4-h'"):
         describe("c-radio_v4-hh")
-    with pytest.raises(ConfigError, match="hybrid student cannot look through windows"):
+    with pytest.raises(ConfigError, match="hybrid student has no windowed attention"):
         describe("e-radio_v2", size=64, window=4)
 
 
-def test_counting_leaves_nothing_behind() -> None:
+def test_cost_releases_its_memory() -> None:
     before = torch.is_grad_enabled()
     describe("c-radio_v3-b", size=64)
     assert torch.is_grad_enabled() == before

@@ -1,4 +1,4 @@
-"""A checkpoint's trunk against the architecture its arguments name: what differs is refused, whatever loads."""
+"""Trunks that differ from the architecture of their arguments are refused."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def trunk(name: str, *, depth: int | None = None, table: int = 128, scaled: bool
 
 
 def plain() -> dict[str, Tensor]:
-    """A ViT of timm's, as it is published for other purposes."""
+    """A plain ViT of timm."""
     state = {k: v for k, v in trunk("vit_huge_patch16_224").items() if "patch_generator" not in k}
     more = {"patch_embed.proj.weight": (1280, 3, 16, 16), "patch_embed.proj.bias": (1280,),
             "pos_embed": (1, 197, 1280), "cls_token": (1, 1, 1280)}  # fmt: skip
@@ -53,7 +53,7 @@ def described(state: dict[str, Tensor], model: str, **args: Any) -> dict[str, An
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if "patch16" in name and "mlpnorm" not in name])
-def test_every_published_size_is_known(name: str) -> None:
+def test_published_sizes_are_recognised(name: str) -> None:
     found = described(trunk(name), name)
     size = SIZES[name]
     assert (found["width"], found["depth"], found["mlp_hidden"]) == (size.width, size.depth, size.hidden)
@@ -65,7 +65,7 @@ def test_every_published_size_is_known(name: str) -> None:
     [
         pytest.param(
             trunk("vit_base_patch16_224"), "vit_huge_patch16_224", {},
-            r"here is of another architecture.*vit_huge_patch16_224 has depth 32, width 1280, MLP width 5120; "
+            r"here does not match its args: vit_huge_patch16_224 has depth 32, width 1280, MLP width 5120; "
             r"this one has depth 12, width 768, MLP width 3072; 240 missing \(base_model\.blocks\.12\.norm1\.weight, "
             r"(base_model\.blocks\.12\.[a-z0-9._]+, ){9}\.\.\.\)",
             id="a smaller model",
@@ -100,7 +100,7 @@ def test_every_published_size_is_known(name: str) -> None:
         ),
         pytest.param(
             trunk("vit_huge_patch16_224"), "vit_huge_patch16_224", {"cpe_max_size": None},
-            r"has positions of a plain ViT.*this one has positions cropped", id="positions nobody asked for",
+            r"has positions of a plain ViT.*this one has positions cropped", id="unexpected positions",
         ),
         pytest.param(
             trunk("vit_so400m_v2_patch16_224"), "vit_so400m_patch16_224", {},
@@ -116,14 +116,14 @@ def test_every_published_size_is_known(name: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_another_architecture_is_refused(
+def test_other_architectures_are_refused(
     state: dict[str, Tensor], model: str, args: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AssetError, match=message):
         described(state, model, **args)
 
 
-def test_model_kwargs_overrule_the_table() -> None:
+def test_model_kwargs_override_the_table() -> None:
     small = {"embed_dim": 768, "depth": 12, "num_heads": 12}
     assert described(trunk("vit_base_patch16_224"), "vit_huge_patch16_224", model_kwargs=small)["depth"] == 12
     scaled = trunk("vit_base_patch16_v2_224")
@@ -131,13 +131,13 @@ def test_model_kwargs_overrule_the_table() -> None:
     assert described(scaled, "vit_base_patch16_224", model_kwargs=kwargs)["layer_scale"]
 
 
-def test_the_layer_scale_of_v3_h_is_the_files_business() -> None:
-    """TAO names it with one, timm loads the weights without."""
+def test_layer_scale_of_v3_h_follows_the_file() -> None:
+    """NVIDIA TAO has one, timm has none."""
     assert described(trunk("vit_huge_patch16_224"), "vit_huge_patch16_224")["layer_scale"] is None
     with pytest.warns(UserWarning, match="here has layer scales, which vit_huge_patch16_224 is not published to have"):
         assert described(trunk("vit_huge_patch16_224", scaled=True), "vit_huge_patch16_224")["layer_scale"]
 
 
-def test_an_unknown_name_is_what_its_tensors_say() -> None:
+def test_unknown_name_follows_its_tensors() -> None:
     found = described(trunk("vit_base_patch16_224", depth=7, table=8), "my_vit", model_kwargs={"num_heads": 12})
     assert (found["depth"], found["max_grid"]) == (7, 8)

@@ -22,9 +22,9 @@ TEXT_WIDTH = 40
 
 
 @pytest.fixture(scope="module")
-def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small C-RADIOv4 whose first teacher's tower lies in a local folder."""
-    home = tmp_path_factory.mktemp("speaking")
+def text_aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small C-RADIOv4 whose first teacher's text tower is in a local folder."""
+    home = tmp_path_factory.mktemp("text_aligned")
     (home / "tower").mkdir()
     tiny_siglip2(home / "tower", "siglip")
     state = official_state()
@@ -38,8 +38,8 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "tiny.pth.tar"
 
 
-def test_images_and_sentences_meet(speaking: Path) -> None:
-    model = agglo.load(speaking, heads="text")
+def test_image_and_text_embeddings_share_a_space(text_aligned: Path) -> None:
+    model = agglo.load(text_aligned, heads="text")
     with torch.inference_mode():
         image, text = model.encode_image(torch.rand(2, 3, 64, 64)), model.encode_text(["A_photo of a CAT!", "snow"])
     assert image.shape == (2, TEXT_WIDTH)
@@ -49,25 +49,25 @@ def test_images_and_sentences_meet(speaking: Path) -> None:
         text, model.encode_text(["a photo of a cat", "snow"])
     )  # SigLIP2 reads lower case, no punctuation
     with pytest.raises(TypeError, match="no text tower"):
-        agglo.load(speaking).encode_text(["a cat"])
+        agglo.load(text_aligned).encode_text(["a cat"])
 
 
-def test_search_embed_and_zero_shot_from_the_command_line(speaking: Path, tmp_path: Path) -> None:
+def test_search_embed_and_zero_shot_from_the_command_line(text_aligned: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for index in range(3):
         Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / f"{index}.png")
     run = CliRunner().invoke
-    found = run(app, ["search", str(folder), "a cat", "--model", str(speaking), "--size", "64"])
+    found = run(app, ["search", str(folder), "a cat", "--model", str(text_aligned), "--size", "64"])
     assert found.exit_code == 0, found.output
     assert sorted(Path(line.split()[-1]).name for line in found.output.splitlines()) == ["0.png", "1.png", "2.png"]
     out = tmp_path / "all.npz"
-    made = run(app, ["embed", str(folder), "-o", str(out), "--model", str(speaking), "--size", "64"])
+    made = run(app, ["embed", str(folder), "-o", str(out), "--model", str(text_aligned), "--size", "64"])
     assert made.exit_code == 0, made.output
     with np.load(out) as arrays:
         widths = {name: array.shape[1] for name, array in arrays.items() if array.ndim == 2}
     assert TEXT_WIDTH in widths.values()
-    measured = run(app, ["eval", str(speaking), "--evals", "zero_shot", "--out", str(tmp_path / "evals")])
+    measured = run(app, ["eval", str(text_aligned), "--evals", "zero_shot", "--out", str(tmp_path / "evals")])
     assert measured.exit_code == 0, measured.output
     assert "top1" in measured.output

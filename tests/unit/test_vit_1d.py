@@ -298,7 +298,7 @@ def test_official_arguments_that_do_not_fit_are_told():
         options_from_official("radio1d_hug_patch16_224", LEVELS)
     with pytest.raises(ConfigError, match=r"lacks decoder_depth, decoder_upscale_levels"):
         options_from_official("radio1d_huge_patch16_224", {"downscale_levels": [2]})
-    with pytest.raises(ConfigError, match=r"init_values is 0.1, and only None"):
+    with pytest.raises(ConfigError, match=r"init_values is 0.1; only None is supported"):
         options_from_official("radio1d_huge_patch16_224", {**LEVELS, "init_values": 0.1})
     with pytest.raises(ConfigError, match=r"not square"):
         options_from_official("radio1d_huge_patch16_224", {**LEVELS, "img_size": [224, 448]})

@@ -1,4 +1,4 @@
-"""Finding models: names, folders, runs; and that a damaged release never loads."""
+"""Finding models by name, folder and run; damaged releases are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def weights(model: Model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_a_name_a_folder_and_a_run_give_the_same_model(saved: Path, released: ReleasedModel, tmp_path: Path) -> None:
+def test_name_folder_and_run_give_one_model(saved: Path, released: ReleasedModel, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "model").symlink_to(saved)
@@ -48,7 +48,7 @@ def test_a_name_a_folder_and_a_run_give_the_same_model(saved: Path, released: Re
     assert not any(model.training for model in models)
 
 
-def test_one_flipped_bit_is_caught(released: ReleasedModel) -> None:
+def test_flipped_bit_is_refused(released: ReleasedModel) -> None:
     file = released.folder / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -57,23 +57,21 @@ def test_one_flipped_bit_is_caught(released: ReleasedModel) -> None:
         load(released.name)
 
 
-def test_a_release_without_a_recorded_sum_is_not_trusted(
-    released: ReleasedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_release_without_a_recorded_sha256_is_refused(released: ReleasedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(zoo.RELEASED, released.name, replace(released, sha256=""))
     with pytest.raises(AssetError, match="not recorded"):
         load(released.name)
 
 
 @pytest.mark.parametrize("damage", ["unlink", "garbage"])
-def test_a_damaged_configuration_is_caught(released: ReleasedModel, damage: str) -> None:
+def test_damaged_configuration_is_refused(released: ReleasedModel, damage: str) -> None:
     file = released.folder / "config.json"
     file.unlink() if damage == "unlink" else file.write_text("{", encoding="utf-8")
     with pytest.raises(AssetError, match=r"config\.json.*reinstall"):
         load(released.name)
 
 
-def test_a_missing_release_says_how_to_get_a_model(released: ReleasedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_release_says_how_to_get_a_model(released: ReleasedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = replace(released, folder=released.folder / "nowhere")
     monkeypatch.setitem(zoo.RELEASED, released.name, gone)
     assert not gone.bundled
@@ -82,7 +80,7 @@ def test_a_missing_release_says_how_to_get_a_model(released: ReleasedModel, monk
         load(released.name)
 
 
-def test_the_list_holds_every_release_bundled_first(released: ReleasedModel) -> None:
+def test_list_has_every_release_bundled_first(released: ReleasedModel) -> None:
     found = list_models()
     assert {model.name for model in found} == {*zoo.RELEASED, *zoo.HUB} >= {"agglo-lite", "c-radio_v4-h", released.name}
     assert all(model.licence and model.what_for and model.params for model in found)
@@ -91,7 +89,7 @@ def test_the_list_holds_every_release_bundled_first(released: ReleasedModel) -> 
     assert released.megabytes == pytest.approx((released.folder / "model.safetensors").stat().st_size / 1e6)
 
 
-def test_every_bundled_release_is_whole() -> None:
+def test_bundled_releases_are_complete() -> None:
     for model in list_models():
         if model.bundled:
             assert model.megabytes is not None
@@ -99,7 +97,7 @@ def test_every_bundled_release_is_whole() -> None:
             assert load(model.name).spec.summary
 
 
-def test_unknown_names_get_the_nearest(saved: Path) -> None:
+def test_unknown_names_suggest_the_nearest(saved: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'agglo-lite'"):
         load("agglo-light")
     with pytest.raises(ConfigError, match=f"did you mean '{saved}'"):
@@ -111,32 +109,32 @@ def test_unknown_names_get_the_nearest(saved: Path) -> None:
     [("C-RADIOv4-H", "c-radio_v4-h"), ("c-radiov3-b", "c-radio_v3-b"), ("C-RADIOv4-SO400", "c-radio_v4-so400m"),
      ("AGGLO-LITE", "agglo-lite"), ("E-Radio-v2", "e-radio_v2")],
 )  # fmt: skip
-def test_repositories_own_names_and_capitals_are_understood(written: str, meant: str) -> None:
+def test_suggestions_ignore_case_and_include_repositories(written: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"no model '{written}'; did you mean '{meant}'"):
         load(written)
 
 
-def test_heads_that_are_no_names_do_not_blame_the_file(saved: Path) -> None:
+def test_invalid_heads_are_refused(saved: Path) -> None:
     for heads in (3, [3], [None]):
-        with pytest.raises(ConfigError, match=r"heads: None, 'all', 'text', or names of teachers.*got .*(3|None)"):
+        with pytest.raises(ConfigError, match=r"heads: must be None, 'all', 'text', or names of .*got .*(3|None)"):
             load(saved, heads=heads)  # type: ignore[arg-type]
 
 
-def test_a_folder_of_checkpoints_asks_for_one(tmp_path: Path) -> None:
+def test_folder_of_several_checkpoints_is_refused(tmp_path: Path) -> None:
     for name in ("b.pth.tar", "a.pth"):
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=r"holds 2 checkpoints \(a\.pth, b\.pth\.tar\): name one"):
+    with pytest.raises(ConfigError, match=r"holds 2 checkpoints \(a\.pth, b\.pth\.tar\): use one"):
         load(tmp_path)
 
 
-def test_a_sharded_folder_has_no_single_sum(saved: Path, tmp_path: Path) -> None:
+def test_sharded_folder_has_no_single_sha256(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"in shards, which have no single sha256: leave sha256 out.*sha256sum"):
+    with pytest.raises(ConfigError, match=r"in shards, without a single sha256: leave sha256 out.*sha256sum"):
         load(tmp_path, sha256="0" * 64)
 
 
-def test_downloads_are_counted_in_the_precision_their_files_name() -> None:
+def test_download_size_follows_the_precision_in_the_file_name() -> None:
     sizes = {name: zoo.HUB[name].megabytes / zoo.HUB[name].params for name in zoo.HUB}
     halves = {"c-radio_v4-h", "c-radio_v4-so400m", "c-radio_v3-b", "c-radio_v3-l", "c-radio_v3-h", "c-radio_v3-g",
               "c-radio_v2-g", "radio_v2.5-b", "radio_v2.5-l", "radio_v2.1"}  # fmt: skip
@@ -144,12 +142,12 @@ def test_downloads_are_counted_in_the_precision_their_files_name() -> None:
     assert {size for name, size in sizes.items() if name not in halves} == {4}
 
 
-def test_what_is_no_model_says_what_is_missing(saved: Path, tmp_path: Path) -> None:
+def test_other_folders_say_what_is_missing(saved: Path, tmp_path: Path) -> None:
     assert torch.equal(weights(load(saved / "model.safetensors")), weights(load(saved)))  # its config lies beside it
     lone = tmp_path / "lone"
     lone.mkdir()
     (lone / "model.safetensors").symlink_to(saved / "model.safetensors")
-    with pytest.raises(ConfigError, match="is a file: name the folder"):
+    with pytest.raises(ConfigError, match="is a file: use the folder"):
         load(lone / "model.safetensors")
     with pytest.raises(ConfigError, match=r"needs config\.json and model\.safetensors"):
         load(tmp_path)
@@ -158,5 +156,5 @@ def test_what_is_no_model_says_what_is_missing(saved: Path, tmp_path: Path) -> N
         load(tmp_path)
     (tmp_path / "upsampler.json").unlink()
     (tmp_path / "recipe.yaml").touch()
-    with pytest.raises(ConfigError, match=r"not finished.*--resume"):
+    with pytest.raises(ConfigError, match=r"unfinished run.*--resume"):
         load(tmp_path)

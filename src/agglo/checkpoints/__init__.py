@@ -1,1 +1,1 @@
-"""Checkpoints that others wrote: read without running their code and without reading more than is asked for."""
+"""Checkpoints of other projects (NVIDIA, transformers, timm) as models of ours, without running their code."""

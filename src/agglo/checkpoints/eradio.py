@@ -1,4 +1,4 @@
-"""The published E-RADIO networks, and the released constructor's arguments in our words."""
+"""Published E-RADIO networks, and the arguments of the released constructor as our options."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eradio": _LARGE,
     "e-radio_v2": _LARGE,
 }
-"""Options of :class:`agglo.students.hybrid.Hybrid` by the name of the published architecture; the last two names are
-those of the one release, which is ``eradio_large_fullres_ws16``."""
+"""Options of :class:`agglo.students.hybrid.Hybrid` by published architecture; the last two names are those of the only
+release, which is ``eradio_large_fullres_ws16``."""
 
 _RENAMED = {
     "dim": "width",
@@ -74,7 +74,7 @@ _ABSENT: dict[str, Any] = {
     "tile_stem": False,
     "tile_downsample": False,
 }
-"""What an argument that is not given means, where it may be left out."""
+"""Defaults of optional arguments."""
 _FIXED: dict[str, Any] = {
     "return_full_features": True,
     "use_neck": True,
@@ -83,23 +83,20 @@ _FIXED: dict[str, Any] = {
     "qkv_bias": False,
     "qk_scale": None,
 }
-"""Arguments that have one legal value here."""
+"""Arguments with a single supported value."""
 _INERT = frozenset({"num_classes", "drop_rate", "attn_drop_rate", "drop_path_rate", "drop_uniform"})
-"""Arguments about the classifier, which features never pass, and about training's regularisation."""
+"""Arguments of the unused classifier and of training."""
 
 
 def options_from_official(model_kwargs: Mapping[str, Any], variant: str | None = None) -> dict[str, Any]:
-    """The recipe keys of :class:`agglo.students.hybrid.Hybrid` that mean what a released constructor's arguments mean.
+    """Recipe keys of :class:`agglo.students.hybrid.Hybrid` equivalent to arguments of the released constructor.
 
     Args:
         model_kwargs: ``args.model_kwargs`` of a checkpoint.
-        variant: the published architecture that the arguments override; without one they must be complete.
-
-    Returns:
-        All the options that decide what is computed.
+        variant: the published architecture that they override; None if they are complete.
 
     Raises:
-        ConfigError: an argument that is unknown, has a value that is not supported, or is missing; or no such variant.
+        ConfigError: an unknown, unsupported or missing argument, or no such variant.
     """
     if variant is not None and variant not in VARIANTS:
         raise ConfigError(f"no E-RADIO variant {variant!r}{nearest(variant, VARIANTS)}")
@@ -109,23 +106,23 @@ def options_from_official(model_kwargs: Mapping[str, Any], variant: str | None =
             if value != _FIXED[key]:
                 raise ConfigError(f"model_kwargs.{key}: {value!r} is not supported for E-RADIO, only {_FIXED[key]!r}")
         elif key in _RENAMED:
-            options[_RENAMED[key]] = _translated(key, value)
+            options[_RENAMED[key]] = _converted(key, value)
         elif key not in _INERT:
             known = {*_RENAMED, *_FIXED, *_INERT}
-            raise ConfigError(f"model_kwargs.{key}: not an argument of E-RADIO that is known here{nearest(key, known)}")
+            raise ConfigError(f"model_kwargs.{key}: not a known argument of E-RADIO{nearest(key, known)}")
     missing = [key for key, name in _RENAMED.items() if name not in options and name not in _ABSENT]
     if missing:
-        raise ConfigError(f"model_kwargs: E-RADIO needs {', '.join(missing)} too, or the name of a published variant")
+        raise ConfigError(f"model_kwargs: E-RADIO also needs {', '.join(missing)}, or a published variant")
     return options
 
 
-def _translated(key: str, value: Any) -> Any:
-    """An argument's value in our terms; of a list over four stages, only the two that attend matter."""
+def _converted(key: str, value: Any) -> Any:
+    """The value of our option; of four stages, only the last two have attention."""
     try:
         if key == "num_heads":
-            return tuple(int(count) for count in _late(value))
+            return tuple(int(count) for count in _last_two(value))
         if key in ("window_size", "sr_ratio"):
-            return tuple(tuple(map(int, e)) if isinstance(e, list | tuple) else (int(e),) for e in _late(value))
+            return tuple(tuple(map(int, e)) if isinstance(e, list | tuple) else (int(e),) for e in _last_two(value))
         if key == "depths":
             return tuple(int(depth) for depth in value)
     except (TypeError, ValueError):
@@ -135,7 +132,7 @@ def _translated(key: str, value: Any) -> Any:
     return value
 
 
-def _late(value: Any) -> tuple[Any, Any]:
+def _last_two(value: Any) -> tuple[Any, Any]:
     """Entries of stages 2 and 3."""
     _, _, third, fourth = value
     return third, fourth

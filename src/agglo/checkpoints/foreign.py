@@ -1,4 +1,4 @@
-"""What the native ports of RADIO share: they hold a ViT without heads, and say less of it than its own checkpoint."""
+"""Shared by the ports of RADIO in timm and transformers: a ViT without heads, with less metadata than NVIDIA's own."""
 
 from __future__ import annotations
 
@@ -14,30 +14,26 @@ from agglo.types import ConfigError
 from agglo.weights.reading import Checkpoint, assign
 
 NOTES = "agglo"
-"""The key of a foreign ``config.json`` under which our exports keep what the foreign layout cannot say."""
+"""Key of a foreign ``config.json`` with the metadata of our exports that the foreign layout lacks."""
 
 KEPT = ("pos_dropout", "num_global", "num_windowed")
-"""Options of a student that change nothing in a foreign port, and are wanted again when the model comes back."""
+"""Student options without effect in a foreign port, kept for loading the model again."""
 
 OPTIONS = ("window", "align_corners", "num_global", "num_windowed")
-"""What may be chosen when a foreign checkpoint is loaded."""
+"""Options that the caller may set when loading a foreign checkpoint."""
 
 
 def notes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What one of our exports left in a configuration; empty for a file that somebody else wrote."""
+    """The metadata of our exports in a configuration; empty for other files."""
     found = config.get(NOTES)
     return dict(found) if isinstance(found, Mapping) else {}
 
 
 def chosen(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the caller sets.
-
-    Raises:
-        ConfigError: one that these models do not have.
-    """
+    """The options that are not None; raises :class:`ConfigError` for one that these models lack."""
     for key in given:
         if key not in OPTIONS:
-            raise ConfigError(f"{key} is no option of this model{nearest(key, OPTIONS)}")
+            raise ConfigError(f"{key} is not an option of this model{nearest(key, OPTIONS)}")
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -54,17 +50,17 @@ def build(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> Model:
-    """A model on the meta device, then its tensors.
+    """Build a model on the meta device and fill it.
 
     Args:
         checkpoint: for its notes and for messages.
         options: of the ``vit`` student, without its kind.
         tensors: by our names.
-        tokens: names for the class tokens, used where the notes hold none.
-        summary_slots: which of them are the summary.
-        preferred_size: in pixels, used where the notes hold none.
-        licence: of the weights, used where the notes hold none.
-        given: options of the student that the caller chose; see :func:`chosen`.
+        tokens: names for the class tokens, unless the notes have them.
+        summary_slots: indices of those in the summary.
+        preferred_size: in pixels, unless the notes have it.
+        licence: of the weights, unless the notes have it.
+        given: options of the student from the caller; see :func:`chosen`.
         dtype, device: as for :func:`agglo.weights.reading.assign`.
     """
     left = notes(checkpoint.config)
@@ -85,8 +81,16 @@ def build(
             installed=False,
         )
     assign(model, tensors, dtype, device, source=checkpoint.source)
-    model.conditioner.float()  # buffers of 8 mantissa bits would shift every pixel
+    model.conditioner.float()  # bfloat16 has too few digits for pixel means
     return model.eval()
+
+
+def channels(values: Any, _: Mapping[str, Tensor]) -> Tensor:
+    """Mean or standard deviation from a ``config.json`` as ``(3, 1, 1)``, in the form of a derived tensor."""
+    try:
+        return torch.tensor([float(value) for value in values]).view(3, 1, 1)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"mean and std in config.json need three numbers each, found {values!r}") from None
 
 
 def _are_names(value: Any) -> bool:

@@ -1,7 +1,4 @@
-"""Heads of RADIO checkpoints: their options, read off official tensor names and shapes, and where each tensor goes.
-
-Shapes are enough: no tensor's values are looked at, so a lazy mapping stays lazy.
-"""
+"""Heads of RADIO checkpoints: options and key names, from official tensor names and shapes; no values are read."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from agglo.config import build, nearest
 from agglo.types import AssetError, ConfigError
 
 ATTENTION_HEADS = 16
-"""Attention heads of an official attention head: no tensor tells their number."""
+"""Attention heads of an official attention head, which tensors do not show."""
 
 _SHOWN = 10
-"""How many keys a message lists."""
+"""Number of keys in a message."""
 
 
 class _Layout(NamedTuple):
-    """How official checkpoints name the tensors of one version.
+    """Official tensor names of one version.
 
     Attributes:
-        mlp: what stands before the names of the MLP.
+        mlp: prefix of the MLP.
         last: the MLP's last linear.
         inner: name and stride of the index of the MLP's inner blocks.
         rename: our key to the official one.
@@ -39,7 +36,7 @@ class _Layout(NamedTuple):
 
 
 def _rename_v1(key: str) -> str:
-    # One flat sequence, a linear, a LayerNorm and a ReLU at a time.
+    # A flat sequence of (linear, LayerNorm, ReLU).
     match = re.match(r"blocks\.(\d+)\.([01])\.", key)
     return f"inner.{3 * int(match[1]) + int(match[2])}.{key[match.end() :]}" if match else key
 
@@ -64,27 +61,26 @@ _LAYOUTS = {
 def read_head(
     tensors: Mapping[str, Tensor], prefix: str, version: str, upsample: int = 1
 ) -> tuple[dict[str, Any], int, int, dict[str, str]]:
-    """Recognize the head whose official tensors stand under ``prefix``.
+    """Recognise the head with official tensors under ``prefix``.
 
     Args:
-        tensors: a checkpoint's tensors by official key, spectral reparametrisations already materialised.
-        prefix: what comes before the head's own names, dot included: ``"_heads.0."``, ``"_feature_projections.sam."``.
+        tensors: by official key, spectral reparametrisations already materialised.
+        prefix: of the head, including the dot: ``"_heads.0."``, ``"_feature_projections.sam."``.
         version: the head's ``mlp_version``: ``v1``, ``v2`` or ``attn``.
-        upsample: u, the ``fd_upsample_factor``: the last linear holds ``u*u`` times the target's channels.
+        upsample: u, the ``fd_upsample_factor``: the last linear has ``u*u`` times the target's channels.
 
     Returns:
-        The options :func:`agglo.config.build` makes the head from, its source width, its target width, and the
-        official key (with ``prefix``) of each of its state-dict keys.
+        Options for :func:`agglo.config.build`, source width, target width, and the official key (with ``prefix``) of
+        each state-dict key.
 
     Raises:
-        ConfigError: a version that is not known, or ``upsample`` below 1.
-        AssetError: the tensors under ``prefix`` are not those of such a head; the message names the first ten that are
-            missing, left over or of another shape.
+        ConfigError: an unknown version, or ``upsample`` below 1.
+        AssetError: the tensors do not match; names the first ten missing, left over or of another shape.
     """
     if version not in _LAYOUTS:
         raise ConfigError(f"no version {version!r} of RADIO's heads{nearest(version, _LAYOUTS)}")
     if upsample < 1:
-        raise ConfigError(f"upsample is {upsample}: the least is 1, which keeps the grid")
+        raise ConfigError(f"upsample: must be at least 1, got {upsample}")
     shapes = {key.removeprefix(prefix): tuple(tensors[key].shape) for key in tensors if key.startswith(prefix)}
     if not shapes:
         raise AssetError(f"the checkpoint has no tensors under {prefix!r}{nearest(prefix, _siblings(tensors, prefix))}")
@@ -96,8 +92,8 @@ def read_head(
     target, rest = divmod(shapes[last][0], upsample**2)
     if rest:
         raise AssetError(
-            f"{prefix}{last}: {shapes[last][0]} channels are not those of {upsample} x {upsample} cells a position; "
-            "is this the upsampling factor of another teacher?"
+            f"{prefix}{last}: {shapes[last][0]} channels are not a multiple of {upsample} x {upsample} cells per "
+            "position; is this the upsampling factor of another teacher?"
         )
     inner = {"hidden": hidden, "inner": _count(shapes, layout.mlp + layout.inner[0], layout.inner[1])}
     options: dict[str, Any] = {"kind": "mlp", "version": version, **inner, "upsample": upsample}
@@ -122,13 +118,13 @@ def read_head(
 
 
 def _count(names: Collection[str], stem: str, stride: int = 1) -> int:
-    """How many modules the names ``stem.INDEX...`` speak of, ``stride`` indices a module."""
+    """Number of modules with names ``stem.INDEX...``, ``stride`` indices per module."""
     found = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names)
     return len({int(match[1]) // stride for match in found if match})
 
 
 def _siblings(names: Collection[str], prefix: str) -> set[str]:
-    """Prefixes of the same depth that begin alike: the heads that are there."""
+    """Prefixes of the same depth and parent: the existing heads."""
     parent = prefix.removesuffix(".").rpartition(".")[0]
     depth = prefix.count(".")
     below = (name.split(".") for name in names if name.startswith(f"{parent}."))
@@ -136,7 +132,7 @@ def _siblings(names: Collection[str], prefix: str) -> set[str]:
 
 
 def _mismatch(prefix: str, version: str, names: Collection[str], wrong: Mapping[str, Collection[str]]) -> AssetError:
-    """What is wrong, ten names of each sort; and the version these names belong to, where it is another one."""
+    """The error for tensors that do not match: ten names of each problem, and the version they belong to."""
     lines = [
         f"{len(found)} {what}: {', '.join(list(found)[:_SHOWN])}" + (", ..." if len(found) > _SHOWN else "")
         for what, found in wrong.items()

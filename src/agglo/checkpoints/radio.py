@@ -1,7 +1,7 @@
-"""Official RADIO and C-RADIO checkpoints, hub and Hugging Face layout, as models of ours.
+"""Official RADIO and C-RADIO checkpoints, in torch.hub and Hugging Face layout, as models of ours.
 
-Everything a file says of itself is read off it: widths and depths off its tensors' shapes, token layout, heads and
-teachers off its training arguments. What it does not say, the release table of :mod:`agglo.zoo.loading` adds.
+Widths and depths are read off the tensors' shapes; token layout, heads and teachers off the training arguments; other
+facts come from the release table (:mod:`agglo.zoo.releases`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ OPTIONS = ("window", "align_corners", "num_global", "num_windowed", "neck", "num
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """What a checkpoint does not say of itself.
+    """Facts of a release that its checkpoint lacks.
 
     Args:
-        preferred_size: side in pixels at which it is at its best.
-        max_size: largest side it was made for; larger ones run.
-        num_global, num_windowed: the rule for its windowed blocks.
-        align_corners: how it resizes its position table.
+        preferred_size: recommended side in pixels.
+        max_size: largest side of its training; larger ones run.
+        num_global, num_windowed: of windowed attention.
+        align_corners: of the position table's resize.
         licence: of the weights.
     """
 
@@ -52,10 +52,10 @@ class Release:
 
 
 def read(path: str | Path) -> Checkpoint:
-    """A file or folder in any official layout.
+    """Open a file or folder in any official layout.
 
     Raises:
-        AssetError: it is damaged, holds foreign objects, or is no checkpoint; says what to do.
+        AssetError: damaged, with foreign objects, or not a checkpoint.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -64,7 +64,7 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def is_official(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is that of a RADIO release on the Hugging Face hub."""
+    """Whether a ``config.json`` belongs to a RADIO release on the Hugging Face hub."""
     return isinstance(config.get("args"), dict) and "teachers" in config["args"]
 
 
@@ -81,21 +81,20 @@ def from_checkpoint(
     """An official checkpoint as a model of ours.
 
     Args:
-        checkpoint: what :func:`read` returned; its ``args`` are needed.
-        heads: teachers whose heads shall be loaded; None for none, ``"all"`` for all there are, ``"text"`` for those
-            that speak a text tower's language.
-        release: what the checkpoint does not say; by default what its ``config.json`` does, else the newest release's.
-        dtype: of the weights; None: as in the file.
-        device: where to.
-        fill: False to leave the weights on the meta device: what the model is, without reading it.
+        checkpoint: of :func:`read`, with ``args``.
+        heads: teachers whose heads to load; None for none, ``"all"`` for all, ``"text"`` for those with a text tower.
+        release: facts that the checkpoint lacks; by default from its ``config.json``, else those of the newest release.
+        dtype: of the weights; None to keep the file's.
+        device: target.
+        fill: False to leave the weights on the meta device, without reading them.
         student: options of the student to change: ``window``, ``align_corners``, ``neck``, ``num_tokens``.
 
     Returns:
-        The model in eval mode. Only the chosen heads' weights were read.
+        The model in eval mode; only the weights of the chosen heads are read.
 
     Raises:
-        ConfigError: unknown head (those there are), architecture or option.
-        AssetError: the tensors are those of another architecture; the first ten missing or left over are named.
+        ConfigError: unknown head, architecture or option.
+        AssetError: tensors of another architecture; names the first ten missing or left over.
     """
     args = _args(checkpoint)
     try:
@@ -121,7 +120,7 @@ def _from_checkpoint(
 ) -> Model:
     release = release or _release(checkpoint.config)
     canonical = Renamed(checkpoint.tensors, _canonical)
-    # An average is saved with its reparametrisations undone; materialising is then a matter of nothing.
+    # EMA checkpoints have the reparametrisations folded in: no-op.
     plain = materialized(canonical, args)
     trunk = recognize(canonical, args, checkpoint.source)
     options = {**trunk.options, **_windows(trunk.options["kind"], release), **_student_options(trunk.options, student)}
@@ -159,7 +158,7 @@ def _from_checkpoint(
             derived[f"conditioner.{name}"] = partial(_constant, getattr(model.student, name))
     theirs = Renamed(plain, lambda key: _ours(key, names, trunk.names), derived=derived)
     assign(model, _without_strays(theirs, model, checkpoint.source), dtype, device, source=checkpoint.source)
-    for name in ("mean", "std"):  # three digits of a mean are not enough: these stay in float32
+    for name in ("mean", "std"):  # half precision has too few digits for pixel means
         setattr(model.conditioner, name, theirs[f"conditioner.{name}"].to(device, torch.float32, copy=True))
     return model.eval()
 
@@ -182,7 +181,7 @@ _ADAPTOR = re.compile(r"radio_model\.adaptors\.(.+)\.(head_mlp|feat_mlp)\.(.+)")
 
 
 def _canonical(key: str) -> str | None:
-    """A key of either layout as the hub's."""
+    """A key of either layout as in torch.hub."""
     for theirs, hub in _HUGGING_FACE:
         if key.startswith(theirs):
             return hub + key.removeprefix(theirs)
@@ -209,13 +208,13 @@ def _constant(values: tuple[float, float, float], _: Mapping[str, Tensor]) -> Te
 
 
 def _without_strays(tensors: Renamed, model: Model, source: str) -> Mapping[str, Tensor]:
-    """Leave out, with a word, what a trunk carries beside its blocks and we have no name for: it was never used."""
+    """Drop unknown tensors outside the blocks, with a warning: they are unused."""
     expected = model.state_dict()
     strays = [key for key in tensors if key not in expected]
     lost = [key for key in expected if key not in tensors]
     if not strays or lost or any(".blocks." in key or ".levels." in key for key in strays):
-        return tensors  # complete, or assign() says what is wrong
-    warnings.warn(f"{source}: {len(strays)} tensors have no use here: {', '.join(strays[:10])}", stacklevel=4)
+        return tensors  # complete, or assign() raises
+    warnings.warn(f"{source}: {len(strays)} tensors are not used: {', '.join(strays[:10])}", stacklevel=4)
     return Renamed(tensors, lambda key: None if key in strays else key)
 
 
@@ -225,8 +224,8 @@ def _without_strays(tensors: Renamed, model: Model, source: str) -> Mapping[str,
 def _args(checkpoint: Checkpoint) -> dict[str, Any]:
     if not checkpoint.args.get("model"):
         raise ConfigError(
-            f"{checkpoint.source} does not say how it was trained: an official checkpoint has `args` with `model` and "
-            "`teachers`, in the pickle or in config.json beside model.safetensors; name the folder that holds both"
+            f"{checkpoint.source}: no training arguments. An official checkpoint has `args` with `model` and "
+            "`teachers`, in the pickle or in config.json beside model.safetensors; use the folder of both"
         )
     return checkpoint.args
 
@@ -246,26 +245,26 @@ def _windows(kind: str, release: Release) -> dict[str, Any]:
 def _student_options(trunk: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     for key in given:
         if key not in OPTIONS:
-            raise ConfigError(f"{key} is no option of a released model{nearest(key, OPTIONS)}")
+            raise ConfigError(f"{key} is not an option of a released model{nearest(key, OPTIONS)}")
     if given.get("window") and trunk["kind"] != "vit":
-        raise ConfigError(f"window: a {trunk['kind']} model cannot look through windows")
+        raise ConfigError(f"window: a {trunk['kind']} model has no windowed attention")
     return {key: value for key, value in given.items() if value is not None}
 
 
 def _with_slots(trunk: Trunk, slots: int) -> Trunk:
-    """Count registers as class tokens as far as a head reads them (a teacher that is listed late, or a given slot)."""
+    """Count registers as class tokens if a head reads them (a teacher listed late, or an explicit slot)."""
     more = slots - len(trunk.tokens)
     if more <= 0 or trunk.options["kind"] == "hybrid":
         return trunk
     if more > trunk.options["registers"]:
-        raise ConfigError(f"a head reads class token {slots - 1}: there are not so many, registers included")
+        raise ConfigError(f"a head reads class token {slots - 1}, which exceeds the class and register tokens")
     names = tuple(f"register {index}" for index in range(more))
     registers = {"registers": trunk.options["registers"] - more}
     return replace(trunk, options={**trunk.options, **registers}, tokens=(*trunk.tokens, *names))
 
 
 def _summary_slots(tensors: Mapping[str, Tensor], args: Mapping[str, Any], slots: int) -> list[int]:
-    """Class tokens that are the summary: the file's own list, or the teachers that have one, by their first place."""
+    """Class tokens of the summary: the file's list, or the first place of each teacher with a summary."""
     if slots == 1:
         return [0]
     if "summary_idxs" in tensors:
@@ -276,7 +275,7 @@ def _summary_slots(tensors: Mapping[str, Tensor], args: Mapping[str, Any], slots
             first.setdefault(str(teacher["name"]), index)
     chosen = sorted(first.values())
     if chosen and chosen[-1] >= slots:
-        raise ConfigError(f"the summary is class token {chosen[-1]}, and there are {slots}: a teacher is listed twice")
+        raise ConfigError(f"the summary needs class token {chosen[-1]} of {slots}: a teacher is listed twice")
     return chosen or [0]
 
 
@@ -284,31 +283,29 @@ def _summary_slots(tensors: Mapping[str, Tensor], args: Mapping[str, Any], slots
 
 
 def available_heads(checkpoint: Checkpoint) -> list[str]:
-    """Names of the teachers whose heads a checkpoint holds."""
+    """Names of the teachers with heads in a checkpoint."""
     return _available(Renamed(checkpoint.tensors, _canonical), _args(checkpoint))
 
 
 def _available(tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> list[str]:
-    there = {key.split(".")[1] for key in tensors if key.startswith(("_heads.", "_feature_projections."))}
+    present = {key.split(".")[1] for key in tensors if key.startswith(("_heads.", "_feature_projections."))}
     names = dict.fromkeys(str(teacher["name"]) for teacher in args.get("teachers") or ())
     indices = {name: _index(args, name) for name in names}
-    return [name for name in names if name in there or str(indices[name]) in there]
+    return [name for name in names if name in present or str(indices[name]) in present]
 
 
 def _wanted(heads: Iterable[str] | None, tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> list[str]:
-    there = _available(tensors, args)
+    available = _available(tensors, args)
     if heads is None:
         return []
     if heads == "all":
-        return there
+        return available
     if heads == "text":
-        return [name for name in there if _text_tower(args["teachers"][_index(args, name)])]
+        return [name for name in available if _text_tower(args["teachers"][_index(args, name)])]
     chosen = [heads] if isinstance(heads, str) else list(heads)
     for name in chosen:
-        if name not in there:
-            raise ConfigError(
-                f"no head {name!r} in this checkpoint{nearest(name, there)}; it has: {', '.join(there) or 'none'}"
-            )
+        if name not in available:
+            raise ConfigError(f"no head {name!r} in this checkpoint{nearest(name, available) or ', which has none'}")
     return chosen
 
 
@@ -356,7 +353,7 @@ def _index(args: Mapping[str, Any], name: str) -> int:
 
 
 def _text_tower(teacher: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The tower whose sentences a teacher's summaries can be compared with."""
+    """The text tower that matches a teacher's summary."""
     model = teacher.get("model")
     if not model:
         return None

@@ -1,4 +1,4 @@
-"""RADIO1D checkpoints in NVIDIA's layout: constructor options from their arguments, our keys from theirs."""
+"""RADIO1D checkpoints in NVIDIA's layout: constructor options and key names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FACTORIES: dict[str, dict[str, Any]] = {
     "radio1d_so400m_patch16_224": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152},
     "radio1d_huge_patch16_224": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "mlp_ratio": 4.0},
 }
-"""Official architecture names, with what each sets unless ``model_kwargs`` differs (docs/checkpoints.md, 4.2 and 9)."""
+"""Official architectures and their defaults, which ``model_kwargs`` override (docs/checkpoints.md, 4.2 and 9)."""
 
 _NEEDED = ("downscale_levels", "decoder_depth", "decoder_upscale_levels")
 _FIXED: dict[str, Any] = {
@@ -27,7 +27,7 @@ _FIXED: dict[str, Any] = {
     "norm_layer": None,
     "mlp_layer": None,
 }
-"""Arguments that would change the arithmetic, and the one value that this student has."""
+"""Arguments with a single supported value."""
 
 _TRAINING_ONLY = ("_iter_count", "dynamic_rate_vec", "dynamic_rate_projector")
 
@@ -39,22 +39,19 @@ def options_from_official(
     *,
     model_norm: bool = False,
 ) -> dict[str, Any]:
-    """The keys of :class:`agglo.students.vit_1d.ViT1D` for an official checkpoint.
+    """The keys of :class:`agglo.students.vit_1d.ViT1D`, without ``kind``, for an official checkpoint.
 
-    Arguments that this function does not know (schedules of the token rate, dropout) are left out: they concern
-    training, and one that changed a weight would show when the weights are loaded.
+    Unknown arguments (schedules of the token rate, dropout) are ignored: they concern training, and one that changes a
+    weight fails when the weights are loaded.
 
     Args:
         model: ``args.model``, one of :data:`FACTORIES`.
-        model_kwargs: ``args.model_kwargs``, the overrides of that factory.
-        teachers: ``args.teachers``; their unique names count the class tokens where ``model_kwargs`` does not.
+        model_kwargs: ``args.model_kwargs``, which override that factory.
+        teachers: ``args.teachers``; without ``num_cls_tokens``, each unique name is one class token.
         model_norm: ``args.model_norm``: whether the encoder's final norm is applied.
 
-    Returns:
-        Keyword arguments of the constructor, without ``kind``.
-
     Raises:
-        ConfigError: an unknown architecture, a missing argument, or one whose value this student does not have.
+        ConfigError: an unknown architecture, a missing argument, or an unsupported value.
     """
     if model not in FACTORIES:
         raise ConfigError(f"no RADIO1D architecture {model!r}{nearest(model, FACTORIES)}")
@@ -64,7 +61,7 @@ def options_from_official(
         raise ConfigError(f"{model}: model_kwargs lacks {', '.join(missing)}; RADIO1D needs {', '.join(_NEEDED)}")
     for key, value in _FIXED.items():
         if given.get(key, value) != value:
-            raise ConfigError(f"{model}: model_kwargs.{key} is {given[key]!r}, and only {value!r} is supported")
+            raise ConfigError(f"{model}: model_kwargs.{key} is {given[key]!r}; only {value!r} is supported")
     patch, image = int(given["patch_size"]), _side(given["img_size"])
     nominal = image // patch
     table = round((given.get("cpe_max_size") or image) / patch)
@@ -90,17 +87,14 @@ def options_from_official(
 
 
 def weights_from_official(state: Mapping[str, Tensor], *, final_norm: bool) -> dict[str, Tensor]:
-    """Official keys, ``base_model.`` already removed, to ours; the tensors are passed on as they are.
-
-    What only training reads is left out, and so is the encoder's final norm where it is not applied.
-    """
+    """Rename official keys, without ``base_model.``, to ours; drop tensors of training and an unused final norm."""
     unused = _TRAINING_ONLY if final_norm else (*_TRAINING_ONLY, "norm")
     kept = {key: tensor for key, tensor in state.items() if key.split(".")[0] not in unused}
     return {key.replace("patch_generator.cls_token.", "patch_generator."): tensor for key, tensor in kept.items()}
 
 
 def _side(size: Any) -> int:
-    """``img_size``, a number or a pair, as the side of a square."""
+    """Side of the square ``img_size``, a number or a pair."""
     sides = {int(side) for side in (size if isinstance(size, Sequence) else (size,))}
     if len(sides) != 1:
         raise ConfigError(f"model_kwargs.img_size: {size} is not square, and the decoder's filler table must be")
@@ -108,7 +102,7 @@ def _side(size: Any) -> int:
 
 
 def _registers(given: Mapping[str, Any], classes: int) -> int:
-    """The number that is named, else what fills the next multiple: a full one when the classes fill theirs."""
+    """``num_registers``, else the tokens up to the next multiple (a whole one if the class tokens fill theirs)."""
     if given.get("num_registers"):
         return int(given["num_registers"])
     multiple = given.get("register_multiple")

@@ -1,4 +1,4 @@
-"""The sizes that official names stand for, and whether a checkpoint's trunk has the one its arguments name."""
+"""Sizes of official architectures, and a check of a checkpoint's trunk against the one its arguments name."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ SIZES = {
     "dino_v2_l_student": Size(1024, 24, 16, 4096, 1e-5),
     "dino_v2_g_student": Size(1536, 40, 24, 4096, 1e-5),
 }
-"""Official ViTs. The number of heads is in no tensor; the rest says which tensors there have to be."""
+"""Official ViTs. Tensors do not show the number of heads; the rest determines which tensors must exist."""
 
 UNUSED = ("reg_token", "mask_token", "head.", "fc_norm.", "norm.", "norm_pre.", "input_conditioner.", "_iter_count",
           "dynamic_rate_vec", "dynamic_rate_projector")  # fmt: skip
-"""What may lie in a trunk beside its blocks and is never used."""
+"""Prefixes of unused tensors in a trunk."""
 
 _EITHER = ("vit_huge_patch16_224",)
-"""Published sources disagree on the layer scale of C-RADIOv3-H: here the file decides, and it is said."""
+"""Published sources disagree on the layer scale of C-RADIOv3-H: the file decides, with a warning."""
 
 _FIRST = 10
 
@@ -61,17 +61,17 @@ def is_gated(model: str) -> bool:
 def check(
     shapes: Mapping[str, tuple[int, ...]], model: str, args: Mapping[str, Any], below: str, *, source: str
 ) -> None:
-    """Raise where a trunk is not what its arguments name; a name that is not in :data:`SIZES` promises nothing.
+    """Check a trunk against the architecture of its arguments; names outside :data:`SIZES` are not checked.
 
     Args:
-        shapes: of the trunk's tensors, by the hub's names without ``below``, reparametrisations undone.
+        shapes: of the trunk's tensors, by the names of torch.hub without ``below``, reparametrisations removed.
         model: ``args.model``.
-        args: ``model_kwargs`` in them overrule the table.
-        below: the prefix that was taken off, ``base_model.`` or ``base_model.inner.``.
-        source: what the tensors come from, for messages.
+        args: their ``model_kwargs`` override the table.
+        below: the removed prefix, ``base_model.`` or ``base_model.inner.``.
+        source: origin of the tensors, for messages.
 
     Raises:
-        AssetError: says what is expected, what is there, and the first ten missing and left-over keys.
+        AssetError: they differ; names the first ten missing and left-over keys.
     """
     if model not in SIZES:
         return
@@ -79,26 +79,26 @@ def check(
     patch = found.pop("patch")
     expected = _expected(model, args, patch)
     if model in _EITHER and (found["layer scale"], expected["layer scale"]) == ("yes", "no"):
-        warnings.warn(f"{source} has layer scales, which {model} is not published to have: they are used", stacklevel=2)
+        warnings.warn(f"{source} has layer scales, which {model} is not published to have: using them", stacklevel=2)
         expected["layer scale"] = "yes"
     wrong = [name for name, value in found.items() if value is not None and value != expected[name]]
     if "MLP width" in wrong and _rounded(expected["MLP width"], found["MLP width"], model, args):
         wrong.remove("MLP width")
     if not wrong:
         return
-    there = {key.replace(".gamma", ".grandma") for key in shapes if not key.startswith(UNUSED)}
+    present = {key.replace(".gamma", ".grandma") for key in shapes if not key.startswith(UNUSED)}
     wanted = _names(expected)
     parts = [", ".join(f"{name} {expected[name]}" for name in wrong), ", ".join(f"{n} {found[n]}" for n in wrong)]
-    lost = _listed("missing", [below + key for key in wanted if key not in there])
-    more = _listed("left over", [below + key for key in sorted(there - set(wanted), key=_order)])
+    lost = _listed("missing", [below + key for key in wanted if key not in present])
+    more = _listed("left over", [below + key for key in sorted(present - set(wanted), key=_order)])
     raise AssetError(
-        f"{source} is of another architecture than its args name: {model} has {parts[0]}; this one has {parts[1]}"
-        f"{lost}{more}; take the args and the weights of one release"
+        f"{source} does not match its args: {model} has {parts[0]}; this one has {parts[1]}"
+        f"{lost}{more}; use the args and the weights of one release"
     )
 
 
 def _expected(model: str, args: Mapping[str, Any], patch: int | None) -> dict[str, Any]:
-    """What a trunk of this name is; the side of its patches, in pixels, is the file's own."""
+    """Properties of a trunk of this name; the patch side is the file's."""
     size, kwargs = SIZES[model], args.get("model_kwargs") or {}
     width, largest = int(kwargs.get("embed_dim") or size.width), args.get("cpe_max_size")
     return {
@@ -123,14 +123,14 @@ def _hidden(model: str, width: int, kwargs: Mapping[str, Any]) -> int:
 
 
 def _rounded(expected: int, found: int, model: str, args: Mapping[str, Any]) -> bool:
-    """Whether a width that was worked out from the table's is off by what rounding its ratio makes."""
+    """Whether a width derived from the table differs only by the rounding of its ratio."""
     kwargs = args.get("model_kwargs") or {}
     derived = kwargs.get("mlp_ratio") is None and int(kwargs.get("embed_dim") or 0) not in (0, SIZES[model].width)
     return derived and abs(expected - found) <= 1
 
 
 def _found(shapes: Mapping[str, tuple[int, ...]], below: str) -> dict[str, Any]:
-    """The same of the tensors; None for what they do not tell, which is then another reader's to complain about."""
+    """The same properties from the tensors; None where unknown."""
     embedder, convolution = shapes.get("patch_generator.embedder.weight"), shapes.get("patch_embed.proj.weight")
     table = shapes.get("patch_generator.pos_embed")
     plain, gated = (shapes.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "w12"))

@@ -1,4 +1,4 @@
-"""Spectral reparametrisation, materialised: the plain weights that a reparametrised checkpoint stands for."""
+"""Spectral reparametrisation of official checkpoints, converted to plain weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from agglo.weights.tensors import LazyTensors, Renamed
 
 MARK = ".parametrizations.weight."
 FLOOR = 0.05
-"""Added to ``softplus(scale)`` so that a layer's gain never vanishes."""
+"""Added to ``softplus(scale)``, so that a layer's gain cannot vanish."""
 
 
 def materialized(tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> LazyTensors:
     """The checkpoint with every ``X.parametrizations.weight.*`` replaced by the plain ``X.weight``.
 
-    A matrix (each third of a fused qkv, each half of a SwiGLU's input) has ``W g / sigma``, ``sigma = u^T W v + eps``.
-    The reference takes the parametrisation off in training mode, which runs one more power iteration first: so do we,
-    ``u <- normalize(W v)``, ``v <- normalize(W^T u)``. Version 2 has ``g = softplus(scale) + 0.05``, version 1
-    ``g = scale``. DAMP's wrapper is the identity: what it wraps is taken as it is.
+    Each matrix (third of a fused qkv, half of a SwiGLU's input) is ``W g / sigma``, ``sigma = u^T W v + eps``.
+    As in the reference, which removes the parametrisation in training mode, one more power iteration runs first:
+    ``u <- normalize(W v)``, ``v <- normalize(W^T u)``. ``g = softplus(scale) + 0.05`` in version 2, ``g = scale`` in
+    version 1. DAMP's wrapper is the identity.
 
     Args:
         tensors: official keys.
@@ -41,7 +41,7 @@ def materialized(tensors: Mapping[str, Tensor], args: Mapping[str, Any]) -> Lazy
 
 
 def _parts(tensors: Mapping[str, Tensor], module: str) -> list[str]:
-    """Prefixes of a module's spectral states, in the order of its rows; none where it only has DAMP's wrapper."""
+    """Prefixes of a module's spectral states, in the order of its rows; none if it only has DAMP's wrapper."""
     states = [key.removesuffix("scale") for key in tensors if key.startswith(module + MARK) and key.endswith(".scale")]
     return sorted(states, key=lambda prefix: [int(p) for p in prefix.split(".") if p.isdigit()])
 

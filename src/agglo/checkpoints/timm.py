@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.checkpoints.foreign import build, notes
+from agglo.checkpoints.foreign import build, channels, notes
 from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
 from agglo.weights.reading import Checkpoint
@@ -22,16 +22,16 @@ from agglo.weights.tensors import Renamed
 _NAME = re.compile(r"(naflexvit|vit)_(\w+?)_patch(\d+)_radio_(v\d+)(\..+)?")
 
 HEADS = {"base": 12, "large": 16, "so400m": 16, "huge": 16, "giant": 24}
-"""Attention heads of a size, where a file does not say."""
+"""Attention heads by size, unless the file states them."""
 
 ALIGNED = {("base", "v3"), ("huge", "v3")}
-"""Architectures that timm resizes with ``align_corners``, as NVIDIA's own repositories of these weights do."""
+"""Architectures that timm resizes with ``align_corners``, as NVIDIA's repositories of these weights do."""
 
 GENERATIONS = {
     "v3": (("clip", "siglip2-g", "dino_v2", "sam"), 8, (0, 1, 2)),
     "v4": (("siglip2-g", "dino_v3", "sam3"), 10, (0, 1)),
 }
-"""Generation → its class tokens, how many prefix tokens there are, and which class tokens are the summary."""
+"""Generation → class tokens, number of prefix tokens, and indices of the summary."""
 
 SAME: dict[str, Any] = {
     "pos_embed": "learned",
@@ -47,7 +47,7 @@ SAME: dict[str, Any] = {
     "scale_mlp_norm": False,
     "patchify_channels_last": True,
 }
-"""Arguments of NaFlexViT that must be those of a RADIO ViT, because tensors do not tell or could not be used."""
+"""Required arguments of NaFlexViT for a RADIO ViT, which the tensors do not show."""
 
 
 def is_timm(config: Mapping[str, Any]) -> bool:
@@ -63,30 +63,29 @@ def from_timm(
     device: torch.device | str = "cpu",
     **student: Any,
 ) -> Model:
-    """A folder of timm's hub layout as a model of ours; it holds no heads.
+    """A folder of timm's hub layout as a model of ours, without heads.
 
-    timm counts all class tokens but the first among the registers. How many there are is known of our own exports and
-    of the released generations; else the first one is the only one. timm's pooled output is that first one; our summary
-    is all those that the generation uses.
+    timm counts all class tokens but the first as registers. Their number is known for our own exports and the released
+    generations; else there is one. timm's pooled output is the first one; our summary is all that the generation uses.
 
     Args:
-        checkpoint: what :func:`agglo.weights.reading.read_folder` returned.
-        dtype: of the weights; None: as in the file.
-        device: where to.
+        checkpoint: of :func:`agglo.weights.reading.read_folder`.
+        dtype: of the weights; None to keep the file's.
+        device: target.
         student: options of the student to change: ``window``, ``align_corners``, ``num_global``, ``num_windowed``.
 
     Returns:
-        The model in eval mode. A ``vit_*`` has positions for one size only and gives other numbers at others; this is
-        said once.
+        The model in eval mode. A ``vit_*`` has positions for one size only, which changes its output at other sizes; a
+        warning states this.
 
     Raises:
-        ConfigError: an architecture or argument that no model of ours has, or an unknown option.
-        AssetError: the tensors are not what the configuration says; the first ten missing or left over are named.
+        ConfigError: an unsupported architecture or argument, or an unknown option.
+        AssetError: the tensors do not match the configuration; names the first ten missing or left over.
     """
     tensors, config = checkpoint.tensors, checkpoint.config
     match = _NAME.fullmatch(str(config.get("architecture")))
     if match is None:
-        raise ConfigError(f"{checkpoint.source}: {config.get('architecture')!r} is no RADIO architecture of timm")
+        raise ConfigError(f"{checkpoint.source}: {config.get('architecture')!r} is not a RADIO architecture of timm")
     size, generation = match[2], match[4]
     given = config.get("model_args")
     arguments = {key: value for key, value in given.items() if value is not None} if isinstance(given, Mapping) else {}
@@ -103,13 +102,13 @@ def from_timm(
     if keys.fixed:
         side = options["max_grid"] * options["patch"]
         warnings.warn(
-            f"{checkpoint.source}: a {config['architecture']} holds positions for {side}x{side} pixels only, from "
-            "which those of other sizes are stretched; the naflexvit_* of the same weights has them all",
+            f"{checkpoint.source}: {config['architecture']} holds positions for {side}x{side} pixels only, which are "
+            "resized for other sizes; the naflexvit_* of the same weights has all positions",
             stacklevel=2,
         )
     derived = keys.derived()
     for name, clip in (("mean", (0.48145466, 0.4578275, 0.40821073)), ("std", (0.26862954, 0.26130258, 0.27577711))):
-        derived[f"conditioner.{name}"] = partial(_channels, meta.get(name) or clip)
+        derived[f"conditioner.{name}"] = partial(channels, meta.get(name) or clip)
     licence = meta.get("license")
     return build(
         checkpoint,
@@ -128,20 +127,13 @@ def from_timm(
 def _check(arguments: Mapping[str, Any], source: str) -> None:
     for key, value in SAME.items():
         if arguments.get(key, value) != value and not (key == "rope_type" and arguments[key] == "none"):
-            raise ConfigError(f"{source}: model_args.{key} is {arguments[key]!r}, a RADIO ViT has {value!r}")
+            raise ConfigError(f"{source}: model_args.{key} is {arguments[key]!r}, but a RADIO ViT has {value!r}")
 
 
 def _integer(value: Any, name: str, source: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{source}: {name} is {value!r} in its config.json, expected a positive number")
+        raise ConfigError(f"{source}: {name} is {value!r} in its config.json, expected a positive integer")
     return value
-
-
-def _channels(values: Any, _: Mapping[str, Tensor]) -> Tensor:
-    try:
-        return torch.tensor([float(value) for value in values]).view(3, 1, 1)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"mean and std in config.json need three numbers each, found {values!r}") from None
 
 
 def _preferred(meta: Mapping[str, Any], options: Mapping[str, Any]) -> int:
@@ -152,7 +144,7 @@ def _preferred(meta: Mapping[str, Any], options: Mapping[str, Any]) -> int:
 
 
 def _class_tokens(left: Mapping[str, Any], generation: str, prefix: int) -> tuple[list[str], list[int]]:
-    """Names of the class tokens, and which are the summary."""
+    """Names of the class tokens, and indices of the summary."""
     count, slots = left.get("class_tokens"), left.get("summary_slots")
     if isinstance(count, int) and 1 <= count <= prefix and isinstance(slots, list) and set(map(type, slots)) == {int}:
         return [f"cls_{slot}" for slot in range(count)], slots
@@ -162,19 +154,14 @@ def _class_tokens(left: Mapping[str, Any], generation: str, prefix: int) -> tupl
 
 @dataclass(frozen=True)
 class _Keys:
-    """The names in a file of timm's.
-
-    Args:
-        tensors: the file.
-        source: for messages.
-    """
+    """Names and shapes of a file of timm's."""
 
     tensors: Mapping[str, Tensor]
     source: str
 
     @property
     def fixed(self) -> bool:
-        """Whether it is a plain ViT, whose positions are those of one size."""
+        """Whether it is a plain ViT, with positions for one size."""
         return "patch_embed.proj.weight" in self.tensors
 
     @property
@@ -195,7 +182,7 @@ class _Keys:
         return shape
 
     def options(self) -> dict[str, Any]:
-        """What the tensors say of the student."""
+        """Student options read off the tensors' shapes."""
         weight = self.tensors.get(f"{self.patches}.weight")
         convolved = weight is not None and weight.ndim == 4
         width, *pixels = self._shape(f"{self.patches}.weight", 4 if convolved else 2)
@@ -218,18 +205,18 @@ class _Keys:
         }
 
     def _biased(self) -> bool:
-        """Whether the projection's bias does anything: RADIO has none, and timm's is then zero."""
+        """Whether the projection has a bias: RADIO has none, which timm stores as zeros."""
         key = f"{self.patches}.bias"
         return key in self.tensors and bool((self.tensors[key] != 0).any())
 
     def prefix(self) -> int:
-        """Class and register tokens together."""
+        """Number of class and register tokens."""
         registers = self.tensors.get(f"{self.below}reg_token")
         self._shape(f"{self.below}cls_token", 3)
         return 1 + (0 if registers is None else registers.shape[1])
 
     def ours(self, key: str) -> str | None:
-        """Our name of a tensor; None for one that is not used or is computed."""
+        """Our name of a tensor; None if it is unused or computed by :meth:`derived`."""
         if key == f"{self.patches}.bias":
             return "student.patch_generator.embedder.bias" if self._biased() else None
         if key == f"{self.patches}.weight" or key.removeprefix(self.below) in ("pos_embed", "cls_token", "reg_token"):
@@ -239,7 +226,7 @@ class _Keys:
         return f"student.{key}" if key.startswith(("blocks.", "norm.")) else key
 
     def derived(self) -> dict[str, Callable[[Mapping[str, Tensor]], Tensor]]:
-        """Our tensors that are laid out in another way there."""
+        """Our tensors that timm stores in another layout."""
         generator = "student.patch_generator."
         names = [f"{self.below}{name}" for name in ("cls_token", "reg_token") if f"{self.below}{name}" in self.tensors]
         return {
@@ -250,7 +237,7 @@ class _Keys:
 
 
 def _projection(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Pixels in our order (channel, y, x): a kernel has them so, a linear projection as (y, x, channel)."""
+    """Weights in our order (channel, y, x), as in a kernel; a linear projection has (y, x, channel)."""
     weight = tensors[key]
     if weight.ndim == 4:
         return weight.flatten(1)

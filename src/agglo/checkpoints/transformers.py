@@ -1,7 +1,7 @@
 """transformers' own ``RadioModel`` (model type ``radio``), as a model of ours.
 
-Its files come under two sets of names: those that ``save_pretrained`` writes, which are NVIDIA's but for the layer
-scales and gated MLPs, and the module's own (``save_original_format=False``), where query, key and value stand apart.
+Files have one of two sets of names: those of ``save_pretrained``, which are NVIDIA's but for layer scales and gated
+MLPs, or the module's own (``save_original_format=False``), with separate query, key and value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agglo.checkpoints.foreign import build
+from agglo.checkpoints.foreign import build, channels
 from agglo.checkpoints.radio import is_official
 from agglo.model.model import Model
 from agglo.nn.blocks import NORM_EPS
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "summary_idxs": (0, 1), "norm_mean": (0.48145466, 0.4578275, 0.40821073),
     "norm_std": (0.26862954, 0.26130258, 0.27577711),
 }  # fmt: skip
-"""What a ``RadioConfig`` means where its file is silent."""
+"""Defaults of ``RadioConfig``."""
 
 _PREFIXES = (
     ("radio_model.model.patch_generator.embedder.", "student.patch_generator.embedder."),
@@ -56,7 +56,7 @@ _PART = re.compile(r"(.*\.)(?:(attn|attention)\.(q|k|v)_proj|mlp\.(gate|up)_proj
 
 
 def is_native(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is that of transformers' ``RadioModel`` and not (also) of an official repository."""
+    """Whether a ``config.json`` is that of transformers' ``RadioModel`` and not of an official repository."""
     return config.get("model_type") == "radio" and not is_official(config)
 
 
@@ -67,21 +67,21 @@ def from_native(
     device: torch.device | str = "cpu",
     **student: Any,
 ) -> Model:
-    """A folder that ``RadioModel.save_pretrained`` wrote, as a model of ours; it holds no heads.
+    """A folder of ``RadioModel.save_pretrained`` as a model of ours, without heads.
 
     Args:
-        checkpoint: what :func:`agglo.weights.reading.read_folder` returned.
-        dtype: of the weights; None: as in the file.
-        device: where to.
+        checkpoint: of :func:`agglo.weights.reading.read_folder`.
+        dtype: of the weights; None to keep the file's.
+        device: target.
         student: options of the student to change: ``window``, ``align_corners``, ``num_global``, ``num_windowed``.
 
     Returns:
-        The model in eval mode. Layer scales that are all one, as transformers writes them for models that have none,
-        are left out.
+        The model in eval mode. Layer scales that are all one, which transformers writes for models without any, are
+        dropped.
 
     Raises:
-        ConfigError: a configuration that no model of ours has, or an unknown option.
-        AssetError: the tensors are not what the configuration says; the first ten missing or left over are named.
+        ConfigError: an unsupported configuration, or an unknown option.
+        AssetError: the tensors do not match the configuration; names the first ten missing or left over.
     """
     source = checkpoint.source
     try:
@@ -99,7 +99,7 @@ def from_native(
     for key in ("summary_idxs", "radio_model.summary_idxs"):
         if key in checkpoint.tensors:
             summary = [int(index) for index in checkpoint.tensors[key]]
-    _tell_what_is_left(checkpoint)
+    _warn_about_unused(checkpoint)
     return build(
         checkpoint,
         options,
@@ -115,13 +115,13 @@ def from_native(
 
 
 def _check(config: Mapping[str, Any], source: str) -> None:
-    """Refuse what no tensor would give away."""
+    """Check the settings that the tensors do not show."""
     wanted = {"layer_norm_eps": NORM_EPS, "num_channels": 3}
     if not config["use_swiglu_ffn"]:
         wanted["hidden_act"] = "gelu"
     for key, value in wanted.items():
         if config[key] != value:
-            raise ConfigError(f"{source}: {key} is {config[key]!r} in its config.json, a RADIO ViT has {value!r}")
+            raise ConfigError(f"{source}: {key} is {config[key]!r} in its config.json, but a RADIO ViT has {value!r}")
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gated_width(hidden: int) -> int:
-    """The hidden width of ``RadioModel``'s gated MLP: two thirds of the plain one's, rounded up to a multiple of 8."""
+    """Hidden width of ``RadioModel``'s gated MLP: two thirds of the plain one's, rounded up to a multiple of 8."""
     return -(-int(hidden * 2 / 3) // 8) * 8
 
 
@@ -149,7 +149,7 @@ def gated_width(hidden: int) -> int:
 
 
 def _ours(key: str, *, scaled: bool) -> str | None:
-    """Our name of a tensor; None for one that is not used, or is one part of a matrix of ours."""
+    """Our name of a tensor; None if it is unused, or a part of one of our matrices."""
     if key.endswith("summary_idxs") or _VIDEO.fullmatch(key) or _ADAPTOR.fullmatch(key) or _PART.fullmatch(key):
         return None
     for theirs, ours in _PREFIXES:
@@ -164,7 +164,7 @@ def _ours(key: str, *, scaled: bool) -> str | None:
 def _derived(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], scale: float | None
 ) -> dict[str, Callable[[Mapping[str, Tensor]], Tensor]]:
-    """Our matrices that are several of theirs, and what their file leaves to the configuration."""
+    """Our fused matrices, and tensors that only the configuration determines."""
     derived: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {}
     for key in tensors:
         match = _PART.fullmatch(key)
@@ -182,8 +182,7 @@ def _derived(
         derived |= dict.fromkeys(names, partial(_full, width, scale))
     for name in ("mean", "std"):
         if not any(key.endswith(f"input_conditioner.norm_{name}") for key in tensors):
-            values = [float(value) for value in config[f"norm_{name}"]]
-            derived[f"conditioner.{name}"] = partial(_channels, values)
+            derived[f"conditioner.{name}"] = partial(channels, [float(value) for value in config[f"norm_{name}"]])
     return derived
 
 
@@ -195,31 +194,27 @@ def _full(size: int, value: float, _: Mapping[str, Tensor]) -> Tensor:
     return torch.full((size,), value)
 
 
-def _channels(values: Sequence[float], _: Mapping[str, Tensor]) -> Tensor:
-    return torch.tensor(values).view(-1, 1, 1)
-
-
 def _scales(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key in tensors if key.endswith((".layer_scale1.lambda1", ".layer_scale2.lambda1"))]
 
 
 def _layer_scale(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> float | None:
-    """The initial value of the layer scales, or None where they are all one, that is to say, do nothing."""
+    """Initial value of the layer scales, or None if all are one and have no effect."""
     value, keys = float(config["layerscale_value"]), _scales(tensors)
     identity = all(bool((tensors[key] == 1).all()) for key in keys) if keys else value == 1
     return None if identity else value
 
 
-def _tell_what_is_left(checkpoint: Checkpoint) -> None:
+def _warn_about_unused(checkpoint: Checkpoint) -> None:
     if any(_VIDEO.fullmatch(key) for key in checkpoint.tensors):
         warnings.warn(
-            f"{checkpoint.source}: the projection of stacked video frames is left out; pass clips (B, T, 3, H, W), "
+            f"{checkpoint.source}: the projection of stacked video frames is not loaded; pass clips (B, T, 3, H, W), "
             "whose frames are encoded one by one",
             stacklevel=3,
         )
     if any(_ADAPTOR.fullmatch(key) for key in checkpoint.tensors):
         warnings.warn(
-            f"{checkpoint.source}: heads are left out, because its config.json does not describe them: load the "
+            f"{checkpoint.source}: heads are not loaded, because its config.json does not describe them; load the "
             "official repository instead",
             stacklevel=3,
         )

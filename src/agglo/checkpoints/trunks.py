@@ -1,4 +1,4 @@
-"""From the arguments and tensors of an official checkpoint to one of our students, and from its keys to ours."""
+"""Student options and key names of an official checkpoint, from its arguments and tensors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from agglo.config import nearest
 from agglo.types import AssetError, ConfigError
 
 NOMINAL_V2 = 592
-"""The nominal image of the ``*_v2_224`` architectures, in pixels; others have 224."""
+"""Nominal image side of the ``*_v2_224`` architectures, in pixels; others have 224."""
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """A student and how a checkpoint's keys become its own.
+    """A student's options, and the mapping of a checkpoint's keys to its own.
 
     Args:
         options: ``{kind, **keys}``.
-        names: official key, ``base_model.`` included, to our key without ``student.``; None for one that is not used.
-        tokens: names for its class tokens.
-        derived: our key (without ``student.``) to what computes it.
+        names: official key, including ``base_model.``, to our key without ``student.``; None if unused.
+        tokens: names of the class tokens.
+        derived: our key (without ``student.``) to the function that computes it.
     """
 
     options: dict[str, Any]
@@ -40,7 +40,7 @@ class Trunk:
 
 
 def published(model: str, patch: int, registers: int, largest: int) -> dict[str, Any]:
-    """The student that a release is published to be, for those who have not downloaded it: ``{kind, **keys}``."""
+    """Student options ``{kind, **keys}`` of a release from published facts, without its checkpoint."""
     if model in VARIANTS:
         return {"kind": "hybrid", **VARIANTS[model]}
     size, dino = SIZES[model], model.startswith("dino_v2")
@@ -53,16 +53,16 @@ def published(model: str, patch: int, registers: int, largest: int) -> dict[str,
 
 
 def recognize(tensors: Mapping[str, Tensor], args: Mapping[str, Any], source: str = "the checkpoint") -> Trunk:
-    """The trunk of a checkpoint in the hub's key names.
+    """The trunk of a checkpoint with the key names of torch.hub.
 
     Args:
-        tensors: by the hub's names.
-        args: the official training arguments.
-        source: what they come from, for messages.
+        tensors: by the names of torch.hub.
+        args: official training arguments.
+        source: origin, for messages.
 
     Raises:
-        ConfigError: an architecture that no release has.
-        AssetError: its tensors are not there, or are those of another architecture than ``args.model``.
+        ConfigError: an unknown architecture.
+        AssetError: tensors are missing, or of another architecture than ``args.model``.
     """
     model, kwargs = str(args.get("model", "")), dict(args.get("model_kwargs") or {})
     names = tuple(dict.fromkeys(str(t["name"]) for t in args.get("teachers") or ())) or ("all",)
@@ -97,7 +97,7 @@ def _vit(
     }
     heads = kwargs.get("num_heads") or (SIZES[model].heads if model in SIZES else None)
     if heads is None:
-        raise ConfigError(f"args.model {model!r} is no architecture of RADIO known here{nearest(model, SIZES)}")
+        raise ConfigError(f"args.model {model!r} is not a known architecture of RADIO{nearest(model, SIZES)}")
     depth = 1 + max((int(k.split(".")[1]) for k in shapes if k.startswith("blocks.")), default=-1)
     if not depth:
         found = ", ".join(sorted(tensors)[:10]) or "nothing"
@@ -115,7 +115,7 @@ def _vit(
     elif "patch_embed.proj.weight" in shapes:
         options |= _absolute_options(shapes)
         if args.get("gp") == "avg":
-            # Such a trunk's norm is part of its classifier, which is not used.
+            # With average pooling the norm belongs to the unused classifier.
             final_norm = final_norm and "norm.weight" in shapes
             options |= {"pool": "avg", "final_norm": final_norm}
         classes = 1
@@ -124,7 +124,7 @@ def _vit(
         raise AssetError(f"{model}: neither {below}patch_generator.* nor {below}patch_embed.* is in the checkpoint")
     prefix = options.pop("_prefix")
     if classes > prefix:
-        raise AssetError(f"{model}: {classes} teachers, but {prefix} class and register tokens in all")
+        raise AssetError(f"{model}: {classes} teachers, but only {prefix} class and register tokens")
     options["registers"] = prefix - classes
     return Trunk(options, names, tuple(tokens[:classes]), derived)
 
@@ -195,7 +195,7 @@ def _absolute_names(final_norm: bool, below: str) -> Callable[[str], str | None]
 
 
 def _absolute_derived(below: str) -> dict[str, Callable[[Mapping[str, Tensor]], Tensor]]:
-    """A plain ViT of timm: the class token has a position of its own, and patches are convolved."""
+    """A plain ViT of timm: the class token has a position, and the patch projection is a convolution."""
     return {
         "patch_generator.embedder.weight": lambda t: t[f"{below}patch_embed.proj.weight"].flatten(1),
         "patch_generator.pos_embed": lambda t: t[f"{below}pos_embed"][:, 1:].contiguous(),

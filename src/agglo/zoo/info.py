@@ -1,4 +1,4 @@
-"""What one needs to know of a model before using it, without reading its weights."""
+"""Facts and cost of a model, without reading its weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agglo.checkpoints import radio
 from agglo.checkpoints.trunks import published
-from agglo.hub import INDEX, cached
-from agglo.model import artefact
+from agglo.files import read_json
+from agglo.hub import CONFIG, INDEX, WEIGHTS, cached
 from agglo.model.model import Model
 from agglo.types import ConfigError
-from agglo.zoo.loading import Found, find, read_checkpoint
+from agglo.zoo.loading import Location, find
 from agglo.zoo.loading import load as load_model
-from agglo.zoo.releases import HUB, RELEASED, SPEAKING, HubModel
+from agglo.zoo.releases import HUB, RELEASED, TEXT_ALIGNED, HubModel
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,23 @@ class ModelInfo:
     """A model's facts.
 
     Args:
-        name: what was asked for.
+        name: as passed to :func:`describe`.
         licence: of the weights.
-        student: kind and the keys that say how large it is.
-        params: of the student, of the heads; in numbers.
+        student: kind and the keys of its size.
+        params: number of parameters of the student and of the heads.
         stride: pixels of input per cell of the map.
-        step: sides must be a multiple of this many pixels.
-        preferred, largest: sides in pixels; the largest it was made for, or None.
-        summary: width of the summary, and how many class tokens it joins.
+        step: sides must be multiples of this number of pixels.
+        preferred, largest: recommended side and largest side of the training in pixels; the latter may be None.
+        summary: width of the summary, and number of class tokens in it.
         spatial: channels of the map.
-        tokens: names of the class tokens; registers beside them.
-        registers: further tokens that nobody reads.
-        heads: by teacher, widths ``(summary, spatial)`` and the map's upsampling; widths are None where only the
-            download would tell.
-        text: heads that speak a text tower's language.
-        windows: whether most blocks can look through windows.
-        size: ``(H, W)`` in pixels at which the next two were counted.
+        tokens: names of the class tokens.
+        registers: number of register tokens.
+        heads: by teacher, widths ``(summary, spatial)`` and the map's upsampling; None before the download.
+        text: heads with a text tower.
+        windows: whether windowed attention is supported.
+        size: ``(H, W)`` in pixels for the next two.
         flops: of one image through the student, multiplications and additions.
-        memory: bytes: of the student's weights, and the most that one image adds to them.
+        memory: bytes of the student's weights, and peak bytes that one image adds.
     """
 
     name: str
@@ -74,14 +73,14 @@ class ModelInfo:
 def describe(
     name_or_path: str | Path, *, size: int | tuple[int, int] | None = None, window: int | None = None
 ) -> ModelInfo:
-    """Look at a model, on the meta device where its file need not be read.
+    """Describe a model, on the meta device where possible.
 
-    A release of NVIDIA's that is not downloaded is described from what is published of its architecture.
+    Releases of NVIDIA that are not downloaded are described from published facts.
 
     Args:
         name_or_path: as for :func:`agglo.load`.
-        size: pixels, side or ``(H, W)``, snapped to legal sides; the preferred size by default.
-        window: side, in patches, of the windows that most blocks look through.
+        size: side or ``(H, W)`` in pixels, snapped to legal sides; the preferred size by default.
+        window: side of the attention windows, in patches.
 
     Raises:
         ConfigError, AssetError: as :func:`agglo.load`.
@@ -90,7 +89,7 @@ def describe(
     if entry is not None and not _is_local(entry):
         model, heads = _from_table(entry), dict.fromkeys(entry.teachers)
         licence, largest = entry.licence, entry.release.max_size
-        text = tuple(name for name in entry.teachers if name in SPEAKING)
+        text = tuple(name for name in entry.teachers if name in TEXT_ALIGNED)
     else:
         found = find(name_or_path)
         model = _model(found)
@@ -107,7 +106,7 @@ def describe(
     return ModelInfo(
         name=str(name_or_path),
         licence=licence,
-        student={key: value for key, value in model.student_config.items() if key in _TOLD},
+        student={key: value for key, value in model.student_config.items() if key in _SIZES},
         params=(_count(student), sum(_count(h) for h in model.heads.values())),
         stride=spec.stride,
         step=step,
@@ -126,33 +125,45 @@ def describe(
     )
 
 
-_TOLD = ("kind", "model", "width", "depth", "heads", "mlp_hidden", "patch", "max_grid", "depths", "windows", "stages")
+_SIZES = (
+    "kind",
+    "model",
+    "width",
+    "depth",
+    "heads",
+    "mlp_hidden",
+    "patch",
+    "max_grid",
+    "depths",
+    "windows",
+    "stages",
+)
 
 
 def _is_local(entry: HubModel) -> bool:
-    """Whether a release's files are in the hub client's cache."""
-    return any(cached(entry.repo, name) for name in ([entry.file] if entry.file else [artefact.WEIGHTS, INDEX]))
+    """Whether a release's files are in the local cache."""
+    return any(cached(entry.repo, name) for name in ([entry.file] if entry.file else [WEIGHTS, INDEX]))
 
 
-def _model(found: Found) -> Model:
-    """A model without its weights where its layout allows, else the model; with the facts that loading it uses."""
+def _model(found: Location) -> Model:
+    """The model, without its weights if its layout allows."""
     path = found.path
-    config = artefact.read_json(path / artefact.CONFIG) if path.is_dir() else {}
+    config = read_json(path / CONFIG) if path.is_dir() else {}
     if "format" in config and config["student"].get("kind") != "timm":
         with torch.device("meta"):
             return Model.from_config(config).eval()
     if "format" not in config and (path.is_file() or radio.is_official(config)):
-        return radio.from_checkpoint(read_checkpoint(path), heads="all", release=found.release, fill=False)
+        return radio.from_checkpoint(radio.read(path), heads="all", release=found.release, fill=False)
     return load_model(path)
 
 
 def _from_table(entry: HubModel) -> Model:
-    """A release's trunk from what is published of its architecture."""
+    """A release's trunk from published facts."""
     options = published(entry.architecture, entry.patch, entry.registers, entry.release.max_size)
     with torch.device("meta"):
-        unsummed = ("sam", "sam3")
+        without_summary = ("sam", "sam3")
         tokens = entry.teachers if options["kind"] == "vit" and entry.architecture != "dino_v2_g_student" else ("all",)
-        slots = [i for i, name in enumerate(tokens) if name not in unsummed]
+        slots = [i for i, name in enumerate(tokens) if name not in without_summary]
         return Model(
             options, {}, tokens=tokens, summary_slots=slots, preferred_size=entry.release.preferred_size,
             provenance={"license": entry.licence},
@@ -178,7 +189,7 @@ def _count(module: torch.nn.Module) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels have it: only its result takes memory, not the matrix of all pairs."""
+    """Attention as in fused kernels: only its result takes memory, not the attention matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -186,11 +197,11 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that live at once, counted where they would be made.
+class _LiveBytes(TorchDispatchMode):
+    """Present and peak bytes of newly created tensors.
 
     Args:
-        known: tensors that are there anyway.
+        known: existing tensors, which are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -214,22 +225,22 @@ class _Live(TorchDispatchMode):
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._release, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _release(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
 
 
 def _cost(model: Model, size: tuple[int, int], window: int | None) -> tuple[int, int, int]:
-    """FLOPs of one image, bytes of the student's weights, and the most bytes one image adds."""
+    """FLOPs of one image, bytes of the student's weights, and peak bytes that one image adds."""
     student = model.student
     device = next(student.parameters()).device
     images = torch.zeros(1, 3, *size, device=device)
     options = {"window": window} if window is not None else {}
     if options and not student.windows:
-        raise ConfigError(f"a {model.student_config['kind']} student cannot look through windows")
-    live, counter = _Live([*student.parameters(), *student.buffers(), images]), FlopCounterMode(display=False)
+        raise ConfigError(f"a {model.student_config['kind']} student has no windowed attention")
+    live, counter = _LiveBytes([*student.parameters(), *student.buffers(), images]), FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         student(images, **options)
     with torch.no_grad(), _FusedAttention(), live:

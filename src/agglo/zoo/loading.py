@@ -1,4 +1,4 @@
-"""Finding and loading trained models: released ones by name, folders and files of any layout we know."""
+"""Finding and loading trained models: released ones by name, folders and files of any supported layout."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from agglo.model.artefact import CARD, CONFIG, WEIGHTS
 from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
 from agglo.weights.bundled import verify
-from agglo.weights.reading import Checkpoint, verify_sha256
+from agglo.weights.reading import verify_sha256
 from agglo.zoo.releases import HUB, RELEASED, HubModel, ReleasedModel
 
 DEFAULT = "agglo-lite"
-"""The model that ``embed``, ``search`` and ``view`` use unless told otherwise."""
+"""The default model of ``embed``, ``search`` and ``view``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Where a model lies, and what is known of it.
+class Location:
+    """Where a model is, and which release.
 
     Args:
         path: a folder, or an official file.
-        entry: the release it is, if any.
-        copied: it is to behave as the code copied into its repository does, and not as torch.hub's.
+        entry: its release, or None.
+        copied: whether it behaves like the code in its repository, instead of torch.hub's.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Found:
 
     @property
     def release(self) -> radio.Release | None:
-        """What its checkpoint does not say."""
+        """Facts that its checkpoint lacks."""
         if self.entry is None:
             return None
         release = self.entry.release
@@ -51,7 +51,7 @@ class Found:
 
 
 def list_models() -> list[ReleasedModel | HubModel]:
-    """The released models: bundled ones first, then those of NVIDIA, newest first."""
+    """The released models: bundled ones, then those of NVIDIA, newest first."""
     ours = sorted(RELEASED.values(), key=lambda model: (not model.bundled, model.name))
     return [*ours, *HUB.values()]
 
@@ -76,23 +76,23 @@ def load(
         name_or_path: a released name (``"agglo-lite"``, ``"c-radio_v4-so400m"``; :func:`list_models`); a folder that
             :meth:`agglo.Model.save` wrote, or a run folder; a folder of a Hugging Face repository (C-RADIO,
             transformers' ``RadioModel``, timm); an official ``.pth.tar``; or ``"owner/name"`` on the Hugging Face hub.
-        heads: the teachers whose heads are wanted, ``"all"`` for all, ``"text"`` for those that speak a text tower's
-            language. None: all of a model of ours; none of an official checkpoint, where they are large.
+        heads: teachers whose heads to load, ``"all"``, or ``"text"`` for those with a text tower. None: all of a model
+            of ours; none of an official checkpoint, where they are large.
         dtype: of weights and arithmetic: float32, bfloat16 or float16.
-        device: where to.
-        compile: compile the student with ``torch.compile``; the first call at a new size takes long.
-        window: side, in patches, of the windows that most blocks look through (ViTDet); also per call.
-        align_corners: how the position table is resized. torch.hub's code has had False since July 2025, and so has a
-            model loaded by its version name; the copies of the code in the repositories of C-RADIOv3-B and -H have
-            True, and so has a model loaded by repository or from a folder of one.
+        device: target.
+        compile: compile the student with ``torch.compile``; the first call at a new size is slow.
+        window: side of the attention windows of most blocks, in patches (ViTDet); also an option of each call.
+        align_corners: of the position table's resize. False in torch.hub's code since July 2025, and for models loaded
+            by version name; True in the code of the repositories of C-RADIOv3-B and -H, and for models loaded by
+            repository or from its folder.
         neck: ``decoder`` or ``encoder`` of a RADIO1D model.
-        num_tokens: how many one-dimensional tokens a RADIO1D model keeps.
+        num_tokens: number of one-dimensional tokens that a RADIO1D model keeps.
         revision: branch, tag or commit on the hub.
-        sha256: what the one weights file must have; checked before anything is read.
+        sha256: expected digest of the weights file, checked before reading.
 
     Raises:
-        ConfigError: no such model, head or option; the message offers the nearest names.
-        AssetError: files are missing, damaged or of another architecture; says which to fetch and where to put them.
+        ConfigError: no such model, head or option.
+        AssetError: files are missing, damaged or of another architecture.
     """
     dtype, device = _dtype(dtype), _device(device)
     options = {"window": window, "align_corners": align_corners, "neck": neck, "num_tokens": num_tokens}
@@ -102,30 +102,25 @@ def load(
         _verify_sha256(found.path, sha256.lower())
     model = _read(found, heads, dtype, device, options)
     if compile:
-        # Block by block: one graph serves all, and lists and intermediates run through it too.
+        # Per block: one graph for all blocks, and lists and intermediates use it too.
         for part in getattr(model.student, "blocks", None) or [model.student]:
             part.compile()
     return model
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """Where a model lies: a folder or an official file, fetched if need be. Arguments and errors as :func:`load`."""
+    """The local folder or official file of a model, downloaded if needed; arguments and errors as :func:`load`."""
     return find(name_or_path).path
 
 
 def is_ours(name_or_path: str | Path) -> bool:
-    """Whether it is a folder that :meth:`Model.save` wrote. Arguments and errors as :func:`load`."""
+    """Whether it is a folder of :meth:`Model.save`; arguments and errors as :func:`load`."""
     path = find(name_or_path).path
     return path.is_dir() and "format" in read_json(path / CONFIG)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """An official file, or a folder of any foreign layout."""
-    return radio.read(path)
-
-
 def _read(
-    found: Found,
+    found: Location,
     heads: Iterable[str] | None,
     dtype: torch.dtype,
     device: torch.device,
@@ -136,7 +131,7 @@ def _read(
     given = {key: value for key, value in options.items() if value is not None}
     if "format" in config:
         return Model.load(path, heads=heads, student=given, dtype=dtype, device=device)
-    checkpoint = read_checkpoint(path)
+    checkpoint = radio.read(path)
     if path.is_file() or radio.is_official(config):
         return radio.from_checkpoint(
             checkpoint, heads=heads, release=found.release, dtype=dtype, device=device, **given
@@ -148,7 +143,7 @@ def _read(
     if timm.is_timm(config):
         return _without_heads(heads, path) or timm.from_timm(checkpoint, dtype=dtype, device=device, **given)
     raise ConfigError(
-        f"{path / CONFIG} is of no layout known here: ours, NVIDIA's, transformers' RadioModel, or timm's"
+        f"{path / CONFIG} has an unknown layout; known are ours, NVIDIA's, transformers' RadioModel and timm's"
     )
 
 
@@ -157,15 +152,15 @@ def _names(heads: Iterable[str] | None) -> str | list[str] | None:
         return heads
     names: list[Any] = list(heads) if isinstance(heads, Iterable) else [heads]
     if not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"heads: None, 'all', 'text', or names of teachers, heads=['siglip2-g']; got {heads!r}")
+        raise ConfigError(f"heads: must be None, 'all', 'text', or names of teachers (['siglip2-g']); got {heads!r}")
     return names
 
 
 def _verify_sha256(path: Path, sha256: str) -> None:
     if path.is_dir() and not (path / WEIGHTS).is_file():
         raise ConfigError(
-            f"{path} holds its weights in shards, which have no single sha256: leave sha256 out, and compare each "
-            f"shard with its repository's page (`sha256sum {path}/model-*.safetensors`)"
+            f"{path} holds its weights in shards, without a single sha256: leave sha256 out, and compare each shard "
+            f"with the repository's page (`sha256sum {path}/model-*.safetensors`)"
         )
     verify_sha256(path / WEIGHTS if path.is_dir() else path, sha256)
 
@@ -173,74 +168,69 @@ def _verify_sha256(path: Path, sha256: str) -> None:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype: float32, bfloat16 or float16, got {dtype}")
+        raise ConfigError(f"dtype: must be float32, bfloat16 or float16, got {dtype}")
     return found
 
 
 def _device(device: str | torch.device) -> torch.device:
-    there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-    there += ["mps"] if torch.backends.mps.is_available() else []
+    available = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    available += ["mps"] if torch.backends.mps.is_available() else []
     try:
         found = torch.device(device)
     except RuntimeError:
         found = None
-    if found is None or not any(name.startswith(str(found)) for name in there):
-        raise ConfigError(f"device: no {device!r} here; there are: {', '.join(there)}")
+    if found is None or not any(name.startswith(str(found)) for name in available):
+        raise ConfigError(f"device: {device!r} is not available; use {', '.join(available)}")
     return found
 
 
 def _without_heads(heads: Iterable[str] | None, path: Path) -> None:
     if heads is not None and heads not in ("all", "text") and list(heads):
-        raise ConfigError(f"{path} holds a backbone only; NVIDIA's own repositories hold the heads too")
+        raise ConfigError(f"{path} holds a backbone without heads; use NVIDIA's own repositories")
 
 
-# --- where ------------------------------------------------------------------------------------------------------------
+# --- location -------------------------------------------------------------------------------------------------------
 
 
-def find(name_or_path: str | Path, revision: str | None = None) -> Found:
-    """Where a model lies, fetched if need be, and which release it is. Arguments and errors as :func:`load`."""
+def find(name_or_path: str | Path, revision: str | None = None) -> Location:
+    """Locate a model, downloading it if needed; arguments and errors as :func:`load`."""
     text = str(name_or_path)
     if text in RELEASED:
-        return Found(_verified(RELEASED[text]))
+        return Location(_verified(RELEASED[text]))
     path = Path(name_or_path).expanduser()
     if path.exists():
         found = _folder_or_file(path)
         if found.is_file():
-            return Found(found, next((model for model in HUB.values() if model.pickle == found.name), None))
+            return Location(found, next((model for model in HUB.values() if model.pickle == found.name), None))
         return _copied(found, found.name)
     entry = HUB.get(text.lower())
     if entry is not None and entry.file is not None:
-        return Found(fetch(entry.repo, [entry.file], revision) / entry.file, entry)
+        return Location(fetch(entry.repo, [entry.file], revision) / entry.file, entry)
     if entry is not None:
-        return Found(fetch_model(entry.repo, revision), entry)
+        return Location(fetch_model(entry.repo, revision), entry)
     if text.count("/") == 1 and not path.parent.is_dir():
         return _copied(fetch_model(text, revision), text)
     raise ConfigError(f"no model {text!r}{_nearest(text, path)}")
 
 
-def _copied(folder: Path, name: str) -> Found:
-    """A folder in some repository's layout: the release its ``version`` names, or that repository's.
-
-    Args:
-        folder: with a ``config.json``.
-        name: ``owner/name`` of the repository; or the folder's own name, as a download calls it.
-    """
+def _copied(folder: Path, name: str) -> Location:
+    """Location of a folder with ``config.json``: the release of its ``version``, or of the repository ``name``."""
     config = read_json(folder / CONFIG)
     if not radio.is_official(config):
-        return Found(folder)
+        return Location(folder)
     entry = HUB.get(str(config.get("version", "")).lower())
     by_name = (m for m in HUB.values() if m.file is None and name.lower() in _repository(m))
-    return Found(folder, entry or next(by_name, None), copied=True)
+    return Location(folder, entry or next(by_name, None), copied=True)
 
 
 def _repository(model: HubModel) -> tuple[str, str]:
-    """What the repository of a release is called, with its owner and without."""
+    """Repository name of a release, with and without owner."""
     repo = model.repo.lower()
     return repo, repo.rpartition("/")[2]
 
 
 def _nearest(text: str, path: Path) -> str:
-    """The nearest name in whatever case, repositories' own names included."""
+    """The nearest name, case-insensitive, including names of repositories."""
     known = {*RELEASED, *HUB, *_neighbours(path)}
     spelt = {_repository(model)[1]: model.name for model in HUB.values() if model.file is None}
     spelt |= {name.lower(): name for name in known}
@@ -255,8 +245,8 @@ def _folder_or_file(path: Path) -> Path:
         if path.suffix in radio.PICKLES:
             return path
         raise ConfigError(
-            f"{path} is a file: name the folder that holds {CONFIG} and {WEIGHTS} (perhaps {path.parent}), "
-            "or an official .pth.tar"
+            f"{path} is a file: use the folder that holds {CONFIG} and {WEIGHTS} (perhaps {path.parent}), or an "
+            "official .pth.tar"
         )
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors*")):
@@ -266,23 +256,22 @@ def _folder_or_file(path: Path) -> Path:
         return pickles[0]
     if any((folder / "upsampler.json").is_file() for folder in (path, path / "model")):
         raise ConfigError(
-            f"{path} holds a trained upsampler, no model: name it beside a teacher, "
+            f"{path} holds a trained upsampler, not a model: use it with a teacher, "
             f"`upsampler: {{kind: featsharp, weights: {path}}}`"
         )
     if (path / "recipe.yaml").is_file():
         raise ConfigError(
-            f"{path} is a run that is not finished: "
-            f"go on with `agglo train {path / 'recipe.yaml'} --out {path} --resume`"
+            f"{path} is an unfinished run: resume it with `agglo train {path / 'recipe.yaml'} --out {path} --resume`"
         )
     if pickles:
         raise ConfigError(
-            f"{path} holds {len(pickles)} checkpoints ({', '.join(sorted(p.name for p in pickles)[:10])}): name one"
+            f"{path} holds {len(pickles)} checkpoints ({', '.join(sorted(p.name for p in pickles)[:10])}): use one"
         )
-    raise ConfigError(f"{path} holds no model: it needs {CONFIG} and {WEIGHTS}, or model/ with both")
+    raise ConfigError(f"{path} holds no model: needs {CONFIG} and {WEIGHTS}, or model/ with both")
 
 
 def _neighbours(path: Path) -> list[str]:
-    """Folders beside a missing one that hold a model or a run, as the user would write them."""
+    """Folders of models and runs beside a missing path."""
     beside: list[Path] = []
     with contextlib.suppress(OSError):
         beside = [p for p in path.parent.iterdir() if any((p / n).exists() for n in (CONFIG, "model", "recipe.yaml"))]
@@ -293,27 +282,24 @@ def _verified(entry: ReleasedModel) -> Path:
     if not entry.bundled:
         raise AssetError(
             f"{entry.name} is not bundled with this installation: reinstall agglo, or train a model with "
-            "`agglo train quickstart` and name its run folder (--model runs/quickstart)"
+            "`agglo train quickstart` and use its run folder (--model runs/quickstart)"
         )
     for file, sha256 in ((WEIGHTS, entry.sha256), (CONFIG, entry.config_sha256)):
-        verify(entry.folder / file, sha256 or "not recorded in agglo.zoo.loading", "reinstall agglo")
+        verify(entry.folder / file, sha256 or "not recorded in agglo.zoo.releases", "reinstall agglo")
     return entry.folder
 
 
 def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
-    """Put a model on the Hugging Face hub: weights, configuration and card; :func:`load` then takes ``repo`` as a name.
+    """Upload weights, configuration and card to the Hugging Face hub, for loading as ``load(repo)``; return the URL.
 
     Args:
-        model: a model, or what :func:`load` takes for one of ours; a saved folder goes up as it is, with its card.
-        repo: ``owner/name``; made if need be.
+        model: a model, or the name or folder of one of ours; a saved folder is uploaded unchanged.
+        repo: ``owner/name``; created if needed.
         private: whether a new repository is private.
 
-    Returns:
-        Where it can be looked at.
-
     Raises:
-        ConfigError: no model of ours, or no name of a repository.
-        AssetError: no network, or no right to write there.
+        ConfigError: not a complete model of ours, or not a name of a repository.
+        AssetError: no network, or no write access.
     """
     with tempfile.TemporaryDirectory() as temporary:
         saved = isinstance(model, Model)

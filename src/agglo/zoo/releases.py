@@ -1,4 +1,4 @@
-"""Released models as data: which there are, where they lie, under which licence, and what they are good for."""
+"""Released models as data: location, licence, size and purpose."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ReleasedModel:
     """A trained student that ships with the package.
 
     Args:
-        name: what :func:`agglo.load` calls it.
+        name: for :func:`agglo.load`.
         licence: SPDX expression of the weights.
         params: parameters with heads, in millions; None until it is released.
-        what_for: one line for the person who chooses.
-        sha256: of ``model.safetensors``; kept here, so that a damaged folder cannot vouch for itself.
+        what_for: purpose, in one line.
+        sha256: of ``model.safetensors``.
         config_sha256: of ``config.json``.
-        folder: where its files lie.
+        folder: location of its files.
     """
 
     name: str
@@ -39,33 +39,33 @@ class ReleasedModel:
 
     @property
     def bundled(self) -> bool:
-        """Whether this installation holds its files."""
+        """Whether this installation contains its files."""
         return (self.folder / WEIGHTS).is_file()
 
     @property
     def megabytes(self) -> float | None:
-        """Size of the weights on disk in MB, or None where they are not bundled."""
+        """Size of the weights on disk in MB, or None if they are not bundled."""
         return (self.folder / WEIGHTS).stat().st_size / 1e6 if self.bundled else None
 
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """A model of NVIDIA's that is fetched from the Hugging Face hub when it is first used.
+    """A model of NVIDIA, downloaded from the Hugging Face hub at its first use.
 
     Args:
-        name: NVIDIA's version name, what :func:`agglo.load` calls it.
+        name: NVIDIA's version name, for :func:`agglo.load`.
         licence: of the weights.
         params: of the trunk and its position table, without heads, in millions.
-        what_for: one line for the person who chooses.
+        what_for: purpose, in one line.
         repo: ``owner/name`` on the Hugging Face hub.
-        file: the torch.hub pickle, where the repository holds no safetensors; else None.
-        pickle: the file name of its torch.hub pickle, if there is one.
-        copy_aligns: whether the code copied into its Hugging Face repository still resizes positions with
-            ``align_corners``, which torch.hub's has not done since July 2025.
-        architecture: the official name of the trunk.
+        file: the torch.hub pickle, if the repository has no safetensors; else None.
+        pickle: file name of its torch.hub pickle, or None.
+        copy_aligns: whether the code in its Hugging Face repository still resizes positions with ``align_corners``,
+            unlike torch.hub's since July 2025.
+        architecture: official name of the trunk.
         patch: side of a patch, or stride of the map, in pixels.
-        teachers: those that have heads.
-        release: what the checkpoint does not say of itself.
+        teachers: those with heads.
+        release: facts that the checkpoint lacks.
         registers: tokens beside the class tokens.
     """
 
@@ -85,24 +85,24 @@ class HubModel:
 
     @property
     def bundled(self) -> bool:
-        """Never: the licences do not let the package carry these."""
+        """Always False: the licences do not allow it."""
         return False
 
     @property
     def megabytes(self) -> float:
-        """What the download is about, in MB: see :data:`SIZES_ASSUME`."""
+        """Estimated size of the download in MB; see :data:`SIZES_ASSUME`."""
         half = any(mark in (self.pickle or "") for mark in ("half", "bf16"))
         return (2 if half else 4) * self.params
 
 
 SIZES_ASSUME = (
-    "Downloads are estimated: the trunk with its position table, 2 bytes a weight where the name of the release's "
-    "torch.hub file says half or bf16, else 4; heads come on top."
+    "Estimated downloads: trunk and position table, at 2 bytes per weight if the name of the torch.hub file contains "
+    "half or bf16, else 4; without heads."
 )
-"""What :attr:`HubModel.megabytes` is computed from."""
+"""How :attr:`HubModel.megabytes` is computed."""
 
-SPEAKING = ("clip", "siglip", "siglip2-g")
-"""Teachers of NVIDIA's releases that have a text tower."""
+TEXT_ALIGNED = ("clip", "siglip", "siglip2-g")
+"""Teachers of NVIDIA's releases with a text tower."""
 
 _V2 = ("clip", "dino_v2", "sam")
 _V25 = ("clip", "siglip", "dino_v2", "sam")
@@ -119,20 +119,9 @@ def _hub(
     release = Release(preferred, largest, num_global, num_windowed, False, licence)
     registers = 7 if teachers is _V4 else 4
     return HubModel(
-        name,
-        licence,
-        params,
-        what_for,
-        repo,
-        file,
-        pickle or file,
-        copy_aligns,
-        architecture,
-        patch,
-        teachers,
-        release,
-        registers,
-    )
+        name, licence, params, what_for, repo, file, pickle or file, copy_aligns, architecture, patch, teachers,
+        release, registers,
+    )  # fmt: skip
 
 
 HUB: dict[str, HubModel] = {
@@ -185,7 +174,7 @@ HUB: dict[str, HubModel] = {
              file="eradio_v2.pth.tar", preferred=512),
     )
 }  # fmt: skip
-"""NVIDIA's releases by version name: its release table, and the siblings that are on the Hugging Face hub only."""
+"""NVIDIA's releases by version name, including those that are on the Hugging Face hub only."""
 
 RELEASED: dict[str, ReleasedModel] = {
     entry.name: entry
