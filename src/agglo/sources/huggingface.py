@@ -180,7 +180,7 @@ def _hub(name: str, split: str, config: str | None, revision: str | None) -> Any
 
 
 def _image_column(features: Mapping[str, Any], wanted: str | None, dataset: str) -> str:
-    """The column of the images; raises ConfigError if there is no unique candidate."""
+    """The column of the images; raises ConfigError unless there is exactly one candidate."""
     where, listed = f"source huggingface: {dataset}", _listed(features)
     if wanted is not None:
         _check_column(features, wanted, dataset)
