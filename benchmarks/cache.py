@@ -31,7 +31,7 @@ def recipe_of(folder: Path, **changes: Any) -> Any:
     """A recipe with a small student and much more expensive teachers."""
     from agglo import recipe
 
-    return recipe.decode({
+    return recipe.from_dict({
         "name": "cache",
         "claim": {"summary": "a benchmark"},
         "student": {"kind": "vit", "width": 192, "depth": 4, "heads": 3, "max_grid": 32},
@@ -88,14 +88,14 @@ def write_photos(folder: Path, count: int) -> None:
 
 def speed(folder: Path) -> dict[str, Any]:
     """Training speed of interleaved arms, and cost and error of each cache."""
-    from agglo.cache.writing import write
+    from agglo.training.precompute import precompute
 
     made = recipe_of(folder / "photos")
     caches = {}
     for dtype in DTYPES:
-        written = write(made, folder / dtype, dtype=dtype, batch=BATCH)
+        written = precompute(made, folder / dtype, dtype=dtype, batch=BATCH)
         caches[dtype] = {
-            "bytes_an_image": round(written.bytes_an_image),
+            "bytes_an_image": round(written.crop_bytes),
             "images_per_second": round(written.done / written.seconds, 2),
             "error_of_spread": {name: round(e["relative"], 6) for name, e in written.errors.items()},
             "worst_cell": {name: round(e["worst"], 6) for name, e in written.errors.items()},
@@ -127,13 +127,13 @@ def speed(folder: Path) -> dict[str, Any]:
 
 def train(folder: Path, arm: str, run: Path) -> list[dict[str, Any]]:
     """Metrics of one short training run of an arm."""
-    from agglo.training.loop import distill
+    from agglo.training.loop import train_model
 
     made = recipe_of(folder / "photos")
     views = {"crops": 0} if arm == "live, new crops" else {}
     cache = str(folder / arm) if arm in DTYPES else None
     data = made.data.model_copy(update={"feature_cache": cache, "views": made.data.views.model_copy(update=views)})
-    distill(made.model_copy(update={"data": data}), run, quiet=True)
+    train_model(made.model_copy(update={"data": data}), run, quiet=True)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -145,15 +145,15 @@ def difference(one: list[dict[str, float]], two: list[dict[str, float]]) -> floa
 
 def append_rate(folder: Path) -> float:
     """MB/s of writing and flushing the records of a cache again, without teachers."""
-    from agglo.cache.records import Pen, Shelf
+    from agglo.cache.records import ShardReader, ShardWriter
 
-    shelf = Shelf(folder / "vit_b")
+    shelf = ShardReader(folder / "vit_b")
     records = []
-    for key, place in shelf.places.items():
+    for key, place in shelf.locations.items():
         row = bytearray(place.bytes)
         records.append((shelf.read(key, memoryview(row)), bytes(row)))
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        pen, repeats = Pen(Path(name)), 20
+        pen, repeats = ShardWriter(Path(name)), 20
         began = time.perf_counter()
         for _ in range(repeats):
             for record, row in records:
@@ -170,9 +170,9 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from agglo import recipe
-from agglo.cache.writing import write
-made = recipe.decode(json.loads(sys.argv[1]))
-write(made, sys.argv[2], dtype="fp32", batch=32, shard_bytes=1_000_000)
+from agglo.training.precompute import precompute
+made = recipe.from_dict(json.loads(sys.argv[1]))
+precompute(made, sys.argv[2], dtype="fp32", batch=32, shard_bytes=1_000_000)
 """
 
 
@@ -195,7 +195,7 @@ def kills(images: int, wanted: int) -> dict[str, Any]:
         teachers = {"toy": {"kind": "toy", "stride": 8}, "hog": {"kind": "hog", "cell": 4, "summary_weight": 0}}
         made = recipe_of(folder / "tiny", teachers=teachers, partitions=[{"sizes": [16], "batch": 32}])
         made = made.model_copy(update={"data": made.data.model_copy(update={"workers": 0})})
-        command = [sys.executable, "-c", WRITER, json.dumps(made.flat()), str(folder / "cache")]
+        command = [sys.executable, "-c", WRITER, json.dumps(made.to_dict()), str(folder / "cache")]
         done, began = 0, time.perf_counter()
         while done < wanted:
             writer = subprocess.Popen(command)
@@ -225,22 +225,23 @@ def verdict(made: Any, folder: Path) -> dict[str, Any]:
     """Compare every entry with a live forward pass of its teacher."""
     import torch
 
-    from agglo.cache.lessons import Lessons, ask, find_teachers, loader_for
     from agglo.cache.records import inspect, shard_numbers
-    from agglo.objectives.distill import build_teachers
+    from agglo.data.shifts import RenderedBatch
+    from agglo.objectives.base import build_teachers
+    from agglo.training.targets import TargetSource, build_loader, load_teachers, whole_crop_features
 
     real = build_teachers(made)
     cached = made.model_copy(update={"data": made.data.model_copy(update={"feature_cache": str(folder)})})
-    lessons = Lessons(cached, find_teachers(cached), 16, torch.device("cpu"))
-    loader = loader_for(cached, 0, lessons)  # refuses an incomplete cache
+    lessons = TargetSource(cached, load_teachers(cached), 16, torch.device("cpu"))
+    loader = build_loader(cached, lessons)  # refuses an incomplete cache
     names, wrong, worst = set(), 0, 0.0
     steps = -(-len(loader.sources[0]) // BATCHED)
     for step in range(steps):
         batch = loader.batch(step)
         names.update(batch.names)
-        found = lessons.teach(batch, batch.images)
+        found = lessons(batch, RenderedBatch(batch.images, batch.field))
         for name, teacher in real.items():
-            now = ask(teacher, batch.images, (batch.images.shape[-2], batch.images.shape[-1]), 16)
+            now = whole_crop_features(teacher, batch.images, (batch.images.shape[-2], batch.images.shape[-1]), 16)[""]
             for a, b in ((now.summary, found[name].features.summary), (now.spatial, found[name].features.spatial)):
                 if a is not None and b is not None:
                     off = (a - b).abs().flatten(1).amax(1)

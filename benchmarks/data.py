@@ -142,7 +142,8 @@ def torchvision_pillow(files: list[str], scale: tuple[float, float]) -> Callable
 def agglo(folder: Path, scale: tuple[float, float], count: int, max_side: int | None = None) -> Callable[[], int]:
     """The training loader without cache and threads."""
     from agglo.data.loader import Loader
-    from agglo.data.views import Partition, ViewPolicy
+    from agglo.data.views import Partition
+    from agglo.recipe import Views
     from agglo.sources.folder import Folder
 
     class First(Folder):
@@ -151,7 +152,7 @@ def agglo(folder: Path, scale: tuple[float, float], count: int, max_side: int | 
         def __len__(self) -> int:
             return min(count, super().__len__())
 
-    policy = ViewPolicy(scale=scale, aspect=ASPECT)
+    policy = Views(scale=scale, aspect=ASPECT)
     loader = Loader(
         [First(path=str(folder))], None, [Partition([SIDE], BATCH)], policy, workers=0, cache_mb=0, max_side=max_side
     )
@@ -171,11 +172,12 @@ def closeness(folder: Path, steps: int = 6) -> dict[str, Any]:
     from torch.nn.functional import interpolate
 
     from agglo.data.loader import Loader
-    from agglo.data.views import Partition, ViewPolicy, render
+    from agglo.data.views import Partition, render
+    from agglo.recipe import Views
     from agglo.sources.folder import Folder
 
     source = Folder(path=str(folder))
-    loader = Loader([source], None, [Partition([SIDE], BATCH)], ViewPolicy(), workers=0, cache_mb=0)
+    loader = Loader([source], None, [Partition([SIDE], BATCH)], Views(), workers=0, cache_mb=0)
     index = {source.name(i): i for i in range(len(source))}
     parts, kernels = [], []
     for step in range(steps):

@@ -109,7 +109,7 @@ def trained(arm: dict[str, Any], pattern: Tensor | None) -> tuple[Any, Any, floa
         began = time.perf_counter()
         with loop.Progress(folder, STEPS, quiet=True) as progress:
             loop.start(run, progress, [])
-            loop.train(run, progress, [])
+            loop.train_steps(run, progress, [])
         minutes = (time.perf_counter() - began) / 60
     run.ema.model.eval()
     return run.ema.model, run.teachers["lite0"], minutes

@@ -13,14 +13,14 @@ INSIDE = ("teachers", "forward", "backward")
 def run(steps: int = 30) -> dict[str, Any]:
     """A short quickstart run without head-only steps; the first third, while caches fill, is excluded."""
     from agglo import recipe
-    from agglo.training.loop import distill
+    from agglo.training.loop import train_model
 
     with tempfile.TemporaryDirectory() as folder:
         loaded = recipe.load(
             "quickstart",
             [f"train.steps={steps}", "train.log_every=10", "targets.estimate_images=64", "train.head_steps=0"],
         )
-        distill(loaded, Path(folder) / "run", quiet=True)
+        train_model(loaded, Path(folder) / "run", quiet=True)
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds: dict[str, float] = {}
     for line in lines[len(lines) // 3 :]:

@@ -118,7 +118,7 @@ def main(run: Path, name: str) -> None:
 def measured(model: Any, before: Any, run: Path) -> dict[str, Any]:
     """The recipe's evals on the released file, the untrained student and the teachers."""
     import agglo
-    from agglo.objectives.distill import build_teachers
+    from agglo.objectives.base import build_teachers
 
     recipe = agglo.Recipe.model_validate(load_recipe(run))
     teachers = {name: teacher for name, teacher in build_teachers(recipe).items() if name not in DROPPED}

@@ -65,11 +65,11 @@ def prepare(arm: tuple[str, ...], folder: Path) -> tuple[Any, list[Any]]:
     import torch
 
     from agglo.config import override
-    from agglo.recipe import decode
+    from agglo.recipe import from_dict
     from agglo.training import loop
 
     tree = {**RECIPE, "data": {"sources": [{"kind": "photos"}], "workers": 0}}
-    run = loop.prepare(decode(override(tree, arm)), folder, torch.device("cpu"), resume=False)
+    run = loop.prepare(from_dict(override(tree, arm)), folder, torch.device("cpu"), resume=False)
     folder.mkdir()
     with loop.Progress(folder, 1, quiet=True) as progress:
         loop.start(run, progress, [])

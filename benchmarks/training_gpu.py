@@ -94,7 +94,7 @@ def _looks(run: Any) -> Iterator[Any]:
         if batch.partition in seen:
             continue
         seen.add(batch.partition)
-        yield run.teach(_cut(batch, 4), RenderedBatch(batch.images[:4].to(run.device), batch.field))
+        yield run.targets(_cut(batch, 4), RenderedBatch(batch.images[:4].to(run.device), batch.field))
 
 
 def _cut(batch: Any, count: int) -> Any:

@@ -117,7 +117,7 @@ def trained(
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
         folder.mkdir()
-        decoded = recipe.decode(tree)
+        decoded = recipe.from_dict(tree)
         run = loop.prepare(decoded, folder, torch.device(DEVICE), resume=False)
         if wrap:
             seen = torch.cat([run.loader.batch((1 << 41) + number).images for number in range(4)]).to(DEVICE)
@@ -127,7 +127,7 @@ def trained(
             run.objective.balancer = balancer(run.objective.balancer, run.loader)
         with loop.Progress(folder, decoded.train.steps, quiet=True) as progress:
             loop.start(run, progress, [])
-            loop.train(run, progress, [])
+            loop.train_steps(run, progress, [])
     run.ema.model.eval()
     return run
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from agglo.model.creation import create
     from agglo.model.model import Model
     from agglo.recipe import Recipe
-    from agglo.training.loop import distill
+    from agglo.training.run import train
     from agglo.types import Features, FeatureSpec, Output, View
     from agglo.zoo.info import describe
     from agglo.zoo.loading import list_models, load, push
@@ -36,13 +36,13 @@ __all__ = [
     "__version__",
     "create",
     "describe",
-    "distill",
     "embed",
     "evaluate",
     "export",
     "list_models",
     "load",
     "push",
+    "train",
 ]
 
 _HOME = {
@@ -54,13 +54,13 @@ _HOME = {
     "View": "agglo.types",
     "create": "agglo.model.creation",
     "describe": "agglo.zoo.info",
-    "distill": "agglo.training.loop",
     "embed": "agglo.embedding",
     "evaluate": "agglo.harness.running",
     "export": "agglo.exports.base",
     "list_models": "agglo.zoo.loading",
     "load": "agglo.zoo.loading",
     "push": "agglo.zoo.loading",
+    "train": "agglo.training.run",
 }
 """Public name → the module that defines it."""
 

@@ -34,6 +34,7 @@ POINTS: dict[str, str] = {
     "sources": "Source",
     "evals": "Eval",
     "exports": "Export",
+    "objectives": "Objective",
 }
 """Extension point → the contract class in its ``base.py``."""
 
@@ -120,7 +121,7 @@ def find(point: str, kind: str, *, installed: bool = True) -> type:
 @cache
 def schema(cls: type) -> type[BaseModel]:
     """A pydantic model of the keyword-only constructor parameters of ``cls``: the legal recipe keys."""
-    hints = get_type_hints(cls.__init__)
+    hints = get_type_hints(cls.__init__, include_extras=True)  # with constraints: Annotated[int, Field(gt=0)]
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:

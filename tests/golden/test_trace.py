@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from agglo import recipe
-from agglo.training.loop import distill
+from agglo.training.loop import train_model
 
 TRACE = Path(__file__).parent / "trace.json"
 RECIPE = {
@@ -39,7 +39,7 @@ def test_the_losses_of_a_fixed_run_are_the_committed_ones(tmp_path: Path) -> Non
         pixels = torch.nn.functional.interpolate(coarse, size=(64, 56), mode="bilinear")[0]
         Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(images / f"{index}.png")
     data = {"sources": [{"kind": "folder", "path": str(images)}], "views": {"mixup": 0.5}, "workers": 0}
-    distill(recipe.decode({**RECIPE, "data": data}), tmp_path / "run", quiet=True)
+    train_model(recipe.from_dict({**RECIPE, "data": data}), tmp_path / "run", quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trace = [line["terms"] for line in lines]
     if os.environ.get("AGGLO_WRITE_GOLDEN"):

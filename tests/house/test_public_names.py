@@ -21,7 +21,7 @@ PUBLIC = {
     "__version__",
     "create",
     "describe",
-    "distill",
+    "train",
     "embed",
     "evaluate",
     "export",
@@ -72,7 +72,7 @@ def test_unknown_name_suggests_the_nearest():
 @pytest.mark.processes
 def test_importing_a_subpackage_does_not_hide_a_public_name():
     """Importing ``agglo.training`` binds that name on the package: no public name may be the name of a module."""
-    code = "import agglo.training.loop, agglo.evals, agglo; print(callable(agglo.distill), callable(agglo.evaluate))"
+    code = "import agglo.training.run, agglo.evals, agglo; print(callable(agglo.train), callable(agglo.evaluate))"
     result = fresh(code)
     assert result.stdout.split() == ["True", "True"], result.stderr
 

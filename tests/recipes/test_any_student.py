@@ -7,7 +7,7 @@ import pytest
 
 from agglo import recipe
 from agglo.config import build, read_yaml
-from agglo.training.loop import distill
+from agglo.training.loop import train_model
 from agglo.types import ConfigError
 
 pytestmark = pytest.mark.training
@@ -51,7 +51,7 @@ def test_the_small_recipe_trains_it(student: str, tmp_path: Path) -> None:
     assert loaded.train.windows, "the recipe has windows, DAMP and SE-MESA: what not every student can do"
     assert loaded.train.damp
     assert "mesa" in loaded.losses.model_fields_set
-    model = distill(loaded, tmp_path / "run", quiet=True)
+    model = train_model(loaded, tmp_path / "run", quiet=True)
     assert set(model.heads) == {"a", "b"}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == loaded.train.steps
@@ -77,7 +77,7 @@ def test_the_big_recipes_train_it_too(name: str, student: str, tmp_path: Path) -
         "data.workers=0",
     ]
     run = tmp_path / "run"
-    model = distill(recipe.load(name, changes, smoke=True), run, quiet=True)
+    model = train_model(recipe.load(name, changes, smoke=True), run, quiet=True)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2
     step = model.spec.step

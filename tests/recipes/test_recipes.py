@@ -9,7 +9,7 @@ import torch
 from agglo import recipe
 from agglo.config import read_yaml
 from agglo.model.creation import create
-from agglo.training.loop import distill
+from agglo.training.loop import train_model
 from agglo.training.stages import stage_folder
 
 
@@ -21,7 +21,7 @@ def test_it_decodes_states_its_claim_and_builds(name: str) -> None:
         assert loaded.name == name
         assert loaded.claim.summary
         assert loaded.claim.hardware
-        assert recipe.decode(read_yaml(loaded.yaml())).flat() == loaded.flat()
+        assert recipe.from_dict(read_yaml(loaded.to_yaml())).to_dict() == loaded.to_dict()
         if loaded.objective.kind == "upsample":
             continue  # there is no student to build
         with torch.device("meta"):  # at its real size: shapes and names, no memory
@@ -35,7 +35,7 @@ def test_it_decodes_states_its_claim_and_builds(name: str) -> None:
 @pytest.mark.parametrize("name", recipe.names())
 def test_its_pocket_size_trains(name: str, tmp_path: Path) -> None:
     loaded = recipe.load(name, smoke=True)
-    model = distill(loaded, tmp_path / "run", quiet=True)
+    model = train_model(loaded, tmp_path / "run", quiet=True)
     if loaded.objective.kind == "upsample":
         assert model.trained
     else:

@@ -48,7 +48,7 @@ def write_images(folder: Path, count: int = 6) -> Path:
 
 def tiny(data: Path, *overrides: str) -> recipe.Recipe:
     tree = {**TINY, "data": {"sources": [{"kind": "folder", "path": str(data)}], "workers": 0}}
-    return recipe.decode(override(tree, overrides))
+    return recipe.from_dict(override(tree, overrides))
 
 
 def trace(folder: Path) -> list[dict]:

@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 from agglo.config import override
 from agglo.model.artefact import WEIGHTS
 from agglo.model.model import Model
-from agglo.objectives.auxiliary import shown
-from agglo.recipe import Auxiliary, decode
+from agglo.recipe import Auxiliary, from_dict
 from agglo.students.vit import ViT
 from agglo.training import loop
 from agglo.training import step as step_module
 from agglo.training.checkpoint import checkpoints
 from agglo.training.step import Stopwatch
-from agglo.types import ConfigError
+from agglo.types import ConfigError, Features
 from support.training import started, tiny, trace, weights
 
 pytestmark = pytest.mark.training
@@ -28,7 +27,7 @@ DEEP = "student.depth=4"
     ("options", "window"),
     [({}, None), ({"final_norm": True}, None), ({"pool": "avg", "cls_per_teacher": False}, 2), ({"window": 2}, None)],
 )
-def test_the_pass_that_is_made_anyway_shows_its_blocks(options: dict, window: int | None) -> None:
+def test_one_pass_returns_features_and_captured_blocks(options: dict, window: int | None) -> None:
     torch.manual_seed(0)
     student = ViT(("a", "b"), width=32, depth=4, heads=2, max_grid=4, pos_dropout=0.0, **options)
     images, calls = torch.rand(2, 3, 64, 64), []
@@ -37,9 +36,9 @@ def test_the_pass_that_is_made_anyway_shows_its_blocks(options: dict, window: in
     with torch.no_grad():
         expected = student(images, window=window)
         calls.clear()
-        with shown(student, {1, 2}) as seen:
-            found = student(images, window=window)
-        assert calls == ["hook", "block"]  # once, and through the front door
+        seen: dict[int, Features] = {}
+        found = student(images, window=window, blocks={1, 2}, into=seen)
+        assert calls == ["hook", "block"]  # one pass, with the module's hooks
         assert torch.equal(found.spatial, expected.spatial) and torch.equal(found.summary, expected.summary)
         single = {}
         student.visit(images, [1], single.__setitem__, norm=True, window=window)
@@ -47,8 +46,8 @@ def test_the_pass_that_is_made_anyway_shows_its_blocks(options: dict, window: in
     assert not torch.equal(seen[1].spatial, seen[2].spatial)
     assert set(seen) == {1, 2, 3}
     assert "forward" not in vars(student)
-    with pytest.raises(ValueError, match="multiple"), shown(student, {1}):
-        student(torch.rand(1, 3, 50, 50))
+    with pytest.raises(ValueError, match="multiple"):
+        student(torch.rand(1, 3, 50, 50), blocks={1}, into={})
     assert "forward" not in vars(student)
 
 
@@ -73,8 +72,8 @@ def test_a_term_reaches_its_block_and_those_below_and_its_own_head(data: Path, t
 
 def test_the_weight_falls_to_nothing_and_the_term_with_it(data: Path, tmp_path: Path) -> None:
     entry = Auxiliary(depth=0, weight=0.4, until=0.5)
-    assert [entry.share(step, 10) for step in (0, 2, 4, 5, 9)] == pytest.approx([0.4, 0.24, 0.08, 0, 0])
-    loop.distill(tiny(data, "auxiliary={toy: {depth: 0, until: 0.5}}"), tmp_path / "run", quiet=True)
+    assert [entry.weight_at(step, 10) for step in (0, 2, 4, 5, 9)] == pytest.approx([0.4, 0.24, 0.08, 0, 0])
+    loop.train_model(tiny(data, "auxiliary={toy: {depth: 0, until: 0.5}}"), tmp_path / "run", quiet=True)
     lines = trace(tmp_path / "run")
     assert ["toy/auxiliary" in line["terms"] for line in lines] == [True] * 3 + [False] * 3
     assert all("toy/spatial" in line["terms"] for line in lines)
@@ -82,10 +81,10 @@ def test_the_weight_falls_to_nothing_and_the_term_with_it(data: Path, tmp_path: 
 
 def test_it_learns_and_is_kept_in_checkpoints_alone(data: Path, tmp_path: Path) -> None:
     made = tiny(data, "train.steps=40", "train.log_every=3", "auxiliary={dense: {depth: 0, until: 1.0}}")
-    loop.distill(made, tmp_path / "run", quiet=True)
+    loop.train_model(made, tmp_path / "run", quiet=True)
     term = [line["terms"]["dense/auxiliary"] for line in trace(tmp_path / "run")]
     assert sum(term[-3:]) < 0.9 * sum(term[:3])
-    loop.distill(tiny(data, "train.steps=1"), tmp_path / "plain", quiet=True)
+    loop.train_model(tiny(data, "train.steps=1"), tmp_path / "plain", quiet=True)
     for name in ("initial", "model"):
         one, other = (load_file(tmp_path / run / name / WEIGHTS) for run in ("run", "plain"))
         assert one.keys() == other.keys()
@@ -95,8 +94,8 @@ def test_it_learns_and_is_kept_in_checkpoints_alone(data: Path, tmp_path: Path) 
 
 
 def test_off_is_as_if_there_were_none(data: Path, tmp_path: Path) -> None:
-    loop.distill(tiny(data, "auxiliary={}"), tmp_path / "off", quiet=True)
-    loop.distill(tiny(data), tmp_path / "without", quiet=True)
+    loop.train_model(tiny(data, "auxiliary={}"), tmp_path / "off", quiet=True)
+    loop.train_model(tiny(data), tmp_path / "without", quiet=True)
     for name, value in weights(tmp_path / "off").items():
         assert torch.equal(weights(tmp_path / "without")[name], value), name
 
@@ -110,7 +109,7 @@ def test_stages_keep_the_entries_of_their_teachers(data: Path) -> None:
     assert made.stage(0).auxiliary["toy"].depth == 1.0
     assert isinstance(made.stage(0).auxiliary["toy"].depth, float)
     assert made.stage(1).auxiliary == {}
-    assert decode(made.flat()).auxiliary == made.auxiliary
+    assert from_dict(made.to_dict()).auxiliary == made.auxiliary
 
 
 @pytest.mark.parametrize(
@@ -118,20 +117,20 @@ def test_stages_keep_the_entries_of_their_teachers(data: Path) -> None:
     [
         (("auxiliary={toi: {depth: 1}}",), r"auxiliary\.toi: no teacher of that name; did you mean 'toy'"),
         (("auxiliary={toy: {depth: 2}}",), r"auxiliary\.toy\.depth: the student has the blocks 0 to 1, not 2"),
-        (("auxiliary={toy: {depth: -1}}",), r"auxiliary\.toy\.depth.*from 0 on, or a share"),
-        (("auxiliary={toy: {depth: 1.5}}",), r"auxiliary\.toy\.depth.*share in \(0, 1\], not 1\.5"),
+        (("auxiliary={toy: {depth: -1}}",), r"auxiliary\.toy\.depth.*from 0 on, or a fraction"),
+        (("auxiliary={toy: {depth: 1.5}}",), r"auxiliary\.toy\.depth.*fraction in \(0, 1\], not 1\.5"),
         (("auxiliary={toy: {depht: 1}}",), "did you mean 'depth'"),
         (("auxiliary={toy: {depth: 0.5, until: 0}}",), r"auxiliary\.toy\.until"),
         (
             ("auxiliary={toy: {depth: 1}}", "teachers.toy.spatial_weight=0"),
-            r"auxiliary\.toy: it learns a map whose weight is 0: set teachers\.toy\.spatial_weight",
+            r"auxiliary\.toy: the weight of the teacher's map is 0: set teachers\.toy\.spatial_weight",
         ),
         (
             (
                 "auxiliary={toy: {depth: 0.5}}", "student={kind: timm, model: test_efficientnet, stages: [2]}",
                 "partitions=[{sizes: [64], batch: 4}]",
             ),
-            r"auxiliary\.toy: a timm student is no stack of equal blocks.*kind vit",
+            r"auxiliary\.toy: a timm student is not a stack of equal blocks.*kind vit",
         ),
     ],
 )  # fmt: skip
@@ -139,14 +138,14 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     data: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        loop.distill(tiny(data, *overrides), tmp_path / "run", quiet=True)
+        loop.train_model(tiny(data, *overrides), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_share_counts_the_blocks_up_to_and_with_its_own(data: Path, tmp_path: Path) -> None:
     """``round(L share)`` blocks (METHOD 10c): thirds of twelve end with blocks 3, 7 and 11."""
-    tree = tiny(data, "student.depth=12").flat()
+    tree = tiny(data, "student.depth=12").to_dict()
     for share, block in [(1 / 3, 3), (0.33, 3), (2 / 3, 7), (1.0, 11), (0.01, 0)]:
-        made = decode(override(tree, [f"auxiliary={{toy: {{depth: {share}}}}}"]))
+        made = from_dict(override(tree, [f"auxiliary={{toy: {{depth: {share}}}}}"]))
         run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
         assert run.objective.auxiliary.blocks == {"toy": block}

@@ -14,19 +14,19 @@ from PIL import Image
 from torch import Tensor
 
 from agglo import recipe
-from agglo.cache import identity, lessons, room
+from agglo.cache import disk, identity
 from agglo.cache.coding import DTYPES, Coding
-from agglo.cache.crops import CropLoader, crop_chance, draw_roam
-from agglo.cache.lessons import Lessons, find_teachers, loader_for, under
 from agglo.cache.reading import FeatureCache
-from agglo.cache.records import Shelf, key_of, shard_file
-from agglo.cache.writing import write
+from agglo.cache.records import ShardReader, key_of, shard_file
 from agglo.config import build, override
+from agglo.data.crops import CropLoader, crop_generator, draw_roam, outer_size
 from agglo.data.shifts import RenderedBatch
 from agglo.nn.placement import Placement, align_to_common_grid
-from agglo.objectives.distill import build_teachers
+from agglo.objectives.base import build_teachers
 from agglo.teachers.toy import Toy
-from agglo.training import loop
+from agglo.training import loop, targets
+from agglo.training.precompute import precompute
+from agglo.training.targets import TargetSource, build_loader, load_teachers, slice_view, whole_crop_features
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec, StorageError
 from support import training
 
@@ -62,7 +62,7 @@ def data(tmp_path: Path) -> Path:
 def tiny(data: Path, *overrides: str) -> recipe.Recipe:
     views = {"crops": 2, "shift": 0.5, "roam": 1}
     tree = {**TINY, "data": {"sources": [{"kind": "folder", "path": str(data)}], "workers": 0, "views": views}}
-    return recipe.decode(override(tree, overrides))
+    return recipe.from_dict(override(tree, overrides))
 
 
 def trace(folder: Path) -> list[dict]:
@@ -70,21 +70,21 @@ def trace(folder: Path) -> list[dict]:
 
 
 def trained(data: Path, run: Path, *overrides: str) -> list[dict]:
-    loop.distill(tiny(data, *overrides), run, quiet=True)
+    loop.train_model(tiny(data, *overrides), run, quiet=True)
     return trace(run)
 
 
-def opened(made: recipe.Recipe) -> Lessons:
+def opened(made: recipe.Recipe) -> TargetSource:
     """What a run does with a cache before its first step."""
-    lesson = Lessons(made, find_teachers(made), 16, torch.device("cpu"))
-    loader_for(made, 0, lesson)
+    lesson = TargetSource(made, load_teachers(made), 16, torch.device("cpu"))
+    build_loader(made, lesson)
     return lesson
 
 
 def entries(folder: Path, name: str = "toy") -> dict[int, tuple[int, bytes]]:
     """Every record by key: the canvas's CRC and the payload."""
-    shelf, found = Shelf(folder / name), {}
-    for key, place in shelf.places.items():
+    shelf, found = ShardReader(folder / name), {}
+    for key, place in shelf.locations.items():
         into = bytearray(place.bytes)
         found[key] = shelf.read(key, memoryview(into)).canvas, bytes(into)
     return found
@@ -104,7 +104,7 @@ def test_training_from_the_cache_gives_the_losses_of_live_teachers(data: Path, t
     bound = {"fp32": 1e-6, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-2}
     found = {}
     for dtype in DTYPES:
-        write(tiny(data), tmp_path / dtype, dtype=dtype, batch=5)
+        precompute(tiny(data), tmp_path / dtype, dtype=dtype, batch=5)
         cached = trained(data, tmp_path / f"run-{dtype}", f"data.feature_cache={tmp_path / dtype}", "data.workers=1")
         found[dtype] = worst(live, cached)
         assert found[dtype] <= bound[dtype]
@@ -112,7 +112,7 @@ def test_training_from_the_cache_gives_the_losses_of_live_teachers(data: Path, t
 
 
 def test_teachers_are_let_go_of_and_the_seed_of_a_run_does_not_matter(data: Path, tmp_path: Path) -> None:
-    write(tiny(data), tmp_path / "cache", dtype="fp32")
+    precompute(tiny(data), tmp_path / "cache", dtype="fp32")
     made = tiny(data, f"data.feature_cache={tmp_path / 'cache'}", "train.seed=5", "data.workers=2")
     run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
     assert not any([*teacher.parameters(), *teacher.buffers()] for teacher in run.teachers.values())
@@ -121,9 +121,9 @@ def test_teachers_are_let_go_of_and_the_seed_of_a_run_does_not_matter(data: Path
     batches = [next(run.loader.iterate(step, step + 1)) for step in (0, 7)]
     real = build_teachers(made)
     for batch in batches:
-        said = run.teach(batch, RenderedBatch(batch.images, batch.field))
+        said = run.targets(batch, RenderedBatch(batch.images, batch.field))
         for name, teacher in real.items():
-            expected = lessons.ask(teacher, batch.images, identity.outer_size(batch.size, made.data.views, 16), 16)
+            expected = whole_crop_features(teacher, batch.images, outer_size(batch.size, made.data.views, 16), 16)[""]
             for a, b in (
                 (expected.summary, said[name].features.summary),
                 (expected.spatial, said[name].features.spatial),
@@ -133,7 +133,7 @@ def test_teachers_are_let_go_of_and_the_seed_of_a_run_does_not_matter(data: Path
 
 
 def test_a_run_from_a_cache_resumes_as_the_straight_one(data: Path, tmp_path: Path, monkeypatch) -> None:
-    write(tiny(data), tmp_path / "cache")
+    precompute(tiny(data), tmp_path / "cache")
     cached = (f"data.feature_cache={tmp_path / 'cache'}",)
     straight = trained(data, tmp_path / "straight", *cached)
     real = loop.one_step
@@ -145,9 +145,9 @@ def test_a_run_from_a_cache_resumes_as_the_straight_one(data: Path, tmp_path: Pa
 
     monkeypatch.setattr(loop, "one_step", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        loop.distill(tiny(data, *cached), tmp_path / "broken", quiet=True)
+        loop.train_model(tiny(data, *cached), tmp_path / "broken", quiet=True)
     monkeypatch.setattr(loop, "one_step", real)
-    loop.distill(tiny(data, *cached), tmp_path / "broken", resume=True, quiet=True)
+    loop.train_model(tiny(data, *cached), tmp_path / "broken", resume=True, quiet=True)
     assert worst(straight, trace(tmp_path / "broken")) < 1e-5
 
 
@@ -158,7 +158,7 @@ def test_a_shifted_view_is_a_slice_of_the_map_bit_for_bit() -> None:
     spatial = torch.randn(3, 4, 6, 6)
     corner = torch.tensor([[0, 0], [1, 2], [2, 1]])
     view = Placement(corner.double() / 6, (1 / 6 / 16, 1 / 6 / 16), (64, 64))  # 4 cells of 16 pixels in 6
-    seen = under(view, Features(None, spatial))
+    seen = slice_view(Features(None, spatial), view)
     assert seen.features.spatial.shape == (3, 4, 4, 4)
     for sample, (y, x) in enumerate(corner.tolist()):
         assert torch.equal(seen.features.spatial[sample], spatial[sample, :, y : y + 4, x : x + 4])
@@ -171,7 +171,7 @@ def test_a_shifted_view_is_a_slice_of_the_map_bit_for_bit() -> None:
 def test_a_view_off_the_cells_gets_every_cell_it_touches() -> None:
     spatial = torch.arange(25.0).view(1, 1, 5, 5).expand(2, 1, 5, 5)
     view = Placement(torch.tensor([[0.0, 0.1], [0.5, 0.5]], dtype=torch.float64), (0.5 / 8, 0.5 / 8), (8, 8))
-    seen = under(view, Features(None, spatial))
+    seen = slice_view(Features(None, spatial), view)
     assert seen.placement.grid == (3, 3)  # half of the canvas is two and a half cells
     assert torch.equal(seen.placement.start * 5, torch.tensor([[0.0, 0.0], [2.0, 2.0]], dtype=torch.float64))
     assert torch.equal(seen.features.spatial[1, 0], spatial[1, 0, 2:, 2:])
@@ -181,23 +181,24 @@ def test_a_view_off_the_cells_gets_every_cell_it_touches() -> None:
 def test_a_slice_is_what_a_teacher_without_memory_says_of_the_view_itself(data: Path, roam: int) -> None:
     """The toy looks at each patch alone, so the geometry from pixels to cells is checked from end to end."""
     made = tiny(data, *ONE, f"data.views.roam={roam}")
-    lesson = Lessons(made, build_teachers(made), 16, torch.device("cpu"))
-    batch = loader_for(made, 0, lesson).batch(3)
+    lesson = TargetSource(made, build_teachers(made), 16, torch.device("cpu"))
+    batch = build_loader(made, lesson).batch(3)
     assert batch.images.shape[-1] == 32 + 2 * 16 * (2 + roam)
     canvas = RenderedBatch(batch.images, batch.field)
     places = draw_roam(0, 3, 4, 2 + roam)
     assert len(places.unique(dim=0)) > 1
     pixels, view = canvas.crop(batch.size, 16, places)
-    seen = lesson.teach(batch, batch.images, view)["toy"]
+    seen = lesson(batch, canvas, view)["toy"]
     alone = build("teachers", {"kind": "toy"})(pixels)
     torch.testing.assert_close(seen.features.spatial, alone.spatial, rtol=1e-5, atol=1e-6)
 
 
 def test_teachers_of_other_partitions_are_not_asked(data: Path) -> None:
     made = tiny(data, "partitions=[{sizes: [32], batch: 4, teachers: [toy, dense]}, {sizes: [48], batch: 2}]")
-    lesson = Lessons(made, build_teachers(made), 16, torch.device("cpu"))
-    loader = loader_for(made, 0, lesson)
-    asked = {batch.size[0]: set(lesson.teach(batch, batch.images)) for batch in loader.iterate(0, 4)}
+    lesson = TargetSource(made, build_teachers(made), 16, torch.device("cpu"))
+    loader = build_loader(made, lesson)
+    rendered = [(batch, RenderedBatch(batch.images, batch.field)) for batch in loader.iterate(0, 4)]
+    asked = {batch.size[0]: set(lesson(batch, images)) for batch, images in rendered}
     assert asked == {32: {"toy", "dense"}, 48: {"toy", "other", "dense"}}
 
 
@@ -213,7 +214,8 @@ def test_roaming_stays_in_its_range_and_moves_both_students_alike() -> None:
 def test_every_image_has_its_fixed_crops_whatever_the_run(data: Path) -> None:
     views: dict[str, set] = {}
     for seed, workers in ((0, 0), (9, 2)):
-        loader = loader_for(tiny(data, *ONE, f"train.seed={seed}", f"data.workers={workers}"), 0, None)
+        made = tiny(data, *ONE, f"train.seed={seed}", f"data.workers={workers}")
+        loader = build_loader(made, TargetSource(made, build_teachers(made), 16, torch.device("cpu")))
         crops = CropLoader(loader.sources, None, loader.partitions, loader.policy, seed, workers, crops=3)
         for batch in crops.iterate(0, 9):  # 36 samples: six images, twice each of three crops
             planned = crops.planned(batch.step)
@@ -221,11 +223,11 @@ def test_every_image_has_its_fixed_crops_whatever_the_run(data: Path) -> None:
                 assert crops.sources[source].name(index) == name
                 views.setdefault(name, set()).add((crop, view))
     assert len(views) == 6 and all(len(found) == 3 for found in views.values())
-    assert crop_chance("a", 0).random() != crop_chance("a", 1).random() != crop_chance("b", 1).random()
+    assert crop_generator("a", 0).random() != crop_generator("a", 1).random() != crop_generator("b", 1).random()
 
 
 def test_the_first_steps_of_the_writers_loader_hold_every_crop_once(data: Path, tmp_path: Path) -> None:
-    written = write(tiny(data), tmp_path / "cache", batch=5)
+    written = precompute(tiny(data), tmp_path / "cache", batch=5)
     assert written.total == written.done == 6 * 2 * 2 and written.records == 3 * written.total
     keys = {key_of(f"images/{i}.png", crop, (s, s)) for i in range(6) for crop in (0, 1) for s in (32, 48)}
     for name in TINY["teachers"]:
@@ -292,7 +294,7 @@ def test_a_teacher_without_a_map_is_only_a_vector() -> None:
 
 def test_an_unknown_dtype_names_those_there_are(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp32, fp16, bf16, int8, not 'int4'"):
-        write(tiny(data), tmp_path / "cache", dtype="int4")
+        precompute(tiny(data), tmp_path / "cache", dtype="int4")
     assert not (tmp_path / "cache").exists()
 
 
@@ -313,21 +315,21 @@ def test_weights_are_told_apart_and_what_a_module_remembers_is_not_weights() -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("teachers.toy.seed=3", r"teachers\.toy \(seed: 0 then, 3 now\).*OTHER_FOLDER"),
-        ("teachers.toy.stride=8", r"stride: 16 then, 8 now"),
-        ("data.views.flip=0.1", r"data\.views\.flip: 0\.5 then, 0\.1 now.*set these back"),
+        ("teachers.toy.seed=3", r"teachers\.toy \(seed was 0, now 3\).*OTHER_FOLDER"),
+        ("teachers.toy.stride=8", r"stride was 16, now 8"),
+        ("data.views.flip=0.1", r"data\.views\.flip was 0\.5, now 0\.1.*restore these keys"),
         ("data.views.scale=[0.5, 1.0]", r"data\.views\.scale"),
-        ("data.views.aspect=[1.0, 1.0]", r"data\.views\.aspect: \[0\.75, 1\.33"),
-        ("data.views.roam=3", r"data\.views\.roam: 48 then, 80 now"),
+        ("data.views.aspect=[1.0, 1.0]", r"data\.views\.aspect was \[0\.75, 1\.33"),
+        ("data.views.roam=3", r"data\.views\.roam was 48, now 80"),
         ("data.views.shift=0", r"margin"),
-        ("data.views.canvas=200", r"data\.views\.canvas: None then, 200 now"),
-        ("data.views.crops=3", r"lacks 6 of the 18 entries.*crop 2 at 32 px.*`agglo cache RECIPE --out"),
-        ("partitions.0.sizes=[32, 48]", r"lacks 12 of the 24 entries.*48 px"),
-        ("teachers.new={kind: toy, seed: 4}", r"holds nothing from teachers\.new \(it holds: toy\)"),
+        ("data.views.canvas=200", r"data\.views\.canvas was None, now 200"),
+        ("data.views.crops=3", r"lacks 6 of the 18 records.*crop 2 at 32 px.*`agglo cache RECIPE --out"),
+        ("partitions.0.sizes=[32, 48]", r"lacks 12 of the 24 records.*48 px"),
+        ("teachers.new={kind: toy, seed: 4}", r"has no features of teachers\.new \(it has: toy\)"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(data: Path, tmp_path: Path, change: str, message: str) -> None:
-    write(tiny(data, *ONE), tmp_path / "cache")
+    precompute(tiny(data, *ONE), tmp_path / "cache")
     opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
     with pytest.raises(ConfigError, match=message):
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", change))
@@ -335,22 +337,22 @@ def test_a_cache_of_something_else_is_refused(data: Path, tmp_path: Path, change
 
 def test_another_students_stride_is_refused_where_there_is_no_margin_to_show_it(data: Path, tmp_path: Path) -> None:
     still = (*ONE, "data.views={crops: 2}")
-    write(tiny(data, *still), tmp_path / "cache")
+    precompute(tiny(data, *still), tmp_path / "cache")
     made = tiny(data, *still, f"data.feature_cache={tmp_path / 'cache'}")
-    Lessons(made, find_teachers(made), 16, torch.device("cpu"))
-    with pytest.raises(ConfigError, match="the student's stride: 16 then, 8 now"):
-        Lessons(made, find_teachers(made), 8, torch.device("cpu"))
+    TargetSource(made, load_teachers(made), 16, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="the student's stride was 16, now 8"):
+        TargetSource(made, load_teachers(made), 8, torch.device("cpu"))
 
 
 def test_what_the_student_makes_of_a_teacher_is_no_other_teacher(data: Path, tmp_path: Path) -> None:
-    write(tiny(data, *ONE), tmp_path / "cache")
+    precompute(tiny(data, *ONE), tmp_path / "cache")
     opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", "teachers.toy.summary_weight=0.3"))
 
 
 def test_other_weights_and_other_preprocessing_of_the_same_name_are_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tiny(data, *ONE), tmp_path / "cache")
+    precompute(tiny(data, *ONE), tmp_path / "cache")
     cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
     begin, forward = Toy.__init__, Toy.forward
 
@@ -360,7 +362,7 @@ def test_other_weights_and_other_preprocessing_of_the_same_name_are_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(Toy, "__init__", heavier)
-        patch.setattr(lessons, "build_teachers", lambda made: {"toy": Toy()})
+        patch.setattr(targets, "build_teachers", lambda made: {"toy": Toy()})
         with pytest.raises(ConfigError, match=r"another teachers\.toy \(other weights\)"):
             opened(cached)
 
@@ -368,7 +370,7 @@ def test_other_weights_and_other_preprocessing_of_the_same_name_are_refused(
     with pytest.raises(ConfigError, match="its preprocessing changed"):
         opened(cached)
     with pytest.raises(ConfigError, match="its preprocessing changed"):
-        write(tiny(data, *ONE), tmp_path / "cache")
+        precompute(tiny(data, *ONE), tmp_path / "cache")
 
 
 def saved_dino(folder: Path, **changes) -> Path:
@@ -398,26 +400,26 @@ def restate(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": {"height": 96, "width": 96}}, r"its processor changed: size: 64 then, 96 now"),
+        ({"size": {"height": 96, "width": 96}}, r"its processor changed: size was 64, now 96"),
         (
             {"image_mean": [0.4, 0.5, 0.5]},
-            r"its processor changed: mean: \[0\.5, 0\.5, 0\.5\] then, \[0\.4, 0\.5, 0\.5\] now",
+            r"its processor changed: mean was \[0\.5, 0\.5, 0\.5\], now \[0\.4, 0\.5, 0\.5\]",
         ),
-        ({"image_std": [0.2] * 3}, r"its processor changed: std: \[0\.5, 0\.5, 0\.5\] then"),
+        ({"image_std": [0.2] * 3}, r"its processor changed: std was \[0\.5, 0\.5, 0\.5\], now"),
     ],
 )
 def test_what_a_processors_file_says_is_told_by_name(data: Path, tmp_path: Path, change: dict, message: str) -> None:
     cache, dino = tmp_path / "cache", saved_dino(tmp_path / "dino")
-    write(tiny(data, *ONE, with_dino(dino)), cache)
+    precompute(tiny(data, *ONE, with_dino(dino)), cache)
     cached = (*ONE, with_dino(dino), f"data.feature_cache={cache}")
     opened(tiny(data, *cached))
     restate(dino, **change)
-    with pytest.raises(ConfigError, match=f"{cache} is from another teachers\\.toy.*{message}.*OTHER_FOLDER"):
+    with pytest.raises(ConfigError, match=f"{cache} has features of another teachers\\.toy.*{message}.*OTHER_FOLDER"):
         opened(tiny(data, *cached))
     picture(data / "new.png", 9)
     before = entries(cache)
-    with pytest.raises(ConfigError, match=f"begun with another teachers\\.toy.*{message}"):
-        write(tiny(data, *ONE, with_dino(dino)), cache)
+    with pytest.raises(ConfigError, match=f"has features of another teachers\\.toy.*{message}"):
+        precompute(tiny(data, *ONE, with_dino(dino)), cache)
     assert entries(cache) == before
 
 
@@ -425,29 +427,27 @@ def test_another_input_size_is_refused_though_nothing_else_shows_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, two = tmp_path / "cache", (*ONE, "partitions.0.sizes=[32, 48]")
-    write(tiny(data, *ONE), cache)
-    write(tiny(data, *two), cache)  # a size that was added is compared too
+    precompute(tiny(data, *ONE), cache)
+    precompute(tiny(data, *two), cache)  # a size that was added is compared too
     before = Toy.input_size
     monkeypatch.setattr(
         Toy, "input_size", lambda self, size, stride: (160, 160) if size[0] == 144 else before(self, size, stride)
     )
-    message = (
-        r"canvases of 48 px views at 144x144 pixels on a grid of 9x9 then, at 160x160 pixels on a grid of 10x10 now"
-    )
+    message = r"input for 48 px views was 144x144 pixels with a grid of 9x9, now 160x160 pixels with a grid of 10x10"
     for changes in (ONE, two):
         with pytest.raises(ConfigError, match=message):
             opened(tiny(data, *changes, f"data.feature_cache={cache}"))
         with pytest.raises(ConfigError, match=message):
-            write(tiny(data, *changes), cache)
+            precompute(tiny(data, *changes), cache)
 
 
 def test_another_model_is_named_and_not_asked_about_an_image_it_cannot_take(data: Path, tmp_path: Path) -> None:
     """Patches of 14 do not divide the old test image: what differs must be found before it is shown."""
     cache, three, two = tmp_path / "cache", saved_dino(tmp_path / "three"), saved_dino(tmp_path / "two", patch=14)
-    write(tiny(data, *ONE, with_dino(three)), cache)
+    precompute(tiny(data, *ONE, with_dino(three)), cache)
     other = tiny(data, *ONE, with_dino(two), f"data.feature_cache={cache}")
-    for action in (lambda: opened(other), lambda: write(other, cache)):
-        with pytest.raises(ConfigError, match=rf"{cache}.*teachers\.toy.*model: '{three}' then, '{two}' now"):
+    for action in (lambda: opened(other), lambda: precompute(other, cache)):
+        with pytest.raises(ConfigError, match=rf"{cache}.*teachers\.toy.*model was '{three}', now '{two}'"):
             action()
     (tmp_path / "kept").mkdir()
     for file in three.iterdir():  # the same folder, with another model in it
@@ -455,49 +455,49 @@ def test_another_model_is_named_and_not_asked_about_an_image_it_cannot_take(data
     for file in two.iterdir():
         file.rename(three / file.name)
     same = tiny(data, *ONE, with_dino(three), f"data.feature_cache={cache}")
-    for action in (lambda: opened(same), lambda: write(same, cache)):
-        with pytest.raises(ConfigError, match=rf"{cache}.*teachers\.toy \(its output changed: step: 16 then, 14 now"):
+    for action in (lambda: opened(same), lambda: precompute(same, cache)):
+        with pytest.raises(ConfigError, match=rf"{cache}.*teachers\.toy \(its output changed: step was 16, now 14"):
             action()
 
 
 def test_changed_and_new_images_are_refused_and_fewer_are_fine(data: Path, tmp_path: Path) -> None:
-    write(tiny(data, *ONE), tmp_path / "cache")
+    precompute(tiny(data, *ONE), tmp_path / "cache")
     cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
     (data / "5.png").unlink()
     opened(cached)
     picture(data / "new.png", 99)
-    with pytest.raises(ConfigError, match=r"lacks 2 of the 12 entries.*images/new\.png, crop 0.*teacher toy"):
+    with pytest.raises(ConfigError, match=r"lacks 2 of the 12 records.*images/new\.png, crop 0.*teacher toy"):
         opened(cached)
     (data / "new.png").unlink()
     with Image.open(data / "2.png") as image:
         pixels = np.array(image)
     pixels[:, :, 0] //= 2
     Image.fromarray(pixels).save(data / "2.png")
-    loader = loader_for(cached, 0, opened(cached))
-    with pytest.raises(ConfigError, match=r"images/2\.png is not what teachers\.toy saw.*OTHER_FOLDER"):
+    loader = build_loader(cached, opened(cached))
+    with pytest.raises(ConfigError, match=r"images/2\.png is not the image that teachers\.toy saw.*OTHER_FOLDER"):
         list(loader.iterate(0, 5))
 
 
 def test_a_teacher_that_is_not_here_is_taken_at_its_word(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tiny(data, *ONE), tmp_path / "cache")
+    precompute(tiny(data, *ONE), tmp_path / "cache")
 
     def gone(made) -> dict:
         raise AssetError("toy.safetensors is missing")
 
-    monkeypatch.setattr(lessons, "build_teachers", gone)
-    with pytest.warns(UserWarning, match=r"teachers\.toy is not here \(toy\.safetensors is missing\)"):
+    monkeypatch.setattr(targets, "build_teachers", gone)
+    with pytest.warns(UserWarning, match=r"teachers\.toy cannot be loaded \(toy\.safetensors is missing\)"):
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
-    with pytest.warns(UserWarning, match="not here"), pytest.raises(ConfigError, match="seed: 0 then, 3 now"):
+    with pytest.warns(UserWarning, match="cannot be loaded"), pytest.raises(ConfigError, match="seed was 0, now 3"):
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", "teachers.toy.seed=3"))
 
 
 def test_recipes_that_cannot_be_cached_say_what_to_set(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.views\.crops=2"):
-        write(tiny(data, "data.views.crops=0", "data.views.roam=0"), tmp_path / "cache")
+        precompute(tiny(data, "data.views.crops=0", "data.views.roam=0"), tmp_path / "cache")
     with pytest.raises(ConfigError, match="train the upsampler first"):
-        write(recipe.load("featsharp_quick", ["data.views.crops=2"], smoke=True), tmp_path / "cache")
+        precompute(recipe.load("featsharp_quick", ["data.views.crops=2"], smoke=True), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     for change, message in (
         ("data.views.mixup=0.1", r"set data\.views\.mixup=0"),
@@ -507,13 +507,13 @@ def test_recipes_that_cannot_be_cached_say_what_to_set(data: Path, tmp_path: Pat
             tiny(data, "data.feature_cache=somewhere", change)
     with pytest.raises(ConfigError, match=r"data\.views\.roam needs fixed crops"):
         tiny(data, "data.views={roam: 2}")
-    with pytest.raises(ConfigError, match=r"there is no feature cache .*nowhere.*agglo cache RECIPE --out"):
+    with pytest.raises(ConfigError, match=r"feature cache .*nowhere does not exist.*agglo cache RECIPE --out"):
         opened(tiny(data, f"data.feature_cache={tmp_path / 'nowhere'}"))
-    with pytest.raises(ConfigError, match=r"is no feature cache: it holds no manifest\.json"):
+    with pytest.raises(ConfigError, match=r"is not a feature cache: it has no manifest\.json"):
         opened(tiny(data, f"data.feature_cache={data}"))
-    with pytest.raises(ConfigError, match="in use and is no feature cache"):
-        write(tiny(data), data)
-    assert not list(data.glob(".*"))  # nothing of ours is left in another's folder
+    with pytest.raises(ConfigError, match="in use and is not a feature cache"):
+        precompute(tiny(data), data)
+    assert not list(data.glob(".*"))  # nothing was created in that folder
 
 
 def test_two_images_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
@@ -521,8 +521,8 @@ def test_two_images_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
     other.mkdir(parents=True)
     picture(other / "3.png", 50)
     sources = f"data.sources=[{{kind: folder, path: {data}}}, {{kind: folder, path: {other}}}]"
-    with pytest.raises(ConfigError, match=r"two images are called 'images/3\.png'"):
-        write(tiny(data, *ONE, sources), tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"two images have the name 'images/3\.png'"):
+        precompute(tiny(data, *ONE, sources), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("fault", "message"), [(float("nan"), "its map is not finite"), (0.0, "the same at all")])
@@ -534,7 +534,7 @@ def test_a_broken_teacher_is_named(data: Path, tmp_path: Path, monkeypatch, faul
             Toy, "forward", lambda self, x: Features(real(self, x).summary, real(self, x).spatial * fault)
         )
     with pytest.raises(ConfigError, match=rf"teachers\.toy: .*{message}"):
-        write(tiny(data, *ONE), tmp_path / "cache")
+        precompute(tiny(data, *ONE), tmp_path / "cache")
 
 
 # ---------------------------------------------------------------------------------------------------- interruptions
@@ -542,41 +542,41 @@ def test_a_broken_teacher_is_named(data: Path, tmp_path: Path, monkeypatch, faul
 
 def test_images_that_cannot_be_read_are_counted_and_named(data: Path, tmp_path: Path) -> None:
     (data / "3.png").write_bytes(b"not an image")
-    written = write(tiny(data, *ONE), tmp_path / "cache")
+    written = precompute(tiny(data, *ONE), tmp_path / "cache")
     assert written.unreadable == ["images/3.png"] and (written.done, written.total) == (10, 12)
     cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
-    loader = loader_for(cached, 0, opened(cached))
+    loader = build_loader(cached, opened(cached))
     assert all("images/3.png" not in loader.batch(step).names for step in range(5))
     picture(data / "3.png", 3)  # it is whole again
-    fresh = loader_for(cached, 0, opened(cached))
-    with pytest.raises(ConfigError, match=r"nothing from teachers\.toy of images/3\.png"):
+    fresh = build_loader(cached, opened(cached))
+    with pytest.raises(ConfigError, match=r"no features of teachers\.toy for images/3\.png"):
         list(fresh.iterate(0, 5))
-    assert write(tiny(data, *ONE), tmp_path / "cache").records == 2
-    assert len(list(loader_for(cached, 0, opened(cached)).iterate(0, 5))) == 5
+    assert precompute(tiny(data, *ONE), tmp_path / "cache").records == 2
+    assert len(list(build_loader(cached, opened(cached)).iterate(0, 5))) == 5
 
 
 def test_what_is_added_later_is_all_that_is_computed(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert write(tiny(data, *ONE), cache, batch=4).records == 12
-    assert write(tiny(data, *ONE), cache, batch=4).records == 0
+    assert precompute(tiny(data, *ONE), cache, batch=4).records == 12
+    assert precompute(tiny(data, *ONE), cache, batch=4).records == 0
     picture(data / "6.png", 6)
-    assert write(tiny(data, *ONE), cache, batch=4).records == 2  # another image
-    assert write(tiny(data, *ONE, "data.views.crops=3"), cache, batch=4).records == 7  # another crop
+    assert precompute(tiny(data, *ONE), cache, batch=4).records == 2  # another image
+    assert precompute(tiny(data, *ONE, "data.views.crops=3"), cache, batch=4).records == 7  # another crop
     before = entries(cache)
     more = (*ONE, "partitions.0.sizes=[32, 48]", "teachers.other={kind: toy, seed: 1}")
-    assert write(tiny(data, *more), cache, batch=4).records == 14 + 28  # another size, and another teacher
+    assert precompute(tiny(data, *more), cache, batch=4).records == 14 + 28  # another size, and another teacher
     after = entries(cache)
     assert all(after[key] == value for key, value in before.items())
     opened(tiny(data, *more, f"data.feature_cache={cache}"))
-    with pytest.raises(ConfigError, match="written as fp16, int8 is asked for"):
-        write(tiny(data, *ONE), cache, dtype="int8")
+    with pytest.raises(ConfigError, match="dtype was fp16, now int8"):
+        precompute(tiny(data, *ONE), cache, dtype="int8")
 
 
 def test_a_full_disk_stops_cleanly_and_says_how_much_is_missing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = tmp_path / "straight"
-    write(tiny(data, *ONE), straight, batch=4)
+    precompute(tiny(data, *ONE), straight, batch=4)
     real, left = os.pwrite, [5000]
 
     def small(file: int, chunk, offset: int) -> int:
@@ -588,16 +588,16 @@ def test_a_full_disk_stops_cleanly_and_says_how_much_is_missing(
 
     monkeypatch.setattr(os, "pwrite", small)
     with pytest.raises(StorageError, match="the disk is full") as caught:
-        write(tiny(data, *ONE), tmp_path / "cache", batch=4)
+        precompute(tiny(data, *ONE), tmp_path / "cache", batch=4)
     one = entries(straight)
     length = len(next(iter(one.values()))[1]) + 32
     whole = 5000 // length
     found = entries(tmp_path / "cache")
     assert len(found) == whole and all(found[key] == one[key] for key in found)
     missing = (12 - whole // 4 * 4) * length
-    assert f"of 12 canvases are written and whole; about {missing / 1e3:.1f} kB more are needed" in str(caught.value)
+    assert f"of 12 crops are complete; about {missing / 1e3:.1f} kB more are needed" in str(caught.value)
     monkeypatch.setattr(os, "pwrite", real)
-    assert write(tiny(data, *ONE), tmp_path / "cache", batch=4).records == 12 - whole
+    assert precompute(tiny(data, *ONE), tmp_path / "cache", batch=4).records == 12 - whole
     again = entries(tmp_path / "cache")
     assert {key: canvas for key, (canvas, _) in again.items()} == {key: canvas for key, (canvas, _) in one.items()}
 
@@ -609,7 +609,7 @@ def test_a_disk_that_is_full_at_the_beginning_says_as_much(
     cache, real, opening = tmp_path / "cache", Path.write_bytes, os.open
 
     def full(path: Path, content: bytes) -> int:
-        if path.name.startswith(file):
+        if path.name.startswith(f".{Path(file).stem}."):
             raise OSError(28, "No space left on device")
         return real(path, content)
 
@@ -621,10 +621,10 @@ def test_a_disk_that_is_full_at_the_beginning_says_as_much(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         patch.setattr(os, "open", locked)
-        with pytest.raises(StorageError, match="0 of 12 canvases are written and whole; about") as caught:
-            write(tiny(data, *ONE), cache)
-    written = write(tiny(data, *ONE), cache)
-    size = 12 * written.bytes_an_image
+        with pytest.raises(StorageError, match="0 of 12 crops are complete; about") as caught:
+            precompute(tiny(data, *ONE), cache)
+    written = precompute(tiny(data, *ONE), cache)
+    size = 12 * written.crop_bytes
     assert str(caught.value).startswith(f"{cache}: ") and f"about {size / 1e3:.1f} kB more are needed" in str(
         caught.value
     )
@@ -634,64 +634,64 @@ def test_a_disk_that_is_full_at_the_beginning_says_as_much(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     if file in ("manifest.json", "teacher.json"):  # what is there already is counted, not forgotten
-        with pytest.raises(StorageError, match=r"12 of 24 canvases are written and whole"):
-            write(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache)
+        with pytest.raises(StorageError, match=r"12 of 24 crops are complete"):
+            precompute(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache)
         monkeypatch.setattr(Path, "write_bytes", real)
-        assert write(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache).records == 12
+        assert precompute(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache).records == 12
 
 
 def test_what_will_not_fit_is_said_before_it_begins(data: Path, tmp_path: Path, monkeypatch) -> None:
     said: list[str] = []
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage)
-    write(tiny(data, *ONE), tmp_path / "cache", say=said.append)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage)
+    precompute(tiny(data, *ONE), tmp_path / "cache", message=said.append)
     size = sum(len(payload) + 32 for _, payload in entries(tmp_path / "cache").values())
     assert f"{size / 1e3:.1f} kB to write, 1.0 kB free" in said[0]
-    assert f"{(size - 1000) / 1e3:.1f} kB more are needed" in said[1]
+    assert f"{(size - 1000) / 1e3:.1f} kB more than is free" in said[1]
 
 
 def test_only_one_process_writes(data: Path, tmp_path: Path) -> None:
-    from agglo.cache.folder import alone
+    from agglo.cache.disk import exclusive
 
     cache = tmp_path / "cache"
-    with alone(cache), pytest.raises(ConfigError, match="another process is writing"):
-        write(tiny(data, *ONE), cache)
-    write(tiny(data, *ONE), cache)
+    with exclusive(cache), pytest.raises(ConfigError, match="another process is writing"):
+        precompute(tiny(data, *ONE), cache)
+    precompute(tiny(data, *ONE), cache)
 
 
 def test_records_without_their_teachers_file_are_not_taken_for_another_teachers(data: Path, tmp_path: Path) -> None:
-    write(tiny(data, *ONE), tmp_path / "cache")
+    precompute(tiny(data, *ONE), tmp_path / "cache")
     (tmp_path / "cache" / "toy" / "teacher.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds records but no teacher\.json"):
-        write(tiny(data, *ONE), tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"has records but no teacher\.json"):
+        precompute(tiny(data, *ONE), tmp_path / "cache")
 
 
 def test_statistics_that_changed_are_refused(data: Path, tmp_path: Path) -> None:
-    write(tiny(data, *ONE), tmp_path / "cache")
+    precompute(tiny(data, *ONE), tmp_path / "cache")
     file = tmp_path / "cache" / "toy" / "statistics.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(AssetError, match="no record can be read without it"):
+    with pytest.raises(AssetError, match="the records cannot be decoded without it"):
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
 
 
 def test_a_damaged_entry_stops_training_and_the_next_move_repairs_it(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    write(tiny(data, *ONE), cache)
+    precompute(tiny(data, *ONE), cache)
     before = entries(cache)
     file = shard_file(cache / "toy", 0)
     content = bytearray(file.read_bytes())
     content[100] ^= 8
     file.write_bytes(content)
     cached = tiny(data, *ONE, f"data.feature_cache={cache}")
-    loader = loader_for(cached, 0, opened(cached))
+    loader = build_loader(cached, opened(cached))
     with pytest.raises(AssetError, match=r"000000\.shard.*delete that file"):
         list(loader.iterate(0, 5))
     file.unlink()
     with pytest.raises(ConfigError, match="lacks 12 of the 12"):
         opened(cached)
-    assert write(tiny(data, *ONE), cache).records == 12
+    assert precompute(tiny(data, *ONE), cache).records == 12
     assert entries(cache) == before  # the same batches: to the last bit
 
 
@@ -701,15 +701,15 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from agglo import recipe
-from agglo.cache.writing import write
-made = recipe.decode(json.loads(sys.argv[1]))
+from agglo.training.precompute import precompute
+made = recipe.from_dict(json.loads(sys.argv[1]))
 folder, wanted, chance, kills = Path(sys.argv[2]), int(sys.argv[3]), random.Random(1), 0
 def size():
     return sum(path.stat().st_size for path in folder.glob("*/*.shard"))
 while True:
     child = os.fork()
     if not child:
-        write(made, folder, dtype="fp32", batch=7, shard_bytes=30_000, progress=lambda *_: time.sleep(0.003))
+        precompute(made, folder, dtype="fp32", batch=7, shard_bytes=30_000, progress=lambda *_: time.sleep(0.003))
         os._exit(0)
     start = size()
     while kills < wanted:
@@ -738,17 +738,17 @@ def test_kills_at_any_moment_leave_no_wrong_and_no_missing_entry(tmp_path: Path)
     changes = (*ONE, "partitions=[{sizes: [16], batch: 4}]", "data.views={crops: 1}", "teachers.toy.stride=8")
     made = tiny(folder, *changes)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(made.flat()), tmp_path / "cache", "4"],
+        [sys.executable, "-c", KILLED, json.dumps(made.to_dict()), tmp_path / "cache", "4"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.split() == ["4", "0"], done.stderr
     cached = tiny(folder, *changes, f"data.feature_cache={tmp_path / 'cache'}")
     lesson = opened(cached)
-    assert len(Shelf(tmp_path / "cache" / "toy")) == 300
-    loader, toy, names = loader_for(cached, 0, lesson), build_teachers(made)["toy"], set()
+    assert len(ShardReader(tmp_path / "cache" / "toy")) == 300
+    loader, toy, names = build_loader(cached, lesson), build_teachers(made)["toy"], set()
     for step in range(75):
         batch = loader.batch(step)
-        said, expected = lesson.teach(batch, batch.images)["toy"].features, toy(batch.images)
+        said, expected = lesson(batch, RenderedBatch(batch.images, batch.field))["toy"].features, toy(batch.images)
         assert torch.allclose(said.summary, expected.summary, atol=1e-6)
         assert torch.allclose(said.spatial, expected.spatial, atol=1e-6)
         names.update(batch.names)
@@ -758,20 +758,20 @@ def test_kills_at_any_moment_leave_no_wrong_and_no_missing_entry(tmp_path: Path)
 def test_a_reader_may_look_while_it_grows(data: Path, tmp_path: Path) -> None:
     """A cache that holds what a run needs is used while other things are added to it."""
     cache = tmp_path / "cache"
-    write(tiny(data, *ONE), cache, dtype="fp32")
+    precompute(tiny(data, *ONE), cache, dtype="fp32")
     cached = tiny(data, *ONE, f"data.feature_cache={cache}")
     lesson = opened(cached)
     reader, checked = FeatureCache(cache), []
 
     def look(done: int, total: int) -> None:
-        loader = loader_for(cached, 0, lesson)
+        loader = build_loader(cached, lesson)
         batch = loader.batch(done)
         toy = build_teachers(cached)["toy"]
-        expected = lessons.ask(toy, batch.images, identity.outer_size(batch.size, cached.data.views, 16), 16)
-        said: Tensor = lesson.teach(batch, batch.images)["toy"].features.spatial
+        expected = whole_crop_features(toy, batch.images, outer_size(batch.size, cached.data.views, 16), 16)[""]
+        said: Tensor = lesson(batch, RenderedBatch(batch.images, batch.field))["toy"].features.spatial
         assert torch.allclose(said, expected.spatial, atol=1e-6)
-        reader.shelf("toy").refresh()
-        checked.append(len(reader.shelf("toy")))
+        reader.reader("toy").refresh()
+        checked.append(len(reader.reader("toy")))
 
-    write(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache, dtype="fp32", batch=3, progress=look)
+    precompute(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache, dtype="fp32", batch=3, progress=look)
     assert checked == sorted(checked) and checked[0] == 12 and checked[-1] == 24 and len(set(checked)) > 3

@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agglo.cache.records import HEADER, Pen, Record, Shelf, index_file, inspect, key_of, shard_file, shard_numbers
+from agglo.cache.records import (
+    HEADER,
+    Record,
+    ShardReader,
+    ShardWriter,
+    index_file,
+    inspect,
+    key_of,
+    shard_file,
+    shard_numbers,
+)
 from agglo.types import AssetError
 
 
@@ -21,18 +31,18 @@ def payload(key: int, length: int = 300) -> bytes:
     return np.random.Generator(np.random.Philox(key)).bytes(length)
 
 
-def put(pen: Pen, key: int, length: int = 300) -> None:
+def put(pen: ShardWriter, key: int, length: int = 300) -> None:
     pen.append(Record(key, key * 7 % 2**32, (3, 5)), [payload(key, length)])
 
 
-def read(shelf: Shelf, key: int) -> tuple[Record, bytes]:
-    into = bytearray(shelf.places[key].bytes)
+def read(shelf: ShardReader, key: int) -> tuple[Record, bytes]:
+    into = bytearray(shelf.locations[key].bytes)
     return shelf.read(key, memoryview(into)), bytes(into)
 
 
 def check(folder: Path, keys, length: int = 300) -> None:
-    shelf = Shelf(folder)
-    assert set(shelf.places) == set(keys)
+    shelf = ShardReader(folder)
+    assert set(shelf.locations) == set(keys)
     for key in keys:
         record, data = read(shelf, key)
         assert record == Record(key, key * 7 % 2**32, (3, 5))
@@ -40,13 +50,13 @@ def check(folder: Path, keys, length: int = 300) -> None:
 
 
 def test_what_is_written_is_read_in_any_order_from_many_shards(tmp_path: Path) -> None:
-    pen = Pen(tmp_path, shard_bytes=1000)
+    pen = ShardWriter(tmp_path, shard_bytes=1000)
     for key in range(1, 20):
         put(pen, key, 300 + key)
     pen.close()
     assert len(shard_numbers(tmp_path)) > 3
     assert index_file(tmp_path, 0).is_file()
-    shelf = Shelf(tmp_path)
+    shelf = ShardReader(tmp_path)
     assert len(shelf) == 19
     for key in range(19, 0, -1):
         assert read(shelf, key)[1] == payload(key, 300 + key)
@@ -55,7 +65,7 @@ def test_what_is_written_is_read_in_any_order_from_many_shards(tmp_path: Path) -
 
 def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for start in (1, 6, 11):
-        pen = Pen(tmp_path, shard_bytes=1500)
+        pen = ShardWriter(tmp_path, shard_bytes=1500)
         assert pen.keys == set(range(1, start))
         for key in range(start, start + 5):
             put(pen, key)
@@ -65,7 +75,7 @@ def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [1, HEADER.size - 1, HEADER.size, HEADER.size + 1, HEADER.size + 299])
 def test_a_half_written_record_is_not_there_and_is_cut_off(tmp_path: Path, left: int) -> None:
-    pen = Pen(tmp_path)
+    pen = ShardWriter(tmp_path)
     for key in (1, 2, 3):
         put(pen, key)
     pen.close()
@@ -73,7 +83,7 @@ def test_a_half_written_record_is_not_there_and_is_cut_off(tmp_path: Path, left:
     os.truncate(shard_file(tmp_path, 0), whole + left)
     check(tmp_path, (1, 2))
     assert inspect(tmp_path) == (2, [])  # what a kill leaves is no damage
-    pen = Pen(tmp_path)
+    pen = ShardWriter(tmp_path)
     assert pen.lost == left and pen.keys == {1, 2}
     put(pen, 3)
     pen.close()
@@ -82,35 +92,35 @@ def test_a_half_written_record_is_not_there_and_is_cut_off(tmp_path: Path, left:
 
 def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path: Path) -> None:
     """The file had its new length on the disk, its last bytes not."""
-    pen = Pen(tmp_path)
+    pen = ShardWriter(tmp_path)
     put(pen, 1)
     put(pen, 2)
     pen.close()
     with shard_file(tmp_path, 0).open("r+b") as file:
         file.seek(HEADER.size + 300 + HEADER.size + 100)
         file.write(bytes(200))
-    pen = Pen(tmp_path)
+    pen = ShardWriter(tmp_path)
     assert pen.keys == {1} and pen.lost == HEADER.size + 300
     pen.close()
     check(tmp_path, (1,))
 
 
 def test_killed_between_shard_and_index_the_index_is_made_later(tmp_path: Path) -> None:
-    pen = Pen(tmp_path, shard_bytes=700)
+    pen = ShardWriter(tmp_path, shard_bytes=700)
     for key in range(1, 8):
         put(pen, key)
     pen.close()
     index_file(tmp_path, 0).unlink()
     index_file(tmp_path, 1).with_suffix(".partial").write_bytes(b"half")
     check(tmp_path, range(1, 8))
-    pen = Pen(tmp_path, shard_bytes=700)
+    pen = ShardWriter(tmp_path, shard_bytes=700)
     assert pen.keys == set(range(1, 8)) and index_file(tmp_path, 0).is_file() and not [*tmp_path.glob("*.partial")]
     pen.close()
     check(tmp_path, range(1, 8))
 
 
 def test_an_index_that_does_not_fit_its_shard_is_not_believed(tmp_path: Path) -> None:
-    pen = Pen(tmp_path, shard_bytes=700)
+    pen = ShardWriter(tmp_path, shard_bytes=700)
     for key in range(1, 5):
         put(pen, key)
     pen.close()
@@ -122,7 +132,7 @@ def test_an_index_that_does_not_fit_its_shard_is_not_believed(tmp_path: Path) ->
 
 @pytest.mark.parametrize("byte", [HEADER.size + 5, HEADER.size + 300 + 9, HEADER.size + 300 + HEADER.size + 299])
 def test_a_flipped_bit_is_found_when_read_and_by_the_check(tmp_path: Path, byte: int) -> None:
-    pen = Pen(tmp_path, shard_bytes=3 * (HEADER.size + 300))
+    pen = ShardWriter(tmp_path, shard_bytes=3 * (HEADER.size + 300))
     for key in range(1, 6):
         put(pen, key)
     pen.close()
@@ -130,15 +140,15 @@ def test_a_flipped_bit_is_found_when_read_and_by_the_check(tmp_path: Path, byte:
     data[byte] ^= 4
     shard_file(tmp_path, 0).write_bytes(data)
     victim = 1 + byte // (HEADER.size + 300)
-    shelf = Shelf(tmp_path)
+    shelf = ShardReader(tmp_path)
     with pytest.raises(AssetError, match=r"000000\.shard.*byte \d+.*delete that file.*agglo cache"):
         read(shelf, victim)
     assert read(shelf, 5)[1] == payload(5)
     whole, damages = inspect(tmp_path)
     assert [damage.file.name for damage in damages] == ["000000.shard"]
-    assert whole == 4 and damages[0].whole == 2
+    assert whole == 4 and damages[0].intact == 2
     shard_file(tmp_path, 0).unlink()  # the next move
-    pen = Pen(tmp_path, shard_bytes=3 * (HEADER.size + 300))
+    pen = ShardWriter(tmp_path, shard_bytes=3 * (HEADER.size + 300))
     assert pen.keys == {4, 5}
     for key in (1, 2, 3):
         put(pen, key)
@@ -148,25 +158,25 @@ def test_a_flipped_bit_is_found_when_read_and_by_the_check(tmp_path: Path, byte:
 
 
 def test_a_full_shard_that_was_cut_is_damage(tmp_path: Path) -> None:
-    pen = Pen(tmp_path, shard_bytes=2 * (HEADER.size + 300))
+    pen = ShardWriter(tmp_path, shard_bytes=2 * (HEADER.size + 300))
     for key in range(1, 4):
         put(pen, key)
     pen.close()
     os.truncate(shard_file(tmp_path, 0), HEADER.size + 310)
     assert [damage.file.name for damage in inspect(tmp_path)[1]] == ["000000.shard"]
-    assert 2 not in Shelf(tmp_path)  # its index is of a longer file
+    assert 2 not in ShardReader(tmp_path)  # its index is of a longer file
 
 
 def test_a_record_of_another_length_is_refused(tmp_path: Path) -> None:
-    pen = Pen(tmp_path)
+    pen = ShardWriter(tmp_path)
     put(pen, 1)
     pen.close()
-    with pytest.raises(AssetError, match="300 bytes where 299"):
-        Shelf(tmp_path).read(1, memoryview(bytearray(299)))
+    with pytest.raises(AssetError, match="300 bytes instead of 299"):
+        ShardReader(tmp_path).read(1, memoryview(bytearray(299)))
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pen = Pen(tmp_path)
+    pen = ShardWriter(tmp_path)
     put(pen, 1)
     real, calls = os.pwrite, []
 
@@ -191,9 +201,9 @@ def test_the_kernels_own_limit_leaves_whole_records(tmp_path: Path) -> None:
     """A real short write: the process may not write files beyond 2000 bytes."""
     code = (
         "import signal, resource, sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
-        "from test_cache_records import Pen, put\n"
+        "from test_cache_records import ShardWriter, put\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "pen = Pen(Path(sys.argv[1]))\n"
+        "pen = ShardWriter(Path(sys.argv[1]))\n"
         "try:\n    [put(pen, key) for key in range(1, 50)]\n"
         "except OSError as error:\n    print(error.errno)\n"
     )
@@ -208,18 +218,18 @@ def test_the_kernels_own_limit_leaves_whole_records(tmp_path: Path) -> None:
 def test_readers_see_only_whole_records_while_another_process_writes_and_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
-        "from test_cache_records import Pen, put\n"
-        "pen = Pen(Path(sys.argv[1]), shard_bytes=200_000)\n"
+        "from test_cache_records import ShardWriter, put\n"
+        "pen = ShardWriter(Path(sys.argv[1]), shard_bytes=200_000)\n"
         "for key in range(1, 4000):\n    key in pen or put(pen, key, 20_000)\n"
     )
-    shelf, kills, seen = Shelf(tmp_path), 0, 0
+    shelf, kills, seen = ShardReader(tmp_path), 0, 0
     while kills < 3:
         before = len(shelf)
         writer = subprocess.Popen([sys.executable, "-c", code, tmp_path, Path(__file__).parent])
         until = time.monotonic() + 30
         while len(shelf) < before + 20 and time.monotonic() < until:
             shelf.refresh()
-            for key in list(shelf.places)[-3:]:
+            for key in list(shelf.locations)[-3:]:
                 assert read(shelf, key)[1] == payload(key, 20_000)
                 seen += 1
         writer.send_signal(signal.SIGKILL)
@@ -228,15 +238,15 @@ def test_readers_see_only_whole_records_while_another_process_writes_and_is_kill
     assert seen > 20
     assert inspect(tmp_path)[1] == []
     shelf.refresh()
-    assert sorted(shelf.places) == list(range(1, len(shelf) + 1))
+    assert sorted(shelf.locations) == list(range(1, len(shelf) + 1))
 
 
 def test_many_threads_may_read(tmp_path: Path) -> None:
-    pen = Pen(tmp_path, shard_bytes=2000)
+    pen = ShardWriter(tmp_path, shard_bytes=2000)
     for key in range(1, 60):
         put(pen, key)
     pen.close()
-    shelf, wrong = Shelf(tmp_path), []
+    shelf, wrong = ShardReader(tmp_path), []
 
     def work(seed: int) -> None:
         order = map(int, np.random.default_rng(seed).permutation(59) + 1)
@@ -251,7 +261,7 @@ def test_many_threads_may_read(tmp_path: Path) -> None:
 
 
 def test_a_header_that_is_no_header_is_damage_even_in_the_last_shard(tmp_path: Path) -> None:
-    pen = Pen(tmp_path)
+    pen = ShardWriter(tmp_path)
     for key in (1, 2, 3):
         put(pen, key)
     pen.close()
@@ -264,13 +274,13 @@ def test_a_header_that_is_no_header_is_damage_even_in_the_last_shard(tmp_path: P
 
 def test_what_is_finished_is_closed_and_can_still_be_added_to(tmp_path: Path) -> None:
     for start in (1, 4):
-        pen = Pen(tmp_path)
+        pen = ShardWriter(tmp_path)
         for key in range(start, start + 3):
             put(pen, key)
         pen.finish()
         pen.close()
     assert shard_numbers(tmp_path) == [0, 1] and index_file(tmp_path, 1).is_file()
-    Pen(tmp_path).finish()
+    ShardWriter(tmp_path).finish()
     assert shard_numbers(tmp_path) == [0, 1]  # nothing was added: no empty file
     check(tmp_path, range(1, 7))
     os.truncate(shard_file(tmp_path, 1), HEADER.size + 310)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agglo.cache import writing
 from agglo.cache.records import index_file, shard_file
 from agglo.cli import cache as caching
 from agglo.cli.cache import Pace
+from agglo.training import precompute
 from support.commands import agglo
 
 pytestmark = pytest.mark.processes
@@ -54,9 +54,9 @@ def refused(*arguments: object) -> str:
 def test_it_writes_tells_and_says_how_to_train(tiny: Path) -> None:
     result = agglo("cache", tiny, CROPS, "--dtype", "int8")
     assert result.exit_code == 0, result.output
-    assert "12 canvases, about" in result.stderr and "to write" in result.stderr
-    assert "12/12 canvases" in result.stderr
-    assert "features/tiny: 12 of 12 canvases" in result.stdout and "12 records written" in result.stdout
+    assert "12 crops, about" in result.stderr and "to write" in result.stderr
+    assert "12/12 crops" in result.stderr
+    assert "features/tiny: 12 of 12 crops" in result.stdout and "12 records written" in result.stdout
     assert "toy: error 0." in result.stdout
     train = next(line for line in result.stdout.splitlines() if "agglo train" in line).split()
     assert train[-2:] == [CROPS, "data.feature_cache=features/tiny"]
@@ -66,8 +66,8 @@ def test_it_writes_tells_and_says_how_to_train(tiny: Path) -> None:
     assert "0 records written" in again.stdout
 
 
-def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, batches = writing._Job._write, []
+def test_interrupted_precompute_prints_resume_command(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, batches = precompute._Job._write, []
 
     def interrupting(self, loader, batch) -> None:
         real(self, loader, batch)
@@ -75,17 +75,17 @@ def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tiny: Path, monkeypatch: pyte
         if len(batches) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(writing._Job, "_write", interrupting)
+    monkeypatch.setattr(precompute._Job, "_write", interrupting)
     result = agglo("cache", tiny, CROPS, "--batch", 3)
     assert result.exit_code == 130
     unfinished = agglo("cache", "--check", "features/tiny")
-    assert unfinished.exit_code == 0 and "6 records are whole" in unfinished.stdout
-    assert "is sound as far as it goes, and unfinished: run the same `agglo cache` again" in unfinished.stdout
-    command = result.stderr.split("Go on with: ")[1].splitlines()[0]
+    assert unfinished.exit_code == 0 and "6 intact records" in unfinished.stdout
+    assert "is intact but unfinished: run the same `agglo cache` again" in unfinished.stdout
+    command = result.stderr.split("Resume with: ")[1].splitlines()[0]
     assert command == f"agglo cache {tiny} {CROPS} --out features/tiny --dtype fp16"
-    monkeypatch.setattr(writing._Job, "_write", real)
+    monkeypatch.setattr(precompute._Job, "_write", real)
     assert "6 records written" in agglo(*command.split()[1:]).stdout
-    assert "features/tiny is sound\n" in agglo("cache", "--check", "features/tiny").stdout
+    assert "features/tiny is intact\n" in agglo("cache", "--check", "features/tiny").stdout
 
 
 def test_check_names_the_damaged_file_and_the_next_move_repairs_it(tiny: Path) -> None:
@@ -97,7 +97,7 @@ def test_check_names_the_damaged_file_and_the_next_move_repairs_it(tiny: Path) -
     result = agglo("cache", "--check", "features/tiny")
     assert result.exit_code == 2
     assert "toy: " in result.stdout and f"{file} is damaged at byte" in result.stdout
-    assert "1 damaged file in features/tiny: delete them and run the same `agglo cache`" in result.stderr
+    assert "1 damaged file in features/tiny: delete them and rerun the same `agglo cache`" in result.stderr
     file.unlink()
     index_file(file.parent, 0).unlink(missing_ok=True)
     assert "12 records written" in agglo("cache", tiny, CROPS).stdout
@@ -111,7 +111,7 @@ def test_check_misses_what_was_there(tiny: Path) -> None:
         path.unlink()
     result = agglo("cache", "--check", "features/tiny")
     assert result.exit_code == 2
-    assert "toy: 12 records are whole, of 12" in result.stdout and "other: 0 records are whole, of 12" in result.stdout
+    assert "toy: 12 intact records of 12" in result.stdout and "other: 0 intact records of 12" in result.stdout
     assert "lost 12 of the 12 records of other: run the same `agglo cache` again" in result.stderr
     assert "12 records written" in agglo("cache", tiny, CROPS, both).stdout
     assert agglo("cache", "--check", "features/tiny").exit_code == 0
@@ -120,17 +120,17 @@ def test_check_misses_what_was_there(tiny: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_left_as_it_was(tiny: Path) -> None:
-    assert "in use and is no feature cache" in refused("cache", tiny, CROPS, "--out", "images")
+    assert "in use and is not a feature cache" in refused("cache", tiny, CROPS, "--out", "images")
     assert sorted(path.name for path in Path("images").iterdir()) == [f"{index}.png" for index in range(6)]
 
 
-def test_a_full_disk_ends_with_the_command_that_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_error_names_resume_command(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
     said = refused("cache", tiny, CROPS)
-    assert "the disk is full. 0 of 12 canvases" in said and "more are needed" in said
+    assert "the disk is full. 0 of 12 crops" in said and "more are needed" in said
     assert f"agglo cache {tiny} {CROPS} --out features/tiny" in said
 
 
@@ -138,7 +138,7 @@ def test_wrong_calls_say_what_to_do(tiny: Path) -> None:
     assert "data.views.crops=2" in refused("cache", tiny)
     assert "name a recipe" in refused("cache")
     assert "--check takes a cache's folder and nothing else" in refused("cache", tiny, "--check", "x")
-    assert "there is no feature cache" in refused("cache", "--check", "nowhere")
+    assert "feature cache nowhere does not exist" in refused("cache", "--check", "nowhere")
     assert "fp32, fp16, bf16, int8, not 'fp8'" in refused("cache", tiny, CROPS, "--dtype", "fp8")
     assert "--batch must be at least 1" in refused("cache", tiny, CROPS, "--batch", 0)
     assert "try --device cpu" in refused("cache", tiny, CROPS, "--device", "nonsense")
@@ -151,6 +151,6 @@ def test_pace_counts_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pace.text(5000, 10000) == ""  # from an earlier run: no rate of this one
     now[0] += 10
     assert pace.text(5100, 10000) == "10.0 images/s, 0:08:10 left"
-    assert pace.due(False)
-    assert not pace.due(False)
-    assert pace.due(True)
+    assert pace.is_due(False)
+    assert not pace.is_due(False)
+    assert pace.is_due(True)

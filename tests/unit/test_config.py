@@ -17,12 +17,12 @@ TINY = {
 
 
 def test_resolved_recipe_round_trips() -> None:
-    decoded = recipe.decode(TINY)
+    decoded = recipe.from_dict(TINY)
     assert decoded.student["registers"] == 4
     assert decoded.teachers["toy"].teacher["stride"] == 16
-    again = recipe.decode(config.read_yaml(decoded.yaml()))
+    again = recipe.from_dict(config.read_yaml(decoded.to_yaml()))
     assert again == decoded
-    assert again.yaml() == decoded.yaml()
+    assert again.to_yaml() == decoded.to_yaml()
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_resolved_recipe_round_trips() -> None:
 )
 def test_invalid_overrides_name_the_key(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        recipe.decode(config.override(TINY, [assignment]))
+        recipe.from_dict(config.override(TINY, [assignment]))
 
 
 def test_overrides_copy_and_parse_yaml_values() -> None:
@@ -114,13 +114,13 @@ def test_plugins_are_for_recipes_not_for_checkpoints(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("value", ["foo", "0", "true", "-3", "2.5"])
 def test_canvas_is_pixels_auto_or_null(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.views\.canvas: a positive number of pixels, auto, or null; got"):
+    with pytest.raises(ConfigError, match=r"data\.views\.canvas: must be a positive number of pixels, auto, or null"):
         recipe.load("small", [f"data.views.canvas={value}"])
     assert recipe.load("small", ["data.views.canvas=auto"]).data.views.canvas == "auto"
 
 
 def test_invalid_crop_ranges_are_refused() -> None:
-    for changes, message in (("scale=[0.5, 1.5]", "larger than its image"), ("aspect=[2, 1]", "0 < low <= high")):
+    for changes, message in (("scale=[0.5, 1.5]", "as large as its image"), ("aspect=[2, 1]", "0 < low <= high")):
         with pytest.raises(ConfigError, match=message):
             recipe.load("small", [f"data.views.{changes}"])
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from agglo import recipe
-from agglo.cache.writing import write
 from agglo.config import read_yaml
 from agglo.data.shifts import max_shift
 from agglo.model.creation import create, snap_sizes
 from agglo.teachers.toy import Toy
 from agglo.training import loop
 from agglo.training.loop import Progress, Run
-from agglo.training.rendering import canvases
+from agglo.training.precompute import precompute
+from agglo.training.targets import render_sizes
 from agglo.types import ConfigError
 from support.training import tiny, trace
 
@@ -33,7 +33,7 @@ def said_at_the_start(run: Run) -> list[str]:
     said: list[str] = []
     run.folder.mkdir(exist_ok=True)
     with Progress(run.folder, 1, quiet=True) as progress:
-        progress.say = said.append  # type: ignore[method-assign]
+        progress.message = said.append  # type: ignore[method-assign]
         loop.start(run, progress, [])
     return said
 
@@ -71,7 +71,7 @@ def test_sizes_snap_to_the_nearest_the_smaller_of_two_and_equal_ones_count_once(
 
 def test_a_run_trains_at_the_sizes_of_its_student_and_keeps_what_was_written(data: Path, tmp_path: Path) -> None:
     sizes = "partitions=[{sizes: [56, 72], batch: 4}]"
-    model = loop.distill(tiny(data, STRIDE_32, sizes, "train.spectral=false"), tmp_path / "run", quiet=True)
+    model = loop.train_model(tiny(data, STRIDE_32, sizes, "train.spectral=false"), tmp_path / "run", quiet=True)
     assert {line["size"] for line in trace(tmp_path / "run")} == {64}
     assert read_yaml((tmp_path / "run" / "recipe.yaml").read_text())["partitions"][0]["sizes"] == [56, 72]
     assert model.preferred_size == 64
@@ -83,9 +83,9 @@ def test_a_run_trains_at_the_sizes_of_its_student_and_keeps_what_was_written(dat
 def test_a_cache_is_written_at_the_sizes_that_training_asks_for(data: Path, tmp_path: Path) -> None:
     made = (STRIDE_32, ONE, "partitions=[{sizes: [56], batch: 4}]", "data.views.crops=1", "train.steps=1")
     said: list[str] = []
-    write(tiny(data, *made), tmp_path / "cache", say=said.append)
+    precompute(tiny(data, *made), tmp_path / "cache", message=said.append)
     assert said[0] == "partitions.0.sizes: the student takes multiples of 32 px: 56 -> 64"
-    loop.distill(tiny(data, *made, f"data.feature_cache={tmp_path / 'cache'}"), tmp_path / "run", quiet=True)
+    loop.train_model(tiny(data, *made, f"data.feature_cache={tmp_path / 'cache'}"), tmp_path / "run", quiet=True)
     assert trace(tmp_path / "run")[0]["size"] == 64
 
 
@@ -100,7 +100,7 @@ def test_windows_that_are_never_drawn_are_said_once_with_those_that_could_be(dat
     said = said_at_the_start(prepared(data, tmp_path, "train.windows=[2, 5, 7]"))
     lines = [line for line in said if "window" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("train.windows: 5, 7 fit no size of the recipe and will never be drawn")
+    assert lines[0].startswith("train.windows: 5, 7 fit no size of the recipe and will not be used")
     assert lines[0].endswith("32 px: none; 48 px: none; 64 px: 2")
     assert not [line for line in said_at_the_start(prepared(data, tmp_path, "train.windows=[2]")) if "window" in line]
 
@@ -127,7 +127,7 @@ def test_auto_renders_each_size_for_the_teacher_who_looks_at_most_pixels(
         "data.views.canvas=auto",
     )
     run = prepared(data, tmp_path, *made)
-    assert canvases(run.recipe, 16, run.teachers) == [{32: 64, 64: 96, 128: 128}, {32: 32}]
+    assert render_sizes(run.recipe, 16, run.teachers) == [{32: 64, 64: 96, 128: 128}, {32: 32}]
     sides = {(batch.partition, batch.size[0]): batch.images.shape[-1] for batch in run.loader.iterate(0, 40)}
     assert sides == {(0, 32): 64, (0, 64): 96, (0, 128): 128, (1, 32): 32}
     # With a margin the view in the middle has those pixels, and the margin is on its scale.

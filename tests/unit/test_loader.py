@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from agglo.data.loader import Loader, evaluation_batches
-from agglo.data.views import Partition, ViewPolicy
+from agglo.data.views import Partition
+from agglo.recipe import Views
 from agglo.sources.base import Source
 from agglo.sources.folder import Folder
 from agglo.types import ConfigError, ImageError
@@ -43,7 +44,7 @@ class Noise(Source):
 
 def loader(*sources, workers=0, weights=None, seed=0, **options):
     sources = sources or (Noise(11, bad=[3]), Noise(5, bad=[0, 4], tag="more"))
-    return Loader(sources, weights, PARTITIONS, ViewPolicy(), seed, workers, **options)
+    return Loader(sources, weights, PARTITIONS, Views(), seed, workers, **options)
 
 
 def same(a, b):
@@ -227,7 +228,7 @@ def test_prefetch_is_bounded():
 )
 def test_invalid_arguments_are_refused_on_construction(sources, weights, partitions, why):
     with pytest.raises(ConfigError, match=why):
-        Loader(sources, weights, partitions, ViewPolicy())
+        Loader(sources, weights, partitions, Views())
 
 
 def test_evaluation_batches_cover_and_stretch():
@@ -261,7 +262,7 @@ def test_canvas_renders_the_same_crops_at_more_pixels(tmp_path):
     for index in range(3):
         Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / f"{index}.png")
     source = Folder(path=str(tmp_path))
-    partitions, policy = [Partition(sizes=[16, 48], batch=2)], ViewPolicy()
+    partitions, policy = [Partition(sizes=[16, 48], batch=2)], Views()
     plain = Loader([source], None, partitions, policy, workers=0)
     large = Loader([source], None, partitions, policy, workers=0, canvas=32)
     for step in range(6):
@@ -278,7 +279,7 @@ def test_unreadable_image_does_not_keep_batches_alive(tmp_path):
     for index in range(2):
         Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / f"{index}.png")
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    loader = Loader([Folder(path=str(tmp_path))], None, [Partition(sizes=[16], batch=4)], ViewPolicy(), workers=0)
+    loader = Loader([Folder(path=str(tmp_path))], None, [Partition(sizes=[16], batch=4)], Views(), workers=0)
     alive = [weakref.ref(loader.batch(step).images) for step in range(12)]
     gc.collect()
     assert loader.skipped

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from agglo import recipe
 from agglo.config import build
 from agglo.data.mosaic import MosaicLayout, Tiling, draw_layout, pack, unpack
-from agglo.objectives.wrapping import Mosaic, begin_step, wrap
+from agglo.objectives._wrapping import Mosaic, wrap
 from agglo.recipe import TeacherEntry
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
@@ -124,7 +124,8 @@ def test_features_of_a_view_do_not_depend_on_its_neighbours() -> None:
     mosaic = Mosaic(teacher, (56, 56))
     views = torch.rand(6, 3, 28, 14)
     for step in range(10):
-        begin_step([teacher, mosaic], 7, step)
+        for each in (teacher, mosaic):
+            each.begin_step(7, step)
         teacher.seen.clear()
         found = mosaic(views).spatial
         assert len(teacher.seen) == 1 and len(teacher.seen[0]) == 1, "eight views fit one mosaic"
@@ -159,12 +160,12 @@ def test_incompatible_keys_are_refused() -> None:
         wrap(FixedSizeTeacher(), entry(mosaic=True, summary_weight=1.0), "t")
     with pytest.raises(ConfigError, match=r"teachers\.t\.mosaic: this teacher takes images of any size.*`size:`"):
         wrap(toy, entry(mosaic=True), "t")
-    with pytest.raises(ConfigError, match="keep one of them"):
+    with pytest.raises(ConfigError, match="remove one of them"):
         wrap(FixedSizeTeacher(), entry(mosaic=True, upsampler={"kind": "tiles"}), "t")
     assert wrap(toy, entry(), "t") is toy
     mosaic = Mosaic(FixedSizeTeacher(), (56, 56))
     for shape in ((60, 56), (70, 70)):
-        with pytest.raises(ConfigError, match="multiples of 14 pixels up to 56x56"):
+        with pytest.raises(ConfigError, match="multiples of 14 up to 56x56"):
             mosaic(torch.rand(1, 3, *shape))
     with pytest.raises(ConfigError, match="whole cells"):
         Mosaic(FixedSizeTeacher(56), (60, 60))
@@ -177,7 +178,7 @@ def test_incompatible_keys_are_refused() -> None:
 
 
 def test_recipe_with_a_mosaic_trains(tmp_path) -> None:
-    from agglo.training.loop import distill
+    from agglo.training.loop import train_model
 
     loaded = recipe.load(
         "quickstart",
@@ -186,7 +187,7 @@ def test_recipe_with_a_mosaic_trains(tmp_path) -> None:
          "data.views.canvas=null", "evals=[]", "train.steps=2", "targets.estimate_images=32"],
         smoke=True,
     )  # fmt: skip
-    model = distill(loaded, tmp_path / "run", quiet=True)
+    model = train_model(loaded, tmp_path / "run", quiet=True)
     assert model(torch.rand(1, 3, 32, 32)).heads["lite0"].spatial.shape[1:] == (112, 2, 2)
 
 

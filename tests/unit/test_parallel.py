@@ -95,7 +95,7 @@ def train(
 
     loop.one_step, how = step, "finished"
     try:
-        loop.distill(tiny(images, *changes), run, resume=resume, quiet=True, device="cpu")
+        loop.train_model(tiny(images, *changes), run, resume=resume, quiet=True, device="cpu")
     except KeyboardInterrupt:
         how = "interrupted"
     except (ConfigError, dist.OtherRankError, loop.DivergenceError) as error:
@@ -195,7 +195,7 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
 def test_two_processes_make_the_run_of_one(runs: Path, tmp_path: Path) -> None:
     made = tiny(runs / "images", *MANY)
     assert {partition.batch for partition in made.partitions} == {4, 2}
-    loop.distill(made, tmp_path / "one", quiet=True, device="cpu")
+    loop.train_model(made, tmp_path / "one", quiet=True, device="cpu")
     one, two = found(runs, "many")
     assert one["how"] == two["how"] == "finished"
     first, second = trace(tmp_path / "one"), trace(runs / "many")
@@ -273,7 +273,7 @@ def test_what_else_a_recipe_may_hold(runs: Path, tmp_path: Path, name: str) -> N
     assert_equal(one, two)
     changes, exact = ELSE[name]
     if exact:
-        loop.distill(tiny(runs / "images", "train.steps=2", *changes), tmp_path / "one", quiet=True, device="cpu")
+        loop.train_model(tiny(runs / "images", "train.steps=2", *changes), tmp_path / "one", quiet=True, device="cpu")
         below = Path("stages", "2_high") if name == "stages" else Path()
         for a, b in zip(trace(tmp_path / "one" / below), trace(runs / name / below), strict=True):
             assert a["terms"] == pytest.approx(b["terms"], rel=1e-4)

@@ -40,11 +40,11 @@ def data(tmp_path: Path) -> Path:
 
 def split(data: Path, *overrides: str) -> recipe.Recipe:
     tree = {**TREE, "data": {"sources": [{"kind": "folder", "path": str(data)}], "workers": 0}}
-    return recipe.decode(override(tree, overrides))
+    return recipe.from_dict(override(tree, overrides))
 
 
 def test_only_the_teachers_of_a_partition_are_asked_and_learned(data: Path, tmp_path: Path) -> None:
-    loop.distill(split(data), tmp_path / "run", quiet=True)
+    loop.train_model(split(data), tmp_path / "run", quiet=True)
     sides = {4: {"low", "both"}, 2: {"high", "both"}}
     seen = set()
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
@@ -80,7 +80,7 @@ def test_a_stage_takes_its_teachers_out_of_the_partitions(data: Path) -> None:
     ("change", "message"),
     [
         ("partitions.0.teachers=[low, bth]", r"partitions\.0\.teachers.*'bth'.*both"),
-        ("partitions.1.teachers=[both]", r"'high' teaches in none"),
+        ("partitions.1.teachers=[both]", r"'high' is in none"),
         ("partitions.0.teachers=[]", r"partitions\.0\.teachers"),
     ],
 )

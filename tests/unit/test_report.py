@@ -93,7 +93,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()
     recipe = recipes.decode(RECIPE)
-    (folder / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "versions.json").write_text(
         json.dumps({"agglo": "9.9", "torch": NASTY, "threads": "2"}), encoding="utf-8"
     )
@@ -321,7 +321,7 @@ def test_search_counts_the_right_photos() -> None:
 
 def test_gallery_uses_one_basis_for_teacher_and_head() -> None:
     recipe = recipes.decode(RECIPE)
-    from agglo.objectives.distill import build_teachers
+    from agglo.objectives.base import build_teachers
 
     rng = np.random.default_rng(0)
     images = [(f"i{i}", Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8))) for i in range(2)]

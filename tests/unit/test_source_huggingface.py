@@ -6,7 +6,8 @@ import pytest
 
 from agglo.config import build
 from agglo.data.loader import Loader
-from agglo.data.views import Partition, ViewPolicy
+from agglo.data.views import Partition
+from agglo.recipe import Views
 from agglo.sources import huggingface
 from agglo.sources.huggingface import HuggingFace
 from agglo.types import ConfigError, ImageError, MissingExtraError
@@ -125,7 +126,7 @@ def test_bad_rows_do_not_stop_a_run(tmp_path):
     cells = [{"bytes": jpeg(i)[: 300 if i == 2 else None], "path": None} for i in range(5)] + [None]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path / "bad")
-    loader = Loader([HuggingFace(dataset=str(tmp_path / "bad"))], None, [Partition([16], 3)], ViewPolicy(), workers=2)
+    loader = Loader([HuggingFace(dataset=str(tmp_path / "bad"))], None, [Partition([16], 3)], Views(), workers=2)
     assert len(list(loader.iterate(0, 6))) == 6
     assert sorted(loader.skipped) == ["bad/train/2", "bad/train/5"]
 

@@ -10,8 +10,9 @@ from PIL import Image
 from agglo.data import pixels
 from agglo.data.loader import Loader
 from agglo.data.pixels import align_view, resample
-from agglo.data.views import Partition, ViewPolicy, _shuffled, draw_view, generator, image_at, render
+from agglo.data.views import Partition, _shuffled, draw_view, generator, image_at, render
 from agglo.preprocess import decode
+from agglo.recipe import Views
 from agglo.sources import _encoded, _jpeg
 from agglo.sources._encoded import EncodedSource
 from agglo.sources.base import PartialImage, ReadRequest, Source
@@ -156,8 +157,8 @@ def test_whole_images_are_rendered_exactly(cache_mb):
         photo(name).save(out, "PNG")
         files.append(out.getvalue())
     source = Files(*files)
-    loader = Loader([source], None, PARTITIONS, ViewPolicy(), 5, workers=0, cache_mb=cache_mb)
-    policy, flips = ViewPolicy(), set()
+    loader = Loader([source], None, PARTITIONS, Views(), 5, workers=0, cache_mb=cache_mb)
+    policy, flips = Views(), set()
     for step in range(4):
         batch = loader.batch(step)
         for sample, (image, view, name) in enumerate(zip(batch.images, batch.views, batch.names, strict=True)):
@@ -203,7 +204,7 @@ def test_views_of_shrunk_images_are_close_to_those_of_whole_images(name):
         rng = generator(3, 0, sample)
         side = int(rng.integers(24, 160))
         view, need = align_view(
-            draw_view((whole.height, whole.width), (side, side), ViewPolicy(), rng), whole.size[::-1]
+            draw_view((whole.height, whole.width), (side, side), Views(), rng), whole.size[::-1]
         )
         if max(view.scale) > 0.5:
             continue
@@ -223,7 +224,7 @@ def test_resample_equals_render_up_to_rounding():
     for sample in range(12):
         rng = generator(1, 0, sample)
         size = (int(rng.integers(20, 300)), int(rng.integers(20, 300)))
-        view, _ = align_view(draw_view(pixels.size, size, ViewPolicy(aspect=(1, 1)), rng), pixels.size)
+        view, _ = align_view(draw_view(pixels.size, size, Views(aspect=(1, 1)), rng), pixels.size)
         x0, y0, x1, y1 = (round(side) for side in view.box)
         cut = image.crop((x0, y0, x1, y1)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
         expected = np.asarray(cut).transpose(2, 0, 1)
@@ -241,7 +242,7 @@ def test_aligned_views_move_little_and_equally_at_every_size():
         full = (int(rng.integers(1, 1500)), int(rng.integers(1, 1500)))
         boxes, needs = [], []
         for side in (8, 64, 224):
-            drawn = draw_view(full, (side, side), ViewPolicy(scale=(0.01, 1)), generator(0, 0, sample))
+            drawn = draw_view(full, (side, side), Views(scale=(0.01, 1)), generator(0, 0, sample))
             view, need = align_view(drawn, full)
             boxes.append(view.box)
             needs.append(need)
@@ -275,7 +276,7 @@ def tree(tmp_path_factory):
 
 
 def batches(tree, start=0, stop=8, **options):
-    loader = Loader([Folder(path=str(tree))], None, PARTITIONS, ViewPolicy(), 5, **{"workers": 0, **options})
+    loader = Loader([Folder(path=str(tree))], None, PARTITIONS, Views(), 5, **{"workers": 0, **options})
     return list(loader.iterate(start, stop)), loader
 
 
@@ -361,7 +362,7 @@ def test_sources_without_partial_reading_are_read_whole(tree):
 
     with pytest.raises(NotImplementedError):
         Plain().read_part(0, lambda size: ReadRequest(1, 1))
-    loader = Loader([Plain()], None, PARTITIONS, ViewPolicy(), 5, workers=0)
+    loader = Loader([Plain()], None, PARTITIONS, Views(), 5, workers=0)
     for step in range(3):
         batch = loader.batch(step)
         for image, view, name in zip(batch.images, batch.views, batch.names, strict=True):
@@ -378,7 +379,7 @@ def test_source_that_shrinks_less_than_requested_is_reused(tree):
             return super().read_part(index, lambda size: ReadRequest(1, need(size).rows))
 
     data = (tree / "0.jpg").read_bytes()
-    loader = Loader([Reluctant(data)], None, PARTITIONS, ViewPolicy(), 5, workers=0)
+    loader = Loader([Reluctant(data)], None, PARTITIONS, Views(), 5, workers=0)
     list(loader.iterate(0, 12))
     assert Reluctant.reads <= 4  # once per requested resolution, not once per view
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from agglo.data.loader import Loader, evaluation_batches
-from agglo.data.views import Partition, ViewPolicy
+from agglo.data.views import Partition
+from agglo.recipe import Views
 from agglo.sources import _encoded
 from agglo.sources.base import FilteredImageError, ReadRequest
 from agglo.sources.folder import Folder
@@ -135,7 +136,7 @@ def test_one_differing_pixel_is_not_a_single_colour(tmp_path):
 @pytest.mark.parametrize("cache_mb", [0, 10])
 def test_filtered_images_are_replaced_counted_and_logged_once(folder, workers, cache_mb, caplog):
     source = Folder(path=str(folder), min_side=70, skip_uniform=True)
-    loader = Loader([source], None, PARTITIONS, ViewPolicy(), 1, workers, cache_mb=cache_mb)
+    loader = Loader([source], None, PARTITIONS, Views(), 1, workers, cache_mb=cache_mb)
     with caplog.at_level(logging.WARNING, "agglo"):
         batches = list(loader.iterate(0, 20))
     assert set(names(batches)) == FIT
@@ -148,7 +149,7 @@ def test_filtered_images_are_replaced_counted_and_logged_once(folder, workers, c
         "excluded 1 so far",
         "skipped mixed/broken.jpg: " + loader.skipped["mixed/broken.jpg"],
     ]
-    resumed = Loader([source], None, PARTITIONS, ViewPolicy(), 1, 0, cache_mb=cache_mb)
+    resumed = Loader([source], None, PARTITIONS, Views(), 1, 0, cache_mb=cache_mb)
     for a, b in zip(resumed.iterate(13, 20), batches[13:], strict=True):
         assert torch.equal(a.images, b.images) and a.names == b.names
 
@@ -162,17 +163,17 @@ def test_filtered_images_are_read_once(folder, monkeypatch):
         return read(self, index)
 
     monkeypatch.setattr(Folder, "encoded", counted)
-    loader = Loader([Folder(path=str(folder), min_side=70)], None, PARTITIONS, ViewPolicy(), workers=0, cache_mb=0)
+    loader = Loader([Folder(path=str(folder), min_side=70)], None, PARTITIONS, Views(), workers=0, cache_mb=0)
     list(loader.iterate(0, 30))
     assert [reads[f"mixed/small{end}"] for end in (".jpg", ".png", "_turned.jpg")] == [1, 1, 1]
     assert reads["mixed/0.jpg"] > 3
 
 
 def test_filter_that_excludes_all_images_is_an_error(folder):
-    loader = Loader([Folder(path=str(folder), min_side=500)], None, PARTITIONS, ViewPolicy(), workers=0)
+    loader = Loader([Folder(path=str(folder), min_side=500)], None, PARTITIONS, Views(), workers=0)
     with pytest.raises(ConfigError, match=r"none of its 15 images can be read; 15 excluded by min_side: 500"):
         loader.batch(0)
-    loader = Loader([Folder(path=str(folder), min_side=500)], None, PARTITIONS, ViewPolicy(), workers=1)
+    loader = Loader([Folder(path=str(folder), min_side=500)], None, PARTITIONS, Views(), workers=1)
     with pytest.raises(ConfigError, match=r"15 excluded by min_side"):
         list(loader.iterate(0, 2))
 
@@ -207,7 +208,7 @@ def sources(folder, tmp_path):
 
 
 def loader(sources, workers=0, **options):
-    policy = ViewPolicy(scale=(0.2, 1))
+    policy = Views(scale=(0.2, 1))
     return Loader(sources, [6, 3, 1], [Partition([16, 24], 5), Partition([40], 2)], policy, 7, workers, **options)
 
 

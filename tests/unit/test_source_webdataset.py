@@ -17,7 +17,8 @@ import torch
 
 from agglo.config import build
 from agglo.data.loader import Loader
-from agglo.data.views import Partition, ViewPolicy
+from agglo.data.views import Partition
+from agglo.recipe import Views
 from agglo.sources import _shards
 from agglo.sources._paths import braces
 from agglo.sources.base import SourceError
@@ -253,7 +254,7 @@ def test_corrupt_image_is_skipped_named_and_counted(tmp_path):
     source = WebDataset(shards=str(write(tmp_path / "t.tar", members)))
     with pytest.raises(ImageError, match=r"^t/2\.jpg: truncated"):
         source.read(2)
-    loader = Loader([source], None, [Partition([16], 4)], ViewPolicy(), workers=0)
+    loader = Loader([source], None, [Partition([16], 4)], Views(), workers=0)
     batches = list(loader.iterate(0, 6))
     assert sorted(loader.skipped) == ["t/2.jpg", "t/4.jpg"]
     assert not {n for b in batches for n in b.names} & set(loader.skipped)
@@ -310,7 +311,7 @@ def test_network_errors_are_retried_and_skip_no_image(remote, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(type(remote), "cat_file", gone)
-    loader = Loader([source], None, [Partition([16], 4)], ViewPolicy(), workers=1)
+    loader = Loader([source], None, [Partition([16], 4)], Views(), workers=1)
     with pytest.raises(
         SourceError, match=r"memory:///?bucket/shard-.* after 4 attempts .*no route to host.*check the network"
     ):
@@ -439,7 +440,7 @@ def test_local_remote_and_resumed_batches_are_equal(remote, shards):
 
     def batches(where, start, workers):
         where = str(shards[0].parent) if where == "here" else where
-        loader = Loader([WebDataset(shards=where)], None, partitions, ViewPolicy(), 3, workers, cache_mb=0)
+        loader = Loader([WebDataset(shards=where)], None, partitions, Views(), 3, workers, cache_mb=0)
         return list(loader.iterate(start, 7))
 
     straight = batches("here", 0, 0)

@@ -17,7 +17,7 @@ STAGES = 'stages=[{name: low, teachers: [toy, dense]}, {name: high, set: ["parti
 
 
 def test_what_was_learned_goes_on_and_new_teachers_start(data: Path, tmp_path: Path) -> None:
-    first = loop.distill(tiny(data, STAGES, "stages.1.set=[]").stage(0), tmp_path / "first", quiet=True)
+    first = loop.train_model(tiny(data, STAGES, "stages.1.set=[]").stage(0), tmp_path / "first", quiet=True)
     made = tiny(data, f"train.start_from={tmp_path / 'first'}")
     run = loop.prepare(made, tmp_path / "second", torch.device("cpu"), resume=False)
     assert run.adopted == ("toy", "dense")
@@ -28,7 +28,7 @@ def test_what_was_learned_goes_on_and_new_teachers_start(data: Path, tmp_path: P
     with loop.Progress(tmp_path, 1, quiet=True) as progress:
         loop.start(run, progress, [])
     cells, token = torch.randn(2, 32, 3, 3), torch.randn(2, 32)
-    for later in (Model.load(tmp_path / "second" / "initial"), loop.plain(run, run.ema.model)):
+    for later in (Model.load(tmp_path / "second" / "initial"), loop.exportable(run, run.ema.model)):
         # A head that went on says in its teacher's space what it said before, whatever the new statistics are.
         for part, x in (("spatial", cells), ("summary", token)):
             before, after = getattr(first.heads["toy"], part)(x), getattr(later.heads["toy"], part)(x)
@@ -37,7 +37,7 @@ def test_what_was_learned_goes_on_and_new_teachers_start(data: Path, tmp_path: P
 
 def test_stages_follow_each_other_and_a_resumed_run_skips_the_finished(data: Path, tmp_path: Path) -> None:
     made, folder = tiny(data, STAGES), tmp_path / "run"
-    model = loop.distill(made, folder, quiet=True)
+    model = loop.train_model(made, folder, quiet=True)
     low, high = folder / "stages" / "1_low", folder / "stages" / "2_high"
     assert set(trace(low)[0]["terms"]) == {"toy/summary", "toy/spatial", "dense/spatial"}
     assert {line["size"] for line in trace(high)} == {64}
@@ -48,7 +48,7 @@ def test_stages_follow_each_other_and_a_resumed_run_skips_the_finished(data: Pat
         )
     (high / "model" / "config.json").unlink()  # as if killed in the last stage
     began = (low / "metrics.jsonl").stat().st_mtime_ns
-    loop.distill(made, folder, resume=True, quiet=True)
+    loop.train_model(made, folder, resume=True, quiet=True)
     assert (low / "metrics.jsonl").stat().st_mtime_ns == began
     assert json.loads((high / "model" / "config.json").read_text())
 
@@ -56,7 +56,7 @@ def test_stages_follow_each_other_and_a_resumed_run_skips_the_finished(data: Pat
 def test_stages_that_do_not_fit_are_found_before_the_first(data: Path, tmp_path: Path) -> None:
     for wrong, message in [
         ("stages=[{name: a, teachers: [toi]}]", r"stages\.0\.teachers: no teacher 'toi'; did you mean 'toy'"),
-        ("stages=[{name: a}, {name: a}]", "'a' is taken"),
+        ("stages=[{name: a}, {name: a}]", "'a' is used twice"),
         ('stages=[{name: a, set: ["train.stepps=3"]}]', "stage a.*stepps|stepps"),
         ("stages=[{name: ../a}]", "stages.0.name|pattern"),
     ]:
@@ -65,7 +65,7 @@ def test_stages_that_do_not_fit_are_found_before_the_first(data: Path, tmp_path:
 
 
 def test_another_architecture_is_refused(data: Path, tmp_path: Path) -> None:
-    loop.distill(tiny(data, "train.steps=1"), tmp_path / "run", quiet=True)
+    loop.train_model(tiny(data, "train.steps=1"), tmp_path / "run", quiet=True)
     for change, message in [
         ("student.width=64", "another architecture: .*patch_generator|another architecture"),
         ("student={kind: hybrid}", "a vit student, the recipe's is a hybrid"),

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from agglo.losses.mse import MSE
-from agglo.objectives import distill as objective_module
-from agglo.objectives.inspection import spread
+from agglo.objectives import _matching
+from agglo.objectives.base import spread
 from agglo.training import loop, optim
 from agglo.training import step as step_module
 from agglo.training.checkpoint import checkpoints
-from agglo.training.ledger import Ledger, halved, pack
 from agglo.training.loop import Progress, Run
-from agglo.training.optim import build_optimizer, deferred, update
+from agglo.training.metrics import MetricsBuffer, half_precision_teachers, pack
+from agglo.training.optim import build_optimizer, is_deferred, update
 from agglo.training.step import Stopwatch, one_step
 from agglo.types import ConfigError
 from support.training import started, tiny, trace, weights
@@ -73,7 +73,7 @@ def test_no_more_than_one_teachers_warped_map_is_held(
     for name in run.objective.spatial_losses:
         run.objective.spatial_losses[name] = Product()
     if plain:
-        monkeypatch.setattr(objective_module, "checkpoint", lambda function, *given, **_: function(*given))
+        monkeypatch.setattr(_matching, "checkpoint", lambda function, *given, **_: function(*given))
     torch.manual_seed(0)
     result, _ = step_module.forward(run, run.loader.batch(0), Stopwatch())
     assert len(Product.alive) == 4  # three teachers and the averaged student
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_holding_everything(
     run.objective.load_state_dict(state)  # balancers remember
     for name, buffer in started(data, tmp_path, *EVERYTHING).model.named_buffers():
         run.model.get_buffer(name).copy_(buffer)  # and so does the power iteration
-    monkeypatch.setattr(objective_module, "checkpoint", lambda function, *given, **_: function(*given))
+    monkeypatch.setattr(_matching, "checkpoint", lambda function, *given, **_: function(*given))
     expected = gradients(run)
     assert found.keys() == expected.keys()
     assert any("auxiliary" in name for name in found)
@@ -180,12 +180,12 @@ def test_a_step_reads_nothing_back(
         moved.damp.set_step(1)
         taken = one_step(moved, run.loader.batch(1), Stopwatch())
         moved.ema.update(moved.model, 1, taken.good)
-    assert taken.numbers.is_meta and taken.good.is_meta and moved.optimizer.flags[0].is_meta
+    assert taken.values.is_meta and taken.good.is_meta and moved.optimizer.flags[0].is_meta
     assert {"loss", "norm", "term:mesa", "term:toy/auxiliary", "target:dense/spatial"} <= set(taken.labels)
-    ledger = Ledger()
-    ledger.add(taken)
+    buffer = MetricsBuffer()
+    buffer.add(taken)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        ledger.read()  # the one place that reads, and only when it is asked to
+        buffer.fetch()  # the one place that reads, and only when it is asked to
 
 
 @pytest.mark.parametrize("planted", ["item", "cpu", "nonzero"])
@@ -207,11 +207,11 @@ def test_the_rehearsal_would_notice(data: Path, tmp_path: Path, monkeypatch: pyt
         one_step(moved, run.loader.batch(1), Stopwatch())
 
 
-def fused(model, config, others=()):
+def fused(model, config, objective=None):
     """The optimiser of a GPU on the CPU, which has that kernel too."""
     groups = [
         {key: group[key] for key in ("params", "student", "weight_decay")}
-        for group in build_optimizer(model, config, others).param_groups
+        for group in build_optimizer(model, config, objective).param_groups
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
@@ -237,12 +237,12 @@ def test_steps_judged_late_are_left_out_all_the_same(
     monkeypatch.setattr(loop, "build_optimizer", fused)
     with monkeypatch.context() as patch:
         for module in (loop, step_module, optim):
-            patch.setattr(module, "deferred", lambda _: False)
-        loop.distill(made, tmp_path / "at_once", quiet=True)
+            patch.setattr(module, "is_deferred", lambda _: False)
+        loop.train_model(made, tmp_path / "at_once", quiet=True)
     reads = []
-    real = Ledger.read
-    monkeypatch.setattr(Ledger, "read", lambda ledger: reads.append(len(ledger._pending)) or real(ledger))
-    loop.distill(made, tmp_path / "late", quiet=True)
+    real = MetricsBuffer.fetch
+    monkeypatch.setattr(MetricsBuffer, "fetch", lambda buffer: reads.append(len(buffer._pending)) or real(buffer))
+    loop.train_model(made, tmp_path / "late", quiet=True)
     assert reads == [3, 3, 2]  # at steps 3 and 6, where it is logged and saved, and at the end
     for name, value in weights(tmp_path / "at_once").items():
         assert torch.equal(weights(tmp_path / "late")[name], value), name
@@ -264,8 +264,8 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(
     monkeypatch.setattr(loop, "one_step", lambda *given: taken.append(given[1].step) or real(*given))
     monkeypatch.setattr(loop, "build_optimizer", how)
     made = tiny(data, "train.steps=20", "train.patience=2", "train.log_every=6", "train.save_every=100")
-    with pytest.raises(loop.DivergenceError, match=r"step 4: the loss is not finite, the 3\. step in a row"):
-        loop.distill(made, tmp_path / "run", quiet=True)
+    with pytest.raises(loop.DivergenceError, match=r"step 4: the loss is not finite; consecutive skipped steps: 3"):
+        loop.train_model(made, tmp_path / "run", quiet=True)
     assert len(taken) == stops_at
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{kept:08d}"]
     assert all(value.isfinite().all() for value in loop.checkpoint.load_file(
@@ -276,7 +276,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(
 def test_an_update_that_is_not_good_changes_nothing(late: bool) -> None:
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **{"fused" if late else "foreach": True})
-    assert deferred(optimizer) == late
+    assert is_deferred(optimizer) == late
     for good in (True, False, True):
         layer(torch.ones(1, 3)).sum().backward()
         before = [p.detach().clone() for p in layer.parameters()]
@@ -326,8 +326,8 @@ def test_running_statistics_forget_a_step_that_was_left_out(
     monkeypatch.setattr(loop, "one_step", step)
     said = []
     with Progress(run.folder, 3, quiet=True) as progress:
-        progress.say = said.append
-        loop.train(run, progress, [])
+        progress.message = said.append
+        loop.train_steps(run, progress, [])
         model = loop.export(run, progress)
     assert [seen[step][1] for step in range(3)] == [True, False, True]
     assert re.match(f"step 1: .*({why})", said[0])
@@ -354,13 +354,13 @@ def test_a_fused_update_takes_gradients_of_any_layout() -> None:
 
 
 def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
-    ledger = Ledger(done=7, half={"b"})
+    buffer = MetricsBuffer(done=7, half={"b"})
 
     def put(step: int, *, good: bool = True, **numbers: float) -> None:
         values = {"loss": 1.0, "norm": 1.0, "term:a/spatial": 0.5, "target:a/spatial": 1.0} | {
             name.replace("__", ":").replace("_", "/"): value for name, value in numbers.items()
         }
-        ledger.add(pack(step, [f"{step}.png"], {k: torch.tensor(v) for k, v in values.items()}, torch.tensor(good)))
+        buffer.add(pack(step, [f"{step}.png"], {k: torch.tensor(v) for k, v in values.items()}, torch.tensor(good)))
 
     nan = float("nan")
     put(7)
@@ -370,25 +370,25 @@ def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
     put(11, good=False, norm=nan)
     put(12, good=False, loss=nan)
     put(13, good=False, loss=nan, target__a_spatial=nan, target__b_summary=nan)
-    found = ledger.read()
-    assert [known.row for known in found] == [0, 1, 2, 0, 1, 2, 3]
-    assert (ledger.skipped, ledger.row, ledger.done) == (5, 3, 11)
-    assert [known.why for known in found] == [
+    found = buffer.fetch()
+    assert [known.consecutive_skips for known in found] == [0, 1, 2, 0, 1, 2, 3]
+    assert (buffer.skipped, buffer.consecutive_skips, buffer.done) == (5, 3, 11)
+    assert [known.problem for known in found] == [
         None,
         "a/spatial is not finite",
-        "spatial features of teacher 'a': NaN or infinity; look at its weights and its input",
+        "spatial features of teacher 'a': NaN or infinity; check its weights and its input",
         None,
         "the gradient is not finite",
         "the loss is not finite",
         "spatial features of teacher 'a', summary features of teacher 'b': NaN or infinity; run it in float32, and "
-        "look at its weights and its input",
+        "check its weights and its input",
     ]
     assert "train.lr" in found[1].remedy
     assert "--resume" in found[2].remedy and "train.lr" not in found[2].remedy and "dtype" not in found[2].remedy
     assert "teachers.b.dtype=float32" in found[6].remedy and "teachers.a.dtype" not in found[6].remedy
     assert [known.constant for known in found] == [(), (), (), ("a/spatial",), (), (), ()]
     assert found[0].terms == {"a/spatial": 0.5}
-    assert ledger.read() == []
+    assert buffer.fetch() == []
 
 
 # --- teachers that say nothing ----------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ SAME = lambda features: features.map(lambda x: torch.full_like(x, 0.3))  # noqa:
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [
-        (NAN, (), r"teachers\.toy: its summary features hold NaN or infinity \(pre-pass, batch 0\)"),
+        (NAN, (), r"teachers\.toy: summary features contain NaN or infinity \(pre-pass, batch 0\)"),
         (SAME, (), r"teachers\.toy: .*same at all \d+ positions"),
         (SAME, ("targets.normalizer.kind=identity",), r"teachers\.toy: all \d+ targets point the same way"),
         (NAN, ("targets.normalizer.kind=identity",), r"teachers\.toy.*NaN"),
@@ -455,10 +455,10 @@ def test_training_names_a_teacher_that_says_nothing_and_the_step(
     monkeypatch.setattr(loop, "one_step", step)
     said = []
     with Progress(run.folder, 4, quiet=True) as progress:
-        progress.say = said.append
-        loop.train(run, progress, [])
+        progress.message = said.append
+        loop.train_steps(run, progress, [])
     assert said[0].startswith("step 1: summary features of teacher 'toy', spatial features of teacher 'toy': NaN")
-    assert said[1].startswith("step 2: the summary features of teacher 'other' are the same everywhere")
+    assert said[1].startswith("step 2: the summary features of teacher 'other' are constant over the batch")
     assert said[2].startswith("step 2: the spatial features of teacher 'other'")
     assert len(said) == 3  # said once
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -479,9 +479,9 @@ def test_a_teacher_that_stays_nan_stops_the_run_and_is_what_the_advice_is_about(
     nan = float("nan")
     one = lambda x: x.index_fill(0, torch.tensor([1]), nan)  # noqa: E731  # of one image of the batch
     saying(run, "other", lambda features: replace(features, **{part: one(getattr(features, part))}))
-    why = rf"step 2: {part} features of teacher 'other'.*3\. step in a row"
+    why = rf"step 2: {part} features of teacher 'other'.*consecutive skipped steps: 3"
     with Progress(run.folder, 9, quiet=True) as progress, pytest.raises(loop.DivergenceError, match=why) as e:
-        loop.train(run, progress, [])
+        loop.train_steps(run, progress, [])
     assert "weights" in str(e.value)
     assert "dtype" not in str(e.value)  # this kind has no such key
     assert "lr" not in str(e.value)
@@ -493,7 +493,8 @@ def test_a_teacher_that_stays_nan_stops_the_run_and_is_what_the_advice_is_about(
 
 def test_float32_is_advised_where_it_is_not_float32(data: Path) -> None:
     model = "{kind: timm, model: test_vit, weights: random"
-    assert halved(tiny(data, f"teachers.other={model}, dtype: bfloat16}}", f"teachers.dense={model}}}")) == {"other"}
+    made = tiny(data, f"teachers.other={model}, dtype: bfloat16}}", f"teachers.dense={model}}}")
+    assert half_precision_teachers(made) == {"other"}
 
 
 def test_a_part_that_nobody_learns_from_may_be_nan_and_is_no_cause(
@@ -504,8 +505,8 @@ def test_a_part_that_nobody_learns_from_may_be_nan_and_is_no_cause(
     saying(run, "dense", lambda features: replace(features, summary=features.summary * float("nan")))
     with Progress(tmp_path, 1, quiet=True) as progress:
         loop.start(run, progress, [])  # the pre-pass
-    ledger = Ledger()
-    ledger.add(one_step(run, run.loader.batch(0), Stopwatch()))
+    buffer = MetricsBuffer()
+    buffer.add(one_step(run, run.loader.batch(0), Stopwatch()))
     real = step_module.forward
 
     def steep(run, batch, watch):
@@ -514,10 +515,10 @@ def test_a_part_that_nobody_learns_from_may_be_nan_and_is_no_cause(
         return replace(result, loss=result.loss + (weight - weight.detach()).sum().abs().sqrt()), told
 
     monkeypatch.setattr(step_module, "forward", steep)
-    ledger.add(one_step(run, run.loader.batch(1), Stopwatch()))
-    first, second = ledger.read()
-    assert first.why is None
-    assert second.why == "the gradient is not finite" and "train.lr" in second.remedy
+    buffer.add(one_step(run, run.loader.batch(1), Stopwatch()))
+    first, second = buffer.fetch()
+    assert first.problem is None
+    assert second.problem == "the gradient is not finite" and "train.lr" in second.remedy
 
 
 def test_bad_images_are_counted_while_more_are_met_and_told_once(
@@ -566,7 +567,7 @@ def test_sets_that_cannot_be_met_list_the_legal_ones(
     data: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        loop.distill(tiny(data, *overrides), tmp_path / "run", quiet=True)
+        loop.train_model(tiny(data, *overrides), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -574,5 +575,5 @@ def test_a_size_that_a_teacher_cannot_see_is_named(data: Path, tmp_path: Path, m
     from agglo.teachers.toy import Toy
 
     monkeypatch.setattr(Toy, "input_size", lambda self, size, stride: (size[0] + 1, size[1]))
-    with pytest.raises(ConfigError, match=r"at 32 px teacher 'toy' would see 33x32 px, but it takes multiples of 16"):
-        loop.distill(tiny(data), tmp_path / "run", quiet=True)
+    with pytest.raises(ConfigError, match=r"at 32 px teacher 'toy' would get 33x32 px, but it takes multiples of 16"):
+        loop.train_model(tiny(data), tmp_path / "run", quiet=True)

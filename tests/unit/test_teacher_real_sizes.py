@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agglo.config import build
-from agglo.recipe import decode, load
+from agglo.recipe import from_dict, load
 from agglo.teachers._published import OPEN_CLIP, PUBLISHED
 from agglo.teachers.base import spec_of
 from agglo.types import FeatureSpec
@@ -83,13 +83,13 @@ def test_a_recipe_decodes_without_network_or_libraries(monkeypatch: pytest.Monke
     monkeypatch.setattr("agglo.hub.download", refuse)
     for module in ("_families", "open_clip"):
         monkeypatch.setattr(f"agglo.teachers.{module}.require", refuse)
-    tree = load("quickstart").flat()
+    tree = load("quickstart").to_dict()
     tree["teachers"] = {
         "siglip2-g": {"kind": "transformers", "model": "google/siglip2-giant-opt-patch16-384", "dtype": "bfloat16"},
         "sam3": {"kind": "transformers", "model": "facebook/sam3", "summary_weight": 0},
         "clip": {"kind": "open_clip", "model": "hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"},
     }
     tree["evals"] = []
-    recipe = decode(tree)
+    recipe = from_dict(tree)
     assert recipe.teachers["siglip2-g"].teacher["dtype"] == "bfloat16"
-    assert decode(recipe.flat()) == recipe
+    assert from_dict(recipe.to_dict()) == recipe

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agglo import recipe
+from agglo.config import build
+from agglo.data.loader import Batch
 from agglo.data.shifts import RenderedBatch
 from agglo.nn.homography import CORNERS, cell_centres, inside_mask, warp
-from agglo.objectives.upsample import CONSISTENCY, Downsampler, Upsample, _seams, draw_views, take_apart
-from agglo.objectives.wrapping import Upsampled
+from agglo.objectives._wrapping import Upsampled
+from agglo.objectives.base import StepContext, Target, build_teachers
+from agglo.objectives.upsample import CONSISTENCY, Downsampler, Upsample, _seams
 from agglo.preprocess import resize
-from agglo.recipe import Objective
 from agglo.teachers.base import Teacher
-from agglo.training.loop import distill
+from agglo.training.loop import train_model
+from agglo.training.targets import TargetSource
 from agglo.types import ConfigError, Features, FeatureSpec
 from agglo.upsamplers.featsharp import BIAS_GAIN, FeatSharp
 from agglo.upsamplers.tiles import Tiles
@@ -54,14 +57,44 @@ def blobs(count: int, side: int = 64, seed: int = 0) -> Tensor:
     return F.interpolate(noise, (side, side), mode="bicubic").clamp(0, 1)
 
 
+def config(seed: int = 0, side: int = 64) -> recipe.Recipe:
+    """A recipe that trains the upsampler of a teacher of 32 pixels."""
+    loaded = recipe.load("featsharp_quick", [*QUICK, f"train.seed={seed}"], smoke=True)
+    partition = loaded.partitions[0].model_copy(update={"sizes": [side]})
+    return loaded.model_copy(update={"partitions": [partition]})
+
+
+def make(upsampler: FeatSharp, teacher: Teacher, seed: int = 0, **keys: Any) -> Upsample:
+    return build(
+        "objectives", {"kind": "upsample", **keys}, config(seed, upsampler.larger[0]), upsampler, {"t": teacher}
+    )
+
+
+def targets_of(teacher: Teacher, images: Tensor) -> dict[str, Target]:
+    """The targets of the pre-pass."""
+    source = TargetSource(config(), {"t": teacher}, 4, torch.device("cpu"))
+    count = len(images)
+    batch = Batch(images, [], [""] * count, 0, 0, [], (images.shape[-2], images.shape[-1]))
+    return source(batch, RenderedBatch(images, (1.0, 1.0)))
+
+
+def drawn(seed: int, step: int, count: int, **keys: Any) -> Tensor:
+    """Homographies of an objective with these keys."""
+    teacher = Smooth()
+    return make(FeatSharp(teacher.spec, SIZE), teacher, seed, **keys).draw_views(step, count)
+
+
+def at_step(step: int) -> StepContext:
+    return StepContext(step=step)
+
+
 def parts(teacher: Teacher, factor: int = 2, **keys: Any) -> tuple[FeatSharp, Upsample]:
     """An upsampler and its objective with statistics."""
     torch.manual_seed(0)
     upsampler = FeatSharp(teacher.spec, SIZE, factor=factor)
-    objective = Upsample(upsampler, Objective(kind="upsample", **{"views": 2, **keys}))
+    objective = make(upsampler, teacher, **{"views": 2, **keys})
     assert objective.needs_statistics
-    canvas = RenderedBatch(blobs(16, 32 * factor), (1.0, 1.0))
-    objective.fit([objective.teach({"t": teacher}, canvas, (64, 64), 4)])
+    objective.fit([targets_of(teacher, blobs(16, 32 * factor))])
     assert not objective.needs_statistics and upsampler.trained
     return upsampler, objective
 
@@ -70,20 +103,18 @@ def parts(teacher: Teacher, factor: int = 2, **keys: Any) -> tuple[FeatSharp, Up
 
 
 def test_views_are_a_pure_function_of_seed_and_step() -> None:
-    keys = Objective(kind="upsample")
-    assert torch.equal(draw_views(keys, 1, 2, 6), draw_views(keys, 1, 2, 6))
-    assert not torch.equal(draw_views(keys, 1, 2, 6), draw_views(keys, 1, 3, 6))
-    assert not torch.equal(draw_views(keys, 1, 2, 6), draw_views(keys, 2, 2, 6))
+    assert torch.equal(drawn(1, 2, 6), drawn(1, 2, 6))
+    assert not torch.equal(drawn(1, 2, 6), drawn(1, 3, 6))
+    assert not torch.equal(drawn(1, 2, 6), drawn(2, 2, 6))
 
 
 def test_views_that_stand_still_are_the_image() -> None:
-    found = draw_views(Objective(kind="upsample", **STILL), 0, 0, 3)
+    found = drawn(0, 0, 3, **STILL)
     torch.testing.assert_close(found, torch.eye(3, dtype=torch.float64).expand(3, 3, 3), atol=1e-6, rtol=0)
 
 
 def test_zoomed_views_lie_inside_and_everywhere() -> None:
-    keys = Objective(kind="upsample", **{**STILL, "zoom": (2.0, 2.0)})
-    matrix = draw_views(keys, 0, 0, 200)
+    matrix = drawn(0, 0, 200, **{**STILL, "zoom": (2.0, 2.0)})
     assert bool(inside_mask(matrix, (4, 4)).all())
     corners = torch.tensor(CORNERS, dtype=torch.float64)
     centre, extent = matrix[:, :2, 2], (matrix[:, :2, :2] @ (corners[2] - corners[0])).abs()
@@ -92,8 +123,7 @@ def test_zoomed_views_lie_inside_and_everywhere() -> None:
 
 
 def test_views_never_fold_over() -> None:
-    keys = Objective(kind="upsample", perspective=(5.0, 5.0), rotation=45.0)
-    at = cell_centres(draw_views(keys, 0, 0, 200), (16, 16))
+    at = cell_centres(drawn(0, 0, 200, perspective=(5.0, 5.0), rotation=45.0), (16, 16))
     across, down = at[:, :-1, 1:] - at[:, :-1, :-1], at[:, 1:, :-1] - at[:, :-1, :-1]
     assert bool((across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0] > 0).all())
 
@@ -101,7 +131,7 @@ def test_views_never_fold_over() -> None:
 def test_the_warped_map_is_the_map_of_the_warped_image() -> None:
     """The heart of the objective, on a teacher that is a mean of colours: both ways round the square agree."""
     teacher, images = Smooth(), blobs(4)
-    matrix = draw_views(Objective(kind="upsample"), 0, 0, 4)
+    matrix = drawn(0, 0, 4)
     view = resize(warp(images, matrix, (64, 64)), SIZE)
     fine = torch.einsum("cd,bdhw->bchw", teacher.matrix, F.avg_pool2d(images, 4))
     moved = F.avg_pool2d(warp(fine, matrix, (16, 16)), 2)
@@ -140,9 +170,9 @@ def test_the_loss_is_zero_where_the_finer_map_explains_every_view() -> None:
     fine = upsampler.normalizer(torch.einsum("cd,bdhw->bchw", teacher.matrix, F.avg_pool2d(images, 4)))
     upsampler.sharpen = lambda images, looks: fine  # type: ignore[method-assign]
     objective.downsampler = _Mean()  # type: ignore[assignment]
-    exact = objective(upsampler, teacher, images)
+    exact = objective(upsampler, images, {})
     upsampler.sharpen = lambda images, looks: fine.flip(-1)  # type: ignore[method-assign]
-    wrong = objective(upsampler, teacher, images)
+    wrong = objective(upsampler, images, {})
     # Resizing and averaging are nearly the same thing on smooth images.
     assert float(exact.terms[CONSISTENCY]) < 0.02 * float(wrong.terms[CONSISTENCY])
     assert float(exact.loss.detach()) < 0.02 * float(wrong.loss.detach())
@@ -167,7 +197,7 @@ def test_the_loss_is_the_sum_that_its_docstring_writes() -> None:
         target = upsampler.clean(teacher(resize(images, SIZE)).spatial)
     error = (F.avg_pool2d(fine, 2) - target).square().mean(1, keepdim=True)
     weight = F.avg_pool2d(_seams(GRID, 2, 3.0), 2)
-    found = objective(upsampler, teacher, images)
+    found = objective(upsampler, images, {})
     wanted = (weight * (error * math.exp(-0.7) + 0.7 / 2)).mean()
     torch.testing.assert_close(found.loss.detach(), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.terms[CONSISTENCY], error.mean(), rtol=1e-4, atol=1e-4)
@@ -178,7 +208,7 @@ def test_cells_that_show_the_outside_do_not_count() -> None:
     teacher, images = Smooth(), blobs(2)
     upsampler, objective = parts(teacher, uncertainty=False, seam=1.0, **{**STILL, "zoom": (0.5, 0.5)})
     objective.eval()
-    before = objective(upsampler, teacher, images)
+    before = objective(upsampler, images, {})
     # 16 of 64 cells count, and the sum is divided by 32: few cells do not weigh more than many.
     torch.testing.assert_close(before.loss.detach(), before.terms[CONSISTENCY] / 2)
 
@@ -190,7 +220,8 @@ def test_cells_that_show_the_outside_do_not_count() -> None:
                 found[..., :2], found[..., -2:], found[..., :2, :], found[..., -2:, :] = 9, 9, 9, 9
             return Features(None, found)
 
-    after = objective(upsampler, Outside(), images)
+    objective._teacher = [Outside()]
+    after = objective(upsampler, images, {})
     torch.testing.assert_close(after.terms[CONSISTENCY], before.terms[CONSISTENCY])
     torch.testing.assert_close(after.loss, before.loss)
 
@@ -199,17 +230,17 @@ def test_uncertainty_starts_at_nothing_and_never_moves_the_map() -> None:
     teacher, images = Smooth(), blobs(2)
     (upsampler, plain), (_, unsure) = parts(teacher, uncertainty=False), parts(teacher, uncertainty=True)
     unsure.load_state_dict({**unsure.state_dict(), **plain.state_dict()})
-    one, other = plain.eval()(upsampler, teacher, images), unsure.eval()(upsampler, teacher, images)
+    one, other = plain.eval()(upsampler, images, {}), unsure.eval()(upsampler, images, {})
     torch.testing.assert_close(one.loss, other.loss)
     assert unsure.uncertainty is not None
     with torch.no_grad():
         unsure.uncertainty[2].bias.fill_(0.7)
-    doubtful = unsure(upsampler, teacher, images)
+    doubtful = unsure(upsampler, images, {})
     assert float(doubtful.terms[CONSISTENCY]) == pytest.approx(float(other.terms[CONSISTENCY]))
     assert float(doubtful.loss.detach()) != pytest.approx(float(other.loss.detach()))
     seen = []
     unsure.uncertainty.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
-    unsure(upsampler, teacher, images)
+    unsure(upsampler, images, {})
     assert seen == [False], "doubt would reshape the map"
 
 
@@ -220,7 +251,7 @@ def test_training_takes_a_fixed_pattern_into_the_bias_and_lowers_the_loss() -> N
     optimizer = torch.optim.Adam([*upsampler.parameters(), *objective.parameters()], lr=1e-2)
     first = last = 0.0
     for step in range(40):
-        result = objective(upsampler, teacher, blobs(2, seed=100 + step), step=step)
+        result = objective(upsampler, blobs(2, seed=100 + step), {}, at_step(step))
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
@@ -248,16 +279,16 @@ def quick(*changes: str) -> recipe.Recipe:
 
 
 def test_the_loop_trains_it_and_a_recipe_can_use_what_it_wrote(tmp_path: Path) -> None:
-    straight = distill(quick("train.steps=4"), tmp_path / "straight", quiet=True)
+    straight = train_model(quick("train.steps=4"), tmp_path / "straight", quiet=True)
     assert isinstance(straight, FeatSharp) and straight.trained
     lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["terms"][CONSISTENCY] > 0 for line in lines)
     # Stopped after two steps and taken up again, it is the same.
     folder = tmp_path / "resumed"
-    distill(quick("train.steps=4"), folder, quiet=True)
+    train_model(quick("train.steps=4"), folder, quiet=True)
     (folder / "checkpoints" / "step_00000004" / "state.json").unlink()
-    resumed = distill(quick("train.steps=4"), folder, quiet=True, resume=True)
+    resumed = train_model(quick("train.steps=4"), folder, quiet=True, resume=True)
     for name, value in straight.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value)
     # In a recipe that distils, the teacher's map is twice as fine.
@@ -268,33 +299,31 @@ def test_the_loop_trains_it_and_a_recipe_can_use_what_it_wrote(tmp_path: Path) -
          "data.sources=[{kind: photos, split: train}]", "evals=[]"],
         smoke=True,
     )  # fmt: skip
-    from agglo.objectives.distill import build_teachers
-
     teacher = build_teachers(student)["lite0"]
     assert isinstance(teacher, Upsampled) and not any(p.requires_grad for p in teacher.parameters())
     with torch.inference_mode():
         assert teacher(torch.rand(1, 3, 64, 64)).spatial.shape == (1, 112, 4, 4)
-    assert distill(student, tmp_path / "student", quiet=True).heads["lite0"].spatial is not None
+    assert train_model(student, tmp_path / "student", quiet=True).heads["lite0"].spatial is not None
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        (["partitions.0.sizes=[96]"], r"looks at 64 px.*\[64\]"),
-        (["teachers.lite0.upsampler.kind=tiles"], "of a kind that learns: featsharp"),
+        (["partitions.0.sizes=[96]"], r"takes 64 px.*\[64\]"),
+        (["teachers.lite0.upsampler.kind=tiles"], "of a trainable kind: featsharp"),
         (["teachers.lite0.upsampler=null"], r"needs teachers\.lite0\.upsampler"),
         (["teachers.more={kind: toy}"], "one teacher.*lite0, more"),
-        (["train.damp=0.1", "balancer={kind: adaloss}"], r"^balancer, train\.damp: for students"),
+        (["train.damp=0.1", "balancer={kind: adaloss}"], r"^balancer, train\.damp: for students only"),
         (
             ["data.views.crops=2", "data.feature_cache=somewhere"],
             r"^data\.views\.crops, data\.feature_cache:",
         ),
         (
             ["evals=[{kind: knn}]", "losses.summary.kind=mse", "train.start_from=x"],
-            r"^losses, evals, train\.start_from:",
+            r"^losses, train\.start_from, evals:",
         ),
-        (["student={kind: timm}"], "leave `student:` out"),
-        (["stages=[{name: a}]"], "leave `stages:` out"),
+        (["student={kind: timm}"], "remove `student:`"),
+        (["stages=[{name: a}]"], "remove `stages:`"),
         (["objective.zoom=[2, 1]"], "low <= high"),
         (["objective.veiws=3"], "did you mean 'views'"),
         (["objective={kind: distill}"], "student"),
@@ -302,24 +331,23 @@ def test_the_loop_trains_it_and_a_recipe_can_use_what_it_wrote(tmp_path: Path) -
 )
 def test_recipes_that_do_not_fit_say_what_to_do(changes: list[str], why: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=why):
-        distill(quick(*changes), tmp_path / "run", quiet=True)
+        train_model(quick(*changes), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
 def test_no_images_and_wrong_teachers_are_named() -> None:
     teacher = Smooth()
     upsampler = FeatSharp(teacher.spec, SIZE)
-    objective = Upsample(upsampler, Objective(kind="upsample"))
-    with pytest.raises(ConfigError, match="saw no image"):
+    objective = make(upsampler, teacher)
+    with pytest.raises(ConfigError, match="had no image"):
         objective.fit([])
     broken = copy.deepcopy(teacher)
     broken.matrix = broken.matrix * float("nan")
-    canvas = RenderedBatch(blobs(4), (1.0, 1.0))
     with pytest.raises(ConfigError, match=r"teachers\.t: .*NaN"):
-        objective.fit([objective.teach({"t": broken}, canvas, (64, 64), 4)])
+        objective.fit([targets_of(broken, blobs(4))])
     plain = Upsampled(teacher, Tiles(teacher.spec, SIZE))
-    with pytest.raises(ConfigError, match="a kind that learns"):
-        take_apart({"t": plain})
+    with pytest.raises(ConfigError, match="a trainable kind"):
+        Upsample.build_model(config(), {"t": plain})
 
 
 def test_the_command_tells_how_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +355,7 @@ def test_the_command_tells_how_to_use_it(tmp_path: Path, monkeypatch: pytest.Mon
 
     from agglo.cli.main import app
 
-    monkeypatch.setattr("agglo.training.loop.distill", lambda *_, **__: None)
+    monkeypatch.setattr("agglo.training.loop.train_model", lambda *_, **__: None)
     result = CliRunner().invoke(app, ["train", "featsharp_quick", "--smoke", "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     assert "upsampler: {kind: featsharp, weights:" in result.output

@@ -14,7 +14,7 @@ from agglo import recipe
 from agglo.config import build, kinds
 from agglo.nn.homography import CORNERS, from_corners, inside_mask, warp
 from agglo.nn.neighbourhood import local_attention
-from agglo.objectives.wrapping import Upsampled, wrap
+from agglo.objectives._wrapping import Upsampled, wrap
 from agglo.preprocess import resize
 from agglo.recipe import TeacherEntry
 from agglo.teachers.base import Teacher
@@ -369,13 +369,13 @@ def test_wrapped_teacher_runs_at_both_sizes(tmp_path: Path) -> None:
 
 
 def test_wrap_refuses_unusable_teachers() -> None:
-    with pytest.raises(ConfigError, match=r"teachers\.t\.upsampler.*learned nothing yet.*`weights:`"):
+    with pytest.raises(ConfigError, match=r"teachers\.t\.upsampler.*untrained.*`weights:`"):
         wrap(Square(), entry(kind="featsharp"), "t")
     with pytest.raises(ConfigError, match="any size"):
         wrap(build("teachers", {"kind": "toy"}), entry(kind="tiles"), "t")
     blind = Square()
     blind.spec = FeatureSpec(summary=5, spatial=None)
-    with pytest.raises(ConfigError, match="no map to make finer"):
+    with pytest.raises(ConfigError, match="no map to upsample"):
         wrap(blind, entry(kind="tiles"), "t")
     with pytest.raises(ConfigError, match="did you mean 'featsharp'"):
         recipe.load("quickstart", ["teachers.hog.upsampler={kind: featshrap}"])

@@ -1,6 +1,5 @@
-"""The teacher-feature cache: what the teachers say of every image's canvas, written once and read while training.
+"""The teacher-feature cache: features of every fixed crop, stored once and read during training.
 
-``records`` is the format on disk, ``coding`` turns features into bytes and back, ``identity`` says whose features they
-are and what changed, ``writing`` runs the teachers, ``crops`` loads batches of fixed crops together with their records,
-and ``lessons`` hands both, cached and live, to the objective.
+``records`` is the format on disk, ``coding`` converts features to bytes and back, ``identity`` detects a changed
+teacher or image, ``reading`` and ``disk`` read and write a cache's folder. ``agglo.training.precompute`` fills it.
 """

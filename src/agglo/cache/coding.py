@@ -1,10 +1,8 @@
-"""Features to bytes and back: float32 as they are; float16, bfloat16 and int8 in PHI-S space (METHOD 2.2).
+"""Features to bytes and back: float32 unchanged; float16, bfloat16 and int8 in PHI-S space (arXiv:2410.01680, eq. 7).
 
-PHI-S rotates a map so that every channel has variance 1. No channel then stands out, so one step width a cell serves
-all of them: int8 stores ``round(z / s)`` with ``s = max|z| / 127`` over a cell's channels. Because the map is a
-rotation times a scalar, an error in that space is the same share of the features' spread in the teacher's own.
-
-Summaries are small and stay float32.
+PHI-S rotates a map so that every channel has variance 1, so one quantisation step per cell suits all its channels: int8
+stores ``round(z / s)`` with ``s = max|z| / 127`` over a cell's channels. PHI-S is a rotation times a scalar, so an
+error has the same size relative to the features' spread in both spaces. Summaries are small and stay float32.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ _LEVELS = 127
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
-    """What coding costs.
+class Distortion:
+    """The error of coding.
 
     Args:
-        relative: root mean square of the error, as a share of the root mean square distance of cells from their mean.
-        worst: the largest error of one cell, on the same scale.
-        images: so many were measured.
+        relative: root mean square error over the root mean square distance of cells from their mean.
+        worst: the largest error of a cell, on the same scale.
+        images: number of images measured.
     """
 
     relative: float
@@ -41,65 +39,65 @@ class Error:
 
 
 class Coding(nn.Module):
-    """How one teacher's features are written.
+    """Encodes and decodes one teacher's features.
 
     Args:
-        spec: what the teacher returns.
+        spec: of the teacher.
         dtype: one of :data:`DTYPES`.
     """
 
     def __init__(self, spec: FeatureSpec, dtype: str) -> None:
         super().__init__()
         if dtype not in DTYPES:
-            raise ConfigError(f"a feature cache is written as one of {', '.join(DTYPES)}, not {dtype!r}")
+            raise ConfigError(f"dtype of a feature cache must be one of {', '.join(DTYPES)}, not {dtype!r}")
         self.spec, self.dtype = spec, dtype
         self.normalizer = PhiS(spec.spatial) if spec.spatial is not None and dtype != "fp32" else None
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether :meth:`update` and :meth:`freeze` must come before :meth:`encode`."""
+        """Whether :meth:`update` and :meth:`freeze` must be called before :meth:`encode`."""
         return self.normalizer is not None
 
     def bytes(self, grid: tuple[int, int]) -> int:
-        """Length of an image's payload."""
+        """Bytes of one image's payload."""
         return sum(self._lengths(grid))
 
     def _lengths(self, grid: tuple[int, int]) -> tuple[int, int, int]:
-        """Bytes of summary, step widths and map."""
+        """Bytes of summary, quantisation steps and map."""
         cells = grid[0] * grid[1]
         spatial = cells * (self.spec.spatial or 0) * _TORCH[self.dtype].itemsize
         scales = 4 * cells if self.dtype == "int8" and self.spec.spatial else 0
         return 4 * (self.spec.summary or 0), scales, spatial
 
     def update(self, features: Features) -> None:
-        """Take a batch into the estimate of the PHI-S map.
+        """Add a batch to the estimate of the PHI-S rotation.
 
         Raises:
             ValueError: a feature is not finite.
         """
         if self.normalizer is not None:
-            self.normalizer.update(_there(features.spatial).float())
+            self.normalizer.update(_required(features.spatial).float())
 
     def freeze(self) -> None:
-        """Fix the PHI-S map.
+        """Fix the PHI-S rotation.
 
         Raises:
-            ValueError, RuntimeError: the features do not vary, or there were none.
+            ValueError, RuntimeError: constant features, or none.
         """
         if self.normalizer is not None:
             with warnings.catch_warnings():
-                # Any rotation codes well: one from few images, or of an order without a Hadamard matrix, will do.
+                # Any rotation codes well, even from few images or without a Hadamard matrix.
                 warnings.simplefilter("ignore")
                 self.normalizer.freeze()
 
     @torch.no_grad()
     def encode(self, features: Features) -> np.ndarray:
-        """Features of a batch to payloads, ``uint8 (B, bytes)`` on the CPU."""
+        """Payloads of a batch, uint8 ``(B, bytes)`` on the CPU."""
         parts = []
         if self.spec.summary is not None:
-            parts.append(_bytes(_there(features.summary).float()))
+            parts.append(_bytes(_required(features.summary).float()))
         if self.spec.spatial is not None:
-            spatial = _there(features.spatial).float()
+            spatial = _required(features.spatial).float()
             if self.normalizer is not None:
                 spatial = self.normalizer(spatial)
             if self.dtype == "int8":
@@ -111,10 +109,10 @@ class Coding(nn.Module):
 
     @torch.no_grad()
     def decode(self, rows: Tensor, grid: tuple[int, int]) -> Features:
-        """Payloads back to features in the teacher's own space, float32.
+        """Features in the teacher's own space, float32.
 
         Args:
-            rows: uint8 ``(B, bytes)``, on any device.
+            rows: payloads, uint8 ``(B, bytes)``, on any device.
             grid: ``(h, w)`` of the map.
         """
         lengths = self._lengths(grid)
@@ -133,17 +131,17 @@ class Coding(nn.Module):
         return Features(summary, spatial)
 
     @torch.no_grad()
-    def measure(self, features: Features) -> Error:
-        """What coding these features costs; see :class:`Error`."""
-        images = len(_there(features.summary if features.spatial is None else features.spatial))
+    def measure(self, features: Features) -> Distortion:
+        """The error of coding these features."""
+        images = len(_required(features.summary if features.spatial is None else features.spatial))
         if features.spatial is None or self.dtype == "fp32":
-            return Error(0.0, 0.0, images)
+            return Distortion(0.0, 0.0, images)
         grid = (features.spatial.shape[-2], features.spatial.shape[-1])
         rows = torch.from_numpy(self.encode(features)).to(features.spatial.device)
         truth = features.spatial.double()
-        wrong = (_there(self.decode(rows, grid).spatial).double() - truth).square().sum(1)
+        squared = (_required(self.decode(rows, grid).spatial).double() - truth).square().sum(1)
         spread = (truth - truth.mean((0, 2, 3), keepdim=True)).square().sum(1).mean()
-        return Error(math.sqrt(float(wrong.mean() / spread)), math.sqrt(float(wrong.amax() / spread)), images)
+        return Distortion(math.sqrt(float(squared.mean() / spread)), math.sqrt(float(squared.amax() / spread)), images)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -152,11 +150,11 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _numbers(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 ``(B, bytes)`` to ``(B, n)``; the copy makes the bytes aligned."""
+    """uint8 ``(B, bytes)`` to ``(B, n)``; the copy aligns the bytes."""
     return rows.contiguous().clone().view(dtype) if dtype.itemsize > 1 else rows.contiguous().view(dtype)
 
 
-def _there(x: Tensor | None) -> Tensor:
+def _required(x: Tensor | None) -> Tensor:
     if x is None:
-        raise TypeError("the teacher left out an output that its spec promises")
+        raise TypeError("the teacher returned None for an output that its spec promises")
     return x

@@ -1,9 +1,8 @@
-"""Whose features a cache holds: enough to refuse it when teacher, size, preprocessing or images have changed."""
+"""Identity of the features in a cache: detects a changed teacher, input size, preprocessing or image."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping
@@ -15,46 +14,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agglo.data.shifts import max_shift
+from agglo.data.crops import margin, outer_size
 from agglo.files import read_json
 from agglo.recipe import Recipe, TeacherEntry, Views
 from agglo.teachers.base import Teacher
-from agglo.types import ConfigError, Features, FeatureSpec
+from agglo.types import ConfigError, Features
 
 FORMAT = 2
 MANIFEST, TEACHER, STATISTICS = "manifest.json", "teacher.json", "statistics.safetensors"
-PARTIAL = ".partial"
-"""What is behind the name of a file that is being written."""
 
-_STUDENTS = {"summary_weight", "spatial_weight", "summary_head", "spatial_head"}
-"""Keys of a teacher's entry that are about what the student makes of it."""
+_LOSS_KEYS = {"summary_weight", "spatial_weight", "summary_head", "spatial_head"}
+"""Keys of a teacher's entry that do not change its features."""
 
-_HARMLESS = {"compile"}
-"""Keys of a teacher that change how fast it speaks, not what it says."""
+_SPEED_KEYS = {"compile"}
+"""Keys of a teacher that change its speed, not its features."""
 
-_PROBED = 128
-"""Numbers of the probe's features that are kept."""
+_PROBE_VALUES = 128
+"""Number of values of the probe's features that are kept."""
 
 _TOLERANCE = 0.02
-"""How far the probe's features may be off, as a share of their length: devices and precisions differ, models more."""
+"""Relative error allowed for the probe: devices and precisions differ by less, other models by more."""
 
 
-# ---------------------------------------------------------------------------------------------------- geometry
-
-
-def margin(views: Views, stride: int) -> int:
-    """Pixels of a fixed crop's canvas beyond each side of the middle view: as far as the student's view may go."""
-    return (max_shift(views.shift) + views.roam) * stride
-
-
-def outer_size(size: tuple[int, int], views: Views, stride: int) -> tuple[int, int]:
-    """``(H, W)`` of the canvas, on the student's scale, around views of ``size``."""
-    extra = 2 * margin(views, stride)
-    return size[0] + extra, size[1] + extra
+# --- crops ------------------------------------------------------------------------------------------------------------
 
 
 def geometry(recipe: Recipe, stride: int) -> dict[str, Any]:
-    """What decides a fixed crop's canvas, beside the image, the number of the crop and the size."""
+    """What determines a fixed crop, besides the image, the crop's number and the size."""
     views = recipe.data.views
     return {
         "scale": list(views.scale),
@@ -67,29 +53,29 @@ def geometry(recipe: Recipe, stride: int) -> dict[str, Any]:
 
 
 def pixels_crc(pixels: Tensor) -> int:
-    """CRC-32 of a canvas, ``(3, H, W)`` in [0, 1], as 8-bit pixels. Runs in the loader's threads, so without torch."""
+    """CRC-32 of a crop ``(3, H, W)`` in [0, 1] as 8-bit pixels. Runs in the loader's threads, so without torch."""
     eight = (pixels.numpy() * np.float32(255) + np.float32(0.5)).astype(np.uint8)
     return zlib.crc32(eight.data)
 
 
-# ---------------------------------------------------------------------------------------------------- teachers
+# --- teachers ---------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(
     entry: TeacherEntry, teacher: Teacher, inputs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """Who a teacher is: its keys in the recipe, processor, output, input sizes, weights, and words on a test image.
+    """A teacher's recipe keys, processor, spec, input sizes, weights, and some features of a test image (the probe).
 
-    The last catches what none of the others shows, such as another version of the library that runs it.
+    The probe detects what the others do not, such as another version of the library that runs the teacher.
 
     Args:
-        inputs: as :func:`inputs_of` finds them; the test image has the smallest of these sizes.
+        inputs: from :func:`inputs_of`; the test image has the smallest of these sizes.
     """
     size = min((tuple(each["input"]) for each in inputs.values()), key=math.prod)
     return {
         "config": config_of(entry),
         "processor": dict(teacher.processor),
-        "spec": spec_to(teacher.spec),
+        "spec": asdict(teacher.spec),
         "inputs": dict(inputs),
         "weights": weights_hash(teacher),
         "probe": {"size": list(size), "values": probe(teacher, size, device)},
@@ -97,11 +83,11 @@ def fingerprint(
 
 
 def inputs_of(teacher: Teacher, sizes: Iterable[int], views: Views, stride: int) -> dict[str, Any]:
-    """At which ``(H, W)`` a teacher sees the canvases of each of the student's sizes, and the grid of its map of them.
+    """A teacher's input size ``(H, W)`` and map grid for the crops of each student size, by that size.
 
     Args:
-        sizes: sides of the student's view in pixels; the keys are these.
-        stride: the student's.
+        sizes: sides of the student's view in pixels.
+        stride: of the student.
     """
     found = {}
     for size in sizes:
@@ -113,15 +99,15 @@ def inputs_of(teacher: Teacher, sizes: Iterable[int], views: Views, stride: int)
 
 
 def config_of(entry: TeacherEntry) -> dict[str, Any]:
-    """The keys of a recipe's teacher that decide what it says; those that are off are left out."""
+    """The keys of a teacher that determine its features, without those that are null or false."""
     keys: dict[str, Any] = entry.model_dump(mode="json")
     keys.update(keys.pop("teacher"))
-    kept = {key: value for key, value in sorted(keys.items()) if key not in _STUDENTS | _HARMLESS}
+    kept = {key: value for key, value in sorted(keys.items()) if key not in _LOSS_KEYS | _SPEED_KEYS}
     return {key: value for key, value in kept.items() if value is not None and value is not False}  # 0 is a value
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of parameters and buffers; a buffer ``_name`` is memory, not weights."""
+    """SHA-256 over names, shapes and values of parameters and buffers, except buffers ``_name`` (caches)."""
     buffers = [(name, each) for name, each in module.named_buffers() if not name.split(".")[-1].startswith("_")]
     found = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *buffers]):
@@ -134,13 +120,13 @@ def weights_hash(module: nn.Module) -> str:
 
 @torch.inference_mode()
 def probe(teacher: Teacher, size: tuple[int, int], device: torch.device) -> list[float]:
-    """Some numbers of what a teacher says of one fixed image, waves in three colours."""
+    """Some features of one fixed image: waves in three colours."""
     y, x = torch.meshgrid(torch.linspace(0, 1, size[0]), torch.linspace(0, 1, size[1]), indexing="ij")
     waves = [torch.sin(math.pi * (a * x + b * y + c)) for a, b, c in ((9, 2, 0.1), (3, 11, 0.4), (17, 5, 0.7))]
-    said: Features = teacher((torch.stack(waves)[None] / 2 + 0.5).to(device))
-    numbers = [part.float().flatten() for part in (said.summary, said.spatial) if part is not None]
-    # A stride that has no factor in common with usual widths, so that all channels and places are met.
-    picked = [part[torch.arange(_PROBED, device=part.device) * 7919 % len(part)] for part in numbers]
+    features: Features = teacher((torch.stack(waves)[None] / 2 + 0.5).to(device))
+    numbers = [part.float().flatten() for part in (features.summary, features.spatial) if part is not None]
+    # A stride coprime to common widths, so that all channels and positions are sampled.
+    picked = [part[torch.arange(_PROBE_VALUES, device=part.device) * 7919 % len(part)] for part in numbers]
     return [float(f"{value:.6g}") for value in torch.cat(picked).tolist()]
 
 
@@ -148,26 +134,25 @@ def changes(
     written: Mapping[str, Any], entry: TeacherEntry, teacher: Teacher | None, views: Views, stride: int,
     device: torch.device,
 ) -> list[str]:  # fmt: skip
-    """What differs between a fingerprint and a teacher, in words; nothing where they are one.
+    """The differences between a fingerprint and a teacher, as phrases; empty if it is the same teacher.
 
-    What is cheap is compared first and the teacher is asked last, when all else is equal: another teacher may not even
-    run at the size of the test image.
+    The cheap comparisons come first and the probe last: another teacher may not run at the size of the test image.
 
     Args:
-        teacher: None where only its keys in the recipe are known.
-        views, stride: of the recipe and the student; the canvases are those of the cache.
+        teacher: None if only its keys in the recipe are known.
+        views, stride: of the recipe and the student.
     """
-    told = _unlike(written["config"], config_of(entry))
-    if told or teacher is None:
-        return told
-    if told := _unlike(written["processor"], teacher.processor):
-        return [f"its processor changed: {each}" for each in told]
-    if told := _unlike(written["spec"], spec_to(teacher.spec)):
-        return [f"its output changed: {each}" for each in told]
+    found = _differences(written["config"], config_of(entry))
+    if found or teacher is None:
+        return found
+    if found := _differences(written["processor"], teacher.processor):
+        return [f"its processor changed: {each}" for each in found]
+    if found := _differences(written["spec"], asdict(teacher.spec)):
+        return [f"its output changed: {each}" for each in found]
     now = inputs_of(teacher, map(int, written["inputs"]), views, stride)
     for size, then in written["inputs"].items():
         if then != now[size]:
-            return [f"it sees canvases of {size} px views {_seen(then)} then, {_seen(now[size])} now"]
+            return [f"its input for {size} px views was {_input_text(then)}, now {_input_text(now[size])}"]
     if written["weights"] != weights_hash(teacher):
         return ["other weights"]
     size = tuple(written["probe"]["size"])
@@ -175,69 +160,43 @@ def changes(
     off = np.linalg.norm(then - today) if then.shape == today.shape else np.inf
     if off > _TOLERANCE * np.linalg.norm(then):
         return [
-            "keys, processor and weights are the same, but it says something else of the same image: its preprocessing "
-            "changed"
+            "keys, processor and weights are the same, but not the features of a test image: its preprocessing changed"
         ]
     return []
 
 
-def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        f"{key} was {then.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
 
 
-def _seen(inputs: Mapping[str, Any]) -> str:
+def _input_text(inputs: Mapping[str, Any]) -> str:
     (height, width), (rows, columns) = inputs["input"], inputs["grid"]
-    return f"at {height}x{width} pixels on a grid of {rows}x{columns}"
+    return f"{height}x{width} pixels with a grid of {rows}x{columns}"
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole."""
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file whole: at every moment what is there is the old one or the new one."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache.
 
     Raises:
-        ConfigError: the folder is no cache, or one of another format.
+        ConfigError: the folder is not a cache, or has another format.
     """
     if not folder.is_dir():
-        raise ConfigError(f"there is no feature cache {folder}: write one with `agglo cache RECIPE --out {folder}`")
+        raise ConfigError(f"feature cache {folder} does not exist: write it with `agglo cache RECIPE --out {folder}`")
     found = read_json(folder / MANIFEST)
     if not found:
-        raise ConfigError(f"{folder} is no feature cache: it holds no {MANIFEST}")
+        raise ConfigError(f"{folder} is not a feature cache: it has no {MANIFEST}")
     if found.get("format") != FORMAT:
         raise ConfigError(f"{folder} has format {found.get('format')!r}, this agglo reads {FORMAT}: write it again")
     return found
 
 
 def read_teacher(folder: Path, name: str) -> dict[str, Any]:
-    """What is known of one teacher of a cache; empty where it holds none of that name."""
+    """The description of one teacher of a cache; empty if it has none of that name."""
     return read_json(folder / name / TEACHER)
-
-
-def spec_to(spec: FeatureSpec) -> dict[str, Any]:
-    """A spec as JSON."""
-    return asdict(spec)
-
-
-def spec_from(content: Mapping[str, Any]) -> FeatureSpec:
-    """A spec from JSON."""
-    return FeatureSpec(**content)

@@ -1,10 +1,11 @@
-"""A cache for reading: is it this recipe's, is everything there, and what did the teachers say of this batch."""
+"""Reading a cache: checks that it belongs to the recipe and is complete, and reads the features of a batch."""
 
 from __future__ import annotations
 
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,121 +14,136 @@ import torch
 
 from agglo.cache import identity
 from agglo.cache.coding import Coding
-from agglo.cache.crops import Rows
-from agglo.cache.records import Record, Shelf, key_of
+from agglo.cache.records import Record, ShardReader, key_of
 from agglo.data.loader import Batch
 from agglo.recipe import Recipe
 from agglo.sources.base import Source
 from agglo.teachers.base import Teacher
-from agglo.types import AssetError, ConfigError, Features
+from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 from agglo.weights.reading import read_safetensors
 
 
-class Absent(Teacher):
-    """Stands where a teacher stood whose words are read: it has the teacher's spec and licence, and is silent."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One teacher's encoded features of a batch.
 
-    def __init__(self, known: Mapping[str, Any]) -> None:
+    Args:
+        data: uint8 ``(B, bytes)``.
+        grid: ``(h, w)`` of the maps.
+    """
+
+    data: np.ndarray
+    grid: tuple[int, int]
+
+
+class CachedTeacher(Teacher):
+    """Placeholder for a cached teacher: carries its spec and licence; calling it raises."""
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
         super().__init__()
-        self.spec = identity.spec_from(known["fingerprint"]["spec"])
-        self.licence = known["licence"]
+        self.spec = FeatureSpec(**description["fingerprint"]["spec"])
+        self.licence = description["licence"]
 
     def forward(self, images: torch.Tensor) -> Features:
-        """Not to be asked.
+        """Not available.
 
         Raises:
             RuntimeError: always.
         """
         del images
-        raise RuntimeError("this teacher's words are read from a feature cache; it is not here to be asked for more")
+        raise RuntimeError("this teacher's features are read from a feature cache: the teacher itself is not loaded")
 
 
 class FeatureCache:
-    """What teachers said of fixed crops, as ``agglo cache`` wrote it; safe to read while it grows.
+    """Features of fixed crops, as ``agglo cache`` wrote them; may be read while it grows.
 
     Args:
         folder: the cache.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a cache.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self.manifest = identity.read_manifest(self.folder)
-        self.known = {
+        self.teachers = {
             path.parent.name: identity.read_teacher(self.folder, path.parent.name)
             for path in sorted(self.folder.glob(f"*/{identity.TEACHER}"))
         }
-        self._shelves: dict[str, Shelf] = {}
+        self._readers: dict[str, ShardReader] = {}
         self._codings: dict[str, Coding] = {}
 
-    def absent(self, name: str) -> Teacher:
-        """A stand-in for one of its teachers.
+    def placeholder(self, name: str) -> CachedTeacher:
+        """A :class:`CachedTeacher` for one of the cache's teachers.
 
         Raises:
-            ConfigError: it holds none of that name.
+            ConfigError: the cache has none of that name.
         """
-        if name not in self.known:
-            has = ", ".join(self.known) or "none"
+        if name not in self.teachers:
             raise ConfigError(
-                f"{self.folder} holds nothing from teachers.{name} (it holds: {has}); add it with {self.command()}"
+                f"{self.folder} has no features of teachers.{name} (it has: {', '.join(self.teachers) or 'none'}); add "
+                f"them with {self.command()}"
             )
-        return Absent(self.known[name])
+        return CachedTeacher(self.teachers[name])
 
     def command(self) -> str:
-        """What to type to write what is missing."""
+        """The command that writes what is missing."""
         return f"`agglo cache RECIPE --out {shlex.quote(str(self.folder))}`, which computes only what is missing"
 
-    def shelf(self, name: str) -> Shelf:
+    def reader(self, name: str) -> ShardReader:
         """A teacher's records."""
-        if name not in self._shelves:
-            self._shelves[name] = Shelf(self.folder / name)
-        return self._shelves[name]
+        if name not in self._readers:
+            self._readers[name] = ShardReader(self.folder / name)
+        return self._readers[name]
 
     def coding(self, name: str) -> Coding:
-        """How a teacher's features are written.
+        """A teacher's coding.
 
         Raises:
-            AssetError: the statistics are not those the records were written with.
+            AssetError: its statistics are not those that the records were written with.
         """
         if name not in self._codings:
-            self._codings[name] = read_coding(self.folder / name, self.known[name])
+            self._codings[name] = read_coding(self.folder / name, self.teachers[name])
         return self._codings[name]
 
-    # ------------------------------------------------------------------------------------------------ refusing
+    # --- checks -------------------------------------------------------------------------------------------------------
 
     def check_geometry(self, recipe: Recipe, stride: int) -> None:
-        """Refuse a recipe whose canvases are others.
+        """Refuse a recipe with other crops.
 
         Raises:
-            ConfigError: says what changed.
+            ConfigError: names the keys that differ.
         """
         check_geometry(self.folder, self.manifest, recipe, stride)
 
     def check_teacher(self, recipe: Recipe, name: str, teacher: Teacher, stride: int, device: torch.device) -> None:
-        """Refuse a teacher that is not the one whose words these are; :meth:`check_geometry` comes before.
+        """Refuse a teacher other than the one in the cache; call :meth:`check_geometry` before.
 
         Args:
-            teacher: the real one, on its device; a stand-in is compared by its keys in the recipe alone.
-            stride: the student's.
+            recipe: the run.
+            name: of the teacher.
+            teacher: on ``device``; a :class:`CachedTeacher` is compared by its recipe keys only.
+            stride: of the student.
+            device: of the teacher.
 
         Raises:
-            ConfigError: says what changed.
+            ConfigError: names what differs.
         """
-        self.absent(name)
-        real = None if isinstance(teacher, Absent) else teacher
-        known, entry = self.known[name]["fingerprint"], recipe.teachers[name]
-        if told := identity.changes(known, entry, real, recipe.data.views, stride, device):
+        self.placeholder(name)
+        real = None if isinstance(teacher, CachedTeacher) else teacher
+        written, entry = self.teachers[name]["fingerprint"], recipe.teachers[name]
+        if changed := identity.changes(written, entry, real, recipe.data.views, stride, device):
             raise ConfigError(
-                f"{self.folder} is from another teachers.{name} ({'; '.join(told)}): name the folder of a cache that "
-                f"was written with this teacher, or write one with `agglo cache RECIPE --out OTHER_FOLDER`"
+                f"{self.folder} has features of another teachers.{name} ({'; '.join(changed)}): use a cache of this "
+                "teacher, or write one with `agglo cache RECIPE --out OTHER_FOLDER`"
             )
 
     def check_images(self, recipe: Recipe, sources: Sequence[Source]) -> None:
-        """Refuse a recipe that needs entries which are not there.
+        """Refuse a recipe that needs records which are missing.
 
         Raises:
-            ConfigError: how many are missing, one by name, and the next move.
+            ConfigError: the number of missing records, one of them, and the command that adds them.
         """
         sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
         absent = set(self.manifest["absent"])
@@ -143,54 +159,54 @@ class FeatureCache:
         missing, example = 0, ""
         for name, crop, size in needed:
             key = key_of(name, crop, (size, size))
-            for shelf in map(self.shelf, recipe.teachers):
-                if key not in shelf:
+            for reader in map(self.reader, recipe.teachers):
+                if key not in reader:
                     missing += 1
-                    example = example or f"{name}, crop {crop} at {size} px, teacher {shelf.folder.name}"
+                    example = example or f"{name}, crop {crop} at {size} px, teacher {reader.folder.name}"
         if missing:
             total = len(needed) * len(recipe.teachers)
             raise ConfigError(
-                f"{self.folder} lacks {missing} of the {total} entries that this recipe needs, e.g. {example}: finish "
-                f"it with {self.command()}"
+                f"{self.folder} lacks {missing} of the {total} records that this recipe needs, e.g. {example}: add "
+                f"them with {self.command()}"
             )
 
-    # ------------------------------------------------------------------------------------------------ reading
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     def fetch(self, names: Sequence[str], batch: Batch, crops: Sequence[int]) -> dict[str, Rows]:
-        """The records of a batch. Runs in the loader's threads, so without torch kernels.
+        """The encoded features of a batch. Runs in the loader's threads, so without torch kernels.
 
         Args:
             names: of the teachers.
-            batch: whose canvases are compared with what the teachers saw.
-            crops: number of each canvas among its image's.
+            batch: its crops are compared with those that the teachers saw.
+            crops: crop number of each sample.
 
         Raises:
-            ConfigError: an entry is missing, or was made of other pixels.
-            AssetError: an entry is damaged.
+            ConfigError: a record is missing, or belongs to other pixels.
+            AssetError: a record is damaged.
         """
         keys = [key_of(name, crop, batch.size) for name, crop in zip(batch.names, crops, strict=True)]
-        seen = [identity.pixels_crc(image) for image in batch.images]
-        return {name: self._fetch(name, batch, keys, seen) for name in names}
+        checksums = [identity.pixels_crc(image) for image in batch.images]
+        return {name: self._fetch(name, batch, keys, checksums) for name in names}
 
-    def _fetch(self, name: str, batch: Batch, keys: list[int], seen: list[int]) -> Rows:
-        shelf, rows, first = self.shelf(name), None, None
+    def _fetch(self, name: str, batch: Batch, keys: list[int], checksums: list[int]) -> Rows:
+        reader, rows, first = self.reader(name), None, None
         for sample, key in enumerate(keys):
-            if key not in shelf:
-                shelf.refresh()
-            if key not in shelf:
+            if key not in reader:
+                reader.refresh()
+            if key not in reader:
                 raise ConfigError(
-                    f"{self.folder} holds nothing from teachers.{name} of {batch.names[sample]} at {batch.size[0]} px: "
-                    f"add it with {self.command()}"
+                    f"{self.folder} has no features of teachers.{name} for {batch.names[sample]} at {batch.size[0]} "
+                    f"px: add them with {self.command()}"
                 )
             if rows is None:
-                rows = np.empty((len(keys), shelf.places[key].bytes), dtype=np.uint8)
-            record = shelf.read(key, rows[sample].data)
+                rows = np.empty((len(keys), reader.locations[key].bytes), dtype=np.uint8)
+            record = reader.read(key, rows[sample].data)
             first = first or record
-            if record.canvas != seen[sample]:
+            if record.canvas != checksums[sample]:
                 raise ConfigError(
-                    f"{batch.names[sample]} is not what teachers.{name} saw: the image, or how it is decoded and "
-                    f"resized, changed since {self.folder} was written; write a new cache with "
-                    "`agglo cache RECIPE --out OTHER_FOLDER`, or bring the image back"
+                    f"{batch.names[sample]} is not the image that teachers.{name} saw: the file, or how it is decoded "
+                    f"and resized, changed since {self.folder} was written; restore the image, or write a new cache "
+                    "with `agglo cache RECIPE --out OTHER_FOLDER`"
                 )
         assert rows is not None and isinstance(first, Record)  # a batch has at least one image
         return Rows(rows, first.grid)
@@ -200,41 +216,40 @@ def check_geometry(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, st
     """See :meth:`FeatureCache.check_geometry`."""
     now, then = identity.geometry(recipe, stride), manifest["geometry"]
     names = {"margin": "the margin of data.views.shift and data.views.roam", "stride": "the student's stride"}
-    told = [
-        f"{names.get(key, f'data.views.{key}')}: {then.get(key)!r} then, {value!r} now"
+    changed = [
+        f"{names.get(key, f'data.views.{key}')} was {then.get(key)!r}, now {value!r}"
         for key, value in now.items()
         if then.get(key) != value
     ]
-    if told:
+    if changed:
         raise ConfigError(
-            f"{folder} holds other canvases ({'; '.join(told)}): set these back, or write a cache of its own for this "
-            "recipe with `agglo cache RECIPE --out OTHER_FOLDER`"
+            f"{folder} has other crops ({'; '.join(changed)}): restore these keys, or write a cache for this recipe "
+            "with `agglo cache RECIPE --out OTHER_FOLDER`"
         )
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse two images of one name: their features could not be told apart.
+    """Refuse two images of one name, which is their key in the cache.
 
     Raises:
         ConfigError: names one.
     """
     if len(set(names)) < len(names):
-        known: set[str] = set()
-        twice = next(name for name in names if name in known or known.add(name))
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))
         raise ConfigError(
-            f"data.sources: two images are called {twice!r}, and a feature cache goes by names: rename one's folder, "
-            "or leave the source out that is there twice"
+            f"data.sources: two images have the name {twice!r}, which is their key in a feature cache: rename the "
+            "folder of one, or remove the duplicate source"
         )
 
 
-def read_coding(folder: Path, known: Mapping[str, Any]) -> Coding:
+def read_coding(folder: Path, description: Mapping[str, Any]) -> Coding:
     """See :meth:`FeatureCache.coding`."""
-    coding = Coding(identity.spec_from(known["fingerprint"]["spec"]), known["dtype"])
+    coding = Coding(FeatureSpec(**description["fingerprint"]["spec"]), description["dtype"])
     if coding.needs_statistics:
         path = folder / identity.STATISTICS
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known["statistics"]:
-            raise AssetError(
-                f"{path} is missing or damaged, and no record can be read without it: write the cache anew"
-            )
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != description["statistics"]:
+            raise AssetError(f"{path} is missing or damaged, and the records cannot be decoded without it: write the "
+                             "cache again")  # fmt: skip
         coding.load_state_dict({name: tensor.clone() for name, tensor in read_safetensors(path).tensors.items()})
     return coding.requires_grad_(False)

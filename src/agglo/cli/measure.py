@@ -177,7 +177,7 @@ def _teachers(model: str, entries: list[dict[str, Any]], device: str | None) -> 
     recipe = Path(model) / "recipe.yaml"
     if not recipe.is_file() or not any(takes_teachers(str(entry["kind"])) for entry in entries):
         return None
-    from agglo.objectives.distill import build_teachers
+    from agglo.objectives.base import build_teachers
     from agglo.recipe import load as load_recipe
 
     return {name: each.to(device or "cpu") for name, each in build_teachers(load_recipe(str(recipe))).items()}

@@ -17,18 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from agglo.data.pixels import BatchRenderer, align_view
-from agglo.data.views import (
-    Draw,
-    PartitionLike,
-    Quota,
-    ViewPolicy,
-    draw_positions,
-    draw_resolution,
-    draw_view,
-    generator,
-    image_at,
-)
+from agglo.data.views import Draw, PartitionLike, Quota, draw_positions, draw_resolution, draw_view, generator, image_at
 from agglo.preprocess import fit
+from agglo.recipe import Views
 from agglo.sources.base import FilteredImageError, PartialImage, ReadRequest, Source
 from agglo.types import ConfigError, ImageError, View
 
@@ -101,7 +92,7 @@ class Loader:
         sources: Sequence[Source],
         weights: Sequence[float] | None,
         partitions: Sequence[PartitionLike],
-        policy: ViewPolicy,
+        policy: Views,
         seed: int = 0,
         workers: int = 1,
         *,

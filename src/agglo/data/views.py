@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from agglo import dist
+from agglo.recipe import Views
 from agglo.types import ConfigError, View
 
 _VIEWS, _ORDER, _SIZES, _MIX = range(4)
@@ -33,36 +34,6 @@ _RESOLUTION_OF_WEIGHTS = 1 << 32
 _LONG = 1 << 20
 """Longer sources are shuffled without storing a permutation."""
 _ROUNDS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class ViewPolicy:
-    """The distribution of crops.
-
-    Args:
-        scale: share of the image's area in a crop, uniform in this range, within (0, 1].
-        aspect: horizontal over vertical extent of a crop, relative to the canvas; log-uniform in this range. Where an
-            image is too narrow for both at once the aspect range is kept and the area gives way.
-        flip: probability of a mirror image.
-        mixup: probability that a batch is blended with itself in another order (:func:`mixup`).
-
-    Raises:
-        ConfigError: a value outside its range.
-    """
-
-    scale: tuple[float, float] = (0.35, 1.0)
-    aspect: tuple[float, float] = (0.75, 1.333)
-    flip: float = 0.5
-    mixup: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"views.scale: needs 0 < low <= high <= 1 (shares of the area), got {self.scale}")
-        if not (0 < self.aspect[0] <= self.aspect[1] and math.isfinite(self.aspect[1])):
-            raise ConfigError(f"views.aspect: needs 0 < low <= high, got {self.aspect}")
-        for key in ("flip", "mixup"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError(f"views.{key}: is a probability in [0, 1], got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +219,7 @@ def _shuffled(place: int, length: int, keys: Sequence[int]) -> int:
 
 
 def draw_view(
-    source_size: tuple[int, int], size: tuple[int, int], policy: ViewPolicy, rng: np.random.Generator
+    source_size: tuple[int, int], size: tuple[int, int], policy: Views, rng: np.random.Generator
 ) -> View:
     """Geometry of a random crop inside an image.
 
@@ -315,7 +286,7 @@ def mixup(images: Tensor, seed: int, step: int, probability: float) -> Tensor:
         images: float ``(B, 3, H, W)``, on any device: this process's part of the batch.
         seed: seed of the run.
         step: the step; determines the blend together with the seed.
-        probability: probability of blending a step, :attr:`ViewPolicy.mixup`.
+        probability: probability of blending a step, :attr:`Views.mixup`.
 
     Returns:
         The blend, or ``images`` itself if the step is not blended.

@@ -11,7 +11,7 @@ import torch
 from agglo.evals.base import Progress
 from agglo.harness.measuring import Measured, measure
 from agglo.harness.running import Outcome, prefixed, unique_names
-from agglo.objectives.distill import build_teachers
+from agglo.objectives.base import build_teachers
 from agglo.recipe import Recipe
 from agglo.recipe import load as load_recipe
 from agglo.results.identity import model_hash, takes_teachers

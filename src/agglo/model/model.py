@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -167,9 +167,25 @@ class Model(nn.Module):
         """Convert images to a float batch of legal size on the model's device; arguments of :meth:`forward`."""
         return prepare(images, self._input_rules(window), resize=resize)
 
-    def encode(self, images: Tensor, *, window: int | None = None) -> Features:
-        """Features of the student alone for ``(B, 3, H, W)`` of a legal size, with all its class tokens."""
-        return self.student(self._condition(images), **self._windowed(window))
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        window: int | None = None,
+        blocks: Collection[int] = (),
+        into: dict[int, Features] | None = None,
+    ) -> Features:
+        """Features of the student alone for ``(B, 3, H, W)`` of a legal size, with all its class tokens.
+
+        Args:
+            images: RGB in [0, 1].
+            window: as in :meth:`forward`.
+            blocks: indices of blocks whose features, after the final norm, are put ``into`` by index, in the same
+                pass. The student must have blocks (``student.depth > 0``).
+            into: a dictionary to fill.
+        """
+        captured = {"blocks": blocks, "into": into} if blocks else {}
+        return self.student(self._condition(images), **self._windowed(window), **captured)
 
     def decode(self, features: Features, heads: Iterable[str] | None = None) -> Output:
         """Apply the heads to the student's features."""

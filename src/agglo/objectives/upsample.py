@@ -1,24 +1,24 @@
-"""Training an upsampler: what it says of an image must explain what the teacher says of views of it (METHOD 4.2)."""
+"""Training of an upsampler by multi-view consistency (FeatSharp, arXiv:2502.16025; docs/method.md, 4.2)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agglo import dist
-from agglo.data.shifts import RenderedBatch
 from agglo.data.views import generator
 from agglo.nn.homography import CORNERS, from_corners, inside_mask, warp
-from agglo.nn.placement import Placement
-from agglo.objectives.distill import Result, Seen
-from agglo.objectives.inspection import check_finite, named
-from agglo.objectives.wrapping import Upsampled
+from agglo.objectives._matching import check_count
+from agglo.objectives._wrapping import Upsampled
+from agglo.objectives.base import Objective, Result, StepContext, Targets, check_finite, required, with_teacher_name
 from agglo.preprocess import resize
-from agglo.recipe import Objective
+from agglo.recipe import Recipe, ordered
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features
 from agglo.upsamplers.featsharp import FeatSharp
@@ -29,159 +29,187 @@ CONSISTENCY = "consistency"
 _VIEWS = 17
 """The stream of random numbers (:func:`agglo.data.views.generator`) that draws homographies."""
 
-
-def draw_views(keys: Objective, seed: int, step: int, count: int) -> Tensor:
-    """Homographies ``(count, 3, 3)`` from views to the image, float64: a pure function of the arguments.
-
-    A view is scaled by ``1 / zoom`` and turned; where it is smaller than the image it lies anywhere in it; then its
-    corners move by Gaussian noise, at most 0.45 half sides, so that it never folds over.
-
-    Args:
-        keys: of the recipe.
-        seed: of the run.
-        step: the step.
-        count: views of all images together.
-    """
-    rng = generator(seed, step, 0, _VIEWS)
-    low, high = (math.log(zoom) for zoom in keys.zoom)
-    half = torch.from_numpy(rng.uniform(-high, -low, count)).exp()
-    turn = torch.from_numpy(rng.uniform(-keys.rotation, keys.rotation, count)) * math.pi / 180
-    centre = torch.from_numpy(rng.uniform(-1, 1, (count, 1, 2))) * (1 - half).clamp(min=0)[:, None, None]
-    noise = rng.standard_normal((count, 4, 2)) * rng.uniform(*keys.perspective, (count, 1, 1))
-    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], -1).view(-1, 2, 2)
-    corners = torch.tensor(CORNERS, dtype=torch.float64) + torch.from_numpy(noise.clip(-0.45, 0.45))
-    return from_corners(corners @ rotation.mT * half[:, None, None] + centre)
+Range = Annotated[tuple[float, float], AfterValidator(ordered)]
 
 
-class Upsample(nn.Module):
-    """Multi-view consistency (FeatSharp, arXiv 2502.16025).
+class Upsample(Objective):
+    """Multi-view consistency of a FeatSharp upsampler.
 
     With ``y`` the finer map of an image and ``A_i`` the homography of view ``i``::
 
         L = mean_i mean_cells w [exp(-v) || D(A_i y) - (N(phi(A_i x)) + b) ||^2 / C + v / 2]
 
-    ``D`` is an attention downsampler: of each 9 x 9 neighbourhood (8 x 8 for even factors) a weighted mean whose
-    weights are predicted from the map. ``w`` is larger where a view shows a seam between tiles; ``v`` is a predicted
-    log-variance, and does not move the map. Cells that show anything outside the image do not count.
-
-    ``D`` and the network of ``v`` are needed in training only; they are the state of this module.
+    ``D`` is an attention downsampler: a weighted mean over each 9 x 9 neighbourhood (8 x 8 for even factors) with
+    weights predicted from the map. ``w`` is larger at seams between tiles; ``v`` is a predicted log-variance, which
+    does not change the map. Cells that show anything outside the image do not count. ``D`` and the network of ``v``
+    are used in training only.
 
     Args:
+        recipe: the run; its partitions have the one size that the upsampler takes.
         upsampler: what learns.
-        keys: the recipe's ``objective:``.
-        seed: of the run.
+        teachers: the one teacher, without its upsampler.
+        views: views per image and step, at the teacher's size.
+        zoom: magnification of a view, log-uniform in this range. FeatSharp's is around 1; with values up to the
+            upsampler's factor, views also show the teacher at the higher resolution.
+        rotation: largest rotation of a view in degrees, at most 45.
+        perspective: standard deviation of the noise on a view's corners, in half sides, uniform in this range.
+        seam: weight of cells at a border between tiles, at least 1.
+        uncertainty: weight cells by a predicted variance.
+
+    Raises:
+        ConfigError: a partition has another size.
     """
 
+    trains_student = False
+    needs_targets = False
     seams: Tensor
 
-    def __init__(self, upsampler: FeatSharp, keys: Objective, seed: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        upsampler: FeatSharp,
+        teachers: Mapping[str, Teacher],
+        /,
+        *,
+        views: Annotated[int, Field(gt=0)] = 5,
+        zoom: Range = (0.95, 1 / 0.95),
+        rotation: Annotated[float, Field(ge=0, le=45)] = 5.0,
+        perspective: Range = (0.01, 0.05),
+        seam: Annotated[float, Field(ge=1)] = 2.0,
+        uncertainty: bool = True,
+    ) -> None:
         super().__init__()
-        self.keys, self.seed, self.size = keys, seed, upsampler.size
-        self.normalizer = upsampler.normalizer  # the same one: what is fitted here is fitted there
+        wanted = upsampler.larger[0]
+        for index, partition in enumerate(recipe.partitions):
+            if partition.sizes != [wanted]:
+                raise ConfigError(
+                    f"partitions.{index}.sizes: the upsampler takes {wanted} px, {upsampler.factor} times its "
+                    f"teacher's {upsampler.size[0]}; set them to [{wanted}]"
+                )
+        self._teacher = list(teachers.values())  # a list: teachers are not part of the module's state
+        self.views, self.zoom, self.rotation, self.perspective = views, zoom, rotation, perspective
+        self.seed = recipe.train.seed
+        self.normalizer = upsampler.normalizer  # the same module: fitting it here fits the upsampler's
         self.downsampler = Downsampler(upsampler.channels, upsampler.factor)
-        self.uncertainty = _uncertainty(upsampler.channels) if keys.uncertainty else None
-        self.register_buffer("seams", _seams(upsampler.grid, upsampler.factor, keys.seam), persistent=False)
+        self.uncertainty = _uncertainty(upsampler.channels) if uncertainty else None
+        self.register_buffer("seams", _seams(upsampler.grid, upsampler.factor, seam), persistent=False)
+
+    @classmethod
+    def build_model(
+        cls, recipe: Recipe, teachers: Mapping[str, Teacher], *, initialize: bool = True
+    ) -> tuple[FeatSharp, dict[str, Teacher]]:
+        """The upsampler of the recipe's one teacher, and the teacher without it.
+
+        Raises:
+            ConfigError: several teachers, or none with a trainable upsampler.
+        """
+        del initialize
+        if len(teachers) != 1:
+            raise ConfigError(f"objective upsample needs one teacher; `teachers:` has {', '.join(teachers)}")
+        ((name, teacher),) = teachers.items()
+        if not isinstance(teacher, Upsampled) or not isinstance(teacher.upsampler, FeatSharp):
+            raise ConfigError(f"objective upsample needs teachers.{name}.upsampler of a trainable kind: featsharp")
+        return teacher.upsampler.requires_grad_(True), {name: teacher.teacher}
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the normalizer must see the teacher's features before step 0."""
+        """Whether the normalizer must be fitted before the first step."""
         return not bool(self.normalizer.get_buffer("frozen"))
 
-    def teach(
-        self,
-        teachers: Mapping[str, Teacher],
-        canvas: RenderedBatch,
-        size: tuple[int, int],
-        stride: int,
-        shifts: Sequence[Tensor] | None = None,
-    ) -> dict[str, Seen]:
-        """What the teacher says of a batch at its own size: what the pre-pass needs (see :meth:`Distill.teach`)."""
-        del size, stride, shifts
-        found = {}
-        for name, teacher in teachers.items():
-            with torch.inference_mode():
-                features = teacher(resize(canvas.images, self.size))
-            found[name] = Seen(
-                features.map(lambda x: x.float().clone()), Placement.full(len(canvas.images), (1, 1), self.size)
-            )
-        return found
-
-    def fit(self, batches: Iterable[Mapping[str, Seen]]) -> list[str]:
-        """The pre-pass: estimate PHI-S from maps of the teacher, then freeze it.
-
-        Returns:
-            What to know of the statistics, a line each.
-
-        Raises:
-            ConfigError: there was not one batch; the teacher's maps are not finite, constant or too few.
-        """
+    def fit(self, batches: Iterable[Targets]) -> list[str]:
+        """Fit the PHI-S normalizer to maps of the teacher; see :meth:`Objective.fit`."""
         name, count = "", 0
         for batch in batches:
-            maps = {name: Features(None, _map(seen.features)) for name, seen in batch.items()}
+            maps = {name: Features(None, required(each.features.spatial, name)) for name, each in batch.items()}
             check_finite(maps, f"pre-pass, batch {count}")
             count += 1
-            for name, seen in maps.items():
-                named(name, self.normalizer.update, _map(seen))
-        if not count:
-            raise ConfigError("the pre-pass saw no image: targets.estimate_images must cover at least one batch")
-        return named(name, self.normalizer.freeze)
+            for name, each in maps.items():
+                with_teacher_name(name, self.normalizer.update, each.spatial)
+        check_count(count)
+        return with_teacher_name(name, self.normalizer.freeze)
 
-    def forward(self, upsampler: FeatSharp, teacher: Teacher, images: Tensor, *, step: int = 0) -> Result:
-        """The objective on one batch.
+    def draw_views(self, step: int, count: int) -> Tensor:
+        """Homographies ``(count, 3, 3)`` from views to the image, float64: a pure function of seed, step and count.
+
+        A view is scaled by ``1 / zoom`` and rotated; a view smaller than the image lies anywhere in it; then its
+        corners move by Gaussian noise, clipped to 0.45 half sides, so that it never folds over.
 
         Args:
-            upsampler: what learns; its normalizer is frozen.
-            teacher: frozen, at its own size.
-            images: RGB ``(B, 3, u H, u W)`` in [0, 1].
-            step: decides the views.
-
-        Returns:
-            The loss, and ``consistency``: the plain mean squared error, whatever weighs the loss.
+            step: the step.
+            count: views of all images together.
         """
-        upsampler.check(images)
-        batch, count = len(images), self.keys.views
-        matrix = draw_views(self.keys, self.seed, step, dist.world_size() * batch * count)[
-            dist.local_slice(batch * count)
-        ]
-        matrix = matrix.to(images.device)
-        repeated = images.repeat_interleave(count, 0)
+        rng = generator(self.seed, step, 0, _VIEWS)
+        low, high = (math.log(zoom) for zoom in self.zoom)
+        half = torch.from_numpy(rng.uniform(-high, -low, count)).exp()
+        turn = torch.from_numpy(rng.uniform(-self.rotation, self.rotation, count)) * math.pi / 180
+        centre = torch.from_numpy(rng.uniform(-1, 1, (count, 1, 2))) * (1 - half).clamp(min=0)[:, None, None]
+        noise = rng.standard_normal((count, 4, 2)) * rng.uniform(*self.perspective, (count, 1, 1))
+        rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], -1).view(-1, 2, 2)
+        corners = torch.tensor(CORNERS, dtype=torch.float64) + torch.from_numpy(noise.clip(-0.45, 0.45))
+        return from_corners(corners @ rotation.mT * half[:, None, None] + centre)
+
+    def forward(
+        self,
+        model: FeatSharp,
+        images: Tensor,
+        targets: Targets,
+        context: StepContext = StepContext(),  # noqa: B008
+    ) -> Result:
+        """See :meth:`Objective.forward`. The term ``consistency`` is the unweighted mean squared error.
+
+        Args:
+            model: the upsampler; its normalizer is frozen.
+            images: RGB ``(B, 3, u H, u W)`` in [0, 1].
+            targets: not used: the teacher runs on views that are drawn here.
+            context: its step decides the views.
+        """
+        del targets
+        model.check(images)
+        (teacher,), count, factor = self._teacher, len(images) * self.views, model.factor
+        matrix = self.draw_views(context.step, dist.world_size() * count)[dist.local_slice(count)].to(images.device)
+        repeated = images.repeat_interleave(self.views, 0)
         with torch.no_grad():
-            views = resize(warp(repeated, matrix, upsampler.larger), upsampler.size)
-            said = _map(teacher(views))
-        looks = upsampler.encode(teacher, images)
-        found = upsampler.sharpen(images, looks)
-        seen = self.downsampler(warp(found.repeat_interleave(count, 0), matrix, upsampler.finer))
-        error = (seen - upsampler.clean(said)).square().mean(1, keepdim=True)
-        factor = upsampler.factor
-        shown = inside_mask(matrix, upsampler.finer).to(error)
-        mask = (F.avg_pool2d(shown, factor) > 1 - 1e-3).to(error)
-        weight = mask * F.avg_pool2d(warp(self.seams.expand(len(matrix), -1, -1, -1), matrix, upsampler.finer), factor)
-        # Few cells that count must not make the loss larger than many would.
+            views = resize(warp(repeated, matrix, model.larger), model.size)
+            wanted = required(teacher(views).spatial, "the teacher")
+        looks = model.encode(teacher, images)
+        fine = model.sharpen(images, looks)
+        coarse = self.downsampler(warp(fine.repeat_interleave(self.views, 0), matrix, model.finer))
+        error = (coarse - model.clean(wanted)).square().mean(1, keepdim=True)
+        covered = inside_mask(matrix, model.finer).to(error)
+        mask = (F.avg_pool2d(covered, factor) > 1 - 1e-3).to(error)
+        weight = mask * F.avg_pool2d(warp(self.seams.expand(len(matrix), -1, -1, -1), matrix, model.finer), factor)
+        # A batch with few valid cells must not get a larger loss than one with many.
         counted = dist.average(mask.sum())
         total = counted.clamp(min=mask.numel() / 2)
         loss = (weight * error).sum() / total
         plain = (mask * error).sum().detach() / counted.clamp(min=1)
         if self.uncertainty is not None:
-            variance = self.uncertainty(found.detach())
-            there = F.avg_pool2d(warp(variance.repeat_interleave(count, 0), matrix, upsampler.finer), factor)
-            loss = (weight * (error * (-there).exp() + there / 2)).sum() / total
+            variance = self.uncertainty(fine.detach())
+            variance = F.avg_pool2d(warp(variance.repeat_interleave(self.views, 0), matrix, model.finer), factor)
+            loss = (weight * (error * (-variance).exp() + variance / 2)).sum() / total
         return Result(loss, {CONSISTENCY: plain})
 
-    def fold(self, model: FeatSharp) -> FeatSharp:
-        """The upsampler as it is used: it keeps its normalizer, so there is nothing to fold."""
-        return model
+    @staticmethod
+    def no_weight_decay(model: Any) -> set[str]:
+        """The learned maps of positions and tiles."""
+        return {name for name, parameter in model.named_parameters() if parameter.ndim == 3}
+
+    @staticmethod
+    def next_steps(folder: str) -> str:
+        """See :meth:`Objective.next_steps`."""
+        return f"add to the teacher's keys in a recipe:  upsampler: {{kind: featsharp, weights: {folder}}}"
 
 
 class Downsampler(nn.Module):
-    """From the finer grid to the teacher's: at each cell a softmax over a neighbourhood, predicted from the map.
+    """From the finer grid to the teacher's: per cell, a weighted mean over a neighbourhood.
 
-    Weights come from the map blurred by ``exp(-sqrt(2) d^2)`` on 5 x 5 cells. At the start the weights are a Gaussian
-    around the cell, of about its size. In training a fifth of the neighbours is left out at random.
+    The weights are a softmax predicted from the map after a blur by ``exp(-sqrt(2) d^2)`` on 5 x 5 cells; initially
+    they are a Gaussian of about the cell's size. In training a random fifth of the neighbours is dropped.
 
     Args:
         channels: C.
         factor: u, the stride.
-        drop: share of neighbours left out.
+        drop: fraction of neighbours dropped in training.
     """
 
     blur: Tensor
@@ -189,7 +217,7 @@ class Downsampler(nn.Module):
     def __init__(self, channels: int, factor: int, drop: float = 0.2) -> None:
         super().__init__()
         self.factor, self.drop = factor, drop
-        self.side = max(9 if factor % 2 else 8, factor)  # as even as the factor: centred on the coarse cell
+        self.side = max(9 if factor % 2 else 8, factor)  # of the factor's parity: centred on the coarse cell
         self.side += (self.side - factor) % 2
         self.logits = nn.Conv2d(channels, self.side**2, self.side, stride=factor, bias=False)
         nn.init.zeros_(self.logits.weight)
@@ -212,7 +240,7 @@ class Downsampler(nn.Module):
                 dist.uniform(logits.shape, device=logits.device, dtype=logits.dtype) < self.drop, -1e4
             )
         padded = F.pad(x, (edge,) * 4, mode="replicate")
-        # A neighbour at a time: all of them at once would be side^2 maps.
+        # One neighbour at a time: all at once would take side^2 maps of memory.
         out, weights = torch.zeros_like(x[:, :, :: self.factor, :: self.factor]), logits.softmax(1)
         height, width = out.shape[-2:]
         for index in range(self.side**2):
@@ -222,30 +250,8 @@ class Downsampler(nn.Module):
         return out
 
 
-def take_apart(teachers: Mapping[str, Teacher]) -> tuple[dict[str, Teacher], FeatSharp]:
-    """The one teacher of a recipe that trains an upsampler, at its own size, and the upsampler.
-
-    Raises:
-        ConfigError: more than one teacher, or none whose upsampler learns.
-    """
-    if len(teachers) != 1:
-        raise ConfigError(
-            f"objective: upsample trains the upsampler of one teacher; `teachers:` has {', '.join(teachers)}"
-        )
-    ((name, teacher),) = teachers.items()
-    if not isinstance(teacher, Upsampled) or not isinstance(teacher.upsampler, FeatSharp):
-        raise ConfigError(f"objective: upsample needs teachers.{name}.upsampler, of a kind that learns: featsharp")
-    return {name: teacher.teacher}, teacher.upsampler.requires_grad_(True)
-
-
-def _map(features: Features) -> Tensor:
-    if features.spatial is None:
-        raise TypeError("the teacher left out the map that its spec promises")
-    return features.spatial
-
-
 def _uncertainty(channels: int) -> nn.Sequential:
-    """A network from the finer map to a log-variance that is 0 at the start."""
+    """A network from the finer map to a log-variance, initially 0."""
     last = nn.Conv2d(256, 1, 1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)  # type: ignore[arg-type]
@@ -253,7 +259,7 @@ def _uncertainty(channels: int) -> nn.Sequential:
 
 
 def _seams(grid: Sequence[int], factor: int, weight: float) -> Tensor:
-    """``(1, 1, u h, u w)`` of mean 1: larger in the cells on both sides of each border between tiles."""
+    """``(1, 1, u h, u w)`` of mean 1, larger in the cells on both sides of each border between tiles."""
     beside = []
     for cells in grid:
         index = torch.arange(cells * factor)

@@ -108,8 +108,23 @@ class ViT(Student):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
         self.apply(_initialize)
 
-    def forward(self, images: Tensor, *, window: int | None = None) -> Features:
-        """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the constructor's."""
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        window: int | None = None,
+        blocks: Collection[int] = (),
+        into: dict[int, Features] | None = None,
+    ) -> Features:
+        """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the constructor's.
+
+        With ``blocks``, the same pass also stores the features after each of these blocks, finally normed, ``into``
+        a dictionary by index.
+        """
+        if blocks:
+            into, last = {} if into is None else into, len(self.blocks) - 1
+            self.visit(images, {*blocks, last}, into.__setitem__, norm=True, window=window)
+            return into[last]
         layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
         limit = None if self.training else tokens_per_pass(images, self.widest)
         count = max(1, limit // layout.lengths[0]) if limit else len(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -72,6 +72,22 @@ class Teacher(nn.Module, ABC):
         """Stay in eval mode: no batch statistics, no dropout."""
         del mode
         return super().train(False)
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Called before the batches of a training step; a teacher whose input is random draws it from both numbers."""
+
+    def intermediates(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Maps ``(B, C, H, W)``, float32, after each of these blocks, in the order given.
+
+        Args:
+            images: as for :meth:`forward`.
+            blocks: indices from 0.
+
+        Raises:
+            ConfigError: no such block; lists the legal ones.
+            TypeError: this teacher is not a stack of blocks.
+        """
+        raise TypeError(f"{type(self).__name__} is not a stack of blocks: it has no intermediate features")
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
         """Input ``(H, W)`` of this teacher for a view of ``size`` and a student of ``stride``.

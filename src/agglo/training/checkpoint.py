@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all, so that a killed run resumes where it was."""
+"""Checkpoints: safetensors and JSON, written atomically, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from agglo.model.artefact import write_tensors
 from agglo.types import AssetError, ConfigError
 
 KEEP = 2
+"""Number of checkpoints kept."""
 
 
 def save(folder: Path, step: int, parts: dict[str, nn.Module], optimizer: optim.Optimizer) -> Path:
-    """Write ``folder/step_<step>`` through a temporary name, then drop all but the newest :data:`KEEP`.
+    """Write ``folder/step_<step>`` atomically, then delete all but the newest :data:`KEEP`.
 
     Args:
         folder: the run's checkpoint folder.
-        step: steps done.
+        step: number of steps done.
         parts: modules by name (``model``, ``ema``, ``objective``).
-        optimizer: AdamW; its moments are stored as tensors.
+        optimizer: AdamW.
 
     Raises:
-        StorageError: the disk is full or the folder read-only; the checkpoints before this one are as they were.
+        StorageError: the disk is full or the folder read-only; earlier checkpoints are intact.
     """
     target, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-    for stale in folder.glob(".step_*.partial"):  # a kill left it
+    for stale in folder.glob(".step_*.partial"):  # left by a kill
         shutil.rmtree(stale)
     partial.mkdir(parents=True)
     for name, module in parts.items():
@@ -49,7 +50,7 @@ def save(folder: Path, step: int, parts: dict[str, nn.Module], optimizer: optim.
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """A copy in the plain memory order that safetensors asks for (convolutions may live channels-last)."""
+    """A contiguous copy, as safetensors needs it (convolutions may be channels-last)."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -62,15 +63,15 @@ def restore(folder: Path, parts: dict[str, nn.Module], optimizer: optim.Optimize
     """Load the newest checkpoint into ``parts`` and ``optimizer``.
 
     Returns:
-        Steps done.
+        The number of steps done.
 
     Raises:
         ConfigError: there is none.
-        AssetError: it is damaged, or does not fit the recipe; names the folder to remove.
+        AssetError: damaged, or of another recipe; names the folder to remove.
     """
     found = checkpoints(folder)
     if not found:
-        raise ConfigError(f"{folder} holds no checkpoint: start again with --overwrite")
+        raise ConfigError(f"{folder} has no checkpoint: start again with --overwrite")
     newest = found[-1]
     try:
         for name, module in parts.items():
@@ -85,5 +86,5 @@ def restore(folder: Path, parts: dict[str, nn.Module], optimizer: optim.Optimize
     except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
         raise AssetError(
             f"checkpoint {newest} cannot be read ({str(error).splitlines()[0]}): remove that folder and resume "
-            "again to fall back on the one before it"
+            "from the checkpoint before it"
         ) from None

@@ -1,8 +1,7 @@
-"""The run folder: whose it is, what it begins with, and what may be thrown away."""
+"""The run folder: may it be used, its first files, and what --overwrite removes."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -10,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from agglo import dist
-from agglo.files import versions
+from agglo.files import versions, write_json, write_text
 from agglo.recipe import Recipe, load
 from agglo.types import ConfigError
 
-LEFT_BY_A_RUN = (
+RUN_FILES = (
     "report.html", "evals", "model", "initial", "checkpoints", "tensorboard", "metrics.jsonl", "versions.json",
     "recipe.yaml",
 )  # fmt: skip
-"""What --overwrite removes, what marks a run folder last; whatever else lies in the folder is somebody's."""
+"""What --overwrite removes, the files that mark a run folder last; other files are kept."""
 
 
 def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """See that the run folder may become ours, and touch nothing.
+    """Check that a run may use the folder; changes nothing.
 
     Raises:
-        ConfigError: it exists and neither flag says what to do; it is no run folder, or was begun with another recipe.
+        ConfigError: it exists and neither flag is given; it is not a run folder, or has another recipe.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
@@ -33,34 +32,34 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
         raise ConfigError(f"{folder} is a file: name another run folder")
     used = folder.is_dir() and any(folder.iterdir())
     if resume and not used:
-        raise ConfigError(f"{folder} holds no run to resume: leave --resume out to start one")
+        raise ConfigError(f"{folder} has no run to resume: remove --resume to start one")
     if not used:
         return
     if not (resume or overwrite):
-        raise ConfigError(f"{folder} exists: continue that run with --resume, or throw it away with --overwrite")
+        raise ConfigError(f"{folder} exists: continue the run with --resume, or delete it with --overwrite")
     begun = folder / "recipe.yaml"
     if not begun.is_file() or not (folder / "versions.json").is_file():
-        raise ConfigError(f"{folder} does not look like a run folder (recipe.yaml, versions.json): name another")
+        raise ConfigError(f"{folder} is not a run folder (no recipe.yaml or versions.json): name another")
     if resume and (changed := differences(load(str(begun)), recipe)):
         raise ConfigError(
-            f"{folder} was begun with another recipe ({', '.join(changed)}): go on with "
-            f"`{resume_command(folder)}`, or throw it away with --overwrite"
+            f"{folder} was started with another recipe ({', '.join(changed)}): resume it with "
+            f"`{resume_command(folder)}`, or delete it with --overwrite"
         )
 
 
 def differences(one: Recipe, two: Recipe) -> list[str]:
-    """Dotted keys at which two recipes differ."""
+    """Dotted keys in which two recipes differ."""
 
     def walk(a: Any, b: Any, path: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             return [found for key in {**a, **b} for found in walk(a.get(key), b.get(key), f"{path}.{key}")]
         return [] if a == b else [path.removeprefix(".")]
 
-    return walk(one.flat(), two.flat(), "")
+    return walk(one.to_dict(), two.to_dict(), "")
 
 
 def resume_command(folder: Path) -> str:
-    """What to type to go on with a run, with as many processes as there are now."""
+    """The command that resumes a run with the same number of processes."""
     start = ""
     if dist.launch_rank()[1] > 1:
         here, all_ = os.environ.get("LOCAL_WORLD_SIZE"), os.environ["WORLD_SIZE"]
@@ -69,13 +68,12 @@ def resume_command(folder: Path) -> str:
 
 
 def begin_folder(folder: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """Write what a run folder begins with; with ``overwrite``, first remove what a run leaves, and nothing else."""
-    for name in LEFT_BY_A_RUN if overwrite else ():
+    """Write the first files of a run folder; with ``overwrite``, first remove :data:`RUN_FILES`."""
+    for name in RUN_FILES if overwrite else ():
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_json(folder / "versions.json", versions())

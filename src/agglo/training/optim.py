@@ -1,20 +1,19 @@
-"""AdamW in groups, and the learning rate as a function of the step."""
+"""AdamW with parameter groups, and the learning rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn, optim
 
 from agglo.heads.base import Head
-from agglo.model.model import Model
+from agglo.objectives.base import Objective
 from agglo.recipe import Train
 
 
 def learning_rate(step: int, config: Train) -> float:
-    """Linear warm-up to ``lr`` over ``warmup_steps``, then half a cosine down to ``lr * final_lr`` at the last step."""
+    """Linear warm-up to ``lr`` over ``warmup_steps``, then cosine decay to ``lr * final_lr`` at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(1, config.steps - 1 - config.warmup_steps)
@@ -23,23 +22,22 @@ def learning_rate(step: int, config: Train) -> float:
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def student_share(step: int, config: Train) -> float:
-    """The student's factor on the scheduled rate: 0 for ``head_steps``, a linear warm-up, then ``backbone_lr``."""
+def student_factor(step: int, config: Train) -> float:
+    """The student's factor on the rate: 0 for ``head_steps``, linear warm-up, then ``backbone_lr``."""
     if step < config.head_steps or config.head_steps == 0:
         return 0.0 if config.head_steps else config.backbone_lr
     return config.backbone_lr * min(1.0, (step - config.head_steps + 1) / max(1, config.warmup_steps))
 
 
-def build_optimizer(model: Model, config: Train, others: Iterable[nn.Parameter] = ()) -> optim.AdamW:
-    """AdamW over up to four groups: student (and heads that follow it) or heads, decayed or not.
+def build_optimizer(model: nn.Module, config: Train, objective: Objective | None = None) -> optim.AdamW:
+    """AdamW over up to four groups: student (and heads that follow it) or the rest, with weight decay or without.
 
-    Weight decay is left off biases, norms and whatever the student excludes (METHOD 1.2). ``backbone_lr: 0`` freezes
-    the student. ``others`` (the objective's parameters: a balancer's, auxiliary heads) learn at the heads' rate;
-    vectors and scalars among them are not decayed.
+    Biases, norms, scalars and :meth:`Objective.no_weight_decay` have no weight decay. ``backbone_lr: 0`` freezes the
+    student. The objective's parameters (a balancer's, auxiliary heads) learn at the heads' rate.
 
-    On CUDA the update is one fused kernel, which can be told on the device to change nothing (:func:`deferred`).
+    On CUDA the update is one fused kernel, which can skip the step by a flag on the device (:func:`is_deferred`).
     """
-    excluded = {f"student.{name}" for name in model.student.no_weight_decay()}
+    excluded = (objective or Objective).no_weight_decay(model)
     norms = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
@@ -56,28 +54,28 @@ def build_optimizer(model: Model, config: Train, others: Iterable[nn.Parameter] 
             continue
         plain = parameter.ndim < 2 or name in excluded or name in norms
         groups.setdefault((student, 0.0 if plain else config.weight_decay), []).append(parameter)
-    for parameter in others:
+    for parameter in objective.parameters() if objective is not None else ():
         groups.setdefault((False, 0.0 if parameter.ndim < 2 else config.weight_decay), []).append(parameter)
     fused = bool(groups) and all(parameter.is_cuda for group in groups.values() for parameter in group)
     return optim.AdamW(
         [{"params": params, "student": student, "weight_decay": decay} for (student, decay), params in groups.items()],
         lr=config.lr,
         betas=config.betas,
-        # The fused CPU kernel walks raw memory, and channels-last gradients may be laid out otherwise.
+        # The fused CPU kernel ignores strides, and channels-last gradients may have others than their parameters.
         **{"fused" if fused else "foreach": True},
     )
 
 
-def deferred(optimizer: optim.Optimizer) -> bool:
-    """Whether :func:`update` leaves the decision about a step to the device, so that nobody waits for it."""
+def is_deferred(optimizer: optim.Optimizer) -> bool:
+    """Whether :func:`update` reads its flag on the device, without a synchronisation."""
     return bool(optimizer.defaults.get("fused"))
 
 
 def update(optimizer: optim.Optimizer, good: Tensor) -> None:
-    """One step of the optimiser where ``good``, a bool scalar on the device, is True; where not, nothing changes."""
-    if deferred(optimizer):
+    """One optimiser step if ``good``, a bool scalar on the device, is True; otherwise nothing changes."""
+    if is_deferred(optimizer):
         _align(optimizer)
-        # The fused kernel reads the flag itself. A gradient scaler speaks to it in the same way.
+        # The fused kernel reads this flag, which gradient scalers set too.
         optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif bool(good):
@@ -87,7 +85,7 @@ def update(optimizer: optim.Optimizer, good: Tensor) -> None:
 
 
 def _align(optimizer: optim.Optimizer) -> None:
-    """Lay gradients out in memory like their parameters: the fused kernel walks both side by side (channels-last)."""
+    """Give gradients the strides of their parameters (channels-last): the fused kernel ignores strides."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             gradient = parameter.grad
@@ -96,8 +94,8 @@ def _align(optimizer: optim.Optimizer) -> None:
 
 
 def set_learning_rate(optimizer: optim.Optimizer, step: int, config: Train) -> float:
-    """Give every group its rate at a step; returns the heads' rate."""
+    """Set every group's learning rate; returns that of the heads."""
     rate = learning_rate(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = rate * student_share(step, config) if group["student"] else rate
+        group["lr"] = rate * student_factor(step, config) if group["student"] else rate
     return rate

@@ -1,4 +1,4 @@
-"""What a person and a machine see of a run: one live line, ``metrics.jsonl`` and TensorBoard."""
+"""Output of a run: a live line on the terminal, ``metrics.jsonl`` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.text import Text
 class Progress:
     """The live line and the logs of a run; use as a context manager.
 
-    On a terminal the line is redrawn in place; elsewhere a line is printed every ten seconds and at the end.
+    On a terminal the line is redrawn in place; otherwise a line is printed every ten seconds and at the end.
 
     Args:
         folder: where ``metrics.jsonl`` is appended and TensorBoard's files go (``folder/tensorboard``).
         total: steps of the whole run.
         quiet: print nothing.
-        writes: whether this process is the one that prints and logs; the others of a run keep silent.
+        writes: whether this process prints and logs; only the main process does.
     """
 
     def __init__(self, folder: Path, total: int, *, quiet: bool = False, writes: bool = True) -> None:
@@ -45,9 +45,9 @@ class Progress:
         if self._board is not None:
             self._board.close()
 
-    def say(self, message: str) -> None:
-        """A line that stays."""
-        self.console.print(message, highlight=False, soft_wrap=True)  # a command in it can be copied
+    def message(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, highlight=False, soft_wrap=True)  # unwrapped: commands in it can be copied
 
     def show(self, step: int, terms: dict[str, float], images_per_second: float, seconds_left: float) -> None:
         """Redraw the live line: loss by term, speed, time left."""
@@ -55,18 +55,18 @@ class Progress:
         minutes, seconds = divmod(int(seconds_left), 60)
         line = f"step {step}/{self.total}  {minutes}:{seconds:02d} left  {images_per_second:.0f} images/s  {losses}"
         if self.console.is_terminal:
-            self._live.update(Text(line))  # what matters most comes first; the losses fold on a narrow terminal
+            self._live.update(Text(line))  # losses last: they wrap on a narrow terminal
         elif time.monotonic() - self._printed > 10 or step == self.total:
             self._printed = time.monotonic()
             self.console.print(line, highlight=False, soft_wrap=True)
 
-    def note(self, message: str) -> None:
-        """A passing remark on the live line; nothing where there is no terminal."""
+    def status(self, text: str) -> None:
+        """Replace the live line; nothing without a terminal."""
         if self.console.is_terminal:
-            self._live.update(Text(message))
+            self._live.update(Text(text))
 
     def rewind(self, step: int) -> None:
-        """Forget the records of steps after ``step``, which a resumed run takes again."""
+        """Delete the records of steps after ``step``, which a resumed run repeats."""
         if self._jsonl is None:
             return
         self._jsonl.close()
@@ -97,7 +97,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
 
 
 def _step(line: str) -> float:
-    """The step of a line of metrics; a line that a kill cut short belongs to no step."""
+    """The step of a line of metrics; infinity for a truncated line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
@@ -107,6 +107,6 @@ def _step(line: str) -> float:
 def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # the `log` extra is a convenience: metrics.jsonl holds the same numbers
+    except ImportError:  # the `log` extra is optional: metrics.jsonl has the same numbers
         return None
     return SummaryWriter(str(folder))

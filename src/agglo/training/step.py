@@ -1,42 +1,80 @@
-"""One step of training: views, teachers, student, losses, update."""
+"""One training step: views, targets, forward and backward, update."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from agglo import dist
-from agglo.cache.crops import draw_roam
-from agglo.data.loader import Batch
+from agglo.data.crops import draw_roam
+from agglo.data.loader import Batch, Loader
 from agglo.data.shifts import RenderedBatch, draw_shifts
 from agglo.data.views import generator, mixup
 from agglo.model.model import Model
-from agglo.objectives.distill import Result, Seen
-from agglo.objectives.inspection import spreads
-from agglo.recipe import Train
+from agglo.nn.damp import Damp
+from agglo.objectives.base import Objective, Result, StepContext, Target, spreads
+from agglo.recipe import Recipe, Train
+from agglo.teachers.base import Teacher
 from agglo.training.checks import fits
-from agglo.training.ledger import Taken, pack
-from agglo.training.optim import deferred, update
+from agglo.training.ema import Ema
+from agglo.training.metrics import DeviceStep, pack
+from agglo.training.optim import is_deferred, update
 from agglo.training.parallel import average_gradients, average_statistics
-from agglo.training.upsampling import sharpen
-
-if TYPE_CHECKING:
-    from agglo.training.loop import Run
+from agglo.training.targets import TargetSource
 
 WINDOWS = 5
-"""The stream of random numbers that draws ViTDet's windows."""
+"""The stream of random numbers that draws ViTDet windows."""
+
+
+@dataclass(slots=True)
+class Run:
+    """The state of a training run.
+
+    Args:
+        model: the module that learns: a :class:`agglo.Model`, unless the objective trains something else.
+        teachers: as in :class:`TargetSource`.
+        adopted: teachers whose heads were copied from ``train.start_from``.
+        start: first step.
+        reported: targets that were reported as constant.
+        skipped: reason by name of every unreadable image that any process has met.
+        notes: lines for the user, printed when the run starts.
+    """
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    teachers: dict[str, Teacher]
+    model: Any
+    ema: Ema
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    targets: TargetSource
+    damp: Damp | None = None
+    adopted: tuple[str, ...] = ()
+    start: int = 0
+    reported: set[str] = field(default_factory=set)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules in a checkpoint."""
+        return {"model": self.model, "objective": self.objective} | ({"ema": self.ema.model} if self.ema.decay else {})
 
 
 @dataclass(slots=True)
 class Stopwatch:
     """Seconds spent in each phase of the loop since the last :meth:`take`.
 
-    On CUDA they are the device's: marks go into its stream and are read by :meth:`take`, so no phase is waited for.
+    On CUDA these are device times: events are recorded in its stream and read by :meth:`take`, without a
+    synchronisation per phase.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -48,12 +86,12 @@ class Stopwatch:
         self._last = self._now()
 
     def lap(self, phase: str) -> None:
-        """Book the time since the last call under ``phase``."""
+        """Add the time since the last call to ``phase``."""
         before, self._last = self._last, self._now()
         self._marks.append((phase, before, self._last))
 
     def take(self) -> dict[str, float]:
-        """The booked seconds, and start again."""
+        """Return the seconds by phase, and reset them."""
         if self.device.type == "cuda":
             self._last.synchronize()
         for phase, before, after in self._marks:
@@ -71,67 +109,69 @@ class Stopwatch:
         return mark
 
 
-def one_step(run: Run, batch: Batch, watch: Stopwatch) -> Taken:
-    """Forward, backward and update on one batch; an update that would not be finite is left out.
+def one_step(run: Run, batch: Batch, watch: Stopwatch) -> DeviceStep:
+    """Forward, backward and update on one batch; a non-finite update is skipped.
 
-    On CUDA nothing here waits for the device: what became of the step is in the result, to be read later.
+    On CUDA nothing here synchronises with the device.
     """
-    before = statistics(run.model, run.recipe.train)
-    result, told = (sharpen if run.recipe.objective.kind == "upsample" else forward)(run, batch, watch)
-    # What has no term, such as a part of weight 0, may be anything: the step does not rest on it.
-    told = {name: spread for name, spread in told.items() if name in result.terms}
-    taken = learn(run, batch, result, sound(result, told, before), told, watch)
+    before = running_statistics(run.model, run.recipe.train)
+    result, spread = forward(run, batch, watch)
+    # A target without a term, such as a part of weight 0, does not affect the step.
+    spread = {name: value for name, value in spread.items() if name in result.terms}
+    step = backward(run, batch, result, is_finite(result, spread, before), spread, watch)
     average_statistics(buffer for buffer, _ in before)
-    # BatchNorm has counted the batch while it was encoded, good or not; the averaged model's, in eval mode, has not.
-    for buffer, was in before:
-        buffer.copy_(torch.where(taken.good, buffer, was))
-    return taken
+    # BatchNorm counted the batch in the forward pass, good or not; the EMA model, in eval mode, did not.
+    for buffer, old in before:
+        buffer.copy_(torch.where(step.good, buffer, old))
+    return step
 
 
 def forward(run: Run, batch: Batch, watch: Stopwatch) -> tuple[Result, dict[str, Tensor]]:
-    """The objective on one batch, and how much varies what each teacher said."""
+    """The objective on one batch, and the spread of its targets (:func:`agglo.objectives.base.spreads`)."""
     config, model, step = run.recipe.train, run.model, batch.step
-    images = mixup(_sent(batch.images, run.device), config.seed, step, run.recipe.data.views.mixup)
-    canvas = RenderedBatch(images, batch.field)
+    images = mixup(_to_device(batch.images, run.device), config.seed, step, run.recipe.data.views.mixup)
+    rendered = RenderedBatch(images, batch.field)
     shifts = [_shift(run, batch, view) for view in range(2 + len(run.teachers))]
-    view, placement = canvas.crop(batch.size, model.spec.stride, shifts[0])
+    view, placement = rendered.crop(batch.size, model.spec.stride, shifts[0])
     watch.lap("mix")
-    targets = run.teach(batch, canvas, shifts[2:], placement)
-    told = spreads({name: seen.features for name, seen in targets.items()})
+    targets = run.targets(batch, rendered, placement, shifts[2:]) if run.objective.needs_targets else {}
+    spread = spreads({name: target.features for name, target in targets.items()})
     watch.lap("teachers")
     set_training(model, config.freeze_norm_statistics)
-    mesa = run.recipe.losses.mesa.share(step) if run.recipe.losses.mesa else 0.0
+    mesa = run.recipe.losses.mesa.ramp_at(step) if run.recipe.losses.mesa else 0.0
     with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        average = _average(run, canvas, batch, shifts[1]) if mesa > 0 else None
-        result = run.objective(
-            model, view, targets, placement=placement, average=average, mesa_share=mesa,
-            heads_only=step < config.head_steps, window=draw_window(config, model, batch),
-            step=step, total=config.steps,
+        average = _average(run, rendered, batch, shifts[1]) if mesa > 0 else None
+        context = StepContext(
+            step=step, total=config.steps, placement=placement, window=draw_window(config, model, batch),
+            heads_only=step < config.head_steps, average=average, mesa_ramp=mesa,
         )  # fmt: skip
+        result = run.objective(model, view, targets, context)
     watch.lap("forward")
-    return result, told
+    return result, spread
 
 
-def sound(result: Result, told: Mapping[str, Tensor], statistics: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Whether a step may be made, as a bool scalar on the device: loss, targets and running statistics are finite.
+def is_finite(result: Result, spread: Mapping[str, Tensor], statistics: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Whether loss, targets and running statistics are finite, as a bool scalar on the device.
 
-    A finite loss does not say so of the others: masked positions have no part in it, nor has a teacher that was
-    dropped; and BatchNorm makes zeros of values whose variance is infinite.
+    A finite loss does not imply the others: masked positions and dropped teachers are not part of it, and BatchNorm
+    maps values of infinite variance to 0.
     """
     good = torch.isfinite(result.loss.detach())
-    if told:
-        good = good & ~torch.stack([spread.isnan() for spread in told.values()]).any()
+    if spread:
+        good = good & ~torch.stack([value.isnan() for value in spread.values()]).any()
     if statistics:
         good = good & torch.cat([buffer.flatten().float() for buffer, _ in statistics]).isfinite().all()
     return good
 
 
-def learn(run: Run, batch: Batch, result: Result, good: Tensor, told: Mapping[str, Tensor], watch: Stopwatch) -> Taken:
-    """Backward and update, where the step is good."""
+def backward(
+    run: Run, batch: Batch, result: Result, good: Tensor, spread: Mapping[str, Tensor], watch: Stopwatch
+) -> DeviceStep:
+    """Backward pass and update, if the step is good in all processes."""
     config = run.recipe.train
     norm = torch.zeros_like(result.loss.detach())
     good = dist.all_ranks(good)
-    if deferred(run.optimizer) or bool(good):
+    if is_deferred(run.optimizer) or bool(good):
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         watch.lap("backward")
@@ -144,40 +184,37 @@ def learn(run: Run, batch: Batch, result: Result, good: Tensor, told: Mapping[st
         good = good & torch.isfinite(norm)
         update(run.optimizer, good)
         watch.lap("optimizer")
-    numbers = {"loss": result.loss, "norm": norm}
-    numbers |= {f"term:{name}": value for name, value in result.terms.items()}
-    numbers |= {f"target:{name}": value for name, value in told.items()}
-    return pack(batch.step, batch.names, numbers, good)
+    values = {"loss": result.loss, "norm": norm}
+    values |= {f"term:{name}": value for name, value in result.terms.items()}
+    values |= {f"target:{name}": value for name, value in spread.items()}
+    return pack(batch.step, batch.names, values, good)
 
 
-def _sent(images: Tensor, device: torch.device) -> Tensor:
-    """To the device; from page-locked memory, which is copied while both go on."""
+def _to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device, on CUDA asynchronously from page-locked memory."""
     return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
 
 
 def _shift(run: Run, batch: Batch, view: int) -> Tensor:
-    """Where a view of this step looks: 0 is the student's, 1 the averaged student's, then the teachers'."""
+    """Shifts of a view, in its patches: view 0 is the student's, 1 the EMA student's, then the teachers'."""
     seed, views, count = run.recipe.train.seed, run.recipe.data.views, len(batch.images)
     shifts = draw_shifts(seed, batch.step, view, dist.world_size() * count, views.shift)
     if view < 2 and views.roam:
-        # The student and its average roam together, or they would see too little in common.
+        # Student and EMA student roam together, so that their views overlap.
         shifts = shifts + draw_roam(seed, batch.step, dist.world_size() * count, views.roam)
     return shifts[dist.local_slice(count)]
 
 
 @torch.no_grad()
-def _average(run: Run, canvas: RenderedBatch, batch: Batch, shifts: Tensor) -> Seen:
-    """What the averaged student says of a view of its own."""
+def _average(run: Run, rendered: RenderedBatch, batch: Batch, shifts: Tensor) -> Target:
+    """Features of the EMA student for its own view."""
     average: Model = run.ema.model  # type: ignore[assignment]
-    view, placement = canvas.crop(batch.size, run.model.spec.stride, shifts)
-    return Seen(average.encode(view), placement)
+    view, placement = rendered.crop(batch.size, run.model.spec.stride, shifts)
+    return Target(average.encode(view), placement)
 
 
 def draw_window(config: Train, model: Model, batch: Batch) -> int | None:
-    """The window of a step: one of the recipe's that divides the step's grid and is smaller than it, or none.
-
-    A student that cannot look through windows has none.
-    """
+    """The window of a step: one of the recipe's that fits the step's grid, or None."""
     if not config.windows or not model.student.windows:
         return None
     rng = generator(config.seed, batch.step, 0, WINDOWS)
@@ -188,8 +225,8 @@ def draw_window(config: Train, model: Model, batch: Batch) -> int | None:
     return legal[int(rng.integers(len(legal)))]
 
 
-def statistics(model: nn.Module, config: Train) -> list[tuple[Tensor, Tensor]]:
-    """The running statistics that a step may move, and copies of them as they are."""
+def running_statistics(model: nn.Module, config: Train) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of norms that a step may change, each with a copy."""
     if config.freeze_norm_statistics:
         return []
     found = []
@@ -200,7 +237,7 @@ def statistics(model: nn.Module, config: Train) -> list[tuple[Tensor, Tensor]]:
 
 
 def set_training(model: nn.Module, freeze_norm_statistics: bool) -> None:
-    """Train mode; BatchNorm keeps its running statistics when they are frozen."""
+    """Set training mode; BatchNorm stays in eval mode if its statistics are frozen."""
     model.train()
     if freeze_norm_statistics:
         for module in model.modules():

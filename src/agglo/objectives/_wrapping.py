@@ -1,12 +1,11 @@
-"""Teachers of one size, shown more: many small views at a time (``mosaic``), or a larger image (``upsampler``).
+"""Wrappers of teachers with one input size: a mosaic of small views, or an upsampler for larger images.
 
-Both wrappers are teachers themselves, so nothing that teaches knows of them: a recipe writes ``mosaic: true`` or
-``upsampler: {kind: ...}`` beside a teacher's own keys.
+Both wrappers are teachers. A recipe enables them with ``mosaic: true`` or ``upsampler: {kind: ...}`` among a teacher's
+keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,30 +21,31 @@ from agglo.types import ConfigError, Features
 from agglo.upsamplers.base import Upsampler
 
 ENOUGH = 1.25
-"""An upsampler steps in where the student's grid has more than so many times the teacher's own cells a side."""
+"""The upsampler is used where the student's grid has more than this many times the teacher's cells per side."""
 
 _PROBES = (64, 224, 1024)
+"""Student sizes in pixels at which a teacher's input size is compared."""
 
 
 def wrap(teacher: Teacher, entry: TeacherEntry, name: str, *, untrained: bool = False) -> Teacher:
-    """The teacher as the recipe wants it: as it is, or in one of the wrappers of this page.
+    """The teacher, in the wrapper that its entry asks for, if any.
 
     Args:
-        teacher: the entry's kind.
+        teacher: built from the entry.
         entry: the recipe's.
         name: of the teacher, for messages.
-        untrained: allow an upsampler that has not learned anything yet, because it is about to.
+        untrained: allow an upsampler without trained weights, for the run that trains it.
 
     Raises:
-        ConfigError: the keys do not go together, or the teacher has no size of its own.
+        ConfigError: keys that exclude each other, or a teacher that takes images of any size.
     """
     if entry.mosaic and entry.upsampler is not None:
-        raise ConfigError(f"teachers.{name}: mosaic packs small views, upsampler looks at large ones: keep one of them")
+        raise ConfigError(f"teachers.{name}: mosaic and upsampler exclude each other: remove one of them")
     if entry.mosaic:
         if entry.summary_weight != 0:
             raise ConfigError(
-                f"teachers.{name}.mosaic: the images of a canvas share one forward pass, so that none has a summary of "
-                "its own: set summary_weight: 0"
+                f"teachers.{name}.mosaic: several images share one forward pass, so none has a summary: set "
+                "summary_weight: 0"
             )
         return Mosaic(teacher, _only_size(teacher, f"teachers.{name}.mosaic"))
     if entry.upsampler is None:
@@ -53,25 +53,18 @@ def wrap(teacher: Teacher, entry: TeacherEntry, name: str, *, untrained: bool = 
     where = f"teachers.{name}.upsampler"
     size = _only_size(teacher, where)
     if teacher.spec.spatial is None:
-        raise ConfigError(f"{where}: the teacher has no map to make finer: leave `upsampler:` out")
+        raise ConfigError(f"{where}: the teacher has no map to upsample: remove `upsampler:`")
     upsampler: Upsampler = build("upsamplers", entry.upsampler, teacher.spec, size, where=where)
     if not untrained and not upsampler.trained:
         raise ConfigError(
-            f"{where}: this {entry.upsampler['kind']} has learned nothing yet: name the run that trained it in "
-            "`weights:` (a recipe with `objective: {kind: upsample}` makes one), or use kind: tiles or bilinear"
+            f"{where}: this {entry.upsampler['kind']} is untrained: set `weights:` to the run that trained it (a "
+            "recipe with `objective: {kind: upsample}`), or use kind: tiles or bilinear"
         )
     return Upsampled(teacher, upsampler)
 
 
-def begin_step(teachers: Iterable[Teacher], seed: int, step: int) -> None:
-    """Tell teachers whose view of a batch is random which step it is."""
-    for teacher in teachers:
-        if isinstance(teacher, Mosaic):
-            teacher.begin_step(seed, step)
-
-
 class _Wrapper(Teacher):
-    """What both have: the teacher inside, its licence, its processor, and its language."""
+    """A teacher around another one, with its licence, processor and text tower."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -86,18 +79,18 @@ class _Wrapper(Teacher):
 
 
 class Mosaic(_Wrapper):
-    """A teacher of one size that is shown canvases of many small views, and cut back to one map a view (METHOD 3.4).
+    """Packs many small views into one canvas of a teacher with one size, and cuts its map back (docs/method.md, 3.4).
 
-    It sees each view at the scale at which one of its cells is one of the student's, whatever the student's size. A
-    view that fills the canvas is the plain pass, bit for bit. What no view covers has the teacher's mean colour. Tiles
-    and places in them belong to the step (:meth:`begin_step`). Where several processes train, each packs its own views.
+    Each view is scaled so that a teacher cell covers as much of it as a student cell, whatever the student's size. A
+    view that fills the canvas gives the plain forward pass, bit for bit. Uncovered pixels have the teacher's mean
+    colour. The layout is drawn per step (:meth:`begin_step`); each process packs its own views.
 
     Args:
-        teacher: has one size only.
+        teacher: takes one size only.
         canvas: that size, ``(H, W)`` in pixels.
 
     Raises:
-        ConfigError: the teacher has no map, or its size is no whole number of its cells.
+        ConfigError: the teacher has no map, or its size is not a whole number of its cells.
     """
 
     empty: Tensor
@@ -107,7 +100,7 @@ class Mosaic(_Wrapper):
         cell = teacher.spec.stride
         if teacher.spec.spatial is None or canvas[0] % cell or canvas[1] % cell:
             raise ConfigError(
-                f"mosaic: a teacher with a map on a canvas of whole cells is needed; this one has "
+                f"mosaic: needs a teacher with a map and an input of whole cells; this one has "
                 f"{teacher.spec.spatial or 'no'} channels and {canvas[0]}x{canvas[1]} pixels in cells of {cell}"
             )
         self.whole = canvas
@@ -119,11 +112,11 @@ class Mosaic(_Wrapper):
         self.eval()
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Which step of which run the next batches belong to: tiles and places are a pure function of both."""
+        """Set the seed and step that the layout of the next batches is drawn from."""
         self._seed, self._step = seed, step
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
-        """As many of the teacher's cells as the student has of its own, at most the whole canvas.
+        """As many cells as the student has for the view, at most the whole canvas.
 
         ``r_T = P_T round(r_S / P_S)``: 224 pixels of a student with patches of 16 are 196 of a teacher with 14.
         """
@@ -134,36 +127,36 @@ class Mosaic(_Wrapper):
         return height, width
 
     def forward(self, images: Tensor) -> Features:
-        """Encode RGB views ``(B, 3, h, w)`` in [0, 1] of whole cells, no larger than the canvas."""
+        """Encode RGB views ``(B, 3, h, w)`` in [0, 1]: whole cells, at most the canvas."""
         cell = self.spec.stride
         height, width = images.shape[-2:]
         if height % cell or width % cell or height > self.whole[0] or width > self.whole[1]:
             raise ConfigError(
-                f"views are {height}x{width}, but this mosaic takes multiples of {cell} pixels up to "
+                f"views are {height}x{width} pixels; this mosaic takes multiples of {cell} up to "
                 f"{self.whole[0]}x{self.whole[1]}"
             )
         tiling = Tiling(self.cells, (height // cell, width // cell))
-        places = draw_layout(tiling, len(images), self._seed, self._step, dist.rank())
-        spatial = self.teacher(pack(images, places, cell, self.empty)).spatial
-        return Features(None, unpack(spatial, places))
+        layout = draw_layout(tiling, len(images), self._seed, self._step, dist.rank())
+        spatial = self.teacher(pack(images, layout, cell, self.empty)).spatial
+        return Features(None, unpack(spatial, layout))
 
 
 class Upsampled(_Wrapper):
     """A teacher of one size with an upsampler: a larger image in, a finer map out; the summary is the small image's.
 
-    A student whose grid is not finer than :data:`ENOUGH` times the teacher's own gets the plain pass at the teacher's
-    size (METHOD 3.2: 432 pixels and less meet SigLIP2 at 24 x 24 cells); above that the teacher looks at
-    ``factor`` times its size and answers on ``factor`` times its grid, whatever the student's size.
+    Where the student's grid has at most :data:`ENOUGH` times the teacher's cells per side, the teacher runs alone at
+    its own size (SigLIP2 at 24 x 24 cells up to 432 pixels; docs/method.md, 3.2). Above, the input has ``factor`` times
+    its size and the map ``factor`` times its grid, whatever the student's size.
 
     Args:
-        teacher: has one size only.
-        upsampler: made for it.
+        teacher: takes one size only.
+        upsampler: built for it.
     """
 
     def __init__(self, teacher: Teacher, upsampler: Upsampler) -> None:
         super().__init__(teacher)
         self.upsampler = upsampler
-        # Cells of the finer map cover as many pixels of the larger image as those of the teacher's of its own.
+        # A cell of the finer map covers as many pixels of the larger image as a teacher cell of the small one.
         self.spec = replace(teacher.spec, step=upsampler.size[0])
         self.native, self.fill = upsampler.size[0], teacher.fill
         self.eval()
@@ -182,16 +175,16 @@ class Upsampled(_Wrapper):
 
 
 def _only_size(teacher: Teacher, where: str) -> tuple[int, int]:
-    """The one size a teacher sees square views at.
+    """The only size ``(H, W)`` that a teacher takes.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it takes several.
     """
     sizes: set[Any] = {teacher.input_size((side, side), 16) for side in _PROBES}
     if len(sizes) > 1:
         raise ConfigError(
-            f"{where}: this teacher takes images of any size (shown a student's {_PROBES[0]} and {_PROBES[-1]} pixels "
-            f"it wants {min(sizes)[0]} and {max(sizes)[0]}): fix it with `size:`, or leave the key out"
+            f"{where}: this teacher takes images of any size ({min(sizes)[0]} to {max(sizes)[0]} pixels for student "
+            f"sizes {_PROBES[0]} to {_PROBES[-1]}): fix its size with `size:`, or remove the key"
         )
     height, width = sizes.pop()
     return height, width

@@ -1,0 +1,77 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from agglo.cli import measure
+from agglo.cli.arguments import checked_device, is_main_process
+from agglo.types import AggloError, ConfigError
+
+
+def train(
+    recipe: str = typer.Argument(metavar="RECIPE", help="A recipe's name (see `agglo recipes`) or a YAML file."),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="[key.path=value]...", help="Changes, e.g. train.steps=1000."
+    ),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Run folder; runs/<recipe> by default."),
+    resume: bool = typer.Option(False, "--resume", help="Continue from the newest checkpoint in the run folder."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Delete an earlier run in the run folder."),
+    smoke: bool = typer.Option(False, "--smoke", help="Run the recipe's smallest version: a few steps."),
+    show: bool = typer.Option(False, "--print", help="Print the complete recipe and stop."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, mps; by default cuda if available, else cpu."),
+    report: bool = typer.Option(True, "--report/--no-report", help="Write report.html at the end."),
+    evals: bool = typer.Option(True, "--evals/--no-evals", help="Run the recipe's evals at the end."),
+) -> None:
+    """Train a recipe, measure the model and write a report.
+
+    On several GPUs: torchrun --nproc_per_node 8 -m agglo train RECIPE
+    """
+    from agglo.recipe import load
+
+    resolved = load(recipe, overrides or [], smoke=smoke)
+    if show:
+        typer.echo(resolved.to_yaml(), nl=False)
+        return
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+
+    from agglo.dist import local_device
+
+    device = checked_device(local_device(device))
+
+    from agglo.objectives.base import objective_kind
+    from agglo.training.loop import train_model
+    from agglo.training.run import default_folder
+
+    folder = out or default_folder(resolved, smoke=smoke)
+    train_model(resolved, folder, resume=resume, overwrite=overwrite, device=device)
+    if not is_main_process():  # one process measures
+        return
+    kind, complete = objective_kind(resolved), True
+    if kind.trains_student:
+        with _saved(folder):
+            complete = not (evals and resolved.evals) or measure.measure_run(folder, device)
+            if report:
+                measure.write_report(folder)
+    steps = kind.next_steps(shlex.quote(str(folder))).replace("\n", "\n  ")
+    typer.echo(f"\nNext:\n  {steps}")
+    if not complete:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _saved(folder: Path) -> Iterator[None]:
+    """After training: on an error, state where the model is and which command completes the rest."""
+    try:
+        yield
+    except (KeyboardInterrupt, AggloError, OSError):
+        run = shlex.quote(str(folder))
+        typer.echo(f"the model is saved in {folder / 'model'}; to measure and report it: agglo report {run}", err=True)
+        typer.echo(f"(only to measure it: agglo eval {run})", err=True)
+        raise
