@@ -1,6 +1,6 @@
 """The demo as a user runs it after installation: wall time, memory, and gain from training.
 
-The quickstart is trained, measured and reported in a fresh folder; the margins are those of its own ``evals.json``.
+The quickstart is trained, measured and reported in a fresh folder; the margins are those of its own ``evals/results.jsonl``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from agglo.results.records import read
+
 
 def run() -> dict[str, Any]:
     """Minutes, peak memory, and trained against untrained student on every metric."""
@@ -28,18 +30,22 @@ def run() -> dict[str, Any]:
             env=environment,
         )
         minutes = (time.perf_counter() - began) / 60
-        record = json.loads((folder / "evals.json").read_text())
+        results = read(folder)
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         report = (folder / "report.html").stat().st_size
-    student, before = record["models"]["student"], record["models"]["untrained"]
+    models: dict[str, dict[str, Any]] = {}
+    for result in results:
+        models.setdefault(result.model["name"], {})[result.name] = dict(result.metrics)
     better: dict[str, Any] = {}
-    for name, values in student.items():
-        for metric in values if name != "skipped" else ():
-            gain = values[metric] - before[name][metric]
-            gain = -gain if metric in record["lower_is_better"] else gain
-            better[f"{name}/{metric}"] = {
-                "before": round(before[name][metric], 4),
-                "after": round(values[metric], 4),
+    for result in results:
+        if result.model["role"] != "student":
+            continue
+        for metric, after in result.metrics.items():
+            before = models["untrained"][result.name][metric]
+            gain = before - after if metric in result.lower_is_better else after - before
+            better[f"{result.name}/{metric}"] = {
+                "before": round(before, 4),
+                "after": round(after, 4),
                 "gain": round(gain, 4),
             }
     return {
@@ -48,5 +54,5 @@ def run() -> dict[str, Any]:
         "training_minutes": round(metrics[-1]["elapsed"] / 60, 2),
         "report_mb": round(report / 1e6, 2),
         "metrics": better,
-        "teachers": {name: values for name, values in record["models"].items() if name not in ("student", "untrained")},
+        "teachers": {name: values for name, values in models.items() if name not in ("student", "untrained")},
     }

@@ -64,8 +64,6 @@ class Protocol:
     """A published evaluation protocol.
 
     Args:
-        name: ``nvidia``, ``siglino``, ``eupe`` or ``probe3d``.
-        title: of the project.
         source: the paper or code.
         differs: differences of our evals from the authors'.
         evals: as in a recipe, each with a ``name``.

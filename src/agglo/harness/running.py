@@ -43,13 +43,10 @@ class Outcome:
     """The outcome of one eval.
 
     Args:
-        name: of the result.
-        made: the eval.
         metrics: its numbers; None if it was skipped or failed.
         why: the reason for having no numbers.
         failed: an error occurred; an eval that does not apply to a model is skipped, not failed.
         records: values per image and per class.
-        seconds: wall-clock time.
         warnings: distinct warnings raised while it ran.
     """
 

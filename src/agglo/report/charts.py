@@ -21,9 +21,7 @@ MAX_POINTS = 400
 def smooth(values: Sequence[float], span: float) -> list[float]:
     """Two-sided exponential average: ``s_t = sum_i a^|t-i| x_i / sum_i a^|t-i|``, ``a = 1 - 1/span``.
 
-    Args:
-        values: in order.
-        span: number of values on each side with a notable weight; 1 returns the values.
+    ``span`` is the number of values on each side with a notable weight; 1 returns the values.
     """
     decay = 1 - 1 / max(1.0, span)
 
@@ -114,16 +112,15 @@ def line_chart(title: str, points: Sequence[Point], colour: int, *, unit: str = 
 
     Args:
         title: of the chart.
-        points: ``(step, value)`` in order of step; values are finite.
+        points: finite ``(step, value)`` in order of step.
         colour: index of the page's series colour.
-        unit: after the numbers of the caption.
-        tint: fill the area under the smoothed curve.
+        unit: of the numbers in the caption.
+        tint: fill the area under the curve.
     """
     name = tag("span", title, class_="chart-name")
     if not points:
-        return tag(
-            "figure", tag("figcaption", name, tag("span", "no finite value", class_="chart-range")), class_="chart"
-        )
+        empty = tag("span", "no finite value", class_="chart-range")
+        return tag("figure", tag("figcaption", name, empty), class_="chart")
     steps, values = [p[0] for p in points], [p[1] for p in points]
     calm = smooth(values, max(1.0, len(values) / 25))
     log = wants_log(values)
@@ -157,9 +154,7 @@ def line_chart(title: str, points: Sequence[Point], colour: int, *, unit: str = 
 def curve_chart(title: str, series: dict[int, tuple[str, list[tuple[int, float]]]]) -> Markup:
     """Curves of several models over the input size.
 
-    Args:
-        title: of the chart.
-        series: colour → name, and two or more ``(pixels, value)`` points by rising x.
+    ``series`` maps a colour to a name and two or more ``(pixels, value)`` points by rising x.
     """
     every = [point for _, points in series.values() for point in points]
     x = Axis(min(p[0] for p in every), max(p[0] for p in every), LEFT, WIDTH - RIGHT, margin=0.03)
@@ -203,11 +198,7 @@ def _px(value: float) -> str:
 
 
 def stacked_bar(parts: Mapping[str, float]) -> Markup:
-    """Shares of a whole as one bar, and a legend with seconds and per cent.
-
-    Args:
-        parts: name → seconds, non-negative; in the order to draw.
-    """
+    """Shares of a whole as one bar, and a legend with seconds and per cent."""
     total = sum(parts.values())
     if not total > 0:
         return tag("p", "No times are logged.", class_="empty")
@@ -219,9 +210,8 @@ def stacked_bar(parts: Mapping[str, float]) -> Markup:
         key = [tag("i", class_=f"c{index % 8}"), name, tag("b", percent), tag("span", f"{seconds:,.1f} s")]
         legend.append(tag("li", key))
     label = ", ".join(f"{name} {100 * seconds / total:.1f} %" for name, seconds in parts.items())
-    return tag(
-        "div", tag("div", bars, class_="stack", role="img", aria_label=label), tag("ul", legend, class_="legend")
-    )
+    stack = tag("div", bars, class_="stack", role="img", aria_label=label)
+    return tag("div", stack, tag("ul", legend, class_="legend"))
 
 
 def dumbbell(before: float | None, after: float | None, *, colour: int = 0) -> Markup:

@@ -20,14 +20,7 @@ from agglo.types import AggloError
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One image with a bad value.
-
-    Args:
-        name: of the image.
-        label: its class, if known.
-        values: model → value of the metric.
-        thumb: the image; None if it cannot be read.
-    """
+    """One image with a bad value: its class if known, the value of each model, and a thumbnail if it can be read."""
 
     name: str
     label: str
@@ -37,19 +30,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """The worst images of one metric of one eval.
-
-    Args:
-        name: of the results.
-        metric: recorded per image.
-        lower: whether lower is better.
-        worst: the images, the worst first.
-        count: number of all images.
-    """
+    """The worst images of one metric of one eval, the worst first, of ``count`` images."""
 
     name: str
     metric: str
-    lower: bool
     worst: Sequence[Failure]
     count: int
 
@@ -96,7 +80,7 @@ def _worst(
         at = index.get(image.partition(" -> ")[0])
         thumb, label = (None, "") if source is None or at is None else (_thumb(source, at), _label(source, at))
         shown.append(Failure(image, label, by_image[image], thumb))
-    return Failures(name, metric, lower, shown, len(by_image))
+    return Failures(name, metric, shown, len(by_image))
 
 
 def _opened(result: Result) -> Source | None:

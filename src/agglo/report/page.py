@@ -17,6 +17,7 @@ from agglo.report.charts import curve_chart
 from agglo.report.failures import Failures, failures
 from agglo.report.markup import Child, Markup, picture, tag, text
 from agglo.report.tables import agreement_table, is_agreement, metric_table
+from agglo.report.visuals import Column, Gallery
 from agglo.results.records import Result, current, read, results_file
 from agglo.results.tables import before_and_after, columns, curves, labels, markdown, model_names, notes, number, rows
 from agglo.types import ConfigError
@@ -92,9 +93,6 @@ def intro(words: Child) -> Markup:
     return tag("p", words, class_="intro")
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
 def measured(results: Sequence[Result], teachers: Sequence[str] = ()) -> list[Child]:
     """Every metric of every model, agreement with the teachers apart.
 
@@ -162,9 +160,6 @@ def protocol(results: Sequence[Result]) -> list[Child]:
     return parts
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
 def _painted(found: Sequence[tuple[Path, Result]]) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Model → the folder of its pictures and their index; models without pictures are left out."""
     called = model_names([result for _, result in found])
@@ -179,48 +174,52 @@ def _painted(found: Sequence[tuple[Path, Result]]) -> dict[str, tuple[Path, dict
     return indices
 
 
-def _image(path: Path, alt: str) -> Markup:
+def _open(path: Path | None) -> Image.Image | None:
     try:
-        with Image.open(path) as image:
-            return picture(image, alt)
+        return None if path is None else Image.open(path).convert("RGB")
     except OSError:
-        return tag("div", "missing", class_="gap")
+        return None
 
 
-def sheet(heads: Sequence[Markup], cells: Sequence[Child]) -> Markup:
+def sheet(gallery: Gallery) -> Markup:
     """A grid of pictures with a head over each column."""
-    style = f"grid-template-columns:repeat({len(heads)},minmax(104px,1fr))"
-    return tag("div", tag("div", [*heads, *cells], class_="sheet", style=style), class_="gallery")
+    heads = [(column.title, tag("span", column.note) if column.note else None) for column in gallery.columns]
+    cells: list[Child] = [tag("div", *head, class_="head") for head in heads]
+    for row, name in enumerate(gallery.names):
+        for column in gallery.columns:
+            shown = column.pictures[row]
+            alt = name if column.title == "image" else f"{name}: {column.title}"
+            cells.append(tag("div", "none", class_="gap") if shown is None else picture(shown, alt))
+    style = f"grid-template-columns:repeat({len(gallery.columns)},minmax(104px,1fr))"
+    return tag("div", tag("div", cells, class_="sheet", style=style), class_="gallery")
 
 
 def _seen(found: Sequence[tuple[Path, Result]]) -> list[Child]:
     indices = {model: (place, index["pca"]) for model, (place, index) in _painted(found).items() if index.get("pca")}
     if not indices:
         return []
-    first_place, first = next(iter(indices.values()))
-    cells: list[Child] = []
-    for row in first:
-        cells.append(tag("div", _image(first_place / row["image"], row["name"])))
-        for model, (place, painted) in indices.items():
-            own = next((each for each in painted if each["name"] == row["name"]), None)
-            shown = tag("div", "none", class_="gap") if own is None else _image(place / own["seen"], f"PCA, {model}")
-            cells.append(tag("div", shown))
+    place, first = next(iter(indices.values()))
+    gallery = Gallery([row["name"] for row in first], [Column("image", "", [_open(place / r["image"]) for r in first])])
+    for model, (place, painted) in indices.items():
+        files = {row["name"]: place / row["seen"] for row in painted}
+        gallery.columns.append(Column(model, "", [_open(files.get(name)) for name in gallery.names]))
     explained = (
         "The first three principal components of each model's map as colours, one basis per column for all "
         f"{len(first)} images. Colours of different models are not comparable."
     )
-    return [intro(explained), sheet([tag("div", title, class_="head") for title in ("image", *indices)], cells)]
+    return [intro(explained), sheet(gallery)]
 
 
 def matches(found: Sequence[tuple[Path, Result]]) -> list[Child]:
     """Matched points between two views of a scene, for the models whose pictures were painted."""
     parts: list[Child] = []
     for model, (place, index) in _painted(found).items():
-        shown = [
-            tag("figure", _image(place / row["file"], f"{model}: {row['name']}"),
-                tag("figcaption", f"{row['name']}: {100 * float(row['right']):.0f} % correct"))
-            for row in index.get("matches", [])
-        ]  # fmt: skip
+        shown = []
+        for row in index.get("matches", []):
+            image = _open(place / row["file"])
+            seen = tag("div", "missing", class_="gap") if image is None else picture(image, f"{model}: {row['name']}")
+            caption = f"{row['name']}: {100 * float(row['right']):.0f} % correct"
+            shown.append(tag("figure", seen, tag("figcaption", caption)))
         if shown:
             parts += [tag("h3", model, class_="sub"), tag("div", shown, class_="charts pairs")]
     explained = (
@@ -242,6 +241,6 @@ def worst(failed: Sequence[Failures]) -> list[Child]:
             seen = tag("div", name, class_="gap") if each.thumb is None else picture(each.thumb, each.name, quality=78)
             hits.append(tag("figure", seen, tag("figcaption", each.label or name, values, title=each.name)))
         title = f"{group.name} {group.metric}, the worst of {group.count}"
-        cards.append(tag("article", tag("h3", title), tag("div", hits, class_="hits values"), class_="query"))
+        cards.append(tag("article", tag("h3", title), tag("div", hits, class_="hits values"), class_="query plain"))
     explained = "The images with the worst mean over the models, with each model's value."
     return [intro(explained), tag("div", cards, class_="queries")] if cards else []

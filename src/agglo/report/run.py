@@ -45,7 +45,7 @@ class TrainingRun:
 
     @property
     def teachers(self) -> list[str]:
-        """Names of the teachers in the recipe's order, or as logged if there is no recipe."""
+        """Names of the teachers in the recipe's order; without a recipe, as logged."""
         if self.recipe:
             return list(self.recipe.teachers)
         return list(dict.fromkeys(name.rpartition("/")[0] for name in self.series()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,18 +30,6 @@ MODELLING = ("teachers", "forward", "backward")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A part of the page that may have failed: ``value``, or ``why`` there is none."""
-
-    value: object | None
-    why: str = ""
-
-    def of(self, kind: type[T]) -> T | None:
-        """The value if it is of that type."""
-        return self.value if isinstance(self.value, kind) else None
-
-
 def write_run(folder: str | Path, progress: Callable[[str], None] | None = None) -> Path:
     """Write ``report.html`` into a run folder.
 
@@ -62,32 +49,33 @@ def write_run(folder: str | Path, progress: Callable[[str], None] | None = None)
     """
     run = read_run(Path(folder))
 
-    def attempt(what: str, make: Callable[[], object]) -> Attempt:
+    def attempt(what: str, make: Callable[[], T]) -> tuple[T | None, str]:
         if progress is not None:
             progress(what)
         try:
-            return Attempt(make())
+            return make(), ""
         except Exception as error:  # noqa: BLE001 (the page is written without the part and states the error)
-            return Attempt(None, f"{type(error).__name__}: {error}".rstrip("."))
+            return None, f"{type(error).__name__}: {error}".rstrip(".")
 
-    models = attempt("loading the student and its teachers", lambda: load_models(run)).of(Models) or Models()
+    models = attempt("loading the student and its teachers", lambda: load_models(run))[0] or Models()
     images = visuals.gallery_images(run.recipe)
-    gallery = attempt("painting spatial features", lambda: visuals.gallery(models, run.recipe, images))
-    search = attempt("searching held-out photos by text", lambda: visuals.search(models, run.recipe))
+    gallery, no_gallery = attempt("painting spatial features", lambda: visuals.gallery(models, run.recipe, images))
+    search, no_search = attempt("searching held-out photos by text", lambda: visuals.search(models, run.recipe))
     results = [result for _, result in run.found]
     own = [(place, result) for place, result in run.found if result.model.get("role") == STUDENT]
+    unmeasured: list[Child] = [_missing("No results yet. Measure with ", _code(f"agglo report {_quoted(run)}"))]
     sections: list[page.Section] = [
         ("learning", "Learning", _learning(run)),
-        ("measured", "Measured", page.measured(results, run.teachers) if results else _unmeasured(run)),
+        ("measured", "Measured", page.measured(results, run.teachers) if results else unmeasured),
         ("resolution", "Resolution", page.resolution(results)),
-        ("seen", "Spatial features", _seen(run, gallery)),
-        ("found", "Text search", _found(search)),
+        ("seen", "Spatial features", _seen(run, gallery, no_gallery)),
+        ("found", "Text search", _found(search, no_search)),
         ("matches", "Matches", page.matches(own)),
         ("failures", "Worst images", page.worst(failures(own))),
         ("protocol", "Protocol", page.protocol(results) if results else []),
         ("reproduce", "Reproduce", _reproduce(run)),
     ]
-    head = _header(run, models.student, gallery.of(Gallery), search.of(Search))
+    head = _header(run, models.student, gallery, search)
     html = page.render(run.name, head, sections, f"Made by {_agglo(run)} from the files in {run.folder}.")
     return write_text(run.folder / "report.html", html)
 
@@ -131,9 +119,6 @@ def _code(command: str) -> Markup:
     return tag("code", command)
 
 
-# --- header -----------------------------------------------------------------------------------------------------------
-
-
 def _header(run: TrainingRun, student: Model | None, gallery: Gallery | None, search: Search | None) -> Markup:
     claim = run.recipe.claim.summary if run.recipe else ""
     words = tag(
@@ -145,7 +130,8 @@ def _header(run: TrainingRun, student: Model | None, gallery: Gallery | None, se
     )
     duo = _duo(gallery)
     hero = tag("header", words, duo, class_="hero pictured" if duo else "hero")
-    return tag("div", hero, _tiles(run, search), _notes(run))
+    notes = tag("ul", [tag("li", note) for note in run.notes], class_="notes") if run.notes else None
+    return tag("div", hero, _tiles(run, search), notes)
 
 
 def _tiles(run: TrainingRun, search: Search | None, limit: int = 6) -> Markup | None:
@@ -164,12 +150,6 @@ def _tiles(run: TrainingRun, search: Search | None, limit: int = 6) -> Markup | 
         if run.seconds:
             shown.append(tile("Views per second", number(images / run.seconds, 2), "over the whole run"))
     return tag("div", shown[:limit], class_="tiles") if shown else None
-
-
-def _notes(run: TrainingRun) -> Markup | None:
-    if not run.notes:
-        return None
-    return tag("ul", [tag("li", note) for note in run.notes], class_="notes")
 
 
 def _duo(gallery: Gallery | None) -> Markup | None:
@@ -206,13 +186,8 @@ def _what_happened(run: TrainingRun, student: Model | None) -> list[Child]:
     images, exact = run.images
     if not run.metrics:
         return [*words, "No step is logged yet."]
-    words += [
-        "In ",
-        tag("b", f"{run.steps:,}"),
-        " steps it saw ",
-        tag("b", f"{'' if exact else '≈ '}{images:,}"),
-        " views",
-    ]
+    views = f"{'' if exact else '≈ '}{images:,}"
+    words += ["In ", tag("b", f"{run.steps:,}"), " steps it was trained on ", tag("b", views), " views"]
     if run.seconds:
         words += [" in ", tag("b", _duration(run.seconds))]
     hardware = _hardware(run)
@@ -243,9 +218,6 @@ def _hardware(run: TrainingRun) -> str:
     return f"{words} ({system})" if words and system else words or system
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
-
-
 def _learning(run: TrainingRun) -> list[Child]:
     series = run.series()
     head = page.intro(
@@ -253,10 +225,8 @@ def _learning(run: TrainingRun) -> list[Child]:
         "normalised targets."
     )
     if not series:
-        return [
-            head,
-            _missing("metrics.jsonl holds no losses. Train with ", _code(f"agglo train {_recipe_name(run)}")),
-        ]
+        train = _code(f"agglo train {_recipe_name(run)}")
+        return [head, _missing("metrics.jsonl holds no losses. Train with ", train)]
     teachers = run.teachers
     charts = []
     for name, points in series.items():
@@ -285,47 +255,20 @@ def _learning(run: TrainingRun) -> list[Child]:
     return parts
 
 
-# --- measured ---------------------------------------------------------------------------------------------------------
-
-
-def _unmeasured(run: TrainingRun) -> list[Child]:
-    return [_missing("No results yet. Measure with ", _code(f"agglo report {_quoted(run)}"))]
-
-
-# --- seen -------------------------------------------------------------------------------------------------------------
-
-
-def _seen(run: TrainingRun, attempt: Attempt) -> list[Child]:
-    head = page.intro(
+def _seen(run: TrainingRun, found: Gallery | None, why: str) -> list[Child]:
+    explained = (
         "The first three principal components of each model's map as colours. A column has one basis for all its rows; "
         "colours of different models are not comparable, except between a teacher and the student's head for it."
     )
-    found = attempt.of(Gallery)
     if found is None:
-        why = attempt.why or "there is no model"
-        return [head, _missing(f"No pictures: {why}. Finish the run with ", _code(_resume(run)))]
-    heads = [
-        tag("div", column.title, tag("span", column.note) if column.note else None, class_="head")
-        for column in found.columns
-    ]
-    cells: list[Child] = []
-    for row, name in enumerate(found.names):
-        for column in found.columns:
-            shown = column.pictures[row]
-            alt = name if column.title == "image" else f"{name}: {column.title}"
-            cells.append(tag("div", "none", class_="gap") if shown is None else picture(shown, alt))
-    return [head, page.sheet(heads, cells)]
+        return [page.intro(explained), _missing(f"No pictures: {why}. Finish the run with ", _code(_resume(run)))]
+    return [page.intro(explained), page.sheet(found)]
 
 
-# --- found ------------------------------------------------------------------------------------------------------------
-
-
-def _found(attempt: Attempt) -> list[Child]:
-    found = attempt.of(Search)
+def _found(found: Search | None, why: str) -> list[Child]:
     if found is None:
-        why = attempt.why or "there is no model"
-        return [_missing(f"No text search: {why}. For one, train with a text-aligned teacher: ",
-                         _code("agglo train quickstart"))]  # fmt: skip
+        advice = "For one, train with a text-aligned teacher: "
+        return [_missing(f"No text search: {why}. {advice}", _code("agglo train quickstart"))]
     before = f" (untrained: {found.found_before})" if found.found_before is not None else ""
     head = page.intro(
         f"{found.photos} held-out photos ranked by the cosine between the student's image embedding (head "
@@ -338,18 +281,12 @@ def _found(attempt: Attempt) -> list[Child]:
         for place, hit in enumerate(query.hits, 1):
             name = hit.name.rpartition("/")[2]
             caption = tag("figcaption", f"{number(hit.score)} {'✓ ' if hit.right else ''}{name}", title=hit.name)
-            mark = "right" if hit.right else None
-            hits.append(
-                tag("figure", picture(hit.thumb, f"rank {place}: {hit.name}", quality=78), caption, class_=mark)
-            )
-        verdict = None
-        if query.rank > 1:
-            verdict = tag("p", f"The right photo has rank {query.rank}.", class_="verdict bad")
+            thumb = picture(hit.thumb, f"rank {place}: {hit.name}", quality=78)
+            hits.append(tag("figure", thumb, caption, class_="right" if hit.right else None))
+        late = f"The right photo has rank {query.rank}."
+        verdict = tag("p", late, class_="verdict bad") if query.rank > 1 else None
         cards.append(tag("article", tag("h3", query.text), tag("div", hits, class_="hits"), verdict, class_="query"))
     return [head, tag("div", cards, class_="queries")]
-
-
-# --- reproduce --------------------------------------------------------------------------------------------------------
 
 
 def _reproduce(run: TrainingRun) -> list[Child]:
@@ -374,14 +311,8 @@ def _reproduce(run: TrainingRun) -> list[Child]:
         ("Train ten times longer and compare the two reports.",
          f"agglo train {_recipe_name(run)} train.steps={_longer(run)} -o {_quoted(run, '-long')}"),
     ]  # fmt: skip
-    parts.append(
-        tag(
-            "ul",
-            [tag("li", tag("p", why), tag("pre", tag("code", cmd), class_="wrap")) for why, cmd in steps],
-            class_="cmd",
-        )
-    )
-    return parts
+    items = [tag("li", tag("p", why), tag("pre", tag("code", command), class_="wrap")) for why, command in steps]
+    return [*parts, tag("ul", items, class_="cmd")]
 
 
 def _yaml(source: str) -> list[Child]:

@@ -59,16 +59,8 @@ def is_agreement(column: Column) -> bool:
     return column.settings.get("kind") == AGREEMENT
 
 
-# --- tiles ------------------------------------------------------------------------------------------------------------
-
-
 def metric_tiles(found: Sequence[Column], pair: tuple[str, str]) -> list[Markup]:
-    """One tile per headline metric: the student's value and the change from the untrained student.
-
-    Args:
-        found: columns of the run's results.
-        pair: rows of the untrained student and the student.
-    """
+    """One tile per headline metric: the student's value and the change from the untrained student."""
     untrained, student = pair
     shown = []
     for name, title, wanted in HEADLINES:
@@ -93,16 +85,10 @@ def tile(title: str, big: Child, under: Child = "") -> Markup:
     return tag("div", tag("h3", title), tag("div", big, class_="big"), note, class_="tile")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def metric_table(found: Sequence[Column], rows: Sequence[str], pair: tuple[str, str] | None = None) -> Markup | None:
-    """Metrics down, grouped by eval, and models across; None if there is no column.
+    """Metrics down, grouped by eval, and models across; with ``pair``, the change stands after the student.
 
-    Args:
-        found: columns of the results.
-        rows: models in order (:func:`agglo.results.tables.rows`); those without a value are left out.
-        pair: rows of the untrained student and the student; adds the change after the student.
+    Returns None without columns. Rows without a value are left out.
     """
     shown = [row for row in rows if any(row in column.values for column in found)]
     if not shown:
@@ -132,13 +118,7 @@ def _line(column: Column, rows: Sequence[str], pair: tuple[str, str] | None) -> 
 
 
 def agreement_table(found: Sequence[Column], pair: tuple[str, str], teachers: Sequence[str]) -> Markup:
-    """One line per teacher and metric: before, after, change, and both as dots between 0 and 1.
-
-    Args:
-        found: the columns of ``agreement``.
-        pair: rows of the untrained student and the student.
-        teachers: in the order of their colours.
-    """
+    """One line per teacher and metric: before, after, change, and both as dots between 0 and 1."""
     bodies = []
     for teacher, group in _groups((c.metric.rpartition("/")[0] or "all teachers", c) for c in found).items():
         colour = teachers.index(teacher) if teacher in teachers else 7

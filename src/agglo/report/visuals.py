@@ -95,9 +95,6 @@ class Models:
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
 def square(image: Image.Image, side: int) -> Image.Image:
     """The central square of an image, resampled to ``side`` pixels."""
     edge = min(image.size)
@@ -149,9 +146,6 @@ def _read(source: Source, order: Sequence[int], count: int) -> list[tuple[str, I
         except AggloError:
             continue
     return found
-
-
-# --- gallery ----------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -207,9 +201,6 @@ def _column(title: str, note: str, maps: Tensor | None, *, basis: Tensor | None 
     return Column(title, note, [pca_picture(one, fitted, (SHOWN, SHOWN)) for one in maps])
 
 
-# --- text search -----------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 12) -> Search:
     """Rank the held-out photos by text, as ``agglo search`` does: cosine of the text and the image embedding.
@@ -233,9 +224,8 @@ def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 
     side = search_size(models.student, recipe)
     batch = torch.stack([to_tensor(square(image, side)) for image in images])
     queries = list(dict.fromkeys(queried))[:limit]
-    template = (
-        next((str(e.get("template")) for e in recipe.evals if e.get("kind") == "retrieval"), "{}") if recipe else "{}"
-    )
+    evals = recipe.evals if recipe else []
+    template = next((str(each.get("template")) for each in evals if each.get("kind") == "retrieval"), "{}")
     texts = models.student.encode_text([template.replace("{}", query) for query in queries])
     scores = texts @ models.student.encode_image(batch).T
     before = None

@@ -20,10 +20,8 @@ class Interval:
     """A mean difference ``b - a`` over images and its 95 % interval.
 
     Args:
-        metric: recorded per image.
         images: their number.
         a, b: the two means.
-        difference: ``b - a``.
         low, high: the interval, by paired bootstrap over images.
         better: share of the bootstrap samples in which b is above a; ties count half.
     """

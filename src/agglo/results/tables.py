@@ -57,8 +57,7 @@ class Column:
     """One metric of one eval, under one protocol on one data set.
 
     Args:
-        name: of the result.
-        metric: which of its numbers.
+        name, metric: of the results.
         protocol, data: hashes of the settings and of the data.
         settings: the options of the eval.
         lower: whether lower is better.
@@ -90,7 +89,7 @@ class Column:
 
 
 def model_names(results: Sequence[Result]) -> dict[str, str]:
-    """Model hash → its name; models that share a name get their run's folder or the beginning of their hash."""
+    """Model hash → its name; equal names get the run's folder or the beginning of the hash."""
     models: dict[str, Mapping[str, Any]] = {str(r.model["hash"]): r.model for r in results}
     found = {key: str(model["name"]) for key, model in models.items()}
     for suffix in (lambda key: str(models[key].get("run") or key[:6]), lambda key: key[:6]):
@@ -108,7 +107,7 @@ def rows(results: Sequence[Result]) -> list[str]:
 
 
 def before_and_after(results: Sequence[Result]) -> tuple[str, str] | None:
-    """The rows of the untrained student and the student, if there is exactly one of each."""
+    """The rows of the untrained student and the student, if the results have exactly one of each."""
     called = labels(results)
     found = [{called[r.id] for r in results if r.model.get("role") == role} for role in (UNTRAINED, STUDENT)]
     return (found[0].pop(), found[1].pop()) if [len(each) for each in found] == [1, 1] else None
@@ -213,10 +212,7 @@ def markdown(results: Sequence[Result]) -> str:
     found = columns(results, headlines=True)
     if not found:
         return "No results.\n"
-    lines = [
-        "| model | " + " | ".join(column.title for column in found) + " |",
-        "| --- |" + " ---: |" * len(found),
-    ]
+    lines = ["| model | " + " | ".join(column.title for column in found) + " |", "| --- |" + " ---: |" * len(found)]
     for row in rows(results):
         cells = []
         for column in found:
