@@ -1,6 +1,6 @@
 """The demo as a user runs it after installation: wall time, memory, and gain from training.
 
-The quickstart is trained, measured and reported in a fresh folder; the margins are those of its own ``evals/results.jsonl``.
+The quickstart is trained, measured and reported in a fresh folder; the gains are read from its results.
 """
 
 from __future__ import annotations

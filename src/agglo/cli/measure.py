@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +238,8 @@ def _paint(loaded: Any, found: Measured, folder: Path) -> None:
 def _print_measured(measured: Sequence[Measured], folder: Path) -> None:
     from agglo.cli.terminal import console, results_table
 
-    results = [result for found in measured for result in found.results.values()]
+    # A known result may have another name (`knn` for `knn@64`).
+    results = [replace(result, name=name) for found in measured for name, result in found.results.items()]
     if results:
         console().print(results_table(results))
     for found in measured:
