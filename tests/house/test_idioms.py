@@ -9,13 +9,13 @@ from pathlib import Path
 from support import source
 
 REPLACES: dict[str, str] = {
-    "files.py": "the one implementation",
+    "files.py": "the implementation",
+    "training/checkpoint.py": "a checkpoint is a folder, renamed when it is complete",
 }
 """Files that may rename or replace a file, and why :func:`agglo.files.replacing` does not fit."""
 
-REPLACES_LEFT = 14
-HIDDEN_LEFT = 4
-"""Known violations that are still to go; lower these numbers, never raise them."""
+REPLACES_LEFT = 3
+"""Known violations that are still to go; lower this number, never raise it."""
 
 
 def replacements(path: Path) -> list[int]:
@@ -59,7 +59,7 @@ def hidden_channels(path: Path) -> list[str]:
 
 def test_no_hidden_channels():
     found = [line for path in source.files() for line in hidden_channels(path)]
-    assert len(found) <= HIDDEN_LEFT, "pass a plain argument:\n" + "\n".join(found)
+    assert not found, "pass a plain argument:\n" + "\n".join(found)
 
 
 def test_the_searches_find_each_form(tmp_path, monkeypatch):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 
-import pytest
-
 from support import source
 
 FILE_LINES = 600
@@ -44,19 +42,18 @@ def test_the_package_is_scanned():
     assert {"__init__.py", "types.py", "config.py", "training/loop.py"} <= names
 
 
-@pytest.mark.parametrize("path", source.files(), ids=source.name)
-def test_file_is_short(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= FILE_LINES, f"{source.name(path)} has {lines} lines; split it by topic"
+def test_files_are_short():
+    lengths = {source.name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in source.files()}
+    long = {name: lines for name, lines in lengths.items() if lines > FILE_LINES}
+    assert not long, f"more than {FILE_LINES} lines; split by topic: {long}"
 
 
-@pytest.mark.parametrize("path", source.files(), ids=source.name)
-def test_functions_are_short(path):
-    where = source.name(path)
+def test_functions_are_short():
     long = {
-        f"{where}::{name}": lines
+        f"{source.name(path)}::{name}": lines
+        for path in source.files()
         for name, lines in functions(source.tree(path))
-        if lines > FUNCTION_LINES and f"{where}::{name}" not in LONGER
+        if lines > FUNCTION_LINES and f"{source.name(path)}::{name}" not in LONGER
     }
     assert not long, f"longer than {FUNCTION_LINES} lines without docstring: {long}"
 
@@ -66,9 +63,9 @@ def test_no_length_allowance_is_unused():
     assert set(LONGER) <= known
 
 
-@pytest.mark.parametrize("path", source.files(), ids=source.name)
-def test_tree_is_flat_and_named(path):
-    relative = path.relative_to(source.ROOT)
-    assert len(relative.parts) <= DEPTH, f"{relative} lies deeper than {DEPTH}"
-    words = {part.removesuffix(".py").strip("_") for part in relative.parts}
-    assert not words & BANNED, f"{relative}: name it by its topic"
+def test_tree_is_flat_and_named():
+    paths = [path.relative_to(source.ROOT) for path in source.files()]
+    deep = [str(path) for path in paths if len(path.parts) > DEPTH]
+    assert not deep, f"deeper than {DEPTH}: {deep}"
+    vague = [str(path) for path in paths if {part.removesuffix(".py").strip("_") for part in path.parts} & BANNED]
+    assert not vague, f"name these by their topic: {vague}"

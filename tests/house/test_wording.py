@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("src", "tests", "docs", "benchmarks", ".ci")
 SUFFIXES = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ""}
@@ -23,10 +21,10 @@ LEFTOVERS = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(work|home|root|Users|mnt|scratch)/\w|[A-Z]:\\Users")
 
 
-@pytest.mark.parametrize("path", texts(), ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_text_is_clean(path):
+def test_text_is_clean():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {match.group()}"
+        for path in texts()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         for pattern in (LEFTOVERS, MACHINE_PATHS)
         for match in [pattern.search(line)]

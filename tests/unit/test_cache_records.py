@@ -197,6 +197,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     check(tmp_path, (1, 3))
 
 
+@pytest.mark.processes
 def test_the_kernels_own_limit_leaves_whole_records(tmp_path: Path) -> None:
     """A real short write: the process may not write files beyond 2000 bytes."""
     code = (
@@ -215,6 +216,7 @@ def test_the_kernels_own_limit_leaves_whole_records(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 2000
 
 
+@pytest.mark.processes
 def test_readers_see_only_whole_records_while_another_process_writes_and_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"

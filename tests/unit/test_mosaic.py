@@ -177,6 +177,7 @@ def test_incompatible_keys_are_refused() -> None:
         unpack(torch.rand(2, 3, 9, 9), draw_layout(Tiling((9, 9), (4, 4)), 3, 0, 0))
 
 
+@pytest.mark.training
 def test_recipe_with_a_mosaic_trains(tmp_path) -> None:
     from agglo.training.loop import train_model
 

@@ -128,6 +128,7 @@ def test_photos_decode():
         assert np.asarray(image).std() > 5, photo.name
 
 
+@pytest.mark.processes
 def test_photos_do_not_import_the_packages():
     code = (
         "import sys; from agglo.sources.photos import Photos; Photos(split='all').read(0);"
