@@ -296,7 +296,7 @@ def test_masks_of_the_wrong_size_are_refused_by_the_eval(tmp_path: Path) -> None
     keys = tiny.ade20k(tmp_path)
     tiny.grey(tmp_path / "ADEChallengeData2016" / "annotations" / "validation" / "ADE_0.png", np.ones((5, 6), np.uint8))
     made = build("sources", {"kind": "ade20k", **keys})
-    with pytest.raises(ConfigError, match="pixel on pixel"):
+    with pytest.raises(ConfigError, match="sizes must be equal"):
         truth_of(made, 0, "semantic", (tiny.H, tiny.W), (16, 16))
 
 

@@ -237,10 +237,10 @@ def test_pairs_are_needed_and_what_they_lack_is_said() -> None:
     with pytest.raises(ConfigError, match=r"wall/0 -> wall/1: points have shape \(4, 2\)"):
         run(Place(), Flat())
     for options, message in (
-        ({"grid": 0.0}, "grid is above 0"),
-        ({"matches": 0}, "matches is at least 1"),
+        ({"grid": 0.0}, "grid must be above 0"),
+        ({"matches": 0}, "matches must be at least 1"),
         ({"pck": []}, "pck is a list of positive"),
-        ({"metres": [-1.0]}, "metres is a list of positive"),
+        ({"metres": [-1.0]}, "metres must be a list of positive"),
     ):
         with pytest.raises(ConfigError, match=message):
             Correspondence(**options)

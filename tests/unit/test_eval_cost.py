@@ -73,9 +73,9 @@ def test_precision_is_that_of_autocast() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 0}, "batch is at least 1"),
-        ({"repeats": 0}, "repeats is at least 1"),
-        ({"warmup": -1}, "warmup is at least 0"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"warmup": -1}, "warmup must be at least 0"),
         ({"seconds": 0.0}, "seconds must be positive"),
         ({"precision": "int8"}, "float32, bfloat16 or float16"),
     ],

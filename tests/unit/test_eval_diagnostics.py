@@ -120,15 +120,15 @@ def test_what_mode_switch_needs() -> None:
         modes().run(Noise(spatial=False))
     with pytest.raises(ConfigError, match="no head for teacher 'alpha'; did you mean 'alpha1'"):
         modes({"alpha": Cells()}).run(Student(alpha1=Cells()))
-    with pytest.raises(FeatureError, match="'self' says the same everywhere"):
+    with pytest.raises(FeatureError, match="'self' is constant everywhere"):
         modes().run(Broken(1.0, 0, spatial=True))
-    with pytest.raises(FeatureError, match="'a': the student says 6 channels and the teacher 3"):
+    with pytest.raises(FeatureError, match="'a': the student has 6 channels and the teacher 3"):
         modes({"a": Cells()}).run(Student(a=lambda x: Features(None, F.avg_pool2d(x, 8).repeat(1, 2, 1, 1))))
     with pytest.raises(FeatureError, match=r"a student's spatial features of squares/0/0 contain NaN"):
         modes({"a": Cells()}).run(Student(a=lambda x: Features(None, F.avg_pool2d(x, 8) * float("nan"))))
-    with pytest.raises(ConfigError, match="nothing to switch from"):
+    with pytest.raises(ConfigError, match="at least two different sides"):
         ModeSwitch(sizes=[64])
-    with pytest.raises(ConfigError, match="sizes is a list"):
+    with pytest.raises(ConfigError, match="sizes must be a list"):
         ModeSwitch(sizes=[])
 
 
@@ -184,7 +184,7 @@ def test_the_share_does_not_depend_on_the_number_of_images() -> None:
 
 
 def test_what_a_pattern_needs() -> None:
-    with pytest.raises(ConfigError, match="rolls is at least 1"):
+    with pytest.raises(ConfigError, match="rolls must be at least 1"):
         FixedPattern(rolls=0)
     with pytest.raises(ProbeError, match="at least two images"):
         pattern(Plain(), 1, rolls=1)
@@ -264,7 +264,7 @@ def test_rank_of_a_model() -> None:
     assert 1 <= found["rank_me_spatial"] <= 5
     assert Rank(size=32, views=2, source=Squares(12)).run(Oracle()) == found  # type: ignore[arg-type]
     assert set(Rank(size=32, views=0, source=Squares(12)).run(Noise(spatial=False))) == {"rank_me"}  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="views is 0 or more"):
+    with pytest.raises(ConfigError, match="views must be 0 or more"):
         Rank(views=-1)
 
 
@@ -370,11 +370,11 @@ def test_a_model_that_does_not_mind() -> None:
 
 def test_what_robustness_refuses() -> None:
     for options, message in (
-        ({"corruptions": ["gausian_noise"]}, "did you mean 'gaussian_noise'.*there are gaussian_noise, shot_noise"),
+        ({"corruptions": ["gausian_noise"]}, "did you mean 'gaussian_noise'.*choose from gaussian_noise, shot_noise"),
         ({"corruptions": []}, "holds nothing"),
-        ({"severities": [0]}, "severities are 1 to 5"),
-        ({"severities": []}, "severities are 1 to 5"),
-        ({"k": 0}, "k is at least 1"),
+        ({"severities": [0]}, "severities must be 1 to 5"),
+        ({"severities": []}, "severities must be 1 to 5"),
+        ({"k": 0}, "k must be at least 1"),
         ({"temperature": 0.0}, "temperature positive"),
     ):
         with pytest.raises(ConfigError, match=message):

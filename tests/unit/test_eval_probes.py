@@ -17,7 +17,7 @@ from torch import Tensor
 from agglo.evals import depth as depth_eval
 from agglo.evals import knn as knn_eval
 from agglo.evals import normals as normals_eval
-from agglo.evals._dpt import Dpt, Training, _rate
+from agglo.evals._dense import Dpt, Training, _rate
 from agglo.evals._features import encode, layered
 from agglo.evals._labels import class_names
 from agglo.evals._pixels import PixelTraining
@@ -112,7 +112,7 @@ def test_linear_refuses_what_makes_no_sense() -> None:
         def arrays(self, index: int) -> Any:
             return Squares(side=self.side).arrays(index)
 
-    with pytest.raises(ConfigError, match=r"squares/0/2 has label 2, but the source names 2 classes: .* 0 to 1"):
+    with pytest.raises(ConfigError, match=r"squares/0/2 has label 2, but the source has 2 classes: .* 0 to 1"):
         splits(Linear, Wrong).run(Oracle())
 
 
@@ -143,7 +143,7 @@ def test_a_majority_vote_is_scikit_learns() -> None:
 
 def test_votes_say_what_does_not_fit() -> None:
     bank, labels = torch.eye(3), torch.tensor([0, 1, 5])
-    with pytest.raises(ConfigError, match="label 5; 3 classes are numbered 0 to 2"):
+    with pytest.raises(ConfigError, match="label 5 in the bank is outside 0 to 2"):
         knn_eval.classify(bank, labels, bank, 3, 1, 1.0)
     with pytest.raises(ConfigError, match="3 channels and the queries 2"):
         knn_eval.classify(bank, labels.clamp(max=2), bank[:, :2], 3, 1, 1.0)
@@ -216,7 +216,7 @@ def test_windows_cover_every_pixel_and_cut_their_masks() -> None:
         seen[window.image, y0:y1, x0:x1] += 1
     assert seen.min() >= 1
     assert len({windows.name(i) for i in range(len(windows))}) == len(windows)
-    for stride, short, message in ((17, 32, "strides 1 to 16"), (8, 12, "take 16")):
+    for stride, short, message in ((17, 32, "stride of 1 to 16, got 17"), (8, 12, "take 16")):
         with pytest.raises(ConfigError, match=message):
             Windows(source, (16, 16), stride, short)
 
@@ -242,7 +242,7 @@ def test_masks_of_another_size_and_classes_out_of_range() -> None:
             return found
 
     for probe in ("logistic", "adamw"):
-        with pytest.raises(ConfigError, match=r"squares/0/0 holds class 9, but the source names 3"):
+        with pytest.raises(ConfigError, match=r"squares/0/0 contains class 9, but the source has 3"):
             splits(Segmentation, Many, probe=probe).run(Oracle())
     for options, message in (({"probe": "sgd"}, "logistic or adamw"), ({"inference": "tile"}, "whole or slide")):
         with pytest.raises(ConfigError, match=message):
@@ -293,8 +293,8 @@ def test_maps_have_one_memory_layout_whatever_the_models() -> None:
 def test_keys_of_the_dpt_probe(kind: Any) -> None:
     for options, message in (
         ({"probe": "mlp"}, "linear or dpt"),
-        ({"layers": 0}, "layers is at least 1"),
-        ({"epochs": 0}, "epochs is at least 1"),
+        ({"layers": 0}, "layers must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"ridge": [0.0]}, "ridge"),
     ):

@@ -167,7 +167,7 @@ def test_overlap_in_closed_form() -> None:
 
 def test_what_promptable_needs(decoder: str, tmp_path: Path) -> None:
     assert not Promptable.bundled
-    with pytest.raises(ConfigError, match="decoder names a SAM checkpoint"):
+    with pytest.raises(ConfigError, match="set decoder to a SAM checkpoint"):
         Promptable()
     with pytest.raises(ConfigError, match="at least 1"):
         Promptable(decoder=decoder, least=0)

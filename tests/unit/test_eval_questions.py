@@ -191,5 +191,5 @@ def test_what_was_asked_of_pope_must_fit(tmp_path: Path) -> None:
         pope.run("random", pope.answers, lines(tmp_path / "bad.jsonl", [{"question_id": 1}]))
     with pytest.raises(ConfigError, match="line 7 is the second question of question_id 0"):
         pope.run("random", pope.answers, lines(tmp_path / "bad.jsonl", [*pope.asked, pope.asked[0]]))
-    with pytest.raises(ConfigError, match="questions goes with answers to pope"):
+    with pytest.raises(ConfigError, match="questions needs answers to pope"):
         Vlm(answers="a", truth="b", questions="c", benchmark="gqa")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from agglo.config import build
-from agglo.evals import _sam3
+from agglo.evals import _sam
 from agglo.evals._concepts import THRESHOLDS, count, decoded, favourable, measures, overlaps, read_pairs, runs
 from agglo.evals.base import EvalContext, ProbeError
 from agglo.evals.sa_co import SaCo
@@ -302,11 +302,11 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
 def test_what_it_must_be_told() -> None:
     assert not SaCo.bundled
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, "annotations is a list of files"),
+        ({}, "annotations must be a list of files"),
         ({"annotations": ["a"]}, "name a decoder, .*or predictions"),
         ({"annotations": ["a"], "decoder": "d", "predictions": "p"}, "name a decoder, .*or predictions"),
         ({"annotations": ["a"], "decoder": "d"}, "images names the folder"),
-        ({"annotations": ["a"], "predictions": "p", "size": 0}, "size is at least 1"),
+        ({"annotations": ["a"], "predictions": "p", "size": 0}, "size must be at least 1"),
     )
     for options, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -363,8 +363,8 @@ def test_a_teachers_own_trunk_gives_the_masks_of_the_stock_model(
     """Bit for bit: nothing on the way from the trunk's features to the masks is different."""
     transformers = pytest.importorskip("transformers")
     answers: list[list[np.ndarray]] = []
-    own = _sam3.Sam3.answer
-    monkeypatch.setattr(_sam3.Sam3, "answer", lambda *a: answers.append(own(*a)) or answers[-1])
+    own = _sam.Sam3.segment
+    monkeypatch.setattr(_sam.Sam3, "segment", lambda *a: answers.append(own(*a)) or answers[-1])
     teacher = build("teachers", {"kind": "transformers", "model": decoder}).eval()
     seen: list[tuple[int, ...]] = []
     teacher.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
@@ -393,14 +393,14 @@ def test_a_teachers_own_trunk_gives_the_masks_of_the_stock_model(
 
 
 def test_other_features_give_other_masks(decoder: str) -> None:
-    sam = _sam3.Sam3(decoder)
+    sam = _sam.Sam3(decoder)
     assert (sam.width, sam.side) == (32, 8)
     assert sum(p.numel() for p in sam.model.vision_encoder.backbone.parameters()) == 0
     draw = torch.Generator().manual_seed(0)
     features = torch.randn(1, 32, 8, 8, generator=draw) * 3
     with torch.inference_mode():
         logits = [
-            sam.model(vision_embeds=sam.see(each), input_ids=torch.arange(16)[None]).pred_masks
+            sam.model(vision_embeds=sam.embed(each), input_ids=torch.arange(16)[None]).pred_masks
             for each in (features, features, features.mT, features * 0)
         ]
     assert torch.equal(logits[0], logits[1])
@@ -445,7 +445,7 @@ def test_images_and_decoders_that_are_not_there(decoder: str, subset: dict[str, 
     with pytest.raises(AssetError, match=r"no SAM 3 in .*nowhere.*facebook/sam3"):
         SaCo(decoder=str(tmp_path / "nowhere"), **subset).run(Trunk(32))
     elsewhere: dict[str, Any] = subset | {"images": str(tmp_path)}
-    with pytest.raises(ConfigError, match=r"3 of 3 annotated images are not below .*, 0.png among them"):
+    with pytest.raises(ConfigError, match=r"3 of 3 annotated images are not in .*, such as 0.png"):
         SaCo(decoder=decoder, **elsewhere).run(Trunk(32))
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes((Path(subset["images"]) / f"{i}.png").read_bytes())

@@ -78,14 +78,14 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
             return Features(None, None if out.spatial is None else out.spatial * 1e6)
 
     source: Any = Squares(2)
-    with pytest.raises(FeatureError, match=r"squares/0/0 reach .*float16 ends at 65504"):
+    with pytest.raises(FeatureError, match=r"squares/0/0 reach .*maximum of float16 is 65504"):
         Vlm(folder=str(tmp_path), size=32, source=source).run(Loud())
     with pytest.raises(TypeError, match="has none"):
         Vlm(folder=str(tmp_path), size=32, source=source).run(Noise(spatial=False))
     for options, message in (
         ({}, "name a folder to write features to, or answers"),
         ({"answers": "a.jsonl"}, "answers and truth go together"),
-        ({"folder": "x", "size": 0}, "size is at least 1"),
+        ({"folder": "x", "size": 0}, "size must be at least 1"),
         ({"folder": "x", "benchmark": "mmlu"}, "benchmark is one of vqav2, textvqa, gqa, pope"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Random views of a picture: a resized crop and RandAugment (Cubuk et al. 2020), with Pillow."""
+"""Random views of an image: resized crop and RandAugment (Cubuk et al. 2020, arXiv:1909.13719), with Pillow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 GREY = (128, 128, 128)
-"""What a rotation or a shift uncovers."""
+"""Fill of the area that a rotation or a shift uncovers."""
 
 Op = Callable[[Image.Image, float, float], Image.Image]
-"""Picture, level in [0, 1], sign (-1 or 1)."""
+"""Image, level in [0, 1], sign (-1 or 1)."""
 
 
 def _moved(a: float, b: float, c: float, d: float, e: float, f: float) -> Callable[[Image.Image], Image.Image]:
@@ -49,7 +49,7 @@ OPS: dict[str, Op] = {
 
 
 def rand_augment(image: Image.Image, draw: np.random.Generator, count: int = 3, magnitude: float = 9) -> Image.Image:
-    """``count`` random operations, one after the other, at ``magnitude`` of 30."""
+    """Apply ``count`` random operations in turn, at ``magnitude`` of 30."""
     for name in draw.choice(list(OPS), count):
         image = OPS[str(name)](image, magnitude / 30, float(draw.choice([-1.0, 1.0])))
     return image
@@ -60,7 +60,7 @@ def random_crop(
 ) -> Image.Image:
     """A crop of a random share of the area and an aspect of 3:4 to 4:3 (log-uniform), stretched to ``size`` ``(H, W)``.
 
-    Where no such crop fits in ten draws it is the largest centred one of a legal aspect.
+    If no crop fits in ten draws, it is the largest centred one of a legal aspect.
     """
     box: tuple[float, float, float, float] | None = None
     for _ in range(10):

@@ -1,8 +1,7 @@
-"""Corruptions of pictures in five severities, after Hendrycks and Dietterich (2019), with NumPy and Pillow.
+"""Image corruptions in five severities after ImageNet-C (arXiv:1903.12261), with NumPy and Pillow.
 
-The strengths of noise, blur, brightness, contrast, saturation, pixelation and JPEG are the paper's, made for pictures
-of 224 pixels: lengths are scaled by the shorter side. The pictures are not the files of ImageNet-C: compare numbers of
-this module with each other only. Snow, frost, fog, glass and elastic deformation are left out.
+The severities of noise, blur, brightness, contrast, saturation, pixelation and JPEG are the paper's, which are defined
+at 224 pixels: lengths are scaled by the shorter side. Snow, frost, fog, glass and elastic deformation are omitted.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ import numpy as np
 from PIL import Image
 
 _SIDE = 224
-"""Pixels of the pictures that lengths are made for."""
+"""Side in pixels at which lengths are defined."""
 
 Corruption = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 """RGB ``(H, W, 3)`` float64 in [0, 1], severity 0 to 4, and a generator; the same shape, clipped by the caller."""
 
 
 def gaussian_noise(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Sensor noise in low light."""
+    """Gaussian sensor noise."""
     return x + draw.normal(0, (0.08, 0.12, 0.18, 0.26, 0.38)[s], x.shape)
 
 
 def shot_noise(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Photons, counted."""
+    """Poisson noise."""
     photons = (60, 25, 12, 5, 3)[s]
     return draw.poisson(x * photons) / photons
 
@@ -40,7 +39,7 @@ def impulse_noise(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarra
 
 
 def defocus_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """A disc, softened at its rim."""
+    """Convolution with an antialiased disc."""
     radius = (3, 4, 6, 8, 10)[s] * _scale(x)
     reach = max(1, math.ceil(radius))
     yy, xx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -48,7 +47,7 @@ def defocus_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray
 
 
 def motion_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """A straight line at a random angle of at most 45 degrees."""
+    """Convolution with a line at a random angle of at most 45 degrees."""
     length = (10, 15, 15, 20, 25)[s] * _scale(x)
     angle = math.radians(draw.uniform(-45, 45))
     reach = max(1, math.ceil(length / 2))
@@ -97,14 +96,14 @@ def saturate(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def pixelate(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Box-filtered down, and up by nearest neighbours."""
+    """Downsampling by a box filter, upsampling by nearest neighbours."""
     share, (h, w) = (0.6, 0.5, 0.4, 0.3, 0.25)[s], x.shape[:2]
     small = _image(x).resize((max(1, int(w * share)), max(1, int(h * share))), Image.Resampling.BOX)
     return _array(small.resize((w, h), Image.Resampling.NEAREST))
 
 
 def jpeg(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Low quality."""
+    """JPEG compression at low quality."""
     file = io.BytesIO()
     _image(x).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[s])
     return _array(Image.open(file).convert("RGB"))
@@ -129,13 +128,13 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupt(image: Image.Image, name: str, severity: int, draw: np.random.Generator) -> Image.Image:
-    """An RGB picture, corrupted.
+    """Corrupt an RGB image.
 
     Args:
         image: of any size.
         name: of the corruption.
         severity: 1 to 5.
-        draw: of what is random.
+        draw: random generator.
     """
     return _image(CORRUPTIONS[name](_array(image), severity - 1, draw))
 
@@ -153,9 +152,9 @@ def _image(x: np.ndarray) -> Image.Image:
 
 
 def _convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """With a kernel ``(2r + 1, 2r + 1)`` brought to sum 1; borders are reflected."""
+    """Convolve with a kernel ``(2r + 1, 2r + 1)`` normalised to sum 1; borders are reflected."""
     reach = len(kernel) // 2
-    # A small picture under a wide kernel: reflect what there is, again and again.
+    # "symmetric" also pads an image that is smaller than the kernel.
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), "symmetric")
     total, (h, w) = np.zeros_like(x), x.shape[:2]
     for (i, j), weight in np.ndenumerate(kernel / kernel.sum()):

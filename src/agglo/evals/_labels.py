@@ -1,4 +1,4 @@
-"""The classes of a set of images."""
+"""Classes of a set of images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agglo.types import ConfigError
 
 
 def class_names(source: Source, index: Sequence[int]) -> list[str]:
-    """The class of each image: what the source's ``label(index)`` says, a name or a position in its ``classes``.
+    """The class name of each image: ``label(index)`` of the source, a name or a position in its ``classes``.
 
     Raises:
-        ConfigError: an image has no label, or a number that is none of the source's classes.
+        ConfigError: an image has no label, or one outside the source's classes.
     """
     label: Callable[[int], int | str | None] | None = getattr(source, "label", None)
     labels = [None if label is None else label(i) for i in index]
@@ -24,27 +24,26 @@ def class_names(source: Source, index: Sequence[int]) -> list[str]:
     if missing is not None:
         raise ConfigError(
             f"{source.name(missing)} has no class: use a source with labels, such as {{kind: scenes}}, or a "
-            "folder with one sub-folder a class"
+            "folder with one sub-folder per class"
         )
     warn_of_empty(source)
     classes: Sequence[str] = getattr(source, "classes", ())
     for i, value in zip(index, labels, strict=True):
         if not isinstance(value, str) and not 0 <= int(value or 0) < len(classes):
             raise ConfigError(
-                f"{source.name(i)} has label {value}, but the source names {len(classes)} classes: labels are 0 to "
-                f"{len(classes) - 1}; count them from 0, and leave images without a class out of the folder"
+                f"{source.name(i)} has label {value}, but the source has {len(classes)} classes: labels are 0 to "
+                f"{len(classes) - 1}; count them from 0 and remove images without a class"
             )
     return [value if isinstance(value, str) else classes[int(value or 0)] for value in labels]
 
 
 def number_classes(train: Sequence[str], test: Sequence[str]) -> tuple[list[str], Tensor, Tensor]:
-    """Classes by number: those that occur in ``train``, in the order of their names.
+    """Number the classes that occur in ``train``, in alphabetical order.
 
-    An image of ``test`` whose class has no image in ``train`` gets -1, which no answer equals: it counts as wrong, and
-    a warning names its class.
+    An image of ``test`` whose class has no image in ``train`` gets -1 and counts as wrong; a warning names the class.
 
     Returns:
-        the names, the numbers of ``train`` and of ``test``.
+        class names, numbers of ``train``, numbers of ``test``.
     """
     names = sorted(set(train))
     number = {name: i for i, name in enumerate(names)}
@@ -53,8 +52,8 @@ def number_classes(train: Sequence[str], test: Sequence[str]) -> tuple[list[str]
         lost = sum(name not in number for name in test)
         shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
         warnings.warn(
-            f"{len(absent)} of the test images' classes have no image to learn from ({shown}): {lost} of {len(test)} "
-            "test images count as wrong; add training images of them, or leave them out of the test source",
+            f"{len(absent)} classes of the test images have no training image ({shown}): {lost} of {len(test)} "
+            "test images count as wrong; add training images, or remove these classes from the test source",
             stacklevel=2,
         )
     return names, torch.tensor([number[name] for name in train]), torch.tensor([number.get(n, -1) for n in test])

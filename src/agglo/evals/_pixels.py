@@ -1,4 +1,4 @@
-"""Segmentation probes: training one pixel by pixel, and applying one to whole images or to windows of them."""
+"""Segmentation probes: per-pixel training, and inference on whole images or sliding windows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from agglo.evals._probe import Labelled, Standard, predictions, truth_of
 from agglo.evals._windows import Windows
-from agglo.evals.base import EvalContext, ProbeError
+from agglo.evals.base import ProbeError, Progress
 from agglo.types import ConfigError
 
 IGNORE = 255
-"""The value of a pixel that has no class."""
+"""Value of pixels without a class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class PixelTraining:
     """How a 1x1 probe is trained by AdamW.
 
     Args:
-        steps: how many.
-        warmup: of them, linear from 1e-6 of the rate; then linear to 0.
+        steps: number of steps.
+        warmup: steps of linear warm-up from 1e-6 of the peak, followed by linear decay to 0.
         lr: peak learning rate.
         decay: weight decay.
-        batch: images a step.
+        batch: images per step.
         seed: of the order of the images.
     """
 
@@ -40,7 +40,7 @@ class PixelTraining:
     seed: int
 
     def rate(self, step: int) -> float:
-        """The learning rate's share of its peak."""
+        """Learning rate relative to its peak."""
         if step < self.warmup:
             return 1e-6 + (1 - 1e-6) * step / self.warmup
         return max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
@@ -67,20 +67,20 @@ class Split:
 
     Args:
         labelled: of whole images, or of windows.
-        windows: whose they are, if they are windows.
+        windows: the windows; None for whole images.
     """
 
     labelled: Labelled
     windows: Windows | None = None
 
     def names(self) -> list[str]:
-        """Of the images."""
+        """Names of the images."""
         if self.windows is None:
             return list(self.labelled.names)
         return [self.windows.source.name(i) for i, _ in self._groups(self.windows)]
 
-    def answers(self, probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
-        """The class of each pixel, found and true, ``(H, W)`` each, image by image."""
+    def predict(self, probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
+        """Predicted and true class of each pixel, two ``(H, W)`` per image."""
         if self.windows is not None:
             yield from self._slide(self.windows, probe)
             return
@@ -89,7 +89,7 @@ class Split:
             yield from zip(logits.argmax(1), truth, strict=True)
 
     def _groups(self, windows: Windows) -> list[tuple[int, list[int]]]:
-        """Each image and the rows of its windows; windows that could not be read are not among them."""
+        """Each image and the rows of its readable windows."""
         known = {windows.name(i): i for i in range(len(windows))}
         groups: dict[int, list[int]] = {}
         for row, name in enumerate(self.labelled.names):
@@ -111,15 +111,13 @@ class Split:
             yield _upsampled(total / seen, truth.shape).argmax(0), truth
 
 
-def fit_pixels(
-    split: Split, classes: int, training: PixelTraining, device: torch.device, context: EvalContext
-) -> Probe:
-    """Train a batch norm and a 1x1 convolution on the cross-entropy of every pixel that has a class.
+def fit_pixels(split: Split, classes: int, training: PixelTraining, device: torch.device, progress: Progress) -> Probe:
+    """Train a batch norm and a 1x1 convolution on the cross-entropy of every labelled pixel.
 
-    The batch norm's statistics are those of all training cells; its affine part would be absorbed by the convolution.
+    The batch norm has the statistics of all training cells and no affine part, which the convolution would absorb.
 
     Raises:
-        ProbeError: no labelled pixel, or a loss that is not finite or ends above that of guessing.
+        ProbeError: no labelled pixel, a loss that is not finite, or a final loss above chance level.
     """
     features, truth = split.labelled.features, split.labelled.truth
     standard = Standard.of(features)
@@ -148,27 +146,25 @@ def fit_pixels(
         optimiser.step()
         shown, masks = x, [truth[i] for i in chosen]
         if step % 100 == 99:
-            context.report(f"segmentation probe, step {step + 1}/{training.steps}")
+            progress(f"segmentation probe, step {step + 1}/{training.steps}")
     if shown is None:
         raise ProbeError("the training split has no labelled pixel: nothing to fit a probe on")
     with torch.no_grad():  # on the last batch that had labels, after its step
         last = _cross_entropy(F.conv2d(shown, weight[:, :, None, None], bias), masks)
-    ignorant = math.log(classes)
-    if last is None or not float(last) <= 1.5 * ignorant + 1e-3:
+    chance = math.log(classes)
+    if last is None or not float(last) <= 1.5 * chance + 1e-3:
         end = math.nan if last is None else float(last)
-        raise ProbeError(
-            f"the segmentation probe diverged: its loss ends at {end:.4g}, where guessing has {ignorant:.4g}; lower lr"
-        )
+        raise ProbeError(f"the segmentation probe diverged: final loss {end:.4g}, chance level {chance:.4g}; lower lr")
     return Probe(standard, weight.detach().cpu(), bias.detach().cpu())
 
 
 def check_mask(mask: Tensor, classes: int, name: str) -> None:
-    """Raise ConfigError unless a mask holds 0 to ``classes`` - 1 and 255 only."""
+    """Raise ConfigError unless all values of a mask are 0 to ``classes`` - 1, or 255."""
     found = mask[mask != IGNORE].long()
     if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < classes:
         wrong = int(found.min()) if int(found.min()) < 0 else int(found.max())
         raise ConfigError(
-            f"{name} holds class {wrong}, but the source names {classes - 1} and background (0); 255 is no class"
+            f"{name} contains class {wrong}, but the source has {classes - 1} classes beside background (0)"
         )
 
 
@@ -179,7 +175,7 @@ def check_masks(split: Split, classes: int) -> None:
 
 
 def _cross_entropy(low: Tensor, truth: Sequence[Tensor]) -> Tensor | None:
-    """Mean over the labelled pixels of a batch, logits at each mask's size; None where there is none."""
+    """Mean over the labelled pixels of a batch, with logits at each mask's size; None without labelled pixels."""
     total, count = low.new_zeros(()), 0
     for logits, mask in zip(low, truth, strict=True):
         target = mask.long().to(low.device)

@@ -1,4 +1,4 @@
-"""What probes share: ground truth, standardisation, ridge regression, upsampling, ranks."""
+"""Machinery of probes: ground truth, standardisation, ridge and logistic regression, upsampling, ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from agglo.sources.base import Source
 from agglo.types import ConfigError
 
 PIXELS = 2**22
-"""Predictions at full resolution are made for about this many numbers at a time."""
+"""Predictions at full resolution are computed in chunks of about this many elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """One split for a probe.
+    """Features and ground truth of one split.
 
     Args:
         features: ``(N, D, h, w)``, float32.
-        truth: N maps ``(H, W)`` at full resolution, cropped as the images were.
+        truth: N maps ``(H, W)`` at full resolution, cropped like the images.
         names: of the N images.
     """
 
@@ -52,37 +52,37 @@ def load(
     source = context.sources.open(options)
     annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
     if annotation is None:
-        raise ConfigError(f"{type(source).__name__} has no annotation(): probe a source such as {{kind: scenes}}")
+        raise ConfigError(f"{type(source).__name__} has no annotation(): use a source such as {{kind: scenes}}")
     encoded = encode(model, options, size, context, want="spatial")
     if encoded.spatial is None:
-        raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
+        raise FeatureError(f"{type(model).__name__} has spatial features in its spec but returned none")
     view = input_size(model, size)
     truth = [truth_of(source, i, field, full, view) for i, full in zip(encoded.index, encoded.sizes, strict=True)]
     return Labelled(encoded.spatial, truth, encoded.names)
 
 
 def truth_of(source: Source, index: int, field: str, full: tuple[int, int], view: tuple[int, int]) -> Tensor:
-    """``annotation(index).<field>``, cropped to the aspect of ``view`` as its image is: ``(H, W)`` or ``(C, H, W)``.
+    """``annotation(index).<field>``, cropped like its image to the aspect of ``view``: ``(H, W)`` or ``(C, H, W)``.
 
     Args:
         source: has ``annotation``.
         index: of the image.
         field: ``semantic``, ``depth``, ``normals``, ...
         full: ``(H, W)`` of the image.
-        view: ``(H, W)`` the model sees.
+        view: ``(H, W)`` of the model's input.
 
     Raises:
-        ConfigError: there is no such annotation, or it is of another size than the image.
+        ConfigError: the annotation is missing, or its size differs from the image's.
     """
     annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
     found = None if annotation is None else getattr(annotation(index), field, None)
     if found is None:
-        raise ConfigError(f"{source.name(index)} has no {field}: probe a source such as {{kind: scenes}}")
+        raise ConfigError(f"{source.name(index)} has no {field}: use a source such as {{kind: scenes}}")
     shape = tuple(found.shape[-2:])
     if shape != full:
         raise ConfigError(
             f"{source.name(index)} is {full[0]}x{full[1]} pixels (HxW) and its {field} map {shape[0]}x{shape[1]}: "
-            "they must lie pixel on pixel; resize the map (nearest neighbour) or look for the original image"
+            "sizes must be equal; resize the map (nearest neighbour) or use the original image"
         )
     planes = found if found.ndim == 3 else found[None]
     cropped = torch.stack([crop_map(plane, view) for plane in planes])
@@ -121,7 +121,7 @@ def rows(maps: Tensor) -> Tensor:
 
 
 def predictions(features: Tensor, weight: Tensor, bias: Tensor, truth: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The 1x1 probe's output, brought bilinearly to each ground truth's size.
+    """Outputs of a 1x1 probe, resized bilinearly to the size of each ground truth.
 
     Args:
         features: ``(N, D, h, w)``, standardised.
@@ -130,7 +130,7 @@ def predictions(features: Tensor, weight: Tensor, bias: Tensor, truth: list[Tens
         truth: N maps ``(H, W)`` or ``(C, H, W)``.
 
     Yields:
-        ``(n, K, H, W)`` and the truth ``(n, H, W)``, for runs of images whose truths have one shape.
+        predictions ``(n, K, H, W)`` and ground truth ``(n, H, W)``, for runs of images with one size of ground truth.
     """
     start = 0
     while start < len(truth):
@@ -154,16 +154,16 @@ def fit_ridge(
 
     Args:
         x: ``(n, D)``.
-        y: ``(n,)`` or ``(n, K)`` targets; only looked at where ``w > 0``.
-        w: ``(n,)`` weights, none negative.
-        ridges: penalties on ``||W||^2``, each beside the weighted *mean* squared error.
-        what: whose probe this is, for errors.
+        y: ``(n,)`` or ``(n, K)`` targets; ignored where ``w`` is 0.
+        w: ``(n,)`` non-negative weights.
+        ridges: penalties on ``||W||^2``, relative to the weighted *mean* squared error.
+        what: name of the probe, for errors.
 
     Returns:
         For each penalty weight ``(K, D)`` and bias ``(K,)``, float32; K is 1 for targets ``(n,)``.
 
     Raises:
-        ProbeError: no weight at all, or a solution that is not finite.
+        ProbeError: all weights are 0, or a solution is not finite.
     """
     total = w.double().sum()
     if not float(total) > 0:
@@ -185,7 +185,7 @@ def fit_ridge(
         weight = (vectors @ (rotated / (values.clamp_min(0) + ridge)[:, None])).T
         bias = y_mean - weight @ x_mean
         if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-            raise ProbeError(f"the {what} probe diverged: it is not finite at ridge {ridge:g}")
+            raise ProbeError(f"the {what} probe diverged: not finite at ridge {ridge:g}")
         probes.append((weight.float(), bias.float()))
     return probes
 
@@ -204,15 +204,15 @@ def fit_logistic(
         x: ``(n, D)`` standardised features.
         y: ``(n, K)`` non-negative; a row's sum is its weight.
         decay: L2 penalty on the weights.
-        steps: L-BFGS iterations at most.
+        steps: maximum number of L-BFGS iterations.
         start: weight and bias to start from; zeros otherwise.
-        what: whose probe this is, for errors.
+        what: name of the probe, for errors.
 
     Returns:
         weight ``(K, D)`` and bias ``(K,)``.
 
     Raises:
-        ProbeError: nothing is labelled, or the loss is not finite or above that of a probe that knows nothing.
+        ProbeError: no labels, or the final loss is not finite or above that of a zero probe.
     """
     total = float(y.sum())
     if total <= 0:
@@ -240,16 +240,16 @@ def fit_logistic(
         optimiser.step(closure)
     with torch.no_grad():
         final = float(loss())
-    ignorant = math.log(y.shape[1])  # the loss of zeros
-    if not math.isfinite(final) or final > ignorant * (1 + 1e-6):
-        raise ProbeError(f"the {what} probe diverged: loss {final:.4g}, where guessing has {ignorant:.4g}")
+    chance = math.log(y.shape[1])  # the loss of zero weights
+    if not math.isfinite(final) or final > chance * (1 + 1e-6):
+        raise ProbeError(f"the {what} probe diverged: loss {final:.4g}, chance level {chance:.4g}")
     return weight.detach(), bias.detach()
 
 
 def rank_of(scores: Tensor, truth: Tensor) -> Tensor:
-    """How many classes come before the true one, ``(N,)``, for scores ``(N, V)``; equal scores in class order.
+    """Number of classes ranked before the true one, ``(N,)``, for scores ``(N, V)``; ties in class order.
 
-    A truth of -1, a class that does not compete, comes behind any rank that is asked for.
+    A truth of -1, a class without a score, is ranked last.
     """
     own = scores.gather(1, truth.clamp_min(0)[:, None])
     earlier = torch.arange(scores.shape[1])[None] < truth[:, None]

@@ -1,4 +1,4 @@
-"""Sources made of another source's images: windows of them, or the same ones changed."""
+"""Sources derived from another source: windows of its images, or transformed images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Window(NamedTuple):
         image: index in the source.
         box: ``xyxy`` in pixels of the scaled image.
         scaled: ``(H, W)`` of the scaled image.
-        full: ``(H, W)`` of the image as it is stored.
+        full: ``(H, W)`` of the original image.
     """
 
     image: int
@@ -32,25 +32,23 @@ class Window(NamedTuple):
 
 
 class Windows(Source):
-    """Overlapping windows that cover each image, scaled so that its shorter side is ``short``.
+    """Overlapping windows that cover each image after scaling its shorter side to ``short``.
 
     Args:
         source: the images.
         crop: ``(H, W)`` of a window in pixels.
-        stride: pixels from one window to the next; the last one of a row ends at the border.
-        short: pixels of the scaled image's shorter side.
+        stride: in pixels; the last window of a row ends at the border.
+        short: shorter side of the scaled image in pixels.
 
     Raises:
-        ConfigError: a window is larger than the scaled image can be, or windows leave gaps.
+        ConfigError: windows larger than the scaled image, or with gaps between them.
     """
 
     def __init__(self, source: Source, crop: tuple[int, int], stride: int, short: int) -> None:
         if not 1 <= stride <= min(crop):
-            raise ConfigError(f"windows of {crop[0]}x{crop[1]} pixels cover an image at strides 1 to {min(crop)}")
+            raise ConfigError(f"windows of {crop[0]}x{crop[1]} pixels need a stride of 1 to {min(crop)}, got {stride}")
         if short < max(crop):
-            raise ConfigError(
-                f"a shorter side of {short} pixels holds no window of {crop[0]}x{crop[1]}: take {max(crop)}"
-            )
+            raise ConfigError(f"short {short} is less than a window of {crop[0]}x{crop[1]}; use at least {max(crop)}")
         self.source = source
         self.windows: list[Window] = []
         self._last: tuple[int, Image.Image] | None = None
@@ -58,7 +56,7 @@ class Windows(Source):
             try:
                 image = source.read(i)
             except ImageError:
-                self.windows.append(Window(i, (0, 0, crop[1], crop[0]), crop, crop))  # read() names it
+                self.windows.append(Window(i, (0, 0, crop[1], crop[0]), crop, crop))  # read() raises and names it
                 continue
             scale, full = short / min(image.size), (image.height, image.width)
             size = max(crop[0], round(image.height * scale)), max(crop[1], round(image.width * scale))
@@ -76,7 +74,7 @@ class Windows(Source):
     def read(self, index: int) -> Image.Image:
         window = self.windows[index]
         last = self._last
-        if last is None or last[0] != window.image:  # the windows of one image come one after the other
+        if last is None or last[0] != window.image:  # windows of one image are read in a row
             image = self.source.read(window.image)
             size = window.scaled[1], window.scaled[0]
             last = window.image, image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
@@ -84,10 +82,10 @@ class Windows(Source):
         return last[1].crop(window.box)
 
     def annotation(self, index: int) -> SimpleNamespace:
-        """``semantic`` of the window, nearest neighbours of the full mask.
+        """``semantic`` of the window, sampled from the full mask by nearest neighbours.
 
         Raises:
-            ConfigError: the mask is of another size than its image.
+            ConfigError: the size of the mask differs from the image's.
         """
         window = self.windows[index]
         mask = truth_of(self.source, window.image, "semantic", window.full, window.full).numpy()
@@ -102,19 +100,19 @@ class Windows(Source):
 
 
 def _starts(length: int, side: int, stride: int) -> list[int]:
-    """Where windows of ``side`` begin along an axis: every ``stride``, the last one flush with the end."""
+    """Offsets of windows of ``side`` along an axis: every ``stride``, the last one at the end."""
     count = math.ceil((length - side) / stride) + 1
     return [min(i * stride, length - side) for i in range(count)]
 
 
 class Changed(Source):
-    """The images of a source, each changed by a function of the picture and its index; labels stay.
+    """Transformed images of a source, with its labels.
 
     Args:
         source: the images.
-        change: returns another picture; deterministic.
-        suffix: what names get, so that no one takes the changed image for the original.
-        indices: which images, in this order; all when None.
+        change: function of image and index that returns another image; deterministic.
+        suffix: appended to names, to tell the images from the originals.
+        indices: of the images, in order; all when None.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class Changed(Source):
 
     @property
     def classes(self) -> Any:
-        """Of the source."""
+        """Classes of the source."""
         return getattr(self.source, "classes", ())
 
     def __len__(self) -> int:
@@ -144,6 +142,6 @@ class Changed(Source):
         return self.change(self.source.read(self.indices[index]), self.indices[index])
 
     def label(self, index: int) -> int | str | None:
-        """Of the original."""
+        """Label of the original."""
         label = getattr(self.source, "label", None)
         return None if label is None else label(self.indices[index])

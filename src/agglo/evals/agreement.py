@@ -1,4 +1,4 @@
-"""How well a student's heads say what its teachers say."""
+"""Agreement of a student's heads with its teachers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ HELD_OUT: list[dict[str, Any]] = [{"kind": "photos", "split": "heldout"}, {"kind
 
 
 class Agreement(Eval):
-    """Agreement of each head with its teacher, in the teacher's own space, on images kept out of training.
+    """Agreement of each head with its teacher, in the teacher's feature space, on held-out images.
 
-    The student sees an image at ``size``, the teacher at the size it asks for; their maps are brought to the smaller
-    grid per axis by area averaging (METHOD 3.3, D-11). With ``y`` the teacher's and ``y'`` the head's features, over
-    all images and cells, and ``m`` the mean of ``y``:
+    The student's input is the image at ``size``, the teacher's at the size it requires; their maps are resized to the
+    smaller grid per axis by area averaging (``docs/method.md``, 3.3 and D-11). With features ``y`` of the teacher and
+    ``y'`` of the head, over all images and cells, and ``m`` the mean of ``y``:
 
     - ``<teacher>/summary_cosine``: the mean of ``cos(y', y)``;
-    - ``<teacher>/spatial_r2``: ``1 - sum ||y' - y||^2 / sum ||y - m||^2``, the share of variance explained: 1 is a
-      perfect copy, 0 is what always answering ``m`` gets, below 0 is worse than that;
-    - ``<teacher>/spatial_cosine``: the mean of ``cos(y' - m, y - m)``; the common mean is taken off because a large one
-      makes any two maps look alike.
+    - ``<teacher>/spatial_r2``: ``1 - sum ||y' - y||^2 / sum ||y - m||^2``, the explained variance: 1 for a perfect
+      copy, 0 for the constant ``m``, negative for anything worse;
+    - ``<teacher>/spatial_cosine``: the mean of ``cos(y' - m, y - m)``; centred, because a large common mean makes any
+      two maps similar.
 
-    A metric is left out where the teacher has no such output or the student no head for it.
+    A metric is omitted where the teacher has no such output or the student no head for it.
 
     Args:
         teachers: by the names of the student's heads.
         size: pixels, side or ``(H, W)``; snapped to what the student can take.
-        sources: the images; taken together.
+        sources: of the images; pooled.
     """
 
     needs_heads = True
@@ -67,7 +67,7 @@ class Agreement(Eval):
         """
         if not self.teachers:
             raise Inapplicable(
-                "agreement compares a student with its teachers: give them, "
+                "agreement compares a student with its teachers: pass them, "
                 "evaluate(model, [...], teachers={name: teacher}) or Agreement({name: teacher})"
             )
         pairs = {name: _Pairs(name) for name in self.teachers}
@@ -94,7 +94,7 @@ class Agreement(Eval):
 
 
 class _Pairs:
-    """What one head and its teacher said, batch by batch."""
+    """Features of one head and its teacher, batch by batch."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -102,11 +102,11 @@ class _Pairs:
         self.maps: list[tuple[Tensor, Tensor]] = []
 
     def add(self, head: Features, teacher: Features, names: list[str]) -> None:
-        ours, theirs = (
+        pair = (
             (check(f.summary, f"{who} summary", names, 2), check(f.spatial, f"{who} spatial", names, 4))
             for f, who in ((head, f"{self.name} head's"), (teacher, f"{self.name} teacher's"))
         )
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in zip(*pair, strict=True):
             if a is None or b is None:
                 continue
             if a.shape[1] != b.shape[1]:
@@ -123,23 +123,23 @@ class _Pairs:
         if self.maps:
             r2, cosine = spatial_agreement(self.maps)
             if r2 is None:
-                raise FeatureError(f"teacher {self.name!r} says the same in every cell: there is nothing to agree on")
+                raise FeatureError(f"teacher {self.name!r} is constant over all cells: agreement is undefined")
             found |= {f"{self.name}/spatial_r2": r2, f"{self.name}/spatial_cosine": cosine}
         return found
 
 
 def spatial_agreement(maps: list[tuple[Tensor, Tensor]]) -> tuple[float | None, float]:
-    """R^2 and mean centred cosine of ``(head, teacher)`` batches ``(B, D, h, w)`` on one grid each.
+    """R^2 and mean centred cosine of ``(head, teacher)`` batches ``(B, D, h, w)``, summed in float64.
 
-    Sums run in float64. R^2 is None where the teacher's features have no variance.
+    The maps of a pair have one grid. R^2 is None if the teacher's features have no variance.
     """
-    cells = sum(theirs[:, 0].numel() for _, theirs in maps)
-    mean = torch.stack([theirs.double().sum((0, 2, 3)) for _, theirs in maps]).sum(0) / cells
+    cells = sum(teacher[:, 0].numel() for _, teacher in maps)
+    mean = torch.stack([teacher.double().sum((0, 2, 3)) for _, teacher in maps]).sum(0) / cells
     centre = mean[None, :, None, None]
     residual = variance = cosine = 0.0
-    for ours, theirs in maps:
-        ours, theirs = ours.double() - centre, theirs.double() - centre
-        residual += float((ours - theirs).square().sum())
-        variance += float(theirs.square().sum())
-        cosine += float(F.cosine_similarity(ours, theirs, dim=1).sum())
+    for head, teacher in maps:
+        head, teacher = head.double() - centre, teacher.double() - centre
+        residual += float((head - teacher).square().sum())
+        variance += float(teacher.square().sum())
+        cosine += float(F.cosine_similarity(head, teacher, dim=1).sum())
     return (1 - residual / variance if variance > 0 else None), cosine / cells

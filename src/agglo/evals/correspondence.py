@@ -1,4 +1,4 @@
-"""Finding the same point in another image, by features alone."""
+"""Dense correspondence between images by features alone."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from agglo.sources.base import Source
 from agglo.types import ConfigError
 
 REFERENCE = 512
-"""Thresholds in pixels are those of an image whose longer side has so many."""
+"""Thresholds in pixels refer to an image whose longer side has this length."""
 
 _SCORES = 2**26
 
 
 class Correspondence(Eval):
-    """Correspondence without training: a point's match is where the other image's features are most alike (METHOD 7).
+    """Correspondence without training: a point is matched to the most similar feature of the other image.
 
-    A source gives ``pairs()``, objects with ``first`` and ``second`` (indices), and what it has of the following. Both
-    protocols run where the source has what they need; nothing is fitted. The model sees the image cropped to the aspect
-    of ``size``: what lies outside does not count.
+    The source has ``pairs()``, objects with ``first`` and ``second`` (indices). Each of two protocols runs if the
+    source has its annotations; nothing is fitted. Images are cropped to the aspect of ``size``; points outside are
+    ignored.
 
-    **Geometric** (NAVI; El Banani et al. 2024), where ``annotation(index)`` has ``depth``, ``K`` and
-    ``cam_from_world``. Features are brought bilinearly to a grid of ``grid`` times the view's sides. Every grid point
-    of the first image with a valid depth (and on an object, where the annotation has ``instances``) is matched to the
-    one of the second with the greatest cosine. The ``matches`` best by Lowe's ratio of cosine distances, nearest to
-    second nearest, are kept; with ``X`` the true world point of a grid point:
+    **Geometric** (NAVI by Probe3d, arXiv:2404.08636), if ``annotation(index)`` has ``depth``, ``K`` and
+    ``cam_from_world``. Features are resized bilinearly to a grid of ``grid`` times the view's sides. Every grid point
+    of the first image with a valid depth (and on an object, if the annotation has ``instances``) is matched to the grid
+    point of the second image with the greatest cosine. The ``matches`` best by Lowe's ratio of cosine distances,
+    nearest to second nearest, are kept. With ``X`` the true world point of a grid point ``x``:
 
     - ``3d@1cm``, ...: share with ``||X_1 - X_2||`` below the threshold; ``3d``: their mean;
-    - ``2d@5px``, ...: share with ``||project_2(X_1) - x_2||`` below it, pixels of an image whose longer side has 512;
+    - ``2d@5px``, ...: share with ``||project_2(X_1) - x_2||`` below it, in pixels of an image whose longer side is 512;
       ``2d``: their mean; RADIO reports the means;
-    - ``3d@2cm/0-30``, ...: the pairs whose cameras differ by so many degrees.
+    - ``3d@2cm/0-30``, ...: the same over pairs whose cameras differ by 0 to 30 degrees.
 
-    **Key points** (SPair-71k), where pairs have ``points (N, 2, 2)``, ``(x, y)`` in the first and in the second image,
-    NaN where hidden. The first image's feature at a point is looked for on the second's grid; ``pck@0.10`` is the share
-    of points found within 0.10 of the longer side of the pair's ``box`` (``xyxy`` of the object in the second image),
-    or of the image where pairs have none: the mean of the classes' shares where pairs have a ``category``.
-    ``pck_image@0.10`` is the mean over pairs.
+    **Key points** (SPair-71k, arXiv:1908.10543), if pairs have ``points (N, 2, 2)``, ``(x, y)`` in the first and in the
+    second image, NaN where hidden. The first image's feature at a point is matched on the second's grid; ``pck@0.10``
+    is the share of points within 0.10 of the longer side of the pair's ``box`` (``xyxy`` of the object in the second
+    image), or of the image for pairs without one, averaged over ``category`` if pairs have one. ``pck_image@0.10`` is
+    the mean over pairs.
 
     Args:
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        grid: side of the grid relative to that of the view in the image; where that is longer than 512 pixels, to 512.
-        matches: kept for each pair of the geometric protocol; all when there are fewer.
-        metres: thresholds of distances in the world.
-        pixels: thresholds of distances in the image.
-        angles: borders of the bins of relative rotation, degrees; none: no bins.
+        grid: side of the grid relative to that of the view in the image, or to 512 pixels if that is longer.
+        matches: number kept per pair of the geometric protocol; all when there are fewer.
+        metres: thresholds of world distances.
+        pixels: thresholds of image distances.
+        angles: edges of the bins of relative rotation, degrees; empty for no bins.
         pck: thresholds relative to the box.
-        source: the pairs.
+        source: of the pairs.
     """
 
     revision = 2
@@ -74,12 +74,14 @@ class Correspondence(Eval):
         source: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if not 0 < grid <= 1:
-            raise ConfigError(f"evals.correspondence: grid is above 0 and at most 1, got {grid}; 0.25 is Probe3d's")
+            raise ConfigError(
+                f"evals.correspondence: grid must be above 0 and at most 1, got {grid}; Probe3d uses 0.25"
+            )
         if matches < 1:
-            raise ConfigError(f"evals.correspondence: matches is at least 1, got {matches}")
+            raise ConfigError(f"evals.correspondence: matches must be at least 1, got {matches}")
         for key, values in (("metres", metres), ("pixels", pixels), ("pck", pck)):
             if not values or min(values) <= 0:
-                raise ConfigError(f"evals.correspondence: {key} is a list of positive numbers; got {list(values)}")
+                raise ConfigError(f"evals.correspondence: {key} must be a list of positive numbers; got {list(values)}")
         self.size = size
         self.grid = grid
         self.matches = matches
@@ -97,7 +99,7 @@ class Correspondence(Eval):
             raise ConfigError(f"{type(source).__name__} has no pairs of images: use a source such as {{kind: scenes}}")
         encoded = encode(model, self.source, self.size, context, want="spatial")
         if encoded.spatial is None:
-            raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
+            raise FeatureError(f"{type(model).__name__} has spatial features in its spec but returned none")
         maps = {i: encoded.spatial[row] for row, i in enumerate(encoded.index)}
         frames = {
             i: Frame.of(full, input_size(model, self.size), self.grid)
@@ -106,7 +108,7 @@ class Correspondence(Eval):
         geometric, points = _Geometric(self, context.records), _KeyPoints(self, context.records)
         for pair in pairs():
             if pair.first not in maps or pair.second not in maps:
-                continue  # an image of it could not be read, and was named
+                continue  # unreadable; a warning named it
             name = f"{source.name(pair.first)} -> {source.name(pair.second)}"
             views = [View(maps[i], frames[i]) for i in (pair.first, pair.second)]
             if getattr(pair, "points", None) is not None:
@@ -119,7 +121,7 @@ class Correspondence(Eval):
 
 
 class Frame(NamedTuple):
-    """Where a model's view lies in an image, and the points of the grid.
+    """A model's view of an image, and the grid of points.
 
     Args:
         box: the view, ``xyxy`` in pixels of the image.
@@ -133,9 +135,9 @@ class Frame(NamedTuple):
 
     @classmethod
     def of(cls, full: tuple[int, int], view: tuple[int, int], scale: float) -> Frame:
-        """Of an image of ``full`` pixels that a model sees as ``view``."""
+        """Frame of an image of ``full`` pixels and a model input of ``view``."""
         box = crop_box(full, view)
-        # A photograph of twelve megapixels would have a grid of 750 000 points; Probe3d's views are 512 pixels.
+        # A photograph of 12 megapixels would have a grid of 750 000 points; Probe3d's views have 512 pixels.
         scale *= min(1.0, REFERENCE / max(box[2] - box[0], box[3] - box[1]))
         grid = max(1, round((box[3] - box[1]) * scale)), max(1, round((box[2] - box[0]) * scale))
         return cls(box, full, grid)
@@ -156,7 +158,7 @@ class Frame(NamedTuple):
 
 
 class View(NamedTuple):
-    """A map ``(D, h, w)`` and where it lies."""
+    """A map ``(D, h, w)`` and its frame."""
 
     features: Tensor
     frame: Frame
@@ -178,15 +180,15 @@ class View(NamedTuple):
 
 
 def ratio_matches(a: Tensor, b: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Each row of ``a``'s nearest row of ``b``, the surest first.
+    """The nearest row of ``b`` for each row of ``a``, most distinctive first.
 
     Args:
         a, b: unit-norm ``(N, D)``, ``(M, D)``.
-        most: how many to keep.
+        most: maximum number of matches.
 
     Returns:
-        rows of ``a`` and of ``b``, ``(K,)`` each, by the ratio of cosine distances ``(1 - c_1) / (1 - c_2)``, rising;
-        equal ratios keep the order of ``a``.
+        rows of ``a`` and of ``b``, ``(K,)`` each, by ascending ratio of cosine distances
+        ``(1 - c_1) / (1 - c_2)``; ties keep the order of ``a``.
     """
     ratios, near = [], []
     for part in a.split(max(1, _SCORES // max(1, len(b)))):
@@ -194,7 +196,7 @@ def ratio_matches(a: Tensor, b: Tensor, most: int) -> tuple[Tensor, Tensor]:
         top, index = torch.topk(cosine, min(2, len(b)))
         distance = (1 - top.double()).clamp_min(0)
         second = distance[:, 1] if distance.shape[1] > 1 else torch.full_like(distance[:, 0], 2.0)
-        # Two perfect matches are no match to be sure of: 0 / 0 counts as 1.
+        # Two perfect matches are ambiguous: 0 / 0 counts as 1.
         ratios.append(torch.where(second > 1e-12, distance[:, 0] / second.clamp_min(1e-12), 1.0))
         near.append(index[:, 0])
     order = torch.sort(torch.cat(ratios), stable=True).indices[:most]
@@ -202,7 +204,7 @@ def ratio_matches(a: Tensor, b: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 class _Geometric:
-    """Distances between matched and true points, pair by pair."""
+    """Errors of matches in the world and in the image, pair by pair."""
 
     def __init__(self, protocol: Correspondence, records: Records) -> None:
         self.protocol = protocol
@@ -216,12 +218,12 @@ class _Geometric:
         annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
         if annotation is None:
             return
-        known = [annotation(pair.first), annotation(pair.second)]
-        if any(getattr(one, key, None) is None for one in known for key in ("depth", "K", "cam_from_world")):
+        both = [annotation(pair.first), annotation(pair.second)]
+        if any(getattr(one, key, None) is None for one in both for key in ("depth", "K", "cam_from_world")):
             return
         clouds = [
             _cloud(one, view.frame, source.name(index))
-            for one, view, index in zip(known, (first, second), (pair.first, pair.second), strict=True)
+            for one, view, index in zip(both, (first, second), (pair.first, pair.second), strict=True)
         ]
         rows = [cloud.rows for cloud in clouds]
         if not len(rows[0]) or not len(rows[1]):
@@ -230,10 +232,10 @@ class _Geometric:
         x1, x2 = clouds[0].world[a], clouds[1].world[b]
         self.names.append(name)
         self.world.append(torch.linalg.vector_norm(x1 - x2, dim=1))
-        seen, where = project(x1, known[1]), clouds[1].points[b]
+        projected, matched = project(x1, both[1]), clouds[1].points[b]
         scale = REFERENCE / max(second.frame.full)
-        self.image.append(torch.linalg.vector_norm(seen - where, dim=1) * scale)
-        self.angle.append(rotation_between(known[0].cam_from_world, known[1].cam_from_world))
+        self.image.append(torch.linalg.vector_norm(projected - matched, dim=1) * scale)
+        self.angle.append(rotation_between(both[0].cam_from_world, both[1].cam_from_world))
 
     def metrics(self) -> dict[str, float]:
         if not self.names:
@@ -258,7 +260,7 @@ class _Geometric:
 
 
 class _KeyPoints:
-    """Which key points were found, pair by pair."""
+    """Correct key points, pair by pair."""
 
     def __init__(self, protocol: Correspondence, records: Records) -> None:
         self.protocol = protocol
@@ -270,7 +272,7 @@ class _KeyPoints:
     def add(self, name: str, pair: Any, first: View, second: View) -> None:
         points = torch.as_tensor(np.asarray(pair.points, np.float64))
         if points.ndim != 3 or points.shape[1:] != (2, 2):
-            raise ConfigError(f"{name}: points have shape {tuple(points.shape)}; (N, 2, 2) is needed, (x, y) in each")
+            raise ConfigError(f"{name}: points have shape {tuple(points.shape)}; expected (N, 2, 2)")
         keep = torch.isfinite(points).all(2).all(1)
         points = points[keep]
         points = points[first.frame.inside(points[:, 0]) & second.frame.inside(points[:, 1])]
@@ -301,34 +303,34 @@ class _KeyPoints:
 
 
 class _Cloud(NamedTuple):
-    """The grid points with a depth: their rows in the grid, ``(x, y)`` in the image, and world coordinates."""
+    """Grid points with a depth: grid rows, ``(x, y)`` in the image, and world coordinates."""
 
     rows: Tensor
     points: Tensor
     world: Tensor
 
 
-def _cloud(known: Any, frame: Frame, name: str) -> _Cloud:
-    depth = torch.as_tensor(np.asarray(known.depth, np.float64))
+def _cloud(annotation: Any, frame: Frame, name: str) -> _Cloud:
+    depth = torch.as_tensor(np.asarray(annotation.depth, np.float64))
     if tuple(depth.shape) != frame.full:
         raise ConfigError(f"{name} is {frame.full[0]}x{frame.full[1]} pixels and its depth {tuple(depth.shape)}")
     points = frame.points()
     column, row = points.long().unbind(1)  # the pixel that holds the point: its centre is at +0.5
     z = depth[row, column]
     valid = torch.isfinite(z) & (z > 0)
-    instances = getattr(known, "instances", None)
+    instances = getattr(annotation, "instances", None)
     if instances is not None:
         valid &= torch.as_tensor(np.asarray(instances, np.int64))[row, column] > 0
     rows = valid.nonzero()[:, 0]
     homogeneous = torch.cat((points[rows], torch.ones(len(rows), 1, dtype=torch.float64)), 1)
-    camera = homogeneous @ torch.linalg.inv(_matrix(known.K)).T * z[rows, None]
-    pose = _matrix(known.cam_from_world)
+    camera = homogeneous @ torch.linalg.inv(_matrix(annotation.K)).T * z[rows, None]
+    pose = _matrix(annotation.cam_from_world)
     return _Cloud(rows, points[rows], (camera - pose[:3, 3]) @ pose[:3, :3])  # R^T (X - t)
 
 
-def project(world: Tensor, known: Any) -> Tensor:
-    """World points ``(N, 3)`` as ``(x, y)`` pixels of a camera; points behind it are infinitely far."""
-    pose, K = _matrix(known.cam_from_world), _matrix(known.K)
+def project(world: Tensor, annotation: Any) -> Tensor:
+    """World points ``(N, 3)`` as ``(x, y)`` pixels of a camera; points behind it are at infinity."""
+    pose, K = _matrix(annotation.cam_from_world), _matrix(annotation.K)
     camera = world @ pose[:3, :3].T + pose[:3, 3]
     flat = camera @ K.T
     return torch.where(camera[:, 2:] > 0, flat[:, :2] / flat[:, 2:], torch.inf)

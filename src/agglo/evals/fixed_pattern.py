@@ -1,4 +1,4 @@
-"""How much of a map is locked to positions, whatever the image?"""
+"""Position-locked energy of spatial features."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from agglo.types import ConfigError
 
 
 class FixedPattern(Eval):
-    """Position-locked energy: the share of a map's variance that depends on where a cell lies, not on what it shows.
+    """Position-locked energy: the share of a map's variance that depends on the cell's position, not on its content.
 
-    Border artefacts, window seams and grids that a student copies from its teachers are such patterns; shifted views
-    are meant to remove them (C-RADIOv4, METHOD 2.4). But photographs are position-locked too: the sky is above. So each
-    image is shown ``rolls`` times, rolled around by a random number of pixels on both axes, after which every content
-    is as likely at every position, and what a position still says is the model's own.
+    Border artefacts, window seams and grids that a student copies from its teachers are such patterns; training on
+    shifted views is meant to remove them (C-RADIOv4, arXiv:2601.17237, eq. 1). Photographs are position-locked too: the
+    sky is at the top. Each image is therefore encoded ``rolls`` times, rolled by a random number of pixels on both
+    axes: all content is then equally likely at every position, and what remains is due to the model.
 
-    With ``G_i(x)`` the features of showing i at cell x less their mean over the cells, ``m`` the mean of ``G`` over the
-    n showings and ``W`` its unbiased variance over them:
+    With ``G_i(x)`` the features of input i at cell x minus their mean over the cells, ``m`` the mean of ``G`` over the
+    n inputs and ``W`` its unbiased variance over them (lower is better):
 
-    - ``locked = E / (E + mean_x W)``, ``E = mean_x (||m(x)||^2 - W(x) / n)``: the expectation does not depend on n, and
-      is 0 where position does not matter; few images leave noise around it, which may be negative;
-    - ``locked_inner``: the same over the cells that do not lie at the border (where there are any).
+    - ``locked = E / (E + mean_x W)``, ``E = mean_x (||m(x)||^2 - W(x) / n)``: the expectation does not depend on n and
+      is 0 where position does not matter; with few images noise can make it negative;
+    - ``locked_inner``: the same over the cells not at the border, if there are any.
 
     Args:
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        rolls: how often each image is shown.
+        rolls: number of times each image is encoded.
         seed: of the rolls.
-        source: the images.
+        source: of the images.
     """
 
     lower_is_better = frozenset({"locked", "locked_inner"})
@@ -59,7 +59,7 @@ class FixedPattern(Eval):
         source: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if rolls < 1:
-            raise ConfigError(f"evals.fixed_pattern: rolls is at least 1, got {rolls}")
+            raise ConfigError(f"evals.fixed_pattern: rolls must be at least 1, got {rolls}")
         self.size = size
         self.rolls = rolls
         self.seed = seed
@@ -93,7 +93,7 @@ class FixedPattern(Eval):
 
 
 class Locked:
-    """Mean and variance of image-centred maps at each cell, streaming, in float64.
+    """Streaming mean and variance of image-centred maps at each cell, in float64.
 
     Args:
         shape: ``(D, h, w)``.
@@ -114,13 +114,13 @@ class Locked:
             self.squares = self.squares + (delta * (centred - self.mean)).sum(0)
 
     def share(self, border: int = 0) -> float:
-        """Of the variance, locked to positions; cells nearer than ``border`` to the edge are left out.
+        """Share of the variance locked to positions; cells within ``border`` of the edge are ignored.
 
         Raises:
-            ProbeError: fewer than two maps, or maps without any variance.
+            ProbeError: fewer than two maps, or no variance.
         """
         if self.count < 2:
-            raise ProbeError("a fixed pattern shows in at least two images: give more, or raise `rolls`")
+            raise ProbeError("a fixed pattern needs at least two images: add images, or raise `rolls`")
         within = self.squares / (self.count - 1)
         locked = self.mean.square().sum(0) - within / self.count
         if border:
@@ -128,5 +128,5 @@ class Locked:
             within, locked = within[inner], locked[inner]
         total = float(locked.mean() + within.mean())
         if not total > 0:
-            raise ProbeError("every cell of every map is the same: there is no variance to find a pattern in")
+            raise ProbeError("every cell of every map is the same: no variance")
         return float(locked.mean()) / total

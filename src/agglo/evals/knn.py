@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import check_aspect, encode
+from agglo.evals._features import check_aspect, encode, summary_of
 from agglo.evals._labels import class_names, number_classes
-from agglo.evals.base import SCENES_TEST, SCENES_TRAIN, Backbone, Eval, EvalContext, FeatureError, device_of
+from agglo.evals.base import SCENES_TEST, SCENES_TRAIN, Backbone, Eval, EvalContext, device_of
 from agglo.types import ConfigError
 
 _QUERIES = 2048
@@ -21,27 +21,27 @@ _PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Knn(Eval):
-    """Weighted k-nearest-neighbour classification of summaries (RADIO's protocol, METHOD 7; Wu et al. 2018).
+    """Weighted k-nearest-neighbour classification of summaries (Wu et al. 2018, arXiv:1805.01978), RADIO's protocol.
 
-    The bank holds the summaries of ``train``; likeness is the cosine. Each image of ``test`` gives its k nearest a vote
-    of ``exp(cos / temperature)`` for their class; the class with most votes wins, equal votes go to the class whose
-    name comes first. Nothing is fitted. A model without a summary (HOG, SAM) is measured by its mean-pooled spatial
-    map. An image of a class that ``train`` lacks counts as wrong, and a warning names the class.
+    The bank holds the summaries of ``train``; similarity is the cosine. For each image of ``test``, its k nearest
+    neighbours vote for their class with weight ``exp(cos / temperature)``; ties go to the class whose name sorts first.
+    Nothing is fitted. For a model without a summary (HOG, SAM) the mean-pooled spatial map is used. An image whose
+    class has no image in ``train`` counts as wrong, and a warning names the class.
 
-    ``scenes`` splits by object, so no neighbour shows the same object; a class of it has ten training images, so that
-    at k = 20 half the votes are of other classes at best, and only their weights decide.
+    ``scenes`` is split by object, so no neighbour shows the same object. It has ten training images per class: at
+    k = 20 at least half the neighbours are of other classes, and the weights decide.
 
-    Metrics: ``top1``, in [0, 1].
+    Metrics: ``top1``, the share of images whose class wins the vote, in [0, 1].
 
     Args:
-        k: neighbours that vote; at most the size of the bank.
-        temperature: the smaller, the more the nearest decides.
-        vote: ``weighted``; or ``majority``, one vote each (EUPE's protocol, with k = 10).
-        precision: in which summaries are kept: ``float32``, or ``float16``, which takes half the memory. Products are
-            summed in float32 either way.
+        k: number of neighbours; at most the size of the bank.
+        temperature: of the vote weights; smaller values favour the nearest neighbours.
+        vote: ``weighted``; or ``majority``, one vote per neighbour (EUPE's protocol, with k = 10).
+        precision: of the stored summaries: ``float32``, or ``float16`` for half the memory. Products are accumulated in
+            float32 either way.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        aspect: ``crop``: the middle of each image, in the aspect of ``size``; ``keep``: the whole image, scaled so that
-            it covers ``size``, RADIO's way. Teachers with one fixed canvas are shown crops either way, with a warning.
+        aspect: ``crop``: the centre of each image at the aspect of ``size``; ``keep``: the whole image, scaled to cover
+            ``size``, as RADIO does. A teacher with one fixed canvas gets crops either way, with a warning.
         train: a labelled source, for the bank.
         test: a labelled source, for the queries.
     """
@@ -59,13 +59,13 @@ class Knn(Eval):
         test: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if k < 1:
-            raise ConfigError(f"evals.knn: k is at least 1, got {k}")
+            raise ConfigError(f"evals.knn: k must be at least 1, got {k}")
         if not temperature > 0:
-            raise ConfigError(f"evals.knn: temperature must be positive, got {temperature}; 0.07 is RADIO's")
+            raise ConfigError(f"evals.knn: temperature must be positive, got {temperature}; RADIO uses 0.07")
         if vote not in ("weighted", "majority"):
-            raise ConfigError(f"evals.knn: vote is weighted or majority, not {vote!r}")
+            raise ConfigError(f"evals.knn: vote must be weighted or majority, not {vote!r}")
         if precision not in _PRECISIONS:
-            raise ConfigError(f"evals.knn: precision is float32 or float16, not {precision!r}")
+            raise ConfigError(f"evals.knn: precision must be float32 or float16, not {precision!r}")
         self.k = k
         self.precision = precision
         self.temperature = temperature if vote == "weighted" else float("inf")
@@ -80,13 +80,10 @@ class Knn(Eval):
             encode(model, each, self.size, context, want="summary", aspect=self.aspect, precision=precision)
             for each in (self.train, self.test)
         )
-        if bank.summary is None or test.summary is None:
-            raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
+        stored, queries = summary_of(model, bank), summary_of(model, test)
         test_names = class_names(context.sources.open(self.test), test.index)
         names, labels, truth = number_classes(class_names(context.sources.open(self.train), bank.index), test_names)
-        found = classify(
-            bank.summary, labels, test.summary, len(names), self.k, self.temperature, device=device_of(model)
-        )
+        found = classify(stored, labels, queries, len(names), self.k, self.temperature, device=device_of(model))
         right = (found == truth).double()
         context.records.add_by_class("top1", test.names, test_names, right)
         return {"top1": float(right.mean())}
@@ -101,27 +98,27 @@ def classify(
     temperature: float,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The class ``(M,)`` that the k nearest of ``bank`` vote each query into, on the CPU.
+    """Class ``(M,)`` of each query by vote of its k nearest rows of ``bank``, on the CPU.
 
     Args:
-        bank: ``(N, D)``, any length of vector, any float type; read once, a shard at a time.
+        bank: ``(N, D)``, not necessarily normalised, any float type; read once, in shards.
         labels: ``(N,)`` in 0 .. ``classes`` - 1.
         queries: ``(M, D)``.
-        classes: how many classes there are.
-        k: neighbours; at most N are used.
-        temperature: of the votes; infinity makes each neighbour's the same.
-        device: where to compute; where the bank lies if None.
+        classes: number of classes.
+        k: number of neighbours; clamped to N.
+        temperature: of the vote weights; infinity for equal votes.
+        device: for the computation; the bank's device when None.
 
     Raises:
-        ConfigError: a label outside 0 .. ``classes`` - 1, or vectors of different width.
+        ConfigError: a label outside 0 .. ``classes`` - 1, or different widths.
     """
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise ConfigError(f"a neighbour has label {wrong}; {classes} classes are numbered 0 to {classes - 1}")
+        raise ConfigError(f"label {wrong} in the bank is outside 0 to {classes - 1}")
     if bank.shape[1] != queries.shape[1]:
         raise ConfigError(f"the bank's vectors have {bank.shape[1]} channels and the queries {queries.shape[1]}")
     cosine, where = neighbours(bank, queries, k, device)
-    # Relative to the nearest, which changes no decision and cannot overflow.
+    # Relative to the nearest neighbour: the same vote, and no overflow.
     weights = ((cosine.double() - cosine[:, :1].double()) / temperature).exp()
     found = []
     for near, weight in zip(where.split(65536), weights.split(65536), strict=True):
@@ -133,24 +130,24 @@ def classify(
 def neighbours(
     bank: Tensor, queries: Tensor, k: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k rows of ``bank`` with the greatest cosine, for each query.
+    """The k rows of ``bank`` with the greatest cosine to each query.
 
-    The bank passes once, in shards; beside one shard and one block of similarities nothing grows with N but the inputs.
+    The bank is read once, in shards; memory beyond the inputs does not depend on N.
 
     Args:
-        bank: ``(N, D)``, any length of vector.
+        bank: ``(N, D)``, not necessarily normalised.
         queries: ``(M, D)``.
-        k: how many; at most N.
-        device: where to compute; where the bank lies if None.
+        k: number of neighbours; clamped to N.
+        device: for the computation; the bank's device when None.
 
     Returns:
-        cosines ``(M, k)`` float32, falling, and rows ``(M, k)``; on the CPU.
+        cosines ``(M, k)`` float32, descending, and rows ``(M, k)``; on the CPU.
     """
     device = torch.device(device or bank.device)
     k = min(k, len(bank))
     best = torch.full((len(queries), k), -torch.inf)
     where = torch.zeros(len(queries), k, dtype=torch.long)
-    # Half precision stays half on a GPU: its products are exact there and summed in float32.
+    # Half precision is kept on a GPU: products are exact there and accumulated in float32.
     half = device.type == "cuda" and bank.dtype in (torch.float16, torch.bfloat16) and bank.dtype == queries.dtype
     for start in range(0, len(bank), _BANK):
         shard, scale = _directions(bank[start : start + _BANK].to(device), half)
@@ -168,7 +165,7 @@ def neighbours(
 
 
 def _directions(x: Tensor, half: bool) -> tuple[Tensor, Tensor]:
-    """Rows of unit norm, float32; or the rows as they are with 1 / norm, which rounds nothing."""
+    """Float32 rows of unit norm; or, for half precision, the unrounded rows and 1 / norm."""
     if not half:
         full = x.float()
         return F.normalize(full, dim=1, out=None if full is x else full), x.new_ones(())
@@ -176,7 +173,7 @@ def _directions(x: Tensor, half: bool) -> tuple[Tensor, Tensor]:
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``topk`` along rows. In long rows only the k groups with the greatest maxima can hold one of the k largest."""
+    """``topk`` along rows. In long rows only the k groups with the greatest maxima can contain the k largest."""
     rows, width = scores.shape
     groups = width // _GROUP
     if groups < 4 * k or width % _GROUP:

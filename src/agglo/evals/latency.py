@@ -1,4 +1,4 @@
-"""How long does an image take?"""
+"""Latency of a forward pass."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _LEAST = 3
 
 
 class Latency(Eval):
-    """Time of a forward pass, on the device where the model lives, of a batch that lies there already.
+    """Time of a forward pass on the model's device, for a batch that is already there.
 
-    Each pass is timed by itself, and a GPU is waited for. Decoding and resizing images are not part of it; the model's
-    own conditioning and its heads are. The numbers are of this machine, its load and its number of threads: compare
-    only what was measured side by side.
+    Each pass is timed on its own, with a GPU synchronised. Decoding and resizing are excluded; the model's
+    normalisation and heads are included. Timings depend on the machine, its load and its number of threads: compare
+    only models measured side by side.
 
-    Metrics: ``ms``, the median of the passes, and ``ms_p90``, the pass that nine in ten do not exceed (milliseconds of
-    a batch, better when lower); ``images_per_second``, the batch over the median.
+    Metrics: ``ms``, the median, and ``ms_p90``, the 90th percentile (milliseconds per batch, lower is better);
+    ``images_per_second``, the batch size over the median.
 
     Args:
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        batch: images in a pass.
-        repeats: passes that are timed.
-        warmup: passes before them.
-        seconds: no further pass begins after so long, once three are timed.
-        precision: ``float32`` as the model is; ``bfloat16`` or ``float16`` by autocast.
+        batch: images per pass.
+        repeats: number of timed passes.
+        warmup: number of passes before them.
+        seconds: time limit; no pass begins after it, once three are timed.
+        precision: ``float32`` for the model's own; ``bfloat16`` or ``float16`` by autocast.
     """
 
     lower_is_better = frozenset({"ms", "ms_p90"})
@@ -48,11 +48,11 @@ class Latency(Eval):
     ) -> None:
         for key, value, least in (("batch", batch, 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
             if value < least:
-                raise ConfigError(f"evals.latency: {key} is at least {least}, got {value}")
+                raise ConfigError(f"evals.latency: {key} must be at least {least}, got {value}")
         if not seconds > 0:
             raise ConfigError(f"evals.latency: seconds must be positive, got {seconds}")
         if precision not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"evals.latency: precision is float32, bfloat16 or float16, not {precision!r}")
+            raise ConfigError(f"evals.latency: precision must be float32, bfloat16 or float16, not {precision!r}")
         self.size = size
         self.batch = batch
         self.repeats = repeats
@@ -61,15 +61,14 @@ class Latency(Eval):
         self.precision = precision
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Measure ``model``; not deterministic."""
         times = self.times(model, context)
         middle = float(np.median(times))
-        # "higher": a pass that was made, not a mean of two.
+        # "higher" returns a measured pass, not a mean of two.
         slow = float(np.quantile(times, 0.9, method="higher"))
         return {"ms": middle * 1e3, "ms_p90": slow * 1e3, "images_per_second": self.batch / middle}
 
     def times(self, model: Backbone, context: EvalContext | None = None) -> list[float]:
-        """Seconds of each pass."""
+        """Seconds of each timed pass."""
         context, device = context or EvalContext(), device_of(model)
         view = input_size(model, self.size)
         images = torch.rand(self.batch, 3, *view, generator=torch.Generator().manual_seed(0)).to(device)

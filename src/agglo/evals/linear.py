@@ -25,23 +25,23 @@ from agglo.types import ConfigError
 
 
 class Linear(Eval):
-    """Linear classification: multinomial logistic regression on frozen summaries (as in CLIP, Radford et al. 2021).
+    """Linear classification: multinomial logistic regression on frozen summaries, as in CLIP (arXiv:2103.00020).
 
     - features are standardised per channel by the mean and standard deviation of ``train``;
     - minimised over ``W (K, D)``, ``b (K)`` by full-batch L-BFGS from zero:
       ``mean_i CE(y_i, W x_i + b) + decay / 2 ||W||^2``; no bias decay, no augmentation, no seed;
-    - ``decay`` is the one whose top-1 on ``val`` is best; equal ones: the stronger.
+    - ``decay`` maximises the top-1 accuracy on ``val``; ties: the stronger.
 
-    A model without a summary is measured by its mean-pooled spatial map. An image of a class that ``train`` lacks
+    For a model without a summary the mean-pooled spatial map is used. An image whose class has no image in ``train``
     counts as wrong, and a warning names the class.
 
-    Metrics: ``top1`` and ``top5``, in [0, 1].
+    Metrics: ``top1`` and ``top5``, the share of images whose class is among the k highest logits, in [0, 1].
 
     Args:
-        decay: L2 penalties to choose from.
-        steps: L-BFGS iterations at most, for each penalty.
+        decay: candidate L2 penalties.
+        steps: maximum number of L-BFGS iterations per penalty.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        train: a labelled source, fitted on.
+        train: a labelled source, for fitting.
         val: the same; chooses the penalty.
         test: the same; measured.
     """
@@ -57,9 +57,9 @@ class Linear(Eval):
         test: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if not decay or min(decay) < 0:
-            raise ConfigError(f"evals.linear: decay is a list of numbers, none negative; got {list(decay)}")
+            raise ConfigError(f"evals.linear: decay must be a list of non-negative numbers; got {list(decay)}")
         if steps < 1:
-            raise ConfigError(f"evals.linear: steps is at least 1, got {steps}")
+            raise ConfigError(f"evals.linear: steps must be at least 1, got {steps}")
         self.decay = tuple(sorted(decay, reverse=True))
         self.steps = steps
         self.size = size
@@ -82,7 +82,7 @@ class Linear(Eval):
         y = F.one_hot(labels, len(names)).float()
         best: tuple[float, tuple[Tensor, Tensor]] | None = None
         probe: tuple[Tensor, Tensor] | None = None
-        for decay in self.decay:  # from strong to weak: each solution starts the next
+        for decay in self.decay:  # from strong to weak: each solution initialises the next
             context.report(f"linear probe, decay {decay:g}")
             probe = fit_logistic(x, y, decay, self.steps, start=probe, what="linear")
             score = float((_logits(x_val, probe).argmax(1) == chooser).double().mean()) if len(self.decay) > 1 else 0.0

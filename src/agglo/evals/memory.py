@@ -1,4 +1,4 @@
-"""How much memory does a model take?"""
+"""Memory of weights and of a forward pass."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _MIB = 2**20
 class Memory(Eval):
     """Memory of the weights and of a forward pass without gradients.
 
-    - ``parameters``: how many numbers; one that several modules share counts once;
-    - ``weights_mib``: parameters and buffers as they are stored;
-    - ``peak_mib``: the most that lived at one time during a pass beside the weights and the images, the output
-      included. On a GPU it is what the allocator handed out; elsewhere every tensor that an operation returns is
-      counted until it is freed, which is the same on every machine but does not see the scratch space of kernels.
+    - ``parameters``: number of parameters; shared ones count once;
+    - ``weights_mib``: parameters and buffers as stored;
+    - ``peak_mib``: peak of a pass beyond weights and images, output included. On a GPU it is the allocator's peak;
+      elsewhere every tensor that an operation returns counts until it is freed, which is the same on every machine but
+      excludes the scratch space of kernels.
 
-    All in MiB (2^20 bytes) but the first, all better when lower.
+    All but the first in MiB (2^20 bytes); lower is better for all.
 
     Args:
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        batch: images in the pass.
+        batch: images per pass.
     """
 
     lower_is_better = frozenset({"parameters", "weights_mib", "peak_mib"})
 
     def __init__(self, *, size: int | tuple[int, int] = 224, batch: int = 1) -> None:
         if batch < 1:
-            raise ConfigError(f"evals.memory: batch is at least 1, got {batch}")
+            raise ConfigError(f"evals.memory: batch must be at least 1, got {batch}")
         self.size = size
         self.batch = batch
 
@@ -47,7 +47,7 @@ class Memory(Eval):
         own = list(model.parameters()) if isinstance(model, nn.Module) else []
         weights = [*own, *model.buffers()] if isinstance(model, nn.Module) else []
         with frozen(model):
-            model(images)  # what is made once and kept (resized tables) is no part of a pass
+            model(images)  # tables that are built once and cached are not part of a pass
             peak = _allocated(model, images) if device.type == "cuda" else counted(model, images, weights)
         return {
             "parameters": float(sum(parameter.numel() for parameter in own)),
@@ -57,7 +57,7 @@ class Memory(Eval):
 
 
 def counted(model: Backbone, images: Tensor, weights: Iterable[Tensor] = ()) -> int:
-    """Peak bytes of all tensors that a pass makes; those whose memory is that of ``weights`` are not its own."""
+    """Peak bytes of the tensors that a pass creates; views of ``weights`` are excluded."""
     with _Living((images, *weights)) as living:
         out = model(images)
     del out
@@ -75,7 +75,7 @@ def _allocated(model: Backbone, images: Tensor) -> int:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of each piece of memory behind tensors, by its identity."""
+    """Bytes of each storage behind tensors, by its identity."""
     return {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
 
 
@@ -83,7 +83,7 @@ class _Living(TorchDispatchMode):
     """Counts the bytes behind tensors that operations return, until they are freed.
 
     Args:
-        known: tensors that were there before.
+        known: tensors that existed before.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:

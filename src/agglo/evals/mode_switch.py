@@ -1,4 +1,4 @@
-"""Does a model say the same at every resolution, or does it switch modes?"""
+"""Consistency of features across resolutions."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from agglo.types import ConfigError, Features
 SELF = "self"
 
 _LEAST = 1e-12
-"""Errors below this share of the target's variance count as this share, so that a perfect copy has a finite number."""
+"""Errors are at least this share of the target's variance, so that the fidelity of a perfect copy is finite."""
 
 
 class ModeSwitch(Eval):
-    """Agreement and fidelity against resolution (RADIOv2.5's "mode switch"; METHOD 7).
+    """Agreement and fidelity against resolution: the "mode switch" of RADIOv2.5 (arXiv:2412.07679).
 
-    A multi-teacher student trained at a few resolutions may follow one teacher at some and another one at others. At
-    each of ``sizes`` the student's head is compared with its teacher, which sees the size it asks for (a fixed canvas
-    stays fixed). With ``T`` the teacher's map before and ``T'`` after it is brought bilinearly (``align_corners=True``)
-    to the grid of the head's map ``S``, over all images and cells:
+    A multi-teacher student trained at few resolutions may follow one teacher at some of them and another at others. At
+    each of ``sizes`` the student's head is compared with its teacher at the size that the teacher requires (a fixed
+    canvas stays fixed). With ``T`` the teacher's map, ``T'`` the same resized bilinearly (``align_corners=True``) to
+    the grid of the head's map ``S``, over all images and cells:
 
     - ``<teacher>/cosine@R``: the mean of ``cos(S, T')``, one minus RADIO's ``cos_error``;
-    - ``<teacher>/fidelity@R``: ``var(T) / mean (S - T')^2``; 1 is as good as answering a constant, at most 1e12;
-    - ``<teacher>/summary_cosine@R``, where both have a summary.
+    - ``<teacher>/fidelity@R``: ``var(T) / mean (S - T')^2``; 1 for the best constant, clamped to 1e12;
+    - ``<teacher>/summary_cosine@R``, if both have a summary.
 
-    And for each teacher ``fidelity``, the mean over sizes, and ``steadiness``, the least fidelity over the greatest: 1
-    where resolution does not matter.
+    Per teacher also ``fidelity``, the mean over sizes, and ``steadiness``, the minimum fidelity over the maximum: 1 if
+    resolution does not matter.
 
-    Without teachers the model is measured against itself, and so is a model without heads (a teacher, say):
-    ``self/...`` compares each size with the features at ``reference``. ``R`` is the size asked for; what the model
-    sees is the nearest legal one.
+    Without teachers, or for a model without heads (a teacher, for example), the model is compared with itself:
+    ``self/...`` compares each size with the features at ``reference``. ``R`` is the size in the settings; the input has
+    the nearest legal size.
 
     Args:
         teachers: by the names of the student's heads.
-        sizes: sides in pixels; RADIO's are all multiples of a patch from 196 to 1536.
-        reference: the side that ``self`` compares with; the largest of ``sizes`` when None. It is not itself compared.
-        source: the images.
+        sizes: sides in pixels; RADIO uses all multiples of a patch from 196 to 1536.
+        reference: the side that ``self`` compares with; the largest of ``sizes`` when None. It gets no metric.
+        source: of the images.
     """
 
     needs_heads = True
@@ -61,9 +61,9 @@ class ModeSwitch(Eval):
         source: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if not sizes or min(sizes) < 1:
-            raise ConfigError(f"evals.mode_switch: sizes is a list of sides in pixels, at least 1; got {list(sizes)}")
+            raise ConfigError(f"evals.mode_switch: sizes must be a list of sides, at least 1 pixel; got {list(sizes)}")
         if len(set(sizes)) < 2:
-            raise ConfigError(f"evals.mode_switch: one size has nothing to switch from: name several, not {sizes[0]}")
+            raise ConfigError(f"evals.mode_switch: sizes must have at least two different sides, got {sizes[0]} alone")
         self.teachers = teachers
         self.sizes = tuple(sorted(set(sizes)))
         self.reference = max(sizes) if reference is None else reference
@@ -75,7 +75,7 @@ class ModeSwitch(Eval):
         Raises:
             TypeError: the model has no spatial features.
             ConfigError: a teacher has no head in this model.
-            FeatureError: NaN, infinity, maps of different width, or a target that is the same everywhere.
+            FeatureError: NaN, infinity, maps of different width, or a constant target.
         """
         need_spatial(model, "mode_switch")
         curves: dict[str, dict[int, Pairs]] = {}
@@ -87,7 +87,7 @@ class ModeSwitch(Eval):
     def _add(
         self, model: Backbone, names: Sequence[str], images: Sequence[Image.Image], curves: dict[str, dict[int, Pairs]]
     ) -> None:
-        """Every size of one batch."""
+        """Compare one batch at every size."""
         fixed: Features | None = None
         for size in self.sizes:
             view = input_size(model, size)
@@ -112,14 +112,14 @@ def _batch(images: Sequence[Image.Image], view: tuple[int, int], model: object) 
 
 
 def _metrics(name: str, curve: Mapping[int, Pairs]) -> dict[str, float]:
-    """Of one teacher, over sizes."""
+    """Metrics of one teacher over sizes."""
     found: dict[str, float] = {}
     fidelities = []
     for size, pairs in sorted(curve.items()):
-        here = pairs.statistics()
-        found |= {f"{name}/{key}@{size}": value for key, value in here.items() if not key.endswith("variance")}
-        if "fidelity" in here:
-            fidelities.append(here["fidelity"])
+        statistics = pairs.statistics()
+        found |= {f"{name}/{key}@{size}": value for key, value in statistics.items() if not key.endswith("variance")}
+        if "fidelity" in statistics:
+            fidelities.append(statistics["fidelity"])
     if fidelities:
         found[f"{name}/fidelity"] = sum(fidelities) / len(fidelities)
         found[f"{name}/steadiness"] = min(fidelities) / max(fidelities)
@@ -127,7 +127,7 @@ def _metrics(name: str, curve: Mapping[int, Pairs]) -> dict[str, float]:
 
 
 class Pairs:
-    """Statistics of what a student and its teacher said, batch by batch.
+    """Statistics of a student's and its teacher's features, batch by batch.
 
     Args:
         name: of the teacher, for errors.
@@ -144,7 +144,7 @@ class Pairs:
         """Add a batch.
 
         Raises:
-            FeatureError: NaN, infinity, or different widths; names the image or the teacher.
+            FeatureError: NaN, infinity, or different widths; names image or teacher.
         """
         pair = (student, f"{self.name} student's"), (teacher, f"{self.name} teacher's")
         a, b = (check(one.summary, f"{who} summary", names, 2) for one, who in pair)
@@ -166,27 +166,27 @@ class Pairs:
 
     def _same(self, a: Tensor, b: Tensor) -> None:
         if a.shape[1] != b.shape[1]:
-            raise FeatureError(f"{self.name!r}: the student says {a.shape[1]} channels and the teacher {b.shape[1]}")
+            raise FeatureError(f"{self.name!r}: the student has {a.shape[1]} channels and the teacher {b.shape[1]}")
 
     def statistics(self) -> dict[str, float]:
         """``cosine``, ``fidelity``, ``student_variance`` and ``teacher_variance`` of the maps; ``summary_cosine``.
 
-        Variances are of all numbers of the maps together, with n - 1.
+        Variances are over all elements of the maps, with n - 1.
 
         Raises:
-            FeatureError: the teacher says the same number everywhere.
+            FeatureError: the teacher is constant.
         """
         found: dict[str, float] = {}
         if self.cells:
-            ours, theirs = self.student.variance(), self.teacher.variance()
+            student, teacher = self.student.variance(), self.teacher.variance()
             # Rounding leaves a constant a variance of about (eps * mean)^2.
-            if theirs <= (1e-6 * self.teacher.mean) ** 2:
-                raise FeatureError(f"{self.name!r} says the same everywhere: there is nothing to be faithful to")
+            if teacher <= (1e-6 * self.teacher.mean) ** 2:
+                raise FeatureError(f"{self.name!r} is constant everywhere: fidelity is undefined")
             found = {
                 "cosine": self.cosine / self.cells,
-                "fidelity": theirs / max(self.error / self.numbers, _LEAST * theirs),
-                "student_variance": ours,
-                "teacher_variance": theirs,
+                "fidelity": teacher / max(self.error / self.numbers, _LEAST * teacher),
+                "student_variance": student,
+                "teacher_variance": teacher,
             }
         if self.summary:
             found["summary_cosine"] = float(torch.cat(self.summary).mean())
@@ -194,7 +194,7 @@ class Pairs:
 
 
 class _Spread:
-    """Streaming variance of all numbers, in float64 (Chan, Golub and LeVeque 1979)."""
+    """Streaming variance of all elements, in float64 (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -208,5 +208,5 @@ class _Spread:
         self.count = total
 
     def variance(self) -> float:
-        """With n - 1."""
+        """Variance with n - 1."""
         return self.squares / max(1, self.count - 1)

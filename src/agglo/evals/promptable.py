@@ -1,4 +1,4 @@
-"""Can a segmentation decoder live on the model's features?"""
+"""Promptable segmentation by SAM's decoder on the model's features."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._decoder import features_for
 from agglo.evals._features import need_spatial, read_batches
+from agglo.evals._sam import features_for
 from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
 from agglo.extras import require
 from agglo.preprocess import fit
@@ -23,22 +23,22 @@ _BOXES = 32
 
 
 class Promptable(Eval):
-    """SAM's decoder on the model's features, prompted with the true box of each instance (AM-RADIO 5.2; METHOD 7).
+    """SAM's decoder on the model's features, prompted with the true box of each instance (arXiv:2312.06709, 5.2).
 
-    The image is scaled so that its longer side is ``size`` and padded at the right and the bottom to a square. Where
-    the features have the width of SAM's blocks they go through SAM's own neck; where they have that of its decoder they
-    are used as they are; they are brought bilinearly to the decoder's grid. The decoder gives one mask for each box. It
-    is brought to the image's size and cut at 0.
+    The image is scaled to a longer side of ``size`` and padded at the right and the bottom to a square. Features of the
+    width of SAM's blocks pass through SAM's neck, those of the width of its decoder are used directly; both are resized
+    bilinearly to the decoder's grid. The decoder predicts one mask per box; its logits are resized to the image and
+    thresholded at 0.
 
-    Metrics, over all instances: ``miou``, the mean IoU of a mask with the true one, and ``iou@0.50``, the share of
-    instances with an IoU of at least 0.5.
+    Metrics, over all instances: ``miou``, the mean IoU of the predicted with the true mask, and ``iou@0.50``, the share
+    of instances with an IoU of at least 0.5.
 
     Args:
         decoder: a SAM of transformers: ``facebook/sam-vit-huge`` on the hub, or a folder. Its encoder is not used.
-        head: whose features; None: those of the one head that fits the decoder, or the model's own where it has no
-            heads (a SAM teacher, say).
-        size: side of the square that the model sees; that of the decoder's own images when None.
-        least: instances of fewer pixels are left out.
+        head: to read features from; None for the one head that fits the decoder, or for the output of a model without
+            heads (a SAM teacher, for example).
+        size: side of the square input; that of the decoder's own images when None.
+        least: minimum number of pixels of an instance.
         source: images with ``annotation(index).instances`` ``(H, W)``, 0 for background; or with ``masks``
             ``(N, H, W)`` that may overlap and the ``box`` of each of its ``objects``.
     """
@@ -59,11 +59,11 @@ class Promptable(Eval):
     ) -> None:
         if not decoder:
             raise ConfigError(
-                "evals.promptable: decoder names a SAM checkpoint, a folder or a name on the hub such as "
+                "evals.promptable: set decoder to a SAM checkpoint, a folder or a name on the hub such as "
                 "facebook/sam-vit-huge"
             )
         if (size is not None and size < 1) or least < 1:
-            raise ConfigError(f"evals.promptable: size and least are at least 1, got {size} and {least}")
+            raise ConfigError(f"evals.promptable: size and least must be at least 1, got {size} and {least}")
         self.decoder = os.path.expanduser(decoder)
         self.head = head
         self.size = size
@@ -71,18 +71,18 @@ class Promptable(Eval):
         self.source = source
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Measure ``model``; deterministic.
+        """Measure ``model``.
 
         Raises:
             TypeError: the model has no spatial features.
-            ConfigError: no such head, features of a width that the decoder does not know, or no instances.
-            AssetError: the decoder cannot be had, or its weights are not complete.
+            ConfigError: an unknown head, features of an unsupported width, or no instance masks.
+            AssetError: the decoder cannot be loaded, or weights are missing.
         """
         need_spatial(model, "promptable")
         source = context.sources.open(self.source)
         annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
         if annotation is None:
-            raise ConfigError(f"{type(source).__name__} has no annotation(): prompt with a source such as scenes")
+            raise ConfigError(f"{type(source).__name__} has no annotation(): use a source such as scenes")
         sam = load(self.decoder).to(device_of(model))
         inside = int(sam.config.prompt_encoder_config.image_size)
         view = input_size(model, self.size or inside)
@@ -102,13 +102,13 @@ class Promptable(Eval):
                     means.append(float(iou.mean()))
                     every.append(iou)
         if not every:
-            raise ProbeError(f"no image has an instance of {self.least} pixels or more: there is nothing to prompt for")
+            raise ProbeError(f"no image has an instance of {self.least} pixels or more: nothing to measure on")
         context.records.add_images("miou", names, means)
         iou = torch.cat(every)
         return {"miou": float(iou.mean()), "iou@0.50": float((iou >= 0.5).double().mean())}
 
     def _features(self, out: Features, sam: Any, name: str) -> Tensor:
-        """The map for SAM's decoder, ``(1, D, h, w)`` on the decoder's grid."""
+        """Image embeddings of SAM's decoder, ``(1, D, h, w)`` on its grid."""
         widths = {int(sam.config.vision_config.hidden_size), int(sam.config.prompt_encoder_config.hidden_size)}
         features = features_for(out, self.head, widths, "promptable", name)
         side = int(sam.config.prompt_encoder_config.image_embedding_size)
@@ -127,7 +127,7 @@ class Truth(NamedTuple):
 
 
 def load(decoder: str) -> Any:
-    """A SAM of transformers, in eval mode.
+    """Load a SAM of transformers, in eval mode.
 
     Raises:
         AssetError: it cannot be read, or weights are missing.
@@ -137,27 +137,27 @@ def load(decoder: str) -> Any:
         sam, info = transformers.SamModel.from_pretrained(decoder, output_loading_info=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise AssetError(
-            f"evals.promptable: no SAM in {decoder!r} ({error}); name a folder or a checkpoint of the hub with "
+            f"evals.promptable: no SAM in {decoder!r} ({error}); use a folder or a hub checkpoint with "
             "model.safetensors, such as facebook/sam-vit-huge"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise AssetError(f"{decoder} lacks {len(missing)} weights of a SAM, {missing[0]} among them: it is no SAM")
+        raise AssetError(f"{decoder} lacks {len(missing)} weights of a SAM, such as {missing[0]}")
     return sam.eval().requires_grad_(False)
 
 
-def instances(known: Any, image: Image.Image, name: str, least: int) -> Truth | None:
-    """The instances of an annotation with ``least`` pixels or more, or None.
+def instances(annotation: Any, image: Image.Image, name: str, least: int) -> Truth | None:
+    """Instances of an annotation with at least ``least`` pixels; None if there are none.
 
     Raises:
-        ConfigError: there is no instance mask, or it is of another size than the image.
+        ConfigError: no instance mask, or its size differs from the image's.
     """
-    whole = getattr(known, "masks", None)
+    whole = getattr(annotation, "masks", None)
     if whole is not None:
-        return _whole(np.asarray(whole), [each.box for each in known.objects], image, name, least)
-    array = getattr(known, "instances", None)
+        return _whole(np.asarray(whole), [each.box for each in annotation.objects], image, name, least)
+    array = getattr(annotation, "instances", None)
     if array is None:
-        raise ConfigError(f"{name} has no instances: prompt with a source such as {{kind: scenes}}")
+        raise ConfigError(f"{name} has no instances: use a source such as {{kind: scenes}}")
     array = np.asarray(array)
     if array.shape != (image.height, image.width):
         raise ConfigError(f"{name} is {image.height}x{image.width} pixels (HxW) and its instances {array.shape}")
@@ -174,7 +174,7 @@ def instances(known: Any, image: Image.Image, name: str, least: int) -> Truth | 
 def _whole(
     found: np.ndarray, boxes: Sequence[Sequence[float]], image: Image.Image, name: str, least: int
 ) -> Truth | None:
-    """Of masks ``(N, H, W)`` that may overlap, each with its annotated box."""
+    """Instances from masks ``(N, H, W)`` that may overlap, each with its annotated box."""
     if found.shape[1:] != (image.height, image.width):
         raise ConfigError(f"{name} is {image.height}x{image.width} pixels (HxW) and its masks {found.shape[1:]}")
     keep = [i for i, mask in enumerate(found) if int(mask.sum()) >= least]
@@ -189,7 +189,7 @@ def canvas(image: Image.Image, view: tuple[int, int], model: object) -> Tensor:
 
 
 def masks(sam: Any, features: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """One mask ``(N, H, W)`` bool for each box ``xyxy`` in pixels of an image of ``size`` ``(H, W)``."""
+    """Masks ``(N, H, W)`` bool for boxes ``xyxy`` in pixels of an image of ``size`` ``(H, W)``."""
     side = int(sam.config.prompt_encoder_config.image_size)
     scale = side / max(size)
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -1,4 +1,4 @@
-"""What is left of classification when pictures are corrupted?"""
+"""Robustness of classification to common corruptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agglo.config import nearest
 from agglo.evals._corrupt import CORRUPTIONS, corrupt
-from agglo.evals._features import encode
+from agglo.evals._features import encode, summary_of
 from agglo.evals._labels import class_names, number_classes
 from agglo.evals._windows import Changed
 from agglo.evals.base import SCENES_TEST, SCENES_TRAIN, Backbone, Eval, EvalContext, FeatureError, device_of, input_size
@@ -24,22 +24,23 @@ from agglo.types import ConfigError
 
 
 class Robustness(Eval):
-    """Classification by nearest neighbours and drift of the summary under common corruptions.
+    """kNN accuracy and drift of the summary under common corruptions.
 
-    The bank is clean; the queries are corrupted after they are brought to the size that the model sees, so that a
-    corruption is as strong for every model and picture. Corruptions and strengths follow ImageNet-C (Hendrycks and
-    Dietterich 2019); they are made here, so numbers compare with each other only.
+    The bank is clean; queries are corrupted after they are resized to the model's input, so that a corruption is
+    equally strong for every model and image. Corruptions and severities follow ImageNet-C (Hendrycks and Dietterich
+    2019, arXiv:1903.12261) but are implemented here: numbers are not comparable with those on the ImageNet-C files.
 
     - ``top1``: of clean queries, as ``knn`` measures it;
-    - ``top1_corrupted``: the mean over corruptions and severities; ``kept``, that over ``top1`` (0 where ``top1`` is);
-    - ``cosine``: of a corrupted picture's summary with its clean one, both less the mean clean summary;
+    - ``top1_corrupted``: the mean over corruptions and severities; ``kept``: ``top1_corrupted / top1`` (0 if ``top1``
+      is 0);
+    - ``cosine``: between the summaries of a corrupted and its clean image, both minus the mean clean summary;
     - ``top1/<corruption>`` and ``cosine/<corruption>``: the means over severities.
 
     Args:
         corruptions: names; all when None.
         severities: 1 (weak) to 5.
-        k: neighbours that vote, by ``exp(cos / temperature)``.
-        temperature: of the votes.
+        k: number of neighbours, with vote weights ``exp(cos / temperature)``.
+        temperature: of the vote weights.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
         seed: of the noise.
         train: a labelled source, for the bank.
@@ -61,15 +62,14 @@ class Robustness(Eval):
         chosen = tuple(CORRUPTIONS) if corruptions is None else tuple(corruptions)
         wrong = next((name for name in chosen if name not in CORRUPTIONS), None)
         if wrong is not None or not chosen:
-            hint = "" if wrong is None else nearest(wrong, CORRUPTIONS)
-            raise ConfigError(
-                f"evals.robustness: corruptions holds {'nothing' if wrong is None else repr(wrong)}{hint}; there are "
-                + ", ".join(CORRUPTIONS)
-            )
+            problem = "is empty" if wrong is None else f"contains {wrong!r}{nearest(wrong, CORRUPTIONS)}"
+            raise ConfigError(f"evals.robustness: corruptions {problem}; choose from {', '.join(CORRUPTIONS)}")
         if not severities or not set(severities) <= {1, 2, 3, 4, 5}:
-            raise ConfigError(f"evals.robustness: severities are 1 to 5, got {list(severities)}")
+            raise ConfigError(f"evals.robustness: severities must be 1 to 5, got {list(severities)}")
         if k < 1 or not temperature > 0:
-            raise ConfigError(f"evals.robustness: k is at least 1 and temperature positive, got {k} and {temperature}")
+            raise ConfigError(
+                f"evals.robustness: k must be at least 1, temperature positive; got {k} and {temperature}"
+            )
         self.corruptions = chosen
         self.severities = tuple(severities)
         self.k = k
@@ -82,17 +82,16 @@ class Robustness(Eval):
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
         bank = encode(model, self.train, self.size, context, want="summary")
         clean = encode(model, self.test, self.size, context, want="summary")
-        if bank.summary is None or clean.summary is None:
-            raise FeatureError(f"{type(model).__name__} returned neither a summary nor a spatial map")
+        stored, reference = summary_of(model, bank), summary_of(model, clean)
         source, labels = context.sources.open(self.test), class_names(context.sources.open(self.test), clean.index)
         names, known, truth = number_classes(class_names(context.sources.open(self.train), bank.index), labels)
-        stored, mean, device = bank.summary, clean.summary.mean(0), device_of(model)
+        mean, device = reference.mean(0), device_of(model)
 
         def right(summary: Tensor) -> Tensor:
             found = classify(stored, known, summary, len(names), self.k, self.temperature, device=device)
             return (found == truth).double()
 
-        top1 = float(right(clean.summary).mean())
+        top1 = float(right(reference).mean())
         corrupted: dict[str, float] = {}
         own = torch.zeros(len(labels), dtype=torch.float64)
         for name in self.corruptions:
@@ -101,10 +100,10 @@ class Robustness(Eval):
                 context.report(f"{name} {severity}")
                 changed = Changed(source, self._change(model, name, severity), f"{name}{severity}", list(clean.index))
                 found = encode(model, changed, self.size, context, want="summary", share=False).summary
-                if found is None or len(found) != len(clean.summary):
-                    raise FeatureError(f"{type(model).__name__} returned no summary of {name} pictures")
+                if found is None or len(found) != len(reference):
+                    raise FeatureError(f"{type(model).__name__} returned no summary of {name} images")
                 hits.append(right(found))
-                cosines.append(F.cosine_similarity((found - mean).double(), (clean.summary - mean).double(), dim=1))
+                cosines.append(F.cosine_similarity((found - mean).double(), (reference - mean).double(), dim=1))
             corrupted[f"top1/{name}"] = float(torch.stack(hits).mean())
             corrupted[f"cosine/{name}"] = float(torch.stack(cosines).mean())
             own += torch.stack(hits).mean(0)
@@ -122,7 +121,7 @@ class Robustness(Eval):
         }
 
     def _change(self, model: Backbone, name: str, severity: int) -> Callable[[Image.Image, int], Image.Image]:
-        """Show the picture as the model would see it, corrupted."""
+        """Crop an image to the model's input, then corrupt it."""
         size = input_size(model, self.size)
 
         def change(image: Image.Image, index: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Can SAM 3 find every instance of a phrase on the model's features?"""
+"""Concept segmentation by SAM 3's decoder on the model's features."""
 
 from __future__ import annotations
 
@@ -13,44 +13,42 @@ import numpy as np
 from PIL import Image
 
 from agglo.evals._concepts import Count, Pair, favourable, measures, read_pairs, read_predictions
-from agglo.evals._decoder import features_for
 from agglo.evals._features import need_spatial
-from agglo.evals._sam3 import Sam3
+from agglo.evals._sam import Sam3, features_for
 from agglo.evals.base import Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
 from agglo.preprocess import decode, fit
 from agglo.types import ConfigError, ImageError
 
 
 class SaCo(Eval):
-    """Classification-gated F1 on SA-Co/Gold: SAM 3 with its trunk replaced (SAM 3; C-RADIOv4; METHOD 7).
+    """Classification-gated F1 on SA-Co/Gold: SAM 3 with its trunk replaced (C-RADIOv4, arXiv:2601.17237, table 5).
 
-    Each pair of an image and a phrase is answered with a mask for every instance; phrases of which nothing is in the
-    image count too. Masks with a score of 0.5 or more are matched one to one with the annotated ones (Hungarian, on
-    IoU), at thresholds of 0.50 to 0.95; of the annotators, a pair takes the one it agrees with most. Only pairs count
-    of which every annotator marked every instance.
+    For each pair of an image and a phrase a mask per instance is predicted; phrases without an instance in the image
+    are included. Masks with a score of at least 0.5 are matched one to one with the annotated ones (Hungarian, on IoU),
+    at IoU thresholds of 0.50 to 0.95. The ground truth of a pair is that of the annotator with the highest agreement.
+    Only pairs for which every annotator marked every instance are scored.
 
-    Metrics, as shares (papers print 100 times as much): ``pmf1``, the F1 of all instances of the pairs that have any;
-    ``il_mcc``, the Matthews correlation of "something found" and "something there"; ``cgf1``, their product. The
-    benchmark's number is the plain mean over its seven subsets, each of which is a run of its own.
+    Metrics, as fractions (papers report percentages): ``pmf1``, the F1 over the instances of all pairs that have any;
+    ``il_mcc``, the Matthews correlation of "an instance is predicted" and "an instance is annotated"; ``cgf1``, their
+    product. The benchmark's score is the mean over its seven subsets, each of which is a separate run.
 
-    With ``decoder`` and ``images``, the model's features take the place of the trunk's: those of its head ``sam3`` (of
-    the one head as wide as the trunk, or the model's own where it has no heads: a SAM 3 teacher's). Images are squashed
-    to a square, as SAM 3 does it, and encoded once for all their phrases. With ``predictions``, a file is scored.
+    With ``decoder`` and ``images``, the model's features replace the trunk's: those of the head ``sam3``, of the one
+    head as wide as the trunk, or of a model without heads its own. Images are resized to a square, as in SAM 3, and
+    encoded once for all their phrases. With ``predictions``, a file is scored.
 
-    The annotations' layout is taken to be COCO's with a *pair* for an image: ``images`` with ``id``, ``file_name``,
-    ``text_input`` (or ``phrase``), ``height``, ``width`` and ``is_instance_exhaustive``; ``annotations`` with
-    ``image_id`` and ``segmentation`` (run lengths, as numbers or text, or polygons). ``bbox``, ``area`` and ``iscrowd``
-    are not read. SAM 3's repository describes ``id``, ``file_name``, ``text_input`` and ``image_id``; the rest is
-    assumed.
+    Annotations are in COCO's layout with one ``images`` entry per *pair*: ``id``, ``file_name``, ``text_input`` (or
+    ``phrase``), ``height``, ``width`` and ``is_instance_exhaustive``; ``annotations`` have ``image_id`` and
+    ``segmentation`` (run lengths, as numbers or text, or polygons). Other keys are ignored. SAM 3's repository
+    documents ``id``, ``file_name``, ``text_input`` and ``image_id``; the other keys are assumed.
 
     Args:
-        annotations: the files of the annotators of one subset (of SA-Co/Gold three: a, b and c); pairs are those of
+        annotations: one file per annotator of one subset (three for SA-Co/Gold: a, b and c); the pairs are those of
             the first.
-        images: the folder below which the files named there lie.
+        images: root folder of the file names.
         decoder: a SAM 3 of transformers with its tokenizer: ``facebook/sam3`` on the hub, or a folder.
         predictions: COCO results to score instead: ``image_id`` (of a pair), ``segmentation``, ``score``.
-        head: whose features.
-        size: side of the square that the model sees; None: as many of its cells as SAM 3's trunk has (72).
+        head: to read features from.
+        size: side of the square input; None for the number of cells of SAM 3's trunk (72).
     """
 
     needs_heads = True
@@ -73,18 +71,16 @@ class SaCo(Eval):
         size: int | None = None,
     ) -> None:
         if not annotations or isinstance(annotations, str):
-            raise ConfigError("evals.sa_co: annotations is a list of files, one for each annotator of a subset")
+            raise ConfigError("evals.sa_co: annotations must be a list of files, one per annotator of a subset")
         if (decoder is None) == (predictions is None):
             raise ConfigError(
-                "evals.sa_co: name a decoder, a SAM 3 such as facebook/sam3, to run it on the model's features; or "
+                "evals.sa_co: set either decoder, a SAM 3 such as facebook/sam3, to run it on the model's features, or "
                 "predictions, a file of COCO results, to score it"
             )
         if decoder is not None and images is None:
-            raise ConfigError(
-                "evals.sa_co: images names the folder of the annotated images, which the decoder is to see"
-            )
+            raise ConfigError("evals.sa_co: decoder needs images, the folder of the annotated images")
         if size is not None and size < 1:
-            raise ConfigError(f"evals.sa_co: size is at least 1, got {size}")
+            raise ConfigError(f"evals.sa_co: size must be at least 1, got {size}")
         self.annotations = tuple(os.path.expanduser(each) for each in annotations)
         self.images, self.decoder, self.predictions = (
             each and os.path.expanduser(each) for each in (images, decoder, predictions)
@@ -97,41 +93,39 @@ class SaCo(Eval):
         return read_pairs(self.annotations)
 
     def members(self, key: str) -> Sequence[str] | None:
-        """Of ``images`` those that are annotated: the folder may hold the images of all subsets."""
+        """The annotated files of ``images``: the folder may contain those of all subsets."""
         return sorted({pair.file for pair in self._pairs}) if key == "images" else None
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Measure ``model``, or score ``predictions``; deterministic.
+        """Measure ``model``, or score ``predictions``.
 
         Raises:
             TypeError: the model has no spatial features.
-            ConfigError: files that cannot be read or do not belong together, missing images, no head that fits.
-            AssetError: the decoder cannot be had, or its weights are not complete.
+            ConfigError: unreadable or inconsistent files, missing images, no fitting head.
+            AssetError: the decoder cannot be loaded, or weights are missing.
         """
         pairs = [pair for pair in self._pairs if pair.exhaustive]
         if not pairs:
-            raise ProbeError("no pair was marked in full by every annotator: there is nothing to score")
-        answers = (
-            self._predicted(pairs) if self.decoder is None else self._answered(self.decoder, model, pairs, context)
-        )
+            raise ProbeError("no pair was marked in full by every annotator: nothing to score")
+        predicted = self._read(pairs) if self.decoder is None else self._predict(self.decoder, model, pairs, context)
         counts: list[Count] = []
         names: list[str] = []
-        for pair, found in answers:
+        for pair, found in predicted:
             counts.append(favourable(found, [pair.masks(true) for true in pair.truths]))
             names.append(f"{pair.id}: {pair.phrase}")
         if not counts:
-            raise ProbeError("no image could be read: there is nothing to score")
+            raise ProbeError("no image could be read: nothing to score")
         context.records.add_images("local_f1", names, [each.local for each in counts])
         return measures(counts)
 
-    def _predicted(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, list[np.ndarray]]]:
+    def _read(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, list[np.ndarray]]]:
         found = read_predictions(str(self.predictions), self._pairs)
         return ((pair, pair.masks(found[pair.id])) for pair in pairs)
 
-    def _answered(
+    def _predict(
         self, decoder: str, model: Backbone, pairs: Sequence[Pair], context: EvalContext
     ) -> Iterator[tuple[Pair, list[np.ndarray]]]:
-        """The pairs, image by image, with the masks found on the model's features."""
+        """Pairs, image by image, with the masks predicted from the model's features."""
         need_spatial(model, "sa_co")
         by_image: dict[str, list[Pair]] = {}
         for pair in pairs:
@@ -140,24 +134,24 @@ class SaCo(Eval):
         absent = [file for file in by_image if not (root / file).is_file()]
         if absent:
             raise ConfigError(
-                f"evals.sa_co: {len(absent)} of {len(by_image)} annotated images are not below {root}, {absent[0]} "
-                "among them: name the folder that file_name counts from, or download the rest"
+                f"evals.sa_co: {len(absent)} of {len(by_image)} annotated images are not in {root}, such as "
+                f"{absent[0]}: set images to the folder that file_name is relative to, or download the rest"
             )
         sam = Sam3(decoder).to(device_of(model))
         view = input_size(model, self.size or sam.side * model.spec.stride)
-        for index, (file, asked) in enumerate(by_image.items(), 1):
+        for index, (file, own) in enumerate(by_image.items(), 1):
             context.report(f"image {index}/{len(by_image)}")
             try:
                 image = decode(root / file, file)
             except ImageError as error:
-                warnings.warn(f"skipped an image and its {len(asked)} phrases: {error}", stacklevel=2)
+                warnings.warn(f"skipped an image and its {len(own)} phrases: {error}", stacklevel=2)
                 continue
-            if any(pair.size != (image.height, image.width) for pair in asked):
-                raise ConfigError(f"{file} is {image.height}x{image.width} pixels (HxW), annotated as {asked[0].size}")
-            # A generator must not be left in inference mode where it yields: the answers of one image at a time.
+            if any(pair.size != (image.height, image.width) for pair in own):
+                raise ConfigError(f"{file} is {image.height}x{image.width} pixels (HxW), annotated as {own[0].size}")
+            # Leave inference mode before yielding: collect the masks of one image.
             shown = fit(image, view, "stretch", resample=Image.Resampling.BILINEAR)[None]  # as SAM 3 does it
             with frozen(model, sam):
                 out = model(shown.to(device_of(model)))
-                seen = sam.see(features_for(out, self.head, {sam.width}, "sa_co", file, usual="sam3"))
-                found = [sam.answer(seen, pair.phrase, pair.size) for pair in asked]
-            yield from zip(asked, found, strict=True)
+                embeddings = sam.embed(features_for(out, self.head, {sam.width}, "sa_co", file, usual="sam3"))
+                found = [sam.segment(embeddings, pair.phrase, pair.size) for pair in own]
+            yield from zip(own, found, strict=True)

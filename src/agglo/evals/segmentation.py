@@ -29,43 +29,43 @@ from agglo.types import ConfigError
 
 
 class Segmentation(Eval):
-    """Linear segmentation: batch norm without affine part and a 1x1 convolution on frozen spatial features (METHOD 7).
+    """Linear segmentation: batch norm without affine part and a 1x1 convolution on frozen spatial features.
 
-    ``probe: logistic`` replaces the field's training by SGD by a convex problem that has one answer:
+    ``probe: logistic`` replaces the usual SGD training by a convex problem with one solution:
 
     - features are standardised per channel by the training cells' mean and standard deviation;
     - a cell's target is the histogram of the classes of its pixels, its weight the share of pixels that have a class;
     - minimised over ``W (K, D)``, ``b (K)`` by full-batch L-BFGS from zero:
       ``sum_i w_i CE(y_i, W x_i + b) / sum_i w_i + decay / 2 ||W||^2``; no bias decay; no augmentation, no seed;
-    - ``decay`` is the one whose mIoU on ``val`` is best; equal ones: the stronger.
+    - ``decay`` maximises the mIoU on ``val``; ties: the stronger.
 
-    ``probe: adamw`` trains as published: a batch norm and a 1x1 convolution by AdamW (betas 0.9, 0.999) on the
-    cross-entropy of every pixel, logits upsampled to the mask; linear warm-up from 1e-6 of the rate, then linear to 0.
-    The images are not augmented, for the features are computed once; ``val`` is not used.
+    ``probe: adamw`` trains the probe as AM-RADIO does (arXiv:2312.06709, 5.3): AdamW (betas 0.9, 0.999) on the
+    cross-entropy of every pixel, logits upsampled to the mask; linear warm-up from 1e-6 of the peak learning rate,
+    then linear decay to 0. Images are not augmented, because features are computed once; ``val`` is not used.
 
-    Logits are upsampled bilinearly (``align_corners=False``) to the mask, and the largest wins. ``inference: whole``
-    shows the model the image, cropped to the aspect of ``size``. ``inference: slide`` scales its shorter side to
-    ``short``, shows windows of ``size`` every ``stride`` pixels, in training too, and averages the logits of those that
-    see a pixel.
+    The prediction is the argmax of the logits, upsampled bilinearly (``align_corners=False``) to the mask. With
+    ``inference: whole`` the input is the image cropped to the aspect of ``size``. With ``inference: slide`` its shorter
+    side is scaled to ``short``, the inputs are windows of ``size`` every ``stride`` pixels, in training too, and the
+    logits of overlapping windows are averaged.
 
-    Background is a class. Pixels of value 255 have no class and count nowhere. mIoU is over the classes that occur in
-    the truth or the predictions of ``test``, from one confusion matrix of all its pixels.
-
-    Metrics: ``miou``, ``pixel_accuracy``, in [0, 1].
+    Background is a class. Pixels of value 255 are unlabelled and ignored. Metrics, from one confusion matrix of all
+    pixels of ``test`` with ``TP``, ``FP`` and ``FN`` per class: ``miou``, the mean of ``TP / (TP + FP + FN)`` over the
+    classes that occur in the ground truth or the predictions; ``pixel_accuracy``, the share of correct pixels. Both in
+    [0, 1].
 
     Args:
         probe: ``logistic`` or ``adamw``.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
         inference: ``whole`` or ``slide``.
-        stride: pixels between windows; two thirds of the window's shorter side when None.
-        short: shorter side of the image that windows slide over; the window's longer side when None.
-        decay: L2 penalties of the logistic probe to choose from; the weight decay of AdamW is the first.
-        steps: L-BFGS iterations at most, for each penalty; or steps of AdamW.
-        warmup: steps of AdamW's warm-up.
-        lr: its peak learning rate.
-        batch: its images a step.
-        seed: of the order of its images.
-        train: a source with ``classes`` and ``annotation(index).semantic``, fitted on.
+        stride: of the windows, in pixels; two thirds of the window's shorter side when None.
+        short: shorter side of the scaled image, in pixels; the window's longer side when None.
+        decay: candidate L2 penalties of the logistic probe; AdamW uses the first as weight decay.
+        steps: maximum number of L-BFGS iterations per penalty; or AdamW steps.
+        warmup: warm-up steps of AdamW.
+        lr: peak learning rate of AdamW.
+        batch: images per AdamW step.
+        seed: of the order of the images in AdamW training.
+        train: a source with ``classes`` and ``annotation(index).semantic``, for fitting.
         val: the same; chooses the penalty.
         test: the same; measured.
     """
@@ -89,14 +89,14 @@ class Segmentation(Eval):
         test: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if not decay or min(decay) < 0:
-            raise ConfigError(f"evals.segmentation: decay is a list of numbers, none negative; got {list(decay)}")
+            raise ConfigError(f"evals.segmentation: decay must be a list of non-negative numbers; got {list(decay)}")
         if probe not in ("logistic", "adamw"):
-            raise ConfigError(f"evals.segmentation: probe is logistic or adamw, not {probe!r}")
+            raise ConfigError(f"evals.segmentation: probe must be logistic or adamw, not {probe!r}")
         if inference not in ("whole", "slide"):
-            raise ConfigError(f"evals.segmentation: inference is whole or slide, not {inference!r}")
+            raise ConfigError(f"evals.segmentation: inference must be whole or slide, not {inference!r}")
         for key, value in (("steps", steps), ("batch", batch), ("stride", stride or 1), ("short", short or 1)):
             if value < 1:
-                raise ConfigError(f"evals.segmentation: {key} is at least 1, got {value}")
+                raise ConfigError(f"evals.segmentation: {key} must be at least 1, got {value}")
         self.adamw = PixelTraining(steps, warmup, lr, decay[0], batch, seed) if probe == "adamw" else None
         self.size = size
         self.inference = inference
@@ -114,7 +114,7 @@ class Segmentation(Eval):
         train = self._split(model, self.train, context)
         if self.adamw is not None:
             check_masks(train, len(names))
-            probe = fit_pixels(train, len(names), self.adamw, device_of(model), context)
+            probe = fit_pixels(train, len(names), self.adamw, device_of(model), context.report)
             test = self._split(model, self.test, context)
             return self._measure(test, probe, names, context)
         val, test = (self._split(model, options, context) for options in (self.val, self.test))
@@ -130,11 +130,10 @@ class Segmentation(Eval):
         )
         fitted: tuple[Tensor, Tensor] | None = None
         best: tuple[float, Probe] | None = None
-        for decay in self.decay:  # from strong to weak: each solution starts the next
+        for decay in self.decay:  # from strong to weak: each solution initialises the next
             context.report(f"segmentation probe, decay {decay:g}")
             fitted = fit_logistic(x, y, decay, self.steps, start=fitted)
             probe = Probe(standard, *fitted)
-            # With one penalty there is nothing to choose.
             score = (
                 miou(torch.stack(list(self._confusions(val, probe, len(names)))).sum(0)) if len(self.decay) > 1 else 0.0
             )
@@ -156,7 +155,7 @@ class Segmentation(Eval):
 
     def _confusions(self, split: Split, probe: Probe, classes: int) -> Iterator[Tensor]:
         """The confusion matrix of each image."""
-        for name, (found, truth) in zip(split.names(), split.answers(probe), strict=True):
+        for name, (found, truth) in zip(split.names(), split.predict(probe), strict=True):
             yield confusion(truth, found, classes, name)
 
     def _measure(self, test: Split, probe: Probe, names: Sequence[str], context: EvalContext) -> dict[str, float]:
@@ -172,7 +171,7 @@ class Segmentation(Eval):
 
 
 def confusion(truth: Tensor, found: Tensor, classes: int, name: str = "a mask") -> Tensor:
-    """Counts ``(K, K)`` float64 of pixels by true (row) and found (column) class; truth 255 is left out.
+    """Pixel counts ``(K, K)`` float64 by true (row) and predicted (column) class; truth 255 is ignored.
 
     Raises:
         ConfigError: a true class outside 0 .. K-1.
@@ -184,17 +183,17 @@ def confusion(truth: Tensor, found: Tensor, classes: int, name: str = "a mask") 
 
 
 def iou_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection over union of each class, and which classes have a pixel in truth or prediction: two ``(K,)``."""
+    """Intersection over union per class, and which classes occur in truth or prediction: two ``(K,)``."""
     hit = matrix.diagonal()
     union = matrix.sum(0) + matrix.sum(1) - hit
     return hit / union.clamp_min(1), union > 0
 
 
 def miou(matrix: Tensor) -> float:
-    """Mean intersection over union of the classes with a pixel in truth or prediction.
+    """Mean intersection over union of the classes that occur in truth or prediction.
 
     Raises:
-        ProbeError: there is no pixel at all.
+        ProbeError: no pixel is labelled.
     """
     iou, occurs = iou_of(matrix)
     if not bool(occurs.any()):
@@ -203,7 +202,7 @@ def miou(matrix: Tensor) -> float:
 
 
 def _histogram(mask: Tensor, grid: Sequence[int], classes: int, name: str = "a mask") -> Tensor:
-    """Share of each class among the pixels of each cell, ``(1, K, h, w)``; pixels without a class add to none."""
+    """Share of each class among the pixels of each cell, ``(1, K, h, w)``; unlabelled pixels add to none."""
     check_mask(mask, classes, name)
     mask = mask.long()
     legal = mask != IGNORE
@@ -215,6 +214,6 @@ def _classes(source: object) -> Sequence[str]:
     classes = getattr(source, "classes", None)
     if not classes:
         raise ConfigError(
-            f"{type(source).__name__} names no classes: segmentation needs a source such as {{kind: scenes}}"
+            f"{type(source).__name__} has no classes: segmentation needs a source such as {{kind: scenes}}"
         )
     return classes

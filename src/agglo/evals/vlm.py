@@ -1,4 +1,4 @@
-"""A model as the eye of a language model: features for an outside trainer, and scores of its answers."""
+"""Vision-language evaluation: export features for an external LLaVA training, and score its answers."""
 
 from __future__ import annotations
 
@@ -37,32 +37,33 @@ _TENSORS = "features-{:05d}.safetensors"
 
 
 class Vlm(Eval):
-    """LLaVA-1.5 on frozen features (Liu et al. 2024; METHOD 7). The language model is trained elsewhere.
+    """LLaVA-1.5 (arXiv:2310.03744) on frozen features. The language model is trained elsewhere.
 
     With ``folder`` the features of every image are written there: the longer side is scaled to ``size``, the shorter
     one padded to a legal length, and each cell of the map is one token.
 
-    - ``features-00000.safetensors``, ...: ``(tokens, D)`` float16, row by row of the map, by the number of the image;
-    - ``index.jsonl``: a line for each image: ``image`` (its name), ``file``, ``key``, ``grid`` (height, width);
-    - ``llava.json``: the configuration of a LLaVA-1.5 whose vision tower gives these features, and of its two stages.
+    - ``features-00000.safetensors``, ...: ``(tokens, D)`` float16, the map in row-major order, keyed by image number;
+    - ``index.jsonl``: one line per image: ``image`` (its name), ``file``, ``key``, ``grid`` (height, width);
+    - ``llava.json``: configuration of a LLaVA-1.5 with these features as vision tower, and of its two training stages.
 
-    With ``answers`` and ``truth`` the answers of the trained model are scored as the benchmark does: VQA accuracy
-    (``vqav2``, ``textvqa``), the same text (``gqa``), or yes and no (``pope``).
+    With ``answers`` and ``truth`` the answers of the trained model are scored as the benchmark does: VQA accuracy, the
+    leave-one-out mean of ``min(1, equal human answers / 3)`` (``vqav2``, ``textvqa``), exact match (``gqa``), or yes/no
+    classification (``pope``).
 
-    Metrics: ``accuracy``, and for ``pope`` also ``precision``, ``recall``, ``f1`` and ``yes``, the share of yes;
-    without answers ``images``, ``tokens`` (the mean of an image) and ``width``, which only say what was written.
+    Metrics: ``accuracy``, for ``pope`` also ``precision``, ``recall``, ``f1`` and ``yes``, the share of yes, all in
+    [0, 1]; without answers ``images``, ``tokens`` (mean per image) and ``width`` of the features written.
 
     Args:
-        folder: where features go; None: none are written.
-        answers: JSON lines with ``question_id``, ``text`` and ``prompt``, as LLaVA writes them. Its ``question_id`` of
-            TextVQA is the image's: answers go by image and question then.
-        truth: the benchmark's own file of true answers; of ``pope`` the label file of one category.
-        questions: of ``pope``, the file that was asked (``llava_pope_test.jsonl``: ``question_id``, ``image``,
-            ``text``, ``category``), where the answers are to all categories at once.
+        folder: for the features; None writes none.
+        answers: JSON lines with ``question_id``, ``text`` and ``prompt``, as LLaVA writes them. For TextVQA LLaVA's
+            ``question_id`` is the image's id: answers are then matched by image and question.
+        truth: the benchmark's ground truth file; for ``pope`` the label file of one category.
+        questions: for ``pope`` with answers to all categories: the question file
+            (``llava_pope_test.jsonl``: ``question_id``, ``image``, ``text``, ``category``).
         benchmark: ``vqav2``, ``textvqa``, ``gqa`` or ``pope``.
         size: longer side of an image in pixels.
-        language_model: named in the configuration.
-        source: the images.
+        language_model: name in the configuration.
+        source: of the images.
     """
 
     bundled = False
@@ -87,15 +88,15 @@ class Vlm(Eval):
         source: Mapping[str, Any] = SCENES_TEST,
     ) -> None:
         if folder is None and answers is None:
-            raise ConfigError("evals.vlm: name a folder to write features to, or answers (and truth) to score")
+            raise ConfigError("evals.vlm: set folder to write features to, or answers and truth to score")
         if (answers is None) != (truth is None):
-            raise ConfigError("evals.vlm: answers and truth go together: what was answered, and what is true")
+            raise ConfigError("evals.vlm: answers and truth must be set together")
         if questions is not None and (benchmark != "pope" or answers is None):
-            raise ConfigError("evals.vlm: questions goes with answers to pope, whose label files number anew")
+            raise ConfigError("evals.vlm: questions needs answers to pope")
         if benchmark not in BENCHMARKS:
-            raise ConfigError(f"evals.vlm: benchmark is one of {', '.join(BENCHMARKS)}, not {benchmark!r}")
+            raise ConfigError(f"evals.vlm: benchmark must be one of {', '.join(BENCHMARKS)}, not {benchmark!r}")
         if size < 1:
-            raise ConfigError(f"evals.vlm: size is at least 1, got {size}")
+            raise ConfigError(f"evals.vlm: size must be at least 1, got {size}")
         self.folder, self.answers, self.truth, self.questions = (
             each and os.path.expanduser(each) for each in (folder, answers, truth, questions)
         )
@@ -105,19 +106,18 @@ class Vlm(Eval):
         self.source = source
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Write, score, or both.
+        """Write features, score answers, or both.
 
         Raises:
             TypeError: the model has no spatial features.
-            ConfigError: files of answers that cannot be read, questions without an answer, or answers of which it
-                cannot be told which question they are to.
+            ConfigError: unreadable files, questions without an answer, or answers that cannot be matched to a question.
         """
         found: dict[str, float] = {}
         if self.answers is not None and self.truth is not None:
-            asked = read_truth(self.truth, self.benchmark)
-            said = pair(read_answers(self.answers), asked, self.benchmark, self.questions)
-            found, own = score(said, [question.truth for question in asked], self.benchmark)
-            context.records.add_images("accuracy", [question.id for question in asked], own)
+            questions = read_truth(self.truth, self.benchmark)
+            answers = pair(read_answers(self.answers), questions, self.benchmark, self.questions)
+            found, own = score(answers, [question.truth for question in questions], self.benchmark)
+            context.records.add_images("accuracy", [question.id for question in questions], own)
         if self.folder is not None:
             written = self._write(model, Path(self.folder), context)
             found = found or written
@@ -126,25 +126,25 @@ class Vlm(Eval):
     def _write(self, model: Backbone, folder: Path, context: EvalContext) -> dict[str, float]:
         need_spatial(model, "vlm")
         folder.mkdir(parents=True, exist_ok=True)
-        waiting: dict[str, Tensor] = {}
+        shard: dict[str, Tensor] = {}
         lines: list[dict[str, Any]] = []
         with frozen(model):
             for _, names, images in read_batches(context.sources.open(self.source), [], context.report):
                 for name, image in zip(names, images, strict=True):
-                    shown = padded(image, self.size, model)[None].to(device_of(model))
-                    map_ = check(model(shown).spatial, "spatial", [name], 4)
+                    pixels = padded(image, self.size, model)[None].to(device_of(model))
+                    map_ = check(model(pixels).spatial, "spatial", [name], 4)
                     if map_ is None:
                         raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
                     key, file = f"{len(lines):08d}", _TENSORS.format(len(lines) // _SHARD)
-                    waiting[key] = _half(map_[0], name)
+                    shard[key] = _half(map_[0], name)
                     lines.append({"image": name, "file": file, "key": key, "grid": list(map_.shape[-2:])})
-                    if len(waiting) == _SHARD:
-                        save_file(waiting, folder / file)
-                        waiting = {}
+                    if len(shard) == _SHARD:
+                        save_file(shard, folder / file)
+                        shard = {}
         if not lines:
-            raise ProbeError("no image to write features of")
-        if waiting:
-            save_file(waiting, folder / lines[-1]["file"])
+            raise ProbeError("no image could be read: no features to write")
+        if shard:
+            save_file(shard, folder / lines[-1]["file"])
         (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         width = int(model.spec.spatial or 0)
         text = json.dumps(configuration(width, self.size, self.language_model), indent=2)
@@ -171,18 +171,18 @@ def _half(map_: Tensor, name: str) -> Tensor:
     """``(D, h, w)`` as tokens ``(h*w, D)`` float16.
 
     Raises:
-        FeatureError: a value that float16 cannot hold.
+        FeatureError: a value out of the range of float16.
     """
     tokens = map_.flatten(1).T.contiguous()
     if float(tokens.abs().max()) > torch.finfo(torch.float16).max:
         raise FeatureError(
-            f"the spatial features of {name} reach {float(tokens.abs().max()):.3g}: float16 ends at 65504"
+            f"the spatial features of {name} reach {float(tokens.abs().max()):.3g}: the maximum of float16 is 65504"
         )
     return tokens.half()
 
 
 def configuration(width: int, size: int, language_model: str) -> dict[str, Any]:
-    """A LLaVA-1.5: a two-layer projector of features of ``width`` channels, trained alone, then with everything."""
+    """LLaVA-1.5 on features of ``width`` channels: its projector, trained alone, then with the language model."""
     return {
         "model": {
             "model_type": "llava",

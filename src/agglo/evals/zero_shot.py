@@ -25,24 +25,24 @@ _TEMPLATES = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_
 
 
 class ZeroShot(Eval):
-    """Zero-shot classification: an image belongs to the class whose name, as text, lies nearest (Radford et al. 2021).
+    """Zero-shot classification: the class whose name, as text, is most similar to the image (CLIP, arXiv:2103.00020).
 
-    A class's vector is the normalised mean of the unit-norm embeddings of its name in each template (METHOD 7); an
-    image's is ``encode_image``, or the normalised summary of a text-aligned teacher that has no such method. The score
-    is their cosine; equal scores go to the class that comes first.
+    A class's vector is the normalised mean, over templates, of the unit-norm embeddings of its name; an image's is
+    ``encode_image``, or the normalised summary of a text-aligned teacher without that method. The score is their
+    cosine; ties go to the first class.
 
-    Metrics: ``top1`` and ``top5``, in [0, 1].
+    Metrics: ``top1`` and ``top5``, the share of images whose class is among the k highest scores, in [0, 1].
 
     Args:
-        templates: sentences with ``{}`` where the class name goes; or ``openai``, the 80 that CLIP was measured with,
-            ``simple``, seven of them that do as well on ImageNet, or ``base``, the one that RADIO calls so. The first
-            two are read from the open_clip package.
-        classes: ``source``: the source's own ``classes``, or those its labels name; ``imagenet``: all 1000 classes, and
-            each image's label is the WordNet id that its file name begins with (``n01440764_tench.jpg``); or a list of
-            names, which must hold every label of the source.
+        templates: sentences with ``{}`` for the class name; or ``openai``, the 80 templates of CLIP, ``simple``, seven
+            of them with equal accuracy on ImageNet, or ``base``, RADIO's single one. The first two are read from the
+            open_clip package.
+        classes: ``source``: the source's ``classes``, or the names of its labels; ``imagenet``: all 1000 classes, with
+            labels from the WordNet id at the beginning of each file name (``n01440764_tench.jpg``); or a list of names
+            that includes every label of the source.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
-        aspect: ``crop``: the middle of each image, in the aspect of ``size``; ``keep``: the whole image, scaled so that
-            it covers ``size``, RADIO's way. Teachers with one fixed canvas are shown crops either way, with a warning.
+        aspect: ``crop``: the centre of each image at the aspect of ``size``; ``keep``: the whole image, scaled to cover
+            ``size``, as RADIO does. A teacher with one fixed canvas gets crops either way, with a warning.
         source: the images.
     """
 
@@ -60,10 +60,10 @@ class ZeroShot(Eval):
         if isinstance(templates, str):
             templates = named_templates(templates)
         if not templates:
-            raise ConfigError('evals.zero_shot: templates is empty; "{}" alone is the class name itself')
+            raise ConfigError('evals.zero_shot: templates is empty; use "{}" for the class name alone')
         wrong = next((template for template in templates if "{}" not in template), None)
         if wrong is not None:
-            raise ConfigError(f"evals.zero_shot: template {wrong!r} has no {{}} where the class name goes")
+            raise ConfigError(f"evals.zero_shot: template {wrong!r} has no {{}} for the class name")
         if isinstance(classes, str) and classes not in ("source", "imagenet"):
             raise ConfigError(
                 f"evals.zero_shot: classes {classes!r}{nearest(classes, ('source', 'imagenet'))}, or a list"
@@ -75,7 +75,7 @@ class ZeroShot(Eval):
         self.source = source
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        # Text first: a model without it must say so before any image is encoded.
+        # Texts first: a model without a text tower raises before any image is encoded.
         encode_texts(model, [self.templates[0].replace("{}", "thing")], "zero_shot")
         images = encode(model, self.source, self.size, context, want="text", aspect=self.aspect)
         if images.summary is None:
@@ -84,16 +84,16 @@ class ZeroShot(Eval):
         bank = class_bank(model, names, self.templates)
         if bank.shape[1] != images.summary.shape[1]:
             raise FeatureError(f"texts have {bank.shape[1]} channels and images {images.summary.shape[1]}")
-        hits = [
-            rank_of(chunk @ bank.T, answer)
-            for chunk, answer in zip(images.summary.split(1024), truth.split(1024), strict=True)
+        ranks = [
+            rank_of(chunk @ bank.T, labels)
+            for chunk, labels in zip(images.summary.split(1024), truth.split(1024), strict=True)
         ]
-        rank = torch.cat(hits)
+        rank = torch.cat(ranks)
         context.records.add_by_class("top1", images.names, [names[i] for i in truth.tolist()], (rank < 1).double())
         return {f"top{k}": float((rank < k).double().mean()) for k in (1, 5)}
 
     def labels(self, images: Encoded, source: Source) -> tuple[list[str], Tensor]:
-        """The class names that compete, and each image's position among them."""
+        """Names of the candidate classes, and the index of each image's class."""
         if self.classes == "imagenet":
             number = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
             wnids = [PurePath(name).name.split(".")[0].split("_")[0] for name in images.names]
@@ -106,7 +106,7 @@ class ZeroShot(Eval):
         found = class_names(source, images.index)
         numbers = [source.label(i) for i in images.index] if hasattr(source, "label") else []  # type: ignore[attr-defined]
         if self.classes == "source" and getattr(source, "classes", ()) and not any(isinstance(n, str) for n in numbers):
-            # By number, not by name: two classes of ImageNet share the name "crane".
+            # By index, not by name: two classes of ImageNet have the name "crane".
             return list(source.classes), torch.tensor(numbers)  # type: ignore[attr-defined]
         own: Sequence[str] = getattr(source, "classes", ()) or sorted(set(found))
         names = list(own if isinstance(self.classes, str) else self.classes)
@@ -120,19 +120,19 @@ class ZeroShot(Eval):
 
 
 def named_templates(name: str) -> tuple[str, ...]:
-    """The sentences behind a name, with ``{}`` where the class name goes.
+    """Templates of a named set, with ``{}`` for the class name.
 
     Raises:
-        ConfigError: no such set.
+        ConfigError: an unknown name.
         MissingExtraError: ``openai`` or ``simple``, and open_clip is not installed.
     """
     if name not in _TEMPLATES:
-        hint = "or a list of sentences with {} where the class name goes"
+        hint = "or a list of sentences with {} for the class name"
         raise ConfigError(f"evals.zero_shot: templates {name!r}{nearest(name, _TEMPLATES)}, {hint}")
     attribute = _TEMPLATES[name]
     if attribute is None:
         return ("an image of a {}.",)
-    # They come as functions of the class name.
+    # open_clip has them as functions of the class name.
     return tuple(fill("{}") for fill in getattr(require("open_clip", "teachers"), attribute))
 
 
