@@ -1,8 +1,7 @@
-"""Many images to vectors: a folder in; names, summaries and text-aligned embeddings out; and search by text."""
+"""Embed image collections: summaries and text-aligned embeddings, files of them, and search by text."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from agglo.config import build
 from agglo.data.loader import evaluation_batches
 from agglo.extras import require
+from agglo.files import replacing
 from agglo.model.model import Model
 from agglo.preprocess import aspect_size, check_size, decode, fit, nearest_size, to_tensor
 from agglo.sources.base import Source
@@ -23,26 +23,26 @@ from agglo.types import ConfigError, ImageError
 from agglo.zoo.loading import DEFAULT, load
 
 Progress = Callable[[int, int], None]
-"""Called with (images done, images in all) after every batch."""
+"""Called with (images done, total images) after every batch."""
 
 ENDINGS = (".parquet", ".npz")
 LOOK = 512
-"""Pixels at which :func:`look` looks at least: below, a map of stride 16 has too few cells to recognise anything."""
+"""Minimum longer side of :func:`look` in pixels: a smaller map of stride 16 has too few cells to be recognisable."""
 _ROW_GROUP = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Images as vectors.
+    """Embeddings of a set of images.
 
     Args:
-        names: path or name of each of the N images, in the order they were given.
+        names: path or name of each of the N images, in input order.
         summary: ``(N, D)`` float32, the backbone's summary.
-        aligned: ``(N, E)`` float32 of unit norm, in the text tower's space; None where the model has no text tower.
-        skipped: name to reason of the images that could not be used.
-        model: what the model was called.
-        size: ``(H, W)`` in pixels at which it saw every image (cover and centre crop).
-        head: the head behind ``aligned``.
+        aligned: ``(N, E)`` float32 of unit norm, in the text tower's space; None for a model without one.
+        skipped: name to reason of the skipped images.
+        model: name of the model.
+        size: ``(H, W)`` of the model's input in pixels (centre crop).
+        head: the head of ``aligned``.
     """
 
     names: tuple[str, ...]
@@ -57,34 +57,29 @@ class Embeddings:
         return len(self.names)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write ``.parquet`` or ``.npz``; the file appears whole or not at all.
+        """Write ``.parquet`` or ``.npz`` atomically.
 
-        Columns (arrays): ``path``, ``summary``, and the text-aligned embedding under its head's name (``aligned`` where
-        that is taken). The schema's metadata (the array ``metadata``, JSON) holds model, size, head and agglo version.
+        Columns (arrays): ``path``, ``summary``, and the text-aligned embedding under its head's name (``aligned`` if
+        that is reserved). Model, size, head and agglo version are in the schema's metadata (JSON array ``metadata``).
 
         Raises:
             ConfigError: see :func:`check_output`.
-            MissingExtraError: Parquet is asked for and pyarrow is not installed.
+            MissingExtraError: ``.parquet`` without pyarrow installed.
         """
         path = check_output(path, overwrite=overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as partial:
             (_write_parquet if path.suffix == ".parquet" else _write_npz)(self, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The arrays by column name, ``path`` left out."""
+        """Arrays by column name, without ``path``."""
         columns = {"summary": self.summary}
         if self.aligned is not None:
             columns["aligned" if self.head in (None, "path", "summary", "metadata") else str(self.head)] = self.aligned
         return columns
 
     def metadata(self) -> dict[str, str]:
-        """What a reader needs to know, as strings."""
+        """Model, size, version and head as strings."""
         import agglo
 
         facts = {"model": self.model, "size": f"{self.size[0]}x{self.size[1]}", "version": agglo.__version__}
@@ -93,7 +88,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One image of a ranking: its name, and its cosine similarity with the text."""
+    """An image of a ranking: its name and its cosine similarity with the text."""
 
     name: str
     score: float
@@ -110,20 +105,20 @@ def embed(
 ) -> Embeddings:
     """Encode a folder, a source, or any images.
 
-    Every image is scaled until it covers a square and cropped to its centre, as the evals do. An image that cannot be
-    read, or whose features are not finite, is skipped and named in ``skipped``.
+    The input is the centre square of each image, resized by :func:`agglo.preprocess.fit` as in the evals. Unreadable
+    images and those with non-finite features are skipped and listed in ``skipped``.
 
     Args:
-        images_or_dir: a folder (searched with its sub-folders) or image file; a source; or paths, PIL images, arrays
-            and tensors, mixed as you like.
+        images_or_dir: a folder (searched recursively) or image file; a source; or an iterable of paths, PIL images,
+            arrays and tensors.
         model: a model, a released name, or a folder.
         size: side of the square in pixels; None for the model's preferred size.
-        batch: images at a time.
-        head: which text-aligned head fills ``aligned``; None for the first there is.
-        progress: told after every batch.
+        batch: images per batch.
+        head: the text-aligned head for ``aligned``; None for the first.
+        progress: called after every batch.
 
     Raises:
-        ConfigError: no images, none that can be read, an illegal size or batch, or no such text-aligned head.
+        ConfigError: no readable images, an illegal size or batch, or an unknown text-aligned head.
     """
     called = str(model) if isinstance(model, str | Path) else str(model.provenance.get("recipe", "model"))
     model = load(model, heads="text") if isinstance(model, str | Path) else model
@@ -154,7 +149,7 @@ def embed(
     finally:
         model.train(was_training)
     if not names:
-        raise ConfigError(f"the model gave no finite features for any of {len(source)} images: its weights are damaged")
+        raise ConfigError(f"the features of all {len(source)} images are not finite: the weights are damaged")
     if progress is not None:
         progress(len(source), len(source))
     together = np.concatenate(aligned) if head is not None else None
@@ -162,13 +157,13 @@ def embed(
 
 
 def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int = 5) -> list[Hit]:
-    """The k images nearest to a text, best first; images of one score keep their order.
+    """The k images most similar to a text, best first; ties keep the order of the images.
 
     Args:
-        embeddings: from :func:`embed`, made by the same model.
+        embeddings: from :func:`embed` with the same model.
         model: that model.
         text: free text.
-        k: how many; all when there are fewer.
+        k: number of images; clamped to the number of embeddings.
 
     Raises:
         ConfigError: an empty text, ``k`` below 1, or a model without a text tower.
@@ -180,7 +175,7 @@ def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int 
     model = load(model, heads="text") if isinstance(model, str | Path) else model
     if embeddings.aligned is None:
         _aligned_head(model, embeddings.head, needed=True)
-        raise ConfigError("these embeddings have no text-aligned part: embed the images again with this model")
+        raise ConfigError("the embeddings have no text-aligned part: embed the images again with this model")
     with torch.inference_mode():
         query = model.encode_text([text], embeddings.head).float().cpu().numpy()[0]
     scores = embeddings.aligned @ query
@@ -189,12 +184,12 @@ def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One image and what a model sees in it.
+    """An image and its spatial features.
 
     Args:
-        name: the image's path.
-        image: the image, upright RGB, at its own size.
-        spatial: ``(D, H, W)`` float32, on the CPU; the grid has the image's shape.
+        name: path of the image.
+        image: upright RGB, at its original size.
+        spatial: ``(D, H, W)`` float32, on the CPU; the grid has the image's aspect.
     """
 
     name: str
@@ -203,21 +198,21 @@ class Look:
 
 
 def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) -> tuple[list[Look], dict[str, str]]:
-    """The spatial features of images, each in its own shape.
+    """Spatial features of images, each at its own aspect.
 
     Args:
         paths: images, or folders of them.
         model: a model with spatial features.
-        size: longer side in pixels; None for twice the preferred size or 512, whichever is more: finer structure shows.
+        size: longer side in pixels; None for twice the preferred size, at least 512.
 
     Returns:
-        What was seen, and name to reason of the images that were skipped.
+        Images with features, and name to reason of the skipped images.
 
     Raises:
-        ConfigError: no spatial features, no such path, an illegal size, or no image that can be read.
+        ConfigError: no spatial features, no such path, an illegal size, or no readable image.
     """
     if model.spec.spatial is None:
-        raise ConfigError("this model has no spatial features: there is nothing to look at")
+        raise ConfigError("this model has no spatial features")
     longest = max(LOOK, 2 * model.preferred_size) if size is None else legal_size(model, size)[0]
     looks: list[Look] = []
     skipped: dict[str, str] = {}
@@ -230,8 +225,8 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
                 continue
             view = aspect_size((image.height, image.width), (longest, longest), model.step(), inside=True)
             with torch.inference_mode():
-                seen = fit(image, view, "stretch")
-                spatial = model(seen[None], heads=(), resize=False).spatial
+                pixels = fit(image, view, "stretch")
+                spatial = model(pixels[None], heads=(), resize=False).spatial
             looks.append(Look(source.name(index), image, spatial[0].float().cpu()))
     if not looks:
         raise ConfigError("none of the images can be read: " + "; ".join(f"{n}: {why}" for n, why in skipped.items()))
@@ -239,10 +234,10 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
 
 
 def legal_size(model: Model, size: int | None) -> tuple[int, int]:
-    """The square a model sees: the one that was asked for, or the legal one nearest to its preferred size.
+    """``(size, size)``, or for None the legal square nearest to the model's preferred size.
 
     Raises:
-        ConfigError: the size asked for is illegal; the legal ones near it are named.
+        ConfigError: ``size`` is not legal; names the nearest legal sizes.
     """
     if size is None:
         return nearest_size((model.preferred_size, model.preferred_size), model.step())
@@ -254,10 +249,10 @@ def legal_size(model: Model, size: int | None) -> tuple[int, int]:
 
 
 def check_output(path: str | Path, *, overwrite: bool, endings: Sequence[str] = ENDINGS) -> Path:
-    """A path that may be written, checked before the work begins.
+    """Check an output path before the work begins.
 
     Raises:
-        ConfigError: an unknown ending, a folder, or a file that exists while ``overwrite`` is not set.
+        ConfigError: an unknown suffix, a folder, or an existing file without ``overwrite``.
     """
     path = Path(path).expanduser()
     if path.suffix not in endings:
@@ -265,7 +260,7 @@ def check_output(path: str | Path, *, overwrite: bool, endings: Sequence[str] = 
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file in it")
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists: write it anew with --overwrite (overwrite=True), or choose another name")
+        raise ConfigError(f"{path} exists: use --overwrite (overwrite=True), or choose another name")
     return path
 
 
@@ -273,14 +268,14 @@ def as_files(path: str | Path) -> Source:
     """The images in a folder, or one image file, named by their paths.
 
     Raises:
-        ConfigError: there is no such path, or no image in it.
+        ConfigError: no such path, or no image in it.
     """
     folder = build("sources", {"kind": "folder", "path": str(path)})
-    return _Given([folder.file(index) for index in range(len(folder))])
+    return _ImageList([folder.file(index) for index in range(len(folder))])
 
 
-class _Given(Source):
-    """Images as they were handed in: paths are opened when read."""
+class _ImageList(Source):
+    """A source of images passed by the caller; paths are opened when read."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         self._items = list(items)
@@ -308,12 +303,12 @@ def _as_source(images: str | Path | Source | Iterable[Any]) -> Source:
         return images
     if isinstance(images, str | Path):
         return as_files(images)
-    # One array or tensor is one image or a batch, never a list of rows.
+    # An array or tensor is one image or a batch, never a list of rows.
     single = isinstance(images, Image.Image) or getattr(images, "ndim", 4) in (2, 3)
     items = [images] if single else list(images)
     if not items:
         raise ConfigError("no images were given")
-    return _Given(items)
+    return _ImageList(items)
 
 
 def _aligned_head(model: Model, head: str | None, *, needed: bool = False) -> str | None:
@@ -330,7 +325,7 @@ def _encode(model: Model, images: torch.Tensor, head: str | None) -> tuple[np.nd
     with torch.inference_mode():
         out = model(images, heads=[] if head is None else [head], resize=False)
     if out.summary is None:
-        raise ConfigError("this model has no summary: there is nothing to embed")
+        raise ConfigError("this model has no summary to embed")
     vectors = None if head is None else out.heads[head].summary
     if vectors is None:
         return out.summary.float().cpu().numpy(), np.zeros((len(images), 0), np.float32)
@@ -343,7 +338,7 @@ def _write_parquet(embeddings: Embeddings, file: Path) -> None:
     fields = [pa.field("path", pa.string()), *(pa.field(name, pa.list_(pa.float32())) for name in columns)]
     schema = pa.schema(fields, metadata=embeddings.metadata())
     with parquet.ParquetWriter(file, schema) as writer:
-        # In groups: the offsets of a list column are 32 bits wide.
+        # In groups: offsets of a list column are 32-bit.
         for start in range(0, len(embeddings), _ROW_GROUP):
             rows = slice(start, start + _ROW_GROUP)
             lists = [_list_column(pa, array[rows]) for array in columns.values()]
@@ -360,7 +355,7 @@ def _list_column(pa: Any, array: np.ndarray) -> Any:
 def _write_npz(embeddings: Embeddings, file: Path) -> None:
     import json
 
-    # Strings as a unicode array, not objects: the file must open without pickle.
+    # Strings as a unicode array, not objects: the file must load without pickle.
     with file.open("wb") as stream:
         np.savez(
             stream,

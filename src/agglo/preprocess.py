@@ -1,8 +1,9 @@
-"""From a file, an array or a tensor to what models eat, and to sizes they can take.
+"""Preprocessing: from image files, arrays and tensors to model inputs of a legal size.
 
-One module for training, evals and export, so that no pixel is treated in two ways: :func:`decode` reads image files,
-:func:`to_tensor` and :func:`load_image` make tensors, :func:`nearest_size` and its relatives know the legal sizes,
-:class:`Conditioner` normalises inside the model.
+:func:`decode` reads image files; :func:`to_tensor` and :func:`load_image` convert to tensors; :func:`fit` crops,
+stretches or pads an image to the model's input, for ``embed``, evals and reports alike; :func:`nearest_size`,
+:func:`aspect_size` and :func:`check_size` compute legal sizes; :class:`Conditioner` normalises inside the model. Views
+in training are made by ``agglo.data``.
 """
 
 from __future__ import annotations
@@ -22,36 +23,37 @@ from agglo.types import ImageError
 
 _WITH_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 _ROUNDING = 1e-3
-"""How far a float image may leave [0, 1] (resampling overshoots a little) before it counts as a wrong range."""
+"""Tolerance of float images beyond [0, 1], because resampling overshoots slightly."""
 
 
 # ---------------------------------------------------------------------------------------------------- decoding
 
 
 def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read one image file: upright, 8-bit RGB, without a file handle.
+    """Decode one image file to upright 8-bit RGB; the file is closed.
 
-    Greyscale and palette are expanded; transparency is composited over white; CMYK is converted without its colour
-    profile; 16-bit greyscale is divided by 257 (65535 is white); other integer and float ranges follow
-    :func:`_eight_bits`; an animation or a document gives its first frame; the EXIF orientation is applied.
+    The EXIF orientation is applied. Greyscale and palette images are expanded; transparency is composited over white;
+    CMYK is converted without its colour profile; 16-bit greyscale is divided by 257 (65535 is white); other integer and
+    float ranges follow :func:`_eight_bits`; of an animation or a document the first frame is read.
 
     Args:
-        source: a path, or a binary file object that can seek.
-        name: what errors call the image; default: the path.
+        source: a path, or a seekable binary file object.
+        name: of the image in errors; the path when None.
 
     Returns:
         A loaded ``PIL.Image`` of mode "RGB", 1x1 or larger.
 
     Raises:
-        ImageError: missing, empty, no image, truncated, damaged, a decompression bomb, or of an unsupported mode.
+        ImageError: the file is missing, empty, not an image, truncated, damaged, a decompression bomb or of an
+            unsupported mode.
     """
     if name is None:
         name = str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", "image"))
     try:
         with Image.open(source) as image:
             if image.format == "EPS":
-                # Loading one would start Ghostscript: a program in a data file is no image.
-                raise ImageError(name, "EPS files are programs and are not run; convert it to PNG first")
+                # Loading one would run Ghostscript.
+                raise ImageError(name, "EPS files are programs and are not executed; convert it to PNG")
             image.load()
             _turn_upright(image)
             return _rgb(image, name)
@@ -62,7 +64,7 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
     except IsADirectoryError:
         raise ImageError(name, "is a folder, not an image") from None
     except PermissionError:
-        raise ImageError(name, "may not be read (permission denied)") from None
+        raise ImageError(name, "cannot be read (permission denied)") from None
     except UnidentifiedImageError:
         raise ImageError(name, _not_an_image(source)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -74,7 +76,7 @@ def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -
 
 
 def _not_an_image(source: str | os.PathLike[str] | BinaryIO) -> str:
-    """Why PIL did not recognise the file, as a phrase."""
+    """Describe a file that PIL did not recognise."""
     try:
         if isinstance(source, str | os.PathLike):
             with open(source, "rb") as file:
@@ -91,15 +93,15 @@ def _not_an_image(source: str | os.PathLike[str] | BinaryIO) -> str:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation in place; unreadable EXIF counts as none."""
+    """Apply the EXIF orientation in place; unreadable EXIF is ignored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # noqa: BLE001 (damaged metadata, which fails in many ways, must not cost a readable picture)
+    except Exception:  # noqa: BLE001 (damaged metadata fails in many ways and must not make an image unreadable)
         return
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """A loaded image in any mode as a plain 8-bit "RGB" image."""
+    """Convert a loaded image of any mode to 8-bit "RGB"."""
     if min(image.size) < 1:
         raise ImageError(name, f"has no pixels ({image.width}x{image.height})")
     if image.mode.startswith(("I", "F")):
@@ -114,19 +116,19 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             result = image.convert("RGB")
         except ValueError:
             raise ImageError(name, f"colour mode {image.mode} is not supported; convert it to RGB first") from None
-    result.info = {}  # profiles, EXIF blocks and comments would live as long as a cached image
+    result.info = {}  # profiles and EXIF would stay in memory with a cached image
     return result
 
 
 def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
-    """Deep greyscale ``(H, W)`` to uint8.
+    """Convert high-bit-depth greyscale ``(H, W)`` to uint8.
 
     Integers within 0..65535 are 16-bit samples: ``round(v / 257)``. Floats within [0, 1] are multiplied by 255, floats
-    within [0, 255] rounded. Anything else has no agreed white, so its own minimum and maximum become black and white.
+    within [0, 255] rounded. Other ranges have no standard white: their minimum and maximum become black and white.
     """
     data = values.astype(np.float64)
     if not np.isfinite(data).all():
-        raise ImageError(name, "holds NaN or infinity")
+        raise ImageError(name, "contains NaN or infinity")
     low, high = float(data.min()), float(data.max())
     if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
         data = data / 257
@@ -141,20 +143,20 @@ def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_tensor(image: Image.Image | np.ndarray | Tensor, name: str = "image") -> Tensor:
-    """One image as a model wants it.
+    """Convert one image to a tensor.
 
     Args:
         image: a PIL image of any mode; an array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)`` (alpha is
             composited over white); or a tensor ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``. Values: uint8, uint16, bool,
             or floats in [0, 1].
-        name: what errors call the image.
+        name: of the image in errors.
 
     Returns:
         RGB float32 ``(3, H, W)`` in [0, 1]; a tensor stays on its device.
 
     Raises:
-        ImageError: wrong layout, dtype or range, NaN, or no pixels; the message says what to do.
-        TypeError: not an image at all.
+        ImageError: wrong layout, dtype or range, NaN, or no pixels.
+        TypeError: not an image.
     """
     if isinstance(image, Image.Image):
         image = np.asarray(_rgb(_loaded(image, name), name))
@@ -174,14 +176,14 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor, name: str = "image") -> 
 
 
 def to_batch(images: Tensor, name: str = "images") -> Tensor:
-    """A batch of images as RGB float32 ``(B, 3, H, W)`` in [0, 1].
+    """Convert a batch of images to RGB float32 ``(B, 3, H, W)`` in [0, 1].
 
     Args:
         images: ``(B, 3, H, W)`` or ``(B, 1, H, W)`` of uint8, uint16, bool, or floats in [0, 1].
-        name: what errors call them.
+        name: of the batch in errors.
 
     Raises:
-        ImageError: wrong layout, dtype or range, NaN, or no pixels; the message says what to do.
+        ImageError: wrong layout, dtype or range, NaN, or no pixels.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         hint = "; pass tensor.permute(0, 3, 1, 2)" if images.ndim == 4 and images.shape[3] == 3 else ""
@@ -192,14 +194,14 @@ def to_batch(images: Tensor, name: str = "images") -> Tensor:
 
 
 def load_image(image: str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor) -> Tensor:
-    """Anything a person would call an image, as RGB float32 ``(3, H, W)`` in [0, 1].
+    """Load any kind of image as RGB float32 ``(3, H, W)`` in [0, 1].
 
     Args:
-        image: a path or binary file (see :func:`decode`), or whatever :func:`to_tensor` takes. The EXIF orientation of
-            a PIL image that was opened elsewhere is applied.
+        image: a path or binary file (see :func:`decode`), or any input of :func:`to_tensor`. The EXIF orientation of
+            PIL images is applied.
 
     Raises:
-        ImageError: it cannot be read or understood.
+        ImageError: the image cannot be read or converted.
     """
     if isinstance(image, np.ndarray | Tensor):
         return to_tensor(image)
@@ -214,7 +216,7 @@ def load_image(image: str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarr
 
 
 def _loaded(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image that someone else opened, with its pixels read."""
+    """Read the pixels of a PIL image that may be opened lazily."""
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
@@ -223,14 +225,14 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
 
 
 def _planes(array: np.ndarray, name: str) -> np.ndarray:
-    """An array image with its channels first."""
+    """Move the channels of an array image first."""
     shape = array.shape
     if array.ndim == 2:
         return array[None]
     if array.ndim == 3 and shape[2] in (1, 3, 4):
         return array.transpose(2, 0, 1)
     if array.ndim == 3 and shape[0] in (1, 3, 4):
-        why = "channels come last in arrays, (H, W, 3): pass array.transpose(1, 2, 0) or torch.from_numpy(array)"
+        why = "arrays have channels last, (H, W, 3): pass array.transpose(1, 2, 0) or torch.from_numpy(array)"
     elif array.ndim == 4:
         why = "this is a batch: pass one image at a time"
     else:
@@ -242,7 +244,7 @@ def _check_planes(shape: tuple[int, ...], name: str) -> None:
     if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
         return
     if len(shape) == 3 and shape[2] in (1, 3, 4):
-        why = "channels come first in tensors, (3, H, W): pass tensor.permute(2, 0, 1)"
+        why = "tensors have channels first, (3, H, W): pass tensor.permute(2, 0, 1)"
     elif len(shape) == 4:
         why = "this is a batch: pass one image at a time"
     else:
@@ -251,7 +253,7 @@ def _check_planes(shape: tuple[int, ...], name: str) -> None:
 
 
 def _unit_range(values: Tensor, name: str) -> Tensor:
-    """Any legal dtype as float32 in [0, 1]."""
+    """Convert any supported dtype to float32 in [0, 1]."""
     if values.dtype == torch.bool:
         return values.float()
     if values.dtype == torch.uint8:
@@ -259,14 +261,14 @@ def _unit_range(values: Tensor, name: str) -> Tensor:
     if values.dtype == torch.uint16:
         return values.float() / 65535
     if not values.is_floating_point():
-        hint = "uint8 (0..255), uint16 or floats in [0, 1] are understood; cast it to uint8 if it holds 0..255"
-        raise ImageError(name, f"dtype {str(values.dtype).removeprefix('torch.')} has no agreed range: {hint}")
+        hint = "use uint8 (0..255), uint16 or floats in [0, 1]; cast to uint8 if values are 0..255"
+        raise ImageError(name, f"dtype {str(values.dtype).removeprefix('torch.')} is not supported: {hint}")
     values = values.float()
     low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):  # min and max carry NaN through
-        raise ImageError(name, "holds NaN or infinity")
+    if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN
+        raise ImageError(name, "contains NaN or infinity")
     if low < -_ROUNDING:
-        hint = "images are in [0, 1], not normalised: the model subtracts its mean itself"
+        hint = "pass images in [0, 1], not normalised: the model subtracts its mean itself"
         raise ImageError(name, f"values from {low:.4g} to {high:.4g}: {hint}")
     if high > 1 + _ROUNDING:
         raise ImageError(name, f"values from {low:.4g} to {high:.4g}: floats must be in [0, 1]; divide by 255")
@@ -284,7 +286,7 @@ def nearest_size(size: tuple[float, float], step: int) -> tuple[int, int]:
 
 
 def aspect_size(size: tuple[int, int], target: tuple[int, int], step: int, *, inside: bool = False) -> tuple[int, int]:
-    """``(H, W)`` of an image scaled to cover ``target``, its aspect kept as far as ``step`` allows.
+    """``(H, W)`` of an image scaled to cover ``target``, with its aspect preserved up to rounding to ``step``.
 
     A square ``target`` is the rule "shorter side to r". Each side is ``max(step, round(n * scale / step) * step)``,
     ties to even, as RADIO's evaluations scale images.
@@ -293,7 +295,7 @@ def aspect_size(size: tuple[int, int], target: tuple[int, int], step: int, *, in
         size: ``(H, W)`` of the image in pixels.
         target: ``(H, W)`` to cover.
         step: sides become multiples of it.
-        inside: fit into ``target`` instead ("longer side to r").
+        inside: fit inside ``target`` instead ("longer side to r").
     """
     scale = (min if inside else max)(target[0] / size[0], target[1] / size[1])
     return nearest_size((size[0] * scale, size[1] * scale), step)
@@ -306,11 +308,7 @@ def legal_sizes_near(side: int, step: int) -> tuple[int, int]:
 
 
 def check_size(height: int, width: int, step: int) -> None:
-    """Raise unless both sides are positive multiples of ``step`` pixels.
-
-    Raises:
-        ValueError: names the side and the nearest legal sizes.
-    """
+    """Raise ValueError, with the nearest legal sizes, unless both sides are positive multiples of ``step`` pixels."""
     _check_step(step)
     wrong = [(n, side) for n, side in (("height", height), ("width", width)) if side < step or side % step]
     if wrong:
@@ -390,14 +388,14 @@ def fit(
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Stretch a batch ``(B, 3, H, W)`` to ``size``, bilinear and antialiased; the same object where it fits already."""
+    """Stretch a batch ``(B, 3, H, W)`` to ``size``, bilinear and antialiased; returned as is if it has that size."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def snap(images: Tensor, step: int) -> Tensor:
-    """:func:`resize` a batch ``(B, 3, H, W)`` to the nearest legal size; the same object if it is legal."""
+    """:func:`resize` a batch ``(B, 3, H, W)`` to the nearest legal size; returned as is if its size is legal."""
     height, width = images.shape[-2:]
     return resize(images, nearest_size((height, width), step))
 
@@ -411,7 +409,7 @@ class Conditioner(nn.Module):
     """Per-channel normalisation inside the model: ``(x - mean) / std``, images in [0, 1].
 
     Args:
-        mean, std: three numbers each, RGB; kept as buffers ``(3, 1, 1)``.
+        mean, std: three numbers each, RGB; buffers ``(3, 1, 1)``.
     """
 
     mean: Tensor
@@ -427,7 +425,7 @@ class Conditioner(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conditioner:
-        """Move, but stay in float32: three digits of a mean are not enough for a model in half precision."""
+        """Move to another device but stay in float32, also in a half-precision model."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import nn
 
 from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, look, search
+from agglo.evals._features import encode
+from agglo.evals.base import EvalContext
 from agglo.model.model import HeadConfig, Model
 from agglo.types import ConfigError
 
@@ -83,6 +85,21 @@ def test_vectors_are_those_of_the_model_on_the_covered_square(model: Model, fold
     np.testing.assert_allclose(found.summary[row], expected.summary[0].numpy(), atol=1e-5)
     np.testing.assert_allclose(found.aligned[row], aligned[0].numpy(), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found.aligned, axis=1), 1, atol=1e-5)
+
+
+def test_embed_and_evals_encode_bit_identical_tensors(model: Model, folder: Path) -> None:
+    inputs: list[torch.Tensor] = []
+    handle = model.student.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    try:
+        embed(folder, model, size=64)
+        (embedded,), inputs[:] = list(inputs), []
+        with pytest.warns(UserWarning, match="skipped an image"):
+            encode(model, as_files(folder), 64, EvalContext(), want="summary")
+        (evaluated,) = inputs
+    finally:
+        handle.remove()
+    assert embedded.shape == (5, 3, 64, 64)
+    assert torch.equal(embedded, evaluated)
 
 
 def test_the_batch_size_changes_nothing(model: Model, folder: Path) -> None:

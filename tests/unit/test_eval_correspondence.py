@@ -239,7 +239,7 @@ def test_pairs_are_needed_and_what_they_lack_is_said() -> None:
     for options, message in (
         ({"grid": 0.0}, "grid must be above 0"),
         ({"matches": 0}, "matches must be at least 1"),
-        ({"pck": []}, "pck is a list of positive"),
+        ({"pck": []}, "pck must be a list of positive"),
         ({"metres": [-1.0]}, "metres must be a list of positive"),
     ):
         with pytest.raises(ConfigError, match=message):

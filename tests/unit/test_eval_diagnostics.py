@@ -371,7 +371,7 @@ def test_a_model_that_does_not_mind() -> None:
 def test_what_robustness_refuses() -> None:
     for options, message in (
         ({"corruptions": ["gausian_noise"]}, "did you mean 'gaussian_noise'.*choose from gaussian_noise, shot_noise"),
-        ({"corruptions": []}, "holds nothing"),
+        ({"corruptions": []}, "corruptions is empty; choose from"),
         ({"severities": [0]}, "severities must be 1 to 5"),
         ({"severities": []}, "severities must be 1 to 5"),
         ({"k": 0}, "k must be at least 1"),

@@ -220,7 +220,7 @@ def test_run_lengths_and_polygons() -> None:
         7,
         [[1, 2, 3]],
     ):
-        with pytest.raises(ConfigError, match=r"a: .* is no mask"):
+        with pytest.raises(ConfigError, match=r"a: .* is not a mask"):
             decoded(bad, SIZE, "a")
     with pytest.raises(ConfigError, match=r"a is 20x30 pixels"):
         decoded(run_lengths(box(0, 0, 1, 1).T), SIZE, "a")
@@ -254,7 +254,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         SaCo(annotations=truth, predictions=given).run(Noise())
 
     run([good])
-    with pytest.raises(ConfigError, match=r"b.json lacks 1 of the pairs of .*a.json, 1 among them"):
+    with pytest.raises(ConfigError, match=r"b.json lacks 1 of the pairs of .*a.json, such as 1"):
         run([good, annotated(tmp_path / "b.json", {0: []})])
     with pytest.raises(ConfigError, match=r"pair 1 is 'dog' on 0.png of 20x30 pixels in .* and 'cow' on"):
         run([good, annotated(tmp_path / "b.json", {0: [], 1: []}, p1={"text_input": "cow"})])
@@ -266,7 +266,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         run([annotated(tmp_path / "b.json", {0: []}, p0={"is_instance_exhaustive": False})])
     for text, message in (
         ("{", "cannot be read"),
-        ('{"images": []}', r"lacks annotations; needed are images, annotations"),
+        ('{"images": []}', r"lacks annotations; required are images, annotations"),
         ('{"images": [], "annotations": []}', "holds no pair"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}',
          r"images\[0\] lacks height, width, is_instance_exhaustive; needed are id"),
@@ -303,9 +303,9 @@ def test_what_it_must_be_told() -> None:
     assert not SaCo.bundled
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({}, "annotations must be a list of files"),
-        ({"annotations": ["a"]}, "name a decoder, .*or predictions"),
-        ({"annotations": ["a"], "decoder": "d", "predictions": "p"}, "name a decoder, .*or predictions"),
-        ({"annotations": ["a"], "decoder": "d"}, "images names the folder"),
+        ({"annotations": ["a"]}, "set either decoder, .*or predictions"),
+        ({"annotations": ["a"], "decoder": "d", "predictions": "p"}, "set either decoder, .*or predictions"),
+        ({"annotations": ["a"], "decoder": "d"}, "decoder needs images, the folder"),
         ({"annotations": ["a"], "predictions": "p", "size": 0}, "size must be at least 1"),
     )
     for options, message in cases:

@@ -83,10 +83,10 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="has none"):
         Vlm(folder=str(tmp_path), size=32, source=source).run(Noise(spatial=False))
     for options, message in (
-        ({}, "name a folder to write features to, or answers"),
-        ({"answers": "a.jsonl"}, "answers and truth go together"),
+        ({}, "set folder to write features to, or answers"),
+        ({"answers": "a.jsonl"}, "answers and truth must be set together"),
         ({"folder": "x", "size": 0}, "size must be at least 1"),
-        ({"folder": "x", "benchmark": "mmlu"}, "benchmark is one of vqav2, textvqa, gqa, pope"),
+        ({"folder": "x", "benchmark": "mmlu"}, "benchmark must be one of vqav2, textvqa, gqa, pope"),
     ):
         with pytest.raises(ConfigError, match=message):
             Vlm(**options)
@@ -178,26 +178,26 @@ def test_files_that_cannot_be_scored(tmp_path: Path) -> None:
     def run(given: str, benchmark: str = "gqa") -> None:
         Vlm(answers=given, truth=str(truth), benchmark=benchmark).run(Oracle())  # type: ignore[arg-type]
 
-    with pytest.raises(ConfigError, match="3 of 4 questions of gqa have no answer, 1 among them"):
+    with pytest.raises(ConfigError, match="3 of 4 questions of gqa have no answer, such as 1"):
         run(answers(tmp_path, {0: "blue"}))
-    with pytest.raises(ConfigError, match=r"line 1: one object with question_id and text"):
+    with pytest.raises(ConfigError, match=r"line 1: expected an object with question_id and text"):
         run(answers(tmp_path, {0: "blue"}, "reply"))
     with pytest.raises(ConfigError, match="cannot be read"):
         run(str(tmp_path / "none.jsonl"))
     good = answers(tmp_path, dict.fromkeys(range(4), "blue"), "answer")
     run(good)
     for benchmark in ("vqav2", "textvqa", "pope"):
-        with pytest.raises(ConfigError, match=f"no file of true answers of {benchmark}.*that the benchmark publishes"):
+        with pytest.raises(ConfigError, match=f"not a ground truth file of {benchmark}.*that the benchmark publishes"):
             run(good, benchmark)
     truth.write_text('{"question_id": 0, "label": "maybe"}')
     with pytest.raises(ConfigError, match="'maybe' is neither yes nor no"):
         run(good, "pope")
     truth.write_text("{")
-    with pytest.raises(ConfigError, match="is no JSON"):
+    with pytest.raises(ConfigError, match="is not JSON"):
         run(good)
-    with pytest.raises(ConfigError, match="line 1 is no JSON"):
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
         run(good, "pope")
     truth.write_text('{"0": {"answer": "blue"}}')
     (tmp_path / "answers.jsonl").write_text("\n")
-    with pytest.raises(ConfigError, match="holds no answer"):
+    with pytest.raises(ConfigError, match="contains no answer"):
         run(good)

@@ -230,7 +230,7 @@ def test_of_a_list_the_image_that_cannot_be_used_is_named(model: Model, tmp_path
         model([good, small], window=8)
     with pytest.raises(ConfigError, match=r"^images\[1\]: .*height 20 and width 20 must be a multiple of 8"):
         model([good, torch.rand(3, 20, 20)], resize=False)
-    with pytest.raises(ImageError, match=r"^images\[1\]: holds NaN"):
+    with pytest.raises(ImageError, match=r"^images\[1\]: contains NaN"):
         model([good, torch.full((3, 64, 64), float("nan"))])
     with pytest.raises(ImageError, match=rf"^{tmp_path / 'none.png'}: no such file"):
         model([good, str(tmp_path / "none.png")])

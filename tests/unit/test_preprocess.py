@@ -13,6 +13,9 @@ from agglo.preprocess import (
     Conditioner,
     aspect_size,
     check_size,
+    crop_box,
+    crop_map,
+    fit,
     legal_sizes_near,
     load_image,
     nearest_size,
@@ -69,7 +72,7 @@ def test_tiny_overshoot_of_resampling_is_clamped():
     [
         (RGB.astype(np.float32), "divide by 255"),
         ((RGB / 127.5 - 1).astype(np.float32), "not normalised"),
-        (RGB.astype(np.int64), "int64.*cast it to uint8"),
+        (RGB.astype(np.int64), "int64.*cast to uint8"),
         (RGB.transpose(2, 0, 1), r"transpose\(1, 2, 0\)"),
         (torch.from_numpy(RGB), r"permute\(2, 0, 1\)"),
         (RGB[None], "one image at a time"),
@@ -195,3 +198,29 @@ def test_sizes_that_keep_the_aspect() -> None:
     assert aspect_size((300, 600), (224, 224), 16, inside=True) == (112, 224)
     assert aspect_size((600, 300), (224, 448), 1) == (896, 448)  # covers both sides
     assert aspect_size((10, 1000), (32, 32), 16, inside=True) == (16, 32)  # never less than a step
+
+
+WIDE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (30, 30), (16, 40), (30, 50)])
+def test_fit_crops_the_centre(size: tuple[int, int]) -> None:
+    box = crop_box((30, 50), size)
+    expected = to_tensor(WIDE.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
+    found = fit(WIDE, size)
+    assert found.shape == (3, *size)
+    assert torch.equal(found, expected)
+    assert crop_map(np.asarray(WIDE)[..., 0], size).shape == (box[3] - box[1], box[2] - box[0])
+
+
+def test_fit_stretches_the_whole_image() -> None:
+    assert torch.equal(fit(WIDE, (20, 20), "stretch"), to_tensor(WIDE.resize((20, 20), Image.Resampling.BICUBIC)))
+    linear = fit(WIDE, (20, 20), "stretch", resample=Image.Resampling.BILINEAR)
+    assert torch.equal(linear, to_tensor(WIDE.resize((20, 20), Image.Resampling.BILINEAR)))
+    assert torch.equal(fit(WIDE, (30, 50), "stretch"), to_tensor(WIDE))
+
+
+def test_fit_pads_at_the_right_and_the_bottom() -> None:
+    found = fit(WIDE, (25, 25), "pad", fill=(0.1, 0.2, 0.3))
+    assert torch.equal(found[:, :15], fit(WIDE, (15, 25), "stretch"))
+    assert torch.equal(found[:, 15:], torch.tensor((0.1, 0.2, 0.3))[:, None, None].expand(3, 10, 25))

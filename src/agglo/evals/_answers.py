@@ -1,4 +1,4 @@
-"""Scoring short answers to questions about images: VQAv2, TextVQA, GQA, POPE."""
+"""Scores of short answers to questions about images: VQAv2, TextVQA, GQA, POPE."""
 
 from __future__ import annotations
 
@@ -24,75 +24,75 @@ where'll who'll you'll I'm they're you're what're who're he's how's she's that's
 ma'am o'clock y'all
 """
 _CONTRACTIONS = {form.replace("'", "").lower(): form.lower() for form in _FORMS.split()}
-"""Words written without their apostrophe, to what is meant; those that are words of their own ("ill") stay."""
+"""Contractions without their apostrophe, and with it; those that are also words ("ill") are not included."""
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA = re.compile(r"(?<=\d),(?=\d)")
 
 
 def normalise(text: str) -> str:
-    """An answer as VQA compares them (Antol et al. 2015).
+    """Normalise an answer as VQA does (Antol et al. 2015, arXiv:1505.00468).
 
-    Lower case; digits for number words up to ten; no articles; no punctuation but periods before digits; apostrophes
-    put back where the contraction is no other word: ``"The two dogs, isnt it?"`` is ``"2 dogs isn't it"``.
+    Lower case; digits for number words up to ten; no articles; no punctuation except periods before digits; apostrophes
+    restored in unambiguous contractions: ``"The two dogs, isnt it?"`` is ``"2 dogs isn't it"``.
     """
     whole = text = " ".join(text.split())
     grouped = _COMMA.search(whole) is not None
     for mark in _PUNCTUATION:
-        # A mark that stands next to a blank somewhere, and any where digits are grouped, goes; else it leaves a blank.
-        gone = grouped or f"{mark} " in whole or f" {mark}" in whole
-        text = text.replace(mark, "" if gone else " ")
+        # Removed next to a space and in texts with grouped digits, else replaced by a space: as in VQA's own code.
+        removed = grouped or f"{mark} " in whole or f" {mark}" in whole
+        text = text.replace(mark, "" if removed else " ")
     words = _PERIOD.sub("", text).lower().split()
     return " ".join(_CONTRACTIONS.get(w, w) for w in (_NUMBERS.get(w, w) for w in words) if w not in _ARTICLES)
 
 
 def consensus(answer: str, humans: Sequence[str]) -> float:
-    """VQA accuracy: the mean, over leaving one person out, of ``min(1, others who say the same / 3)``."""
-    answer, said = normalise(answer), [normalise(human) for human in humans]
-    if len(said) < 2:
-        return float(answer in said)
-    same = [one == answer for one in said]
+    """VQA accuracy: the leave-one-out mean of ``min(1, equal human answers / 3)``."""
+    answer, given = normalise(answer), [normalise(human) for human in humans]
+    if len(given) < 2:
+        return float(answer in given)
+    same = [one == answer for one in given]
     return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(same)
 
 
 def exact(answer: str, truth: str) -> float:
-    """GQA: the same text, whatever its case and final period."""
+    """GQA: exact match, ignoring case and a final period."""
     one, other = (text.strip().rstrip(".").strip().lower() for text in (answer, truth))
     return float(one == other)
 
 
 def polarity(answer: str) -> bool:
-    """POPE: what an answer says, ``True`` for yes: no "no" and no "not" among the words of its first sentence."""
+    """POPE: ``True`` (yes) unless the first sentence of an answer contains the word "no" or "not"."""
     words = answer.split(".")[0].replace(",", "").lower().split()
     return "no" not in words and "not" not in words
 
 
 def binary(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """``accuracy``, ``precision``, ``recall``, ``f1`` and ``yes``, the share of yes, of (said, true) pairs."""
-    hit = sum(said and true for said, true in pairs)
-    said_yes, true_yes = sum(said for said, _ in pairs), sum(true for _, true in pairs)
-    precision, recall = hit / said_yes if said_yes else 0.0, hit / true_yes if true_yes else 0.0
+    """``accuracy``, ``precision``, ``recall``, ``f1`` and ``yes``, the share of yes, of (predicted, true) pairs."""
+    hit = sum(predicted and true for predicted, true in pairs)
+    predicted_yes, true_yes = sum(predicted for predicted, _ in pairs), sum(true for _, true in pairs)
+    precision, recall = hit / predicted_yes if predicted_yes else 0.0, hit / true_yes if true_yes else 0.0
     return {
-        "accuracy": sum(said == true for said, true in pairs) / len(pairs),
+        "accuracy": sum(predicted == true for predicted, true in pairs) / len(pairs),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if hit else 0.0,
-        "yes": said_yes / len(pairs),
+        "yes": predicted_yes / len(pairs),
     }
 
 
 def score(answers: Sequence[str], truths: Sequence[Any], benchmark: str) -> tuple[dict[str, float], list[float]]:
-    """Metrics, and each question's own accuracy.
+    """Metrics, and the accuracy of each question.
 
     Args:
-        answers: what was said to each question.
-        truths: of the same questions: a list of people's answers (``vqav2``, ``textvqa``), the answer (``gqa``), or
-            whether it is yes (``pope``).
+        answers: one per question.
+        truths: per question a list of human answers (``vqav2``, ``textvqa``), the answer (``gqa``), or whether it is
+            yes (``pope``).
         benchmark: one of :data:`BENCHMARKS`.
     """
     if benchmark == "pope":
         pairs = [(polarity(answer), bool(truth)) for answer, truth in zip(answers, truths, strict=True)]
-        return binary(pairs), [float(said == true) for said, true in pairs]
+        return binary(pairs), [float(predicted == true) for predicted, true in pairs]
     judge = exact if benchmark == "gqa" else consensus
     own = [judge(answer, truth) for answer, truth in zip(answers, truths, strict=True)]
     return {"accuracy": sum(own) / len(own)}, own

@@ -1,4 +1,4 @@
-"""Files of answers and of what is true, and which answer belongs to which question."""
+"""Files of answers and ground truth for question answering, and the matching of answers to questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HINT = "reference ocr token:"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One line of a file of answers: its number, its ``question_id``, what was said, and to which prompt."""
+    """One line of an answer file: line number, ``question_id``, answer, and prompt and image if given."""
 
     line: int
     id: str
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question: its ``question_id``, what is true of it, and where the file tells them its image and its words."""
+    """One question: ``question_id``, ground truth, and image and question text if given."""
 
     id: str
     truth: Any
@@ -37,7 +37,7 @@ class Question:
 
 
 class Key(NamedTuple):
-    """What a question is known by where numbers do not tell: its image, and its words as :func:`asked` has them."""
+    """Identity of a question without a usable ``question_id``: its image, and its text from :func:`question_of`."""
 
     image: str
     words: str
@@ -47,35 +47,35 @@ class Key(NamedTuple):
 
 
 def read_answers(path: str | Path) -> list[Answer]:
-    """JSON lines with ``question_id`` and ``text`` or ``answer``, and with ``prompt`` and ``image`` where there are.
+    """Read JSON lines with ``question_id``, ``text`` or ``answer``, and optional ``prompt`` and ``image``.
 
     Raises:
-        ConfigError: no such file, or a line of another form; names the line.
+        ConfigError: an unreadable file, or a line of another format; names the line.
     """
     found = []
     for number, entry in _lines(path):
         text = entry.get("text", entry.get("answer")) if isinstance(entry, dict) else None
         if text is None or "question_id" not in entry:
-            raise ConfigError(f"{path}, line {number}: one object with question_id and text is needed, got {entry!r}")
+            raise ConfigError(f"{path}, line {number}: expected an object with question_id and text, got {entry!r}")
         prompt, image = _word(entry, "prompt"), _word(entry, "image")
         found.append(Answer(number, str(entry["question_id"]), str(text), prompt, image))
     if not found:
-        raise ConfigError(f"{path} holds no answer")
+        raise ConfigError(f"{path} contains no answer")
     return found
 
 
 def read_truth(path: str | Path, benchmark: str) -> list[Question]:
-    """The questions of a benchmark's own file of true answers, in its order.
+    """Read the questions of a benchmark's ground truth file, in its order.
 
     - ``vqav2``: ``{"annotations": [{"question_id", "answers": [{"answer"}, ...]}, ...]}``;
     - ``textvqa``: ``{"data": [{"question_id", "image_id", "question", "answers": [...]}, ...]}``;
     - ``gqa``: ``{question: {"answer"}, ...}``;
     - ``pope``: JSON lines with ``question_id``, ``image``, ``text`` and ``label``, yes or no.
 
-    ``image_id``, ``question``, ``image`` and ``text`` may be absent: then ``question_id`` alone says what is answered.
+    ``image_id``, ``question``, ``image`` and ``text`` may be absent: answers are then matched by ``question_id`` alone.
 
     Raises:
-        ConfigError: no such file, one of another form, or two questions of one ``question_id``.
+        ConfigError: an unreadable file, another format, or a repeated ``question_id``.
     """
     readers: Mapping[str, Callable[[], list[Question]]] = {
         "vqav2": lambda: [
@@ -99,92 +99,90 @@ def read_truth(path: str | Path, benchmark: str) -> list[Question]:
         found = readers[benchmark]()
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is no file of true answers of {benchmark}: {error!r}; give the one that the benchmark publishes"
+            f"{path} is not a ground truth file of {benchmark}: {error!r}; use the one that the benchmark publishes"
         ) from error
     if not found:
-        raise ConfigError(f"{path} holds no question")
-    twice = _twice([question.id for question in found])
-    if twice is not None:
-        raise ConfigError(f"{path} holds two questions of question_id {found[twice].id}: it is damaged, get it again")
+        raise ConfigError(f"{path} contains no question")
+    repeated = _first_repeat([question.id for question in found])
+    if repeated is not None:
+        raise ConfigError(f"{path} repeats question_id {found[repeated].id}: it is damaged, download it again")
     return found
 
 
 # --- pairing ----------------------------------------------------------------------------------------------------------
 
 
-def asked(prompt: str) -> str:
-    """The question in a prompt of LLaVA's, lower case: without its line of OCR tokens and its instruction."""
-    # Not splitlines(): what a picture says in the OCR line may hold any of its other ends of lines (\x85, \u2028).
+def question_of(prompt: str) -> str:
+    """The question in a LLaVA prompt, lower case, without the line of OCR tokens and the instruction."""
+    # Not splitlines(): the OCR line may contain other line separators (\x85, \u2028).
     lines = [" ".join(line.lower().split()) for line in prompt.split("\n")]
     return " ".join(line for line in lines if line and line != _INSTRUCTION and not line.startswith(_HINT))
 
 
 def pair(
-    answers: Sequence[Answer], questions: Sequence[Question], benchmark: str, asked_in: str | None = None
+    answers: Sequence[Answer], questions: Sequence[Question], benchmark: str, question_file: str | None = None
 ) -> list[str]:
-    """What was answered to each question, in their order.
+    """The answer to each question, in the order of the questions.
 
-    By ``question_id``. LLaVA's answers to TextVQA have the image's number there: they go by image and words. So do
-    those to POPE where both files say them, or where ``asked_in`` does.
+    Answers are matched by ``question_id``. LLaVA's answers to TextVQA have the image's id there and are matched by
+    image and question text. So are answers to POPE if both files have these, or if ``question_file`` is given.
 
     Args:
         answers: from :func:`read_answers`.
         questions: from :func:`read_truth`.
-        benchmark: whose they are.
-        asked_in: of ``pope``: the file of all questions that were put to the model.
+        benchmark: of the questions.
+        question_file: for ``pope``: the file of all questions that the model answered.
 
     Raises:
-        ConfigError: questions without an answer; two answers to one; answers of POPE that belong to no question, or
-            to one of other words.
+        ConfigError: questions without an answer, or with two; answers to POPE that match no question, or one with
+            another text.
     """
     if benchmark == "pope":
-        return _pair_pope(answers, questions, asked_in)
+        return _pair_pope(answers, questions, question_file)
     if benchmark == "textvqa" and _by_image(answers, questions):
-        keyed = [(Key(answer.id, asked(answer.prompt or "")), answer) for answer in answers]
+        keyed = [(Key(answer.id, question_of(answer.prompt or "")), answer) for answer in answers]
         return _in_turn(keyed, questions, benchmark)
     return _by_id(answers, questions, benchmark)
 
 
 def _by_image(answers: Sequence[Answer], questions: Sequence[Question]) -> bool:
-    """Whether ``question_id`` of the answers is the image's: decided by what is there.
+    """Whether ``question_id`` of the answers is the image's id.
 
     Raises:
-        ConfigError: it is neither the questions' nor their images'.
+        ConfigError: it is neither the questions' nor the images'.
     """
-    said = {answer.id for answer in answers}
+    given = {answer.id for answer in answers}
     own, images = {question.id for question in questions}, {question.image for question in questions}
     prompted = all(answer.prompt is not None for answer in answers)
     described = all(question.image is not None and question.words is not None for question in questions)
-    if own <= said or len(own & said) > len(images & said):
+    if own <= given or len(own & given) > len(images & given):
         return False
-    if images & said and prompted and described:
+    if images & given and prompted and described:
         return True
-    if not own & said:
-        lacking = (
-            "" if prompted or not images & said else ", and no prompt, which says which question of the image it is"
-        )
+    if not own & given:
+        lacking = "" if prompted or not images & given else ", and no prompt to identify the question of the image"
         raise ConfigError(
-            f"the answers to textvqa have question_id {answers[0].id}{lacking}; the file of true answers has "
-            f"question_id {questions[0].id} and image_id {questions[0].image}: give answers with the benchmark's own "
-            "question_id, or LLaVA's, with the image's in question_id and the question in prompt"
+            f"the answers to textvqa have question_id {answers[0].id}{lacking}; the ground truth has "
+            f"question_id {questions[0].id} and image_id {questions[0].image}: use answers with the benchmark's "
+            "question_id, or LLaVA's, with the image's id in question_id and the question in prompt"
         )
     return False
 
 
 def _by_id(answers: Sequence[Answer], questions: Sequence[Question], benchmark: str) -> list[str]:
-    twice = _twice([answer.id for answer in answers])
-    if twice is not None:
+    repeated = _first_repeat([answer.id for answer in answers])
+    if repeated is not None:
         raise ConfigError(
-            f"line {answers[twice].line} of the answers is the second one to question_id {answers[twice].id}: give one "
-            "answer to each question"
+            f"line {answers[repeated].line} of the answers repeats question_id {answers[repeated].id}: use one answer "
+            "per question"
         )
-    said = {answer.id: answer.text for answer in answers}
-    _all_answered([question.id for question in questions if question.id not in said], questions, benchmark)
-    return [said[question.id] for question in questions]
+    given = {answer.id: answer.text for answer in answers}
+    _all_answered([question.id for question in questions if question.id not in given], questions, benchmark)
+    return [given[question.id] for question in questions]
 
 
 def _in_turn(keyed: Sequence[tuple[Key, Answer]], questions: Sequence[Question], benchmark: str) -> list[str]:
-    """By image and words. Questions that are the same word for word get their answers in the order of both files."""
+    """Match by image and text. Equal questions get their answers in the order of both files."""
     waiting: dict[Key, list[Answer]] = defaultdict(list)
     for key, answer in keyed:
         waiting[key].append(answer)
@@ -198,30 +196,30 @@ def _in_turn(keyed: Sequence[tuple[Key, Answer]], questions: Sequence[Question],
     for key in count:
         if len(waiting[key]) > count[key]:
             raise ConfigError(
-                f"line {waiting[key][count[key]].line} of the answers is the second one to {key.words!r} of image "
-                f"{key.image}: give one answer to each question"
+                f"line {waiting[key][count[key]].line} of the answers repeats {key.words!r} of image {key.image}: "
+                "use one answer per question"
             )
     turn = {key: iter(waiting[key]) for key in count}
     return [next(turn[key]).text for key in keys]
 
 
-def _pair_pope(answers: Sequence[Answer], questions: Sequence[Question], asked_in: str | None) -> list[str]:
-    twice = _twice([answer.id for answer in answers])
+def _pair_pope(answers: Sequence[Answer], questions: Sequence[Question], question_file: str | None) -> list[str]:
+    repeated = _first_repeat([answer.id for answer in answers])
     described = all(question.image is not None and question.words is not None for question in questions)
-    if asked_in is not None:
-        if twice is not None:
-            return _by_id(answers, questions, "pope")  # says which line
+    if question_file is not None:
+        if repeated is not None:
+            return _by_id(answers, questions, "pope")  # raises, with the line
         if not described:
-            raise ConfigError("the file of true answers of pope has no image and text: get the one that is published")
-        return _of_category(answers, questions, asked_in)
+            raise ConfigError("the ground truth of pope has no image and text: use the published file")
+        return _of_category(answers, questions, question_file)
     if described and all(answer.image is not None and answer.prompt is not None for answer in answers):
-        keyed = [(Key(str(answer.image), asked(str(answer.prompt))), answer) for answer in answers]
+        keyed = [(Key(str(answer.image), question_of(str(answer.prompt))), answer) for answer in answers]
         if {key for key, _ in keyed} <= {_key(question) for question in questions}:
             return _in_turn(keyed, questions, "pope")
-    own, said = {question.id for question in questions}, {answer.id for answer in answers}
-    if not said <= own:
+    own, ids = {question.id for question in questions}, {answer.id for answer in answers}
+    if not ids <= own:
         raise ConfigError(
-            f"the answers to pope have {len(said)} question_ids ({_span(answers)}) and the file of true answers "
+            f"the answers to pope have {len(ids)} question_ids ({_span(answers)}) and the ground truth "
             f"{len(own)} ({_span(questions)}): {_GIVE_QUESTIONS}"
         )
     found, given = _by_id(answers, questions, "pope"), {answer.id: answer for answer in answers}
@@ -231,55 +229,59 @@ def _pair_pope(answers: Sequence[Answer], questions: Sequence[Question], asked_i
 
 
 def _same(answer: Answer, question: Question) -> None:
-    """Check an answer that was found by its number: where both files say image or words, they must be the same."""
+    """Raise unless an answer matched by id has the image and text of its question, where both are given."""
     other = (
-        question.words is not None and answer.prompt is not None and asked(question.words) not in asked(answer.prompt)
+        question.words is not None
+        and answer.prompt is not None
+        and question_of(question.words) not in question_of(answer.prompt)
     )
     if other or (None not in (question.image, answer.image) and question.image != answer.image):
         raise ConfigError(
-            f"line {answer.line} of the answers is to {asked(answer.prompt or '')!r} ({answer.image or 'no image'}), "
-            f"and question_id {question.id} of the file of true answers is {asked(question.words or '')!r} "
+            f"line {answer.line} of the answers is to {prompt!r} ({answer.image or 'no image'}), "
+            f"and question_id {question.id} of the ground truth is {asked!r} "
             f"({question.image or 'no image'}): {_GIVE_QUESTIONS}"
         )
 
 
 _GIVE_QUESTIONS = (
-    "each label file of POPE numbers its own questions, LLaVA those of all categories; name the file that was asked "
-    "(llava_pope_test.jsonl) as `questions`, or give the answers of one category alone, by its own question_ids"
+    "each label file of POPE numbers its own questions, LLaVA those of all categories; set `questions` to the question "
+    "file (llava_pope_test.jsonl), or use the answers of one category, with its own question_ids"
 )
 
 
-def _of_category(answers: Sequence[Answer], questions: Sequence[Question], asked_in: str) -> list[str]:
-    """By image and words, among the answers of the one category that asks the questions."""
+def _of_category(answers: Sequence[Answer], questions: Sequence[Question], question_file: str) -> list[str]:
+    """Match by image and text among the answers of the category that has the questions."""
     category: dict[str, str] = {}
     keys: dict[str, Key] = {}
-    for number, entry in _lines(asked_in):
+    for number, entry in _lines(question_file):
         if not isinstance(entry, dict) or not {"question_id", "image", "text"} <= entry.keys():
-            raise ConfigError(f"{asked_in}, line {number}: one object with question_id, image and text is needed")
+            raise ConfigError(f"{question_file}, line {number}: expected an object with question_id, image and text")
         name = str(entry["question_id"])
         if name in keys:
-            raise ConfigError(f"{asked_in}, line {number} is the second question of question_id {name}")
-        keys[name] = Key(str(entry["image"]), asked(str(entry["text"])))
+            raise ConfigError(f"{question_file}, line {number} repeats question_id {name}")
+        keys[name] = Key(str(entry["image"]), question_of(str(entry["text"])))
         category[name] = str(entry.get("category", ""))
     stray = next((answer for answer in answers if answer.id not in keys), None)
     if stray is not None:
-        raise ConfigError(f"line {stray.line} of the answers has question_id {stray.id}, which {asked_in} does not ask")
+        raise ConfigError(
+            f"line {stray.line} of the answers has question_id {stray.id}, which {question_file} does not have"
+        )
     wanted = _counts([_key(question) for question in questions])
     held = {each: _counts([keys[i] for i, own in category.items() if own == each]) for each in category.values()}
     fits = [each for each, count in held.items() if all(count.get(key, 0) >= n for key, n in wanted.items())]
     fits = [each for each in fits if held[each] == wanted] or fits
     if len(fits) != 1:
         raise ConfigError(
-            f"the questions of the file of true answers are those of {' and of '.join(fits) or 'no category'} in "
-            f"{asked_in}: give one whole label file of POPE (coco_pope_random.json), of the release that was asked"
+            f"the questions of the ground truth are those of {' and of '.join(fits) or 'no category'} in "
+            f"{question_file}: use one whole label file of POPE (coco_pope_random.json) of the same release"
         )
-    place = {name: index for index, name in enumerate(keys)}
-    mine = sorted((a for a in answers if category[a.id] == fits[0]), key=lambda answer: place[answer.id])
+    order = {name: index for index, name in enumerate(keys)}
+    mine = sorted((a for a in answers if category[a.id] == fits[0]), key=lambda answer: order[answer.id])
     return _in_turn([(keys[answer.id], answer) for answer in mine], questions, "pope")
 
 
 def _key(question: Question) -> Key:
-    return Key(str(question.image), asked(str(question.words)))
+    return Key(str(question.image), question_of(str(question.words)))
 
 
 def _counts(values: Sequence[Any]) -> dict[Any, int]:
@@ -289,8 +291,8 @@ def _counts(values: Sequence[Any]) -> dict[Any, int]:
     return dict(found)
 
 
-def _twice(values: Sequence[Hashable]) -> int | None:
-    """Where a value comes for the second time."""
+def _first_repeat(values: Sequence[Hashable]) -> int | None:
+    """Index of the first value that occurred before."""
     seen: set[Hashable] = set()
     for index, value in enumerate(values):
         if value in seen:
@@ -302,8 +304,8 @@ def _twice(values: Sequence[Hashable]) -> int | None:
 def _all_answered(missing: Sequence[str], questions: Sequence[Question], benchmark: str) -> None:
     if missing:
         raise ConfigError(
-            f"{len(missing)} of {len(questions)} questions of {benchmark} have no answer, {missing[0]} among them: "
-            "answer all of them, or cut the file of true answers to those that were asked"
+            f"{len(missing)} of {len(questions)} questions of {benchmark} have no answer, such as {missing[0]}: "
+            "answer all of them, or reduce the ground truth to those answered"
         )
 
 
@@ -336,7 +338,7 @@ def _whole(path: str | Path) -> Any:
     try:
         return json.loads(_text(path))
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
+        raise ConfigError(f"{path} is not JSON: {error}") from error
 
 
 def _lines(path: str | Path) -> list[tuple[int, Any]]:
@@ -346,5 +348,5 @@ def _lines(path: str | Path) -> list[tuple[int, Any]]:
             try:
                 found.append((number, json.loads(line)))
             except ValueError as error:
-                raise ConfigError(f"{path}, line {number} is no JSON: {error}") from error
+                raise ConfigError(f"{path}, line {number} is not JSON: {error}") from error
     return found

@@ -44,9 +44,7 @@ def features_for(
     if usual in fitting:
         fitting = [usual]
     if head is None and len(fitting) != 1:
-        had = ", ".join(
-            f"{key or 'the model itself'} ({0 if m is None else m.shape[1]})" for key, m in maps.items()
-        )
+        had = ", ".join(f"{key or 'the model itself'} ({0 if m is None else m.shape[1]})" for key, m in maps.items())
         raise ConfigError(
             f"evals.{eval_name}: the decoder takes {accepted} channels, and "
             f"{'several heads have' if fitting else 'none has'} them: {had}; set `head` to one that was "
