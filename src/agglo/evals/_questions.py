@@ -230,11 +230,8 @@ def _pair_pope(answers: Sequence[Answer], questions: Sequence[Question], questio
 
 def _same(answer: Answer, question: Question) -> None:
     """Raise unless an answer matched by id has the image and text of its question, where both are given."""
-    other = (
-        question.words is not None
-        and answer.prompt is not None
-        and question_of(question.words) not in question_of(answer.prompt)
-    )
+    asked, prompt = question_of(question.words or ""), question_of(answer.prompt or "")
+    other = question.words is not None and answer.prompt is not None and asked not in prompt
     if other or (None not in (question.image, answer.image) and question.image != answer.image):
         raise ConfigError(
             f"line {answer.line} of the answers is to {prompt!r} ({answer.image or 'no image'}), "
@@ -263,9 +260,7 @@ def _of_category(answers: Sequence[Answer], questions: Sequence[Question], quest
         category[name] = str(entry.get("category", ""))
     stray = next((answer for answer in answers if answer.id not in keys), None)
     if stray is not None:
-        raise ConfigError(
-            f"line {stray.line} of the answers has question_id {stray.id}, which {question_file} does not have"
-        )
+        raise ConfigError(f"line {stray.line} of the answers has question_id {stray.id}, not in {question_file}")
     wanted = _counts([_key(question) for question in questions])
     held = {each: _counts([keys[i] for i, own in category.items() if own == each]) for each in category.values()}
     fits = [each for each, count in held.items() if all(count.get(key, 0) >= n for key, n in wanted.items())]
