@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "torchvision": set(),
     "transformers": {
-        "evals/_sam3.py",
+        "evals/_sam.py",
         "evals/promptable.py",
         "teachers/_families.py",
         "text/minilm.py",

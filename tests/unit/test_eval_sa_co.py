@@ -267,7 +267,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     for text, message in (
         ("{", "cannot be read"),
         ('{"images": []}', r"lacks annotations; required are images, annotations"),
-        ('{"images": [], "annotations": []}', "holds no pair"),
+        ('{"images": [], "annotations": []}', "contains no pair"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}',
          r"images\[0\] lacks height, width, is_instance_exhaustive; needed are id"),
     ):  # fmt: skip
