@@ -1,4 +1,4 @@
-"""DAMP: data augmentation via multiplicative perturbations, of the weights (Trinh et al. 2024, arXiv:2405.15017).
+"""DAMP: data augmentation via multiplicative perturbations, of the weights (Trinh et al. 2024, arXiv:2406.16540).
 
 A corruption of a layer's input acts like a multiplicative perturbation of its weights, so training with
 ``W_eff = W * xi``, ``xi ~ N(1, sigma^2)``, makes a network robust to corrupted images (docs/method.md, 2.7)::
