@@ -147,6 +147,17 @@ class Teacher(nn.Module, ABC):
             return cls(**keys).spec
 
 
+def check_blocks(blocks: Sequence[int], count: int, where: str) -> None:
+    """Check block indices against the number of blocks.
+
+    Raises:
+        ConfigError: one is not a block; lists the legal ones.
+    """
+    wrong = [block for block in blocks if not 0 <= block < count]
+    if wrong:
+        raise ConfigError(f"{where}: {wrong[0]} is not a block; the blocks are 0 to {count - 1}")
+
+
 def spec_of(options: Mapping[str, Any], where: str = "teachers") -> FeatureSpec:
     """What a teacher of a recipe returns, without its weights.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agglo.teachers._backbone import Backbone
-from agglo.teachers.base import Precision, Teacher, autocast, check_images, check_size, halve, scaled_size
+from agglo.teachers.base import Precision, Teacher, autocast, check_blocks, check_images, check_size, halve, scaled_size
 from agglo.types import ConfigError, Features, FeatureSpec
 
 
@@ -114,6 +115,19 @@ class TimmTeacher(Teacher):
         with autocast(self.dtype, images.device):
             summary, spatial = self._encoder(images, self.spec.summary is not None)
         return Features(None if summary is None else summary.float(), spatial.float().contiguous())
+
+    def intermediates(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """See :meth:`Teacher.intermediates`; the stages of a model that is not a transformer."""
+        net = self.backbone.net
+        check_blocks(blocks, len(net.feature_info), "blocks")
+        check_images(images, self.spec.step)
+        with autocast(self.dtype, images.device):
+            maps = net.forward_intermediates(
+                self.backbone.condition(images), indices=[*blocks], output_fmt="NCHW", intermediates_only=True,
+                stop_early=True,
+            )  # fmt: skip
+        in_order = dict(zip(sorted(set(blocks)), maps, strict=True))
+        return [in_order[block].float().contiguous() for block in blocks]
 
     def classify(self, images: Tensor) -> Tensor:
         """Logits ``(B, classes)`` of the classifier for RGB images ``(B, 3, H, W)`` in [0, 1]."""

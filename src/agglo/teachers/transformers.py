@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from agglo.hub import ModelFiles
 from agglo.teachers._families import Family, family_of
 from agglo.teachers._processor import IDENTITY, Conditioner, Pixels, read_pixels
 from agglo.teachers._published import PUBLISHED, Published, advice, is_repository, is_version
-from agglo.teachers.base import Precision, Teacher, autocast, check_images, check_size, halve, scaled_size
+from agglo.teachers.base import Precision, Teacher, autocast, check_blocks, check_images, check_size, halve, scaled_size
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 
 _WHERE = "teachers.transformers"
@@ -107,11 +108,40 @@ class TransformersTeacher(Teacher):
         kept = summary if self.spec.summary is not None else None
         return Features(None if kept is None else kept.float(), spatial.float().contiguous())
 
+    def intermediates(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """See :meth:`Teacher.intermediates`."""
+        lists = [module for module in self.net.modules() if isinstance(module, nn.ModuleList)]
+        if not self.family.tokens or not lists:
+            return super().intermediates(images, blocks)
+        layers = max(lists, key=len)
+        check_blocks(blocks, len(layers), "blocks")
+        found: dict[int, Tensor] = {}
+
+        def keep(block: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                found[block] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for block in set(blocks):
+                stack.callback(layers[block].register_forward_hook(keep(block)).remove)
+            self(images)
+        grid = images.shape[-2] // self.spec.stride, images.shape[-1] // self.spec.stride
+        return [_to_map(found[block], grid) for block in blocks]
+
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
         """Its canvas; the view scaled to the key ``size``; or the size with equally many tokens."""
         if self.canvas is None and self.size is not None:
             return scaled_size(size, self.size, self.spec.step)
         return super().input_size(size, stride)
+
+
+def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens ``(B, N, C)``, after any prefix tokens, or ``(B, h, w, C)`` as a map ``(B, C, h, w)``."""
+    if tokens.ndim == 3:
+        tokens = tokens[:, -grid[0] * grid[1] :].unflatten(1, grid)
+    return tokens.permute(0, 3, 1, 2).float().contiguous()
 
 
 def _located(model: str, revision: str | None) -> tuple[ModelFiles, Published | None]:
