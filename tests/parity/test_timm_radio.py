@@ -1,4 +1,4 @@
-"""Our models and timm's RADIO ports: the same weights give the same tokens, whoever wrote the folder."""
+"""Our models and timm's RADIO ports: the same weights give the same tokens, in both directions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_exported_model_gives_the_same_tokens_in_timm(variant: str, tmp_path:
     assert error(pooled, model.encode(batch).summary[:, : pooled.shape[1]]) <= LIMIT
 
 
-def test_what_comes_back_from_an_export_is_the_model_that_went_out(tmp_path: Path) -> None:
+def test_export_round_trip_restores_the_model(tmp_path: Path) -> None:
     model = small(layer_scale=1e-5, align_corners=True, num_windowed=1)
     back = agglo.load(write(model, tmp_path / "out"))
     assert (back.tokens, back.summary_slots, back.preferred_size) == (TOKENS, [0, 1], 36)
@@ -104,7 +104,7 @@ def test_what_comes_back_from_an_export_is_the_model_that_went_out(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES.values(), *OTHERS.values()])
-def test_the_architectures_are_there_with_these_sizes(name: str) -> None:
+def test_timm_has_the_architectures_with_these_sizes(name: str) -> None:
     theirs = timm.create_model(name, device="meta")
     found = (theirs.embed_dim, len(theirs.blocks), hasattr(theirs.blocks[0].ls1, "gamma"), theirs.num_prefix_tokens)
     assert ARCHITECTURES[found] == name
@@ -119,13 +119,13 @@ def test_the_architectures_are_there_with_these_sizes(name: str) -> None:
         ({"mlp": "swiglu", "mlp_hidden": 104}, "export it to transformers"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_reason(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_incompatible_students_are_refused_with_the_reason(change: dict[str, Any], why: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=why):
         write(small(**change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_layouts_are_not_mistaken_for_one_another(tmp_path: Path) -> None:
+def test_timm_and_transformers_layouts_are_distinguished(tmp_path: Path) -> None:
     model = small()
     own = json.loads((model.save(tmp_path / "own") / "config.json").read_text())
     ours = json.loads((write(model, tmp_path / "timm") / "config.json").read_text())
@@ -153,7 +153,7 @@ def test_layouts_are_not_mistaken_for_one_another(tmp_path: Path) -> None:
         ("naflexvit_huge_patch16_radio_v4", {"reg_tokens": 2, "pos_embed_align_corners": True}, 1, True),
     ],
 )
-def test_what_timm_saves_gives_the_same_tokens_here(
+def test_loading_a_timm_folder_gives_equal_tokens(
     architecture: str, change: dict[str, Any], slots: int, aligned: bool, tmp_path: Path
 ) -> None:
     theirs = timm.create_model(architecture, **SMALL, **change).eval()
@@ -170,7 +170,7 @@ def test_what_timm_saves_gives_the_same_tokens_here(
     assert error(windowed(batch).spatial, ours(batch).spatial) > 1e-2
 
 
-def test_a_bias_that_is_zero_is_no_bias(tmp_path: Path) -> None:
+def test_zero_patch_bias_is_omitted(tmp_path: Path) -> None:
     theirs = timm.create_model("naflexvit_huge_patch16_radio_v4", **SMALL).eval()
     randomize(theirs)
     torch.nn.init.zeros_(theirs.embeds.proj.bias)
@@ -180,7 +180,7 @@ def test_a_bias_that_is_zero_is_no_bias(tmp_path: Path) -> None:
     compare(ours, theirs)
 
 
-def test_a_plain_vit_is_exact_at_its_own_size_and_says_so(tmp_path: Path) -> None:
+def test_plain_vit_is_exact_at_its_native_size_and_warns(tmp_path: Path) -> None:
     theirs = timm.create_model(
         "vit_base_patch16_radio_v3", img_size=32, embed_dim=WIDTH, depth=DEPTH, num_heads=4, patch_size=PATCH
     ).eval()
@@ -192,7 +192,7 @@ def test_a_plain_vit_is_exact_at_its_own_size_and_says_so(tmp_path: Path) -> Non
     assert (ours.student.spec.slots, ours.student.registers) == (4, 4)
 
 
-def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
+def test_invalid_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     theirs = timm.create_model("naflexvit_huge_patch16_radio_v4", **SMALL)
     timm.models.save_for_hf(theirs, str(tmp_path), safe_serialization=True)
     whole = read_folder(tmp_path)
@@ -236,7 +236,7 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
         ("naflexvit_huge_patch16_radio_v4", False, False),
     ],
 )
-def test_an_official_checkpoint_gives_what_timm_makes_of_it(
+def test_official_checkpoint_equals_timms_conversion(
     architecture: str, layer_scale: bool, aligned: bool, tmp_path: Path
 ) -> None:
     """timm converts the official names by itself, so this does not go through our exporter."""

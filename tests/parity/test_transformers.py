@@ -1,4 +1,4 @@
-"""Our models and transformers' ``RadioModel``: the same weights give the same numbers, whoever wrote the folder."""
+"""Our models and transformers' ``RadioModel``: the same weights give the same features, in both directions."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def write(model: Model, folder: Path, **options: Any) -> Path:
 
 
 def theirs(folder: Path) -> Any:
-    model, told = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(model).__name__ == "RadioModel"
-    assert not any(told.values()), told
+    assert not any(info.values()), info
     return model.eval()
 
 
@@ -95,7 +95,7 @@ def test_an_exported_model_gives_the_same_numbers_in_plain_transformers(variant:
     compare(model, theirs(write(model, tmp_path / "out")))
 
 
-def test_what_comes_back_from_an_export_is_the_model_that_went_out(tmp_path: Path) -> None:
+def test_export_round_trip_restores_the_model(tmp_path: Path) -> None:
     model = small(layer_scale=1e-5, num_global=1, num_windowed=1, pos_dropout=0.0)
     back = agglo.load(write(model, tmp_path / "out"))
     assert back.student_config["kind"] == "vit"
@@ -112,7 +112,7 @@ def test_what_comes_back_from_an_export_is_the_model_that_went_out(tmp_path: Pat
                        model(batch, window=2).spatial)  # fmt: skip
 
 
-def test_what_transformers_saves_again_keeps_what_only_we_know(tmp_path: Path) -> None:
+def test_agglo_notes_survive_a_transformers_round_trip(tmp_path: Path) -> None:
     model = small(num_global=2)
     theirs(write(model, tmp_path / "out")).save_pretrained(tmp_path / "again")
     back = agglo.load(tmp_path / "again")
@@ -126,7 +126,12 @@ def test_the_processor_leaves_normalisation_to_the_model(tmp_path: Path) -> None
     write(small(), tmp_path / "out")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     pixels = processor(images=Image.new("RGB", (90, 60), (255, 0, 51)), return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, 3, 32, 32)  # 36, the preferred size, is no multiple of 8: 32 is the nearest, halves even
+    assert pixels.shape == (
+        1,
+        3,
+        32,
+        32,
+    )  # 36, the preferred size, is not a multiple of 8: 32 is the nearest, ties to even
     torch.testing.assert_close(pixels[0, :, 16, 16], torch.tensor([1.0, 0.0, 0.2]))
 
 
@@ -147,7 +152,7 @@ def test_precision_on_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "half").exists()
 
 
-def test_heads_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+def test_exported_heads_are_omitted_with_a_warning(tmp_path: Path) -> None:
     head = HeadConfig({"kind": "mlp", "hidden": 16}, None, 8, None, 0, None)
     model = small(heads={"dino_v3": head})
     with pytest.warns(UserWarning, match=r"RadioModel has no place for the heads \(dino_v3\)"):
@@ -170,13 +175,13 @@ def test_heads_are_left_out_and_that_is_said(tmp_path: Path) -> None:
         ({"mlp": "swiglu", "mlp_hidden": 101}, "mlp_hidden: 96 or 104"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_reason(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_incompatible_students_are_refused_with_the_reason(change: dict[str, Any], why: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=why):
         write(small(**change), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_other_students_and_half_models_are_refused(tmp_path: Path) -> None:
+def test_other_students_and_incomplete_models_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     student = {"kind": "timm", "model": "test_efficientnet", "stages": [3]}
     with pytest.raises(ConfigError, match="student is a timm"):
@@ -232,7 +237,7 @@ def native(**options: Any) -> Any:
     ],
     ids=["plain", "swiglu", "no_qkv_bias"],
 )
-def test_what_transformers_saves_gives_the_same_numbers_here(
+def test_loading_a_transformers_folder_gives_equal_features(
     options: dict[str, Any], original: bool, tmp_path: Path
 ) -> None:
     model = native(**options)
@@ -244,7 +249,7 @@ def test_what_transformers_saves_gives_the_same_numbers_here(
     assert (ours.preferred_size, ours.spec.stride) == (32, PATCH)
 
 
-def test_windows_are_ours_on_their_models_too(tmp_path: Path) -> None:
+def test_windows_work_on_transformers_checkpoints(tmp_path: Path) -> None:
     native().save_pretrained(tmp_path)
     model, batch = from_native(read_folder(tmp_path), window=2, num_windowed=1), torch.rand(1, 3, 48, 48)
     assert model.step() == 16
@@ -253,7 +258,7 @@ def test_windows_are_ours_on_their_models_too(tmp_path: Path) -> None:
     assert error(agglo.load(tmp_path)(batch).spatial, everywhere.spatial) == 0
 
 
-def test_layer_scales_that_do_nothing_are_left_out(tmp_path: Path) -> None:
+def test_layer_scales_of_one_are_omitted(tmp_path: Path) -> None:
     model = native()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -265,7 +270,7 @@ def test_layer_scales_that_do_nothing_are_left_out(tmp_path: Path) -> None:
     compare(ours, model)
 
 
-def test_a_checkpoint_may_leave_out_what_transformers_fills_in(tmp_path: Path) -> None:
+def test_missing_config_keys_take_transformers_defaults(tmp_path: Path) -> None:
     model = native(layerscale_value=0.5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -277,7 +282,7 @@ def test_a_checkpoint_may_leave_out_what_transformers_fills_in(tmp_path: Path) -
     compare(from_native(Checkpoint(tensors, config=checkpoint.config)), model)
 
 
-def test_video_and_heads_are_left_out_with_a_word(tmp_path: Path) -> None:
+def test_video_parts_and_heads_are_omitted_with_a_warning(tmp_path: Path) -> None:
     model = native(video_temporal_patch_size=2)
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="stacked video frames"):
@@ -289,7 +294,7 @@ def test_video_and_heads_are_left_out_with_a_word(tmp_path: Path) -> None:
         from_native(Checkpoint(tensors, config=checkpoint.config))
 
 
-def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
+def test_invalid_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     native().save_pretrained(tmp_path)
     checkpoint = read_folder(tmp_path)
 
@@ -320,7 +325,7 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
 # --- the official layout ----------------------------------------------------------------------------------------------
 
 
-def test_an_official_checkpoint_gives_what_transformers_makes_of_it(tmp_path: Path) -> None:
+def test_official_checkpoint_equals_transformers_conversion(tmp_path: Path) -> None:
     """transformers converts the official names by itself, so this does not go through our exporter."""
     state, args = official(layer_scale=False)
     config = transformers.RadioConfig(

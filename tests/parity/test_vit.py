@@ -35,7 +35,7 @@ def test_equals_timm_with_the_same_weights() -> None:
     torch.testing.assert_close(out.spatial.flatten(2).transpose(1, 2), tokens[:, 3:], rtol=1e-4, atol=1e-5)
 
 
-def test_position_window_at_inference_is_the_top_left_of_the_longer_side() -> None:
+def test_position_at_inference_is_the_top_left_of_the_longer_side() -> None:
     table = torch.randn(1, 4, 16, 16)
     assert torch.equal(eval_embedding(table, (16, 16)), table)
     square = eval_embedding(table, (6, 6))
@@ -46,7 +46,7 @@ def test_position_window_at_inference_is_the_top_left_of_the_longer_side() -> No
     torch.testing.assert_close(halves, (torch.arange(8) * 2 + 0.5) / 15, rtol=1e-5, atol=1e-6)  # means of pairs
 
 
-def test_training_windows_are_crops_of_the_table() -> None:
+def test_training_viewports_are_crops_of_the_table() -> None:
     torch.manual_seed(0)
     ys, xs = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 32), indexing="ij")
     table = torch.stack([xs, ys])[None]
@@ -95,6 +95,6 @@ def test_pooled_patches_of_a_plain_vit_equal_timm(model_norm: bool) -> None:
     torch.testing.assert_close(out.tokens(), tokens[:, 1:], rtol=1e-4, atol=1e-5)
 
 
-def test_one_mean_cannot_serve_several_class_tokens() -> None:
+def test_mean_pooling_with_several_class_tokens_is_refused() -> None:
     with pytest.raises(ConfigError, match="cls_per_teacher: false"):
         ViT(("a", "b"), width=32, depth=1, heads=2, max_grid=4, pool="avg")

@@ -54,16 +54,14 @@ def test_a_term_of_weight_zero_may_be_nan(kind: type[Weighted], options: dict[st
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_a_step_without_weighed_terms_is_zero_and_can_go_backward(
-    kind: type[Weighted], options: dict[str, Any]
-) -> None:
+def test_step_without_active_terms_is_zero_and_differentiable(kind: type[Weighted], options: dict[str, Any]) -> None:
     total = kind(WEIGHTS, **options)({"sam/summary": torch.tensor(float("nan"), requires_grad=True)})
     total.backward()
     assert total.item() == 0
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_a_value_that_is_not_finite_leaves_no_trace(kind: type[Weighted], options: dict[str, Any]) -> None:
+def test_non_finite_values_do_not_change_the_state(kind: type[Weighted], options: dict[str, Any]) -> None:
     weights = {"dino/summary": 1.0, "dino/spatial": 0.5}
     balancer = kind(weights, **options)
     for step in range(3):
@@ -101,7 +99,7 @@ def test_bad_weights_are_refused(weight: float) -> None:
         Fixed({"a/spatial": weight, "b/spatial": 1.0})
 
 
-def test_nothing_to_learn_is_refused() -> None:
+def test_all_zero_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="all loss weights are 0"):
         Fixed({"a/spatial": 0.0})
 
@@ -150,7 +148,7 @@ def test_adaloss_is_detached_and_clipped() -> None:
     assert terms["b/summary"].grad == torch.tensor(0.2)
 
 
-def test_adaloss_keeps_what_it_did_not_see() -> None:
+def test_adaloss_keeps_the_averages_of_absent_terms() -> None:
     balancer = AdaLoss({"a/summary": 1.0, "b/summary": 1.0})
     assert balancer(scalars(a_summary=7)).item() == 7  # alone it is worth itself
     assert torch.equal(balancer.average, torch.tensor([7.0, 0.0]))
@@ -176,7 +174,7 @@ def test_uncertainty_starts_at_one_and_has_its_closed_optimum() -> None:
     torch.testing.assert_close(balancer.log_variance.grad, torch.zeros(2), atol=1e-6, rtol=0)
 
 
-def test_uncertainty_leaves_absent_terms_alone() -> None:
+def test_uncertainty_ignores_absent_terms() -> None:
     balancer = Uncertainty({"a/summary": 1.0, "b/summary": 1.0})
     balancer(scalars(b_summary=2)).backward()
     assert balancer.log_variance.grad is not None
@@ -241,15 +239,15 @@ def test_teacher_drop_keeps_the_worst_teacher_of_each_image() -> None:
     torch.testing.assert_close(rows["b/spatial"].grad, torch.tensor([2 / 3, 0.0, 0.0]))
 
 
-def test_teacher_drop_without_images_decides_for_the_batch() -> None:
+def test_teacher_drop_without_per_image_draws_once_per_batch() -> None:
     balancer = drop(1.0, a_summary=1, b_summary=1, c_summary=2)
     assert balancer(scalars(a_summary=1, b_summary=3, c_summary=2)).item() == 3 * 3
-    assert balancer(scalars(a_summary=4)).item() == 4  # alone it has nobody to yield to
+    assert balancer(scalars(a_summary=4)).item() == 4  # without other terms its factor is 1
     balancer.eval()
     assert balancer(scalars(a_summary=1, b_summary=3, c_summary=2)).item() == 8
 
 
-def test_teacher_drop_that_never_drops_is_fixed() -> None:
+def test_teacher_drop_with_p_zero_equals_fixed() -> None:
     rows = {f"{t}/summary": torch.rand(6) for t in "abc"}
     terms = {name: row.mean() for name, row in rows.items()}
     weights = {"a/summary": 1.0, "b/summary": 2.0, "c/summary": 0.5}
@@ -269,7 +267,7 @@ def test_teacher_drop_draws_depend_on_seed_and_step_alone() -> None:
     assert not torch.equal(other(terms, step=5, per_image=rows), first)
 
 
-def test_teacher_drop_drops_with_probability_p_and_every_image_weighs_the_same() -> None:
+def test_teacher_drop_has_rate_p_and_equal_image_weights() -> None:
     balancer = TeacherDrop({"a/summary": 1.0, "b/summary": 1.0, "c/summary": 1.0}, p=0.3)
     rows = {f"{t}/summary": torch.full((4000,), 1.0 + (t == "b"), requires_grad=True) for t in "abc"}
     balancer({name: row.mean() for name, row in rows.items()}, per_image=rows).backward()
@@ -281,7 +279,7 @@ def test_teacher_drop_drops_with_probability_p_and_every_image_weighs_the_same()
     torch.testing.assert_close(sum(grads.values()), torch.full((4000,), 3.0))
 
 
-def test_teacher_drop_wants_all_terms_by_image_or_none() -> None:
+def test_teacher_drop_needs_all_terms_per_image_or_none() -> None:
     balancer = drop(0.5, a_summary=1, b_summary=1)
     terms = scalars(a_summary=1, b_summary=3)
     with pytest.raises(ValueError, match="per_image lacks b/summary"):
@@ -304,7 +302,7 @@ def test_schedule_is_piecewise_linear() -> None:
     assert balancer(scalars(a_summary=5)).item() == 10
 
 
-def test_schedule_at_zero_leaves_a_term_out() -> None:
+def test_schedule_omits_terms_with_factor_zero() -> None:
     balancer = Schedule({"sam/spatial": 1.0, "dino/spatial": 1.0}, points={"sam": [(0.0, 0.0), (1.0, 1.0)]})
     assert balancer(scalars(sam_spatial=float("nan"), dino_spatial=3), total=10).item() == 3
     alone = balancer({"sam/spatial": torch.tensor(float("nan"), requires_grad=True)}, total=10)
@@ -312,7 +310,7 @@ def test_schedule_at_zero_leaves_a_term_out() -> None:
     assert alone.item() == 0
 
 
-def test_schedule_takes_the_closest_key() -> None:
+def test_schedule_uses_the_most_specific_key() -> None:
     weights = {"a/summary": 1.0, "a/spatial": 1.0, "b/spatial": 1.0, "mesa": 1.0}
     points = {"*/spatial": [(0.0, 2.0)], "a": [(0.0, 3.0)], "a/summary": [(0.0, 4.0)], "*": [(0.0, 5.0)]}
     expected = {"a/summary": 4.0, "a/spatial": 3.0, "b/spatial": 2.0, "mesa": 5.0}

@@ -39,7 +39,7 @@ def _manual(net: nn.Sequential, x: Tensor, factors: list[Tensor]) -> Tensor:
     return nn.functional.gelu(x) @ (c.weight * factors[2]).T * 2
 
 
-def test_every_linear_is_perturbed_and_the_gradient_is_the_chain_rules() -> None:
+def test_every_linear_is_perturbed_with_the_chain_rules_gradient() -> None:
     net, x = _net(), torch.randn(5, 6)
     damp = enable_damp(net, 0.2, seed=1)
     assert damp.names == ("0", "2", "4")
@@ -91,7 +91,7 @@ def test_noise_is_a_function_of_seed_rank_step_micro_and_layer() -> None:
     assert not torch.equal(first[0].flatten()[:32], first[1].flatten()[:32])
 
 
-def test_the_global_generator_is_left_alone() -> None:
+def test_the_global_generator_is_not_used() -> None:
     net = _net()
     state = torch.random.get_rng_state()
     enable_damp(net, 0.1, seed=0).set_step(3)
@@ -123,7 +123,7 @@ def test_eval_copies_and_state_are_untouched() -> None:
     assert torch.equal(net(x), before)
 
 
-def test_a_recomputed_forward_meets_the_same_noise() -> None:
+def test_recomputed_forward_uses_the_same_noise() -> None:
     grads = []
     for recompute in (False, True):
         net, x = _net(), torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
@@ -135,7 +135,7 @@ def test_a_recomputed_forward_meets_the_same_noise() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_drawing_between_forward_and_backward_is_noticed() -> None:
+def test_drawing_between_forward_and_backward_raises() -> None:
     net = _net()
     damp = enable_damp(net, 0.1, seed=0)
     y = net(torch.randn(5, 6)).sum()
@@ -144,7 +144,7 @@ def test_drawing_between_forward_and_backward_is_noticed() -> None:
         y.backward()
 
 
-def test_a_compiled_step_sees_new_noise_without_compiling_again() -> None:
+def test_compiled_step_uses_new_noise_without_recompiling() -> None:
     net, x = nn.Sequential(nn.Linear(6, 8), nn.GELU(), Linear(8, 4)), torch.randn(5, 6)
     damp = enable_damp(net, 0.3, seed=0)
     count = 0
@@ -175,7 +175,7 @@ def test_a_vit_is_perturbed_everywhere() -> None:
     assert not torch.equal(first, vit(x).summary)
 
 
-def test_a_convolution_is_perturbed_as_the_matrix_it_is() -> None:
+def test_convolution_weights_are_perturbed() -> None:
     """At the perturbed weights, by its own forward: strides, padding and groups stay what they were."""
     layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 9, 9)
     weight, before = layer.weight, layer.eval()(x)
@@ -193,7 +193,7 @@ def test_a_convolution_is_perturbed_as_the_matrix_it_is() -> None:
     assert layer.weight is weight
 
 
-def test_follows_a_change_of_dtype_and_says_what_is_wrong() -> None:
+def test_noise_follows_dtype_changes_and_invalid_calls_raise() -> None:
     net = nn.Sequential(nn.Linear(6, 8))
     damp: Damp = enable_damp(net, 0.1, seed=0)
     with pytest.raises(ValueError, match="already"):

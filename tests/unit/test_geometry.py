@@ -16,7 +16,7 @@ sides = st.integers(1, 24)
 
 
 def brute_axis(values: np.ndarray, n_out: int) -> np.ndarray:
-    """D-11 in one dimension, point by point, float64."""
+    """docs/method.md, D-11, in one dimension, point by point, float64."""
     n_in = len(values)
     points = math.ceil(n_in / n_out)
     out = []
@@ -29,7 +29,7 @@ def brute_axis(values: np.ndarray, n_out: int) -> np.ndarray:
     return np.array(out)
 
 
-def test_equal_grids_come_back_as_they_are() -> None:
+def test_equal_grids_return_the_same_objects() -> None:
     a, b = torch.randn(2, 3, 5, 7), torch.randn(1, 4, 5, 7)
     one, two = align(a, b)
     assert one is a
@@ -60,7 +60,7 @@ def test_equals_brute_force(h: int, w: int, h2: int, w2: int) -> None:
 
 @given(sides, sides, sides, sides)
 @settings(max_examples=30, deadline=None)
-def test_constant_stays(h: int, w: int, h2: int, w2: int) -> None:
+def test_constant_maps_are_preserved(h: int, w: int, h2: int, w2: int) -> None:
     out = resample(torch.full((1, 1, h, w), 2.5, dtype=torch.float64), (h2, w2))
     torch.testing.assert_close(out, torch.full((1, 1, h2, w2), 2.5, dtype=torch.float64))
 
@@ -74,7 +74,7 @@ def test_ramp_keeps_its_value_at_cell_centres(n_in: int, n_out: int, border: int
     torch.testing.assert_close(found[:, inner], centres[inner].expand(n_out, -1), atol=1e-12, rtol=0)
 
 
-def test_growing_is_bilinear_interpolation() -> None:
+def test_upsampling_is_bilinear_interpolation() -> None:
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64)
     expected = torch.nn.functional.interpolate(x, size=(9, 11), mode="bilinear", align_corners=False)
     torch.testing.assert_close(resample(x, (9, 11)), expected, atol=1e-12, rtol=0)
@@ -99,11 +99,11 @@ def test_gradient_and_dtype_survive_autocast() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (4, 4), (1, 1, 1, 4, 4)])
-def test_only_maps_are_aligned(shape: tuple[int, ...]) -> None:
+def test_aligning_other_shapes_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
         align(torch.zeros(shape), torch.zeros(1, 1, 2, 2))
 
 
-def test_a_grid_has_cells() -> None:
+def test_empty_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one cell"):
         resample(torch.zeros(1, 1, 2, 2), (0, 2))

@@ -87,7 +87,7 @@ def block(w: Mapping[str, Array], at: str, tokens: list[Array], heads: int) -> l
 
 
 def over_map(answer: Callable[[Array], Array], x: Tensor, u: int, target: int) -> Array:
-    """``answer`` at each position of ``(B, C, H, W)``, its channels (u1, u2, c) put where RADIO.md 6 says."""
+    """``answer`` at each position of ``(B, C, H, W)``, its channels (u1, u2, c) laid out as in docs/checkpoints.md, 6."""
     batch, _, height, width = x.shape
     out = np.full((batch, target, u * height, u * width), np.nan)
     for b, h, w in np.ndindex(batch, height, width):
@@ -107,7 +107,7 @@ def close(actual: Tensor, expected: Array) -> None:
 
 @pytest.mark.parametrize("inner", [0, 1, 2])
 @pytest.mark.parametrize(("version", "formula"), [("v1", v1), ("v2", v2)])
-def test_mlp_is_its_formula(version: str, formula: Callable[..., Array], inner: int) -> None:
+def test_mlp_equals_its_formula(version: str, formula: Callable[..., Array], inner: int) -> None:
     head = shaken(build("heads", {"kind": "mlp", "version": version, "hidden": 9, "inner": inner}, 6, 4))
     w, x = weights(head), torch.randn(3, 6)
     close(head(x), np.stack([formula(w, row, inner) for row in x.double().numpy()]))
@@ -122,7 +122,7 @@ def test_upsampled_maps_are_laid_out_by_cell(version: str, formula: Callable[...
     close(head(x), over_map(lambda row: formula(w, row, 1), x, u, 5))
 
 
-def test_a_cell_is_rows_first_channels_last() -> None:
+def test_upsampled_cells_are_row_major_with_channels_last() -> None:
     """Closed form: with no weight but the bias, each output tells which of the last linear's channels it is."""
     head = Mlp(4, 3, hidden=4, upsample=2)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_impossible_mlps_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("u", "inner", "blocks"), [(1, 0, 2), (2, 1, 1)])
-def test_attention_is_its_formula(u: int, inner: int, blocks: int) -> None:
+def test_attention_equals_its_formula(u: int, inner: int, blocks: int) -> None:
     head = Attention(8, 3, blocks=blocks, heads=2, hidden=6, inner=inner, upsample=u)
     assert head.blocks[0].ls1.gamma.eq(1e-5).all() and head.blocks[0].attn.qkv.bias is None
     w, x = weights(shaken(head)), torch.randn(1, 8, 2, 3)
@@ -171,7 +171,7 @@ def test_attention_is_its_formula(u: int, inner: int, blocks: int) -> None:
     close(head(x), over_map(lambda row: v2(w, row, inner, "mlp."), seen, u, 3))
 
 
-def test_attention_knows_no_positions() -> None:
+def test_attention_is_permutation_equivariant() -> None:
     head = shaken(Attention(8, 3, heads=2, hidden=6))
     x, order = torch.randn(1, 8, 2, 3), torch.randperm(6)
     shuffled = x.flatten(2)[:, :, order].view_as(x)
@@ -208,7 +208,7 @@ V1 |= official("_heads.1.", fc2=(4, 8)) | official("_heads.10.", fc1=(3, 2))
 V2 = official("_heads.sam.", fc1=(8, 6), blocks__0__0=(8,), blocks__0__2=(8, 8), final__0=(8,), final__2=(16, 8))
 
 
-def test_v1_is_read_off_names_and_shapes() -> None:
+def test_v1_is_recognised_from_names_and_shapes() -> None:
     options, source, target, keys = read_head(V1, "_heads.1.", "v1")
     assert options == {"kind": "mlp", "version": "v1", "hidden": 8, "inner": 2, "upsample": 1}
     assert (source, target) == (6, 4)
@@ -218,7 +218,7 @@ def test_v1_is_read_off_names_and_shapes() -> None:
     assert keys["blocks.1.1.bias"] == "_heads.1.inner.4.bias"
 
 
-def test_v2_is_read_off_names_and_shapes() -> None:
+def test_v2_is_recognised_from_names_and_shapes() -> None:
     options, source, target, keys = read_head(V2, "_heads.sam.", "v2", upsample=2)
     assert options == {"kind": "mlp", "version": "v2", "hidden": 8, "inner": 1, "upsample": 2}
     assert (source, target) == (6, 4)
@@ -226,7 +226,7 @@ def test_v2_is_read_off_names_and_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "drop", "version", "says"),
+    ("change", "drop", "version", "message"),
     [
         ({}, "final.0.bias", "v2", r"1 missing: final\.0\.bias"),
         ({}, "fc1.weight", "v2", r"1 missing: fc1\.weight"),
@@ -247,14 +247,14 @@ def test_v2_is_read_off_names_and_shapes() -> None:
         ({"fc1.parametrizations.weight.original": Shape(8, 6)}, "fc1.weight", "v2", "materialised"),
     ],
 )
-def test_tensors_of_no_such_head_are_named(change: dict[str, Any], drop: str, version: str, says: str) -> None:
+def test_mismatched_head_tensors_are_listed(change: dict[str, Any], drop: str, version: str, message: str) -> None:
     tensors = V2 | {f"_heads.sam.{name}": shape for name, shape in change.items()}
     tensors.pop(f"_heads.sam.{drop}", None)
-    with pytest.raises(AssetError, match=says):
+    with pytest.raises(AssetError, match=message):
         read_head(tensors, "_heads.sam.", version)
 
 
-def test_other_bad_requests_are_named() -> None:
+def test_other_invalid_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="attn, v1, v2"):
         read_head(V2, "_heads.sam.", "v7")
     with pytest.raises(ConfigError, match="upsample: must be at least 1, got 0"):
@@ -294,7 +294,7 @@ def as_map(features: Tensor, like: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["vit_heads_by_name", "vit_so400m_adaptors"])
 @torch.inference_mode()
-def test_heads_answer_as_the_reference(golden: Path, name: str) -> None:
+def test_heads_equal_the_reference(golden: Path, name: str) -> None:
     about = json.loads((golden / f"{name}.json").read_text(encoding="utf-8"))
     tensors, io = load_file(golden / about["weights"]), load_file(golden / about["io"])
     checked = 0
@@ -321,7 +321,7 @@ def test_heads_answer_as_the_reference(golden: Path, name: str) -> None:
 
 
 @torch.inference_mode()
-def test_heads_of_the_hugging_face_layout_answer_as_the_reference(golden: Path) -> None:
+def test_heads_of_the_hugging_face_layout_equal_the_reference(golden: Path) -> None:
     tensors = load_file(golden / "hf_layout_v4.weights.safetensors")
     io = load_file(golden / "hf_layout_v4.io.safetensors")
     at = "radio_model.adaptors.dino_v3."
@@ -332,7 +332,7 @@ def test_heads_of_the_hugging_face_layout_answer_as_the_reference(golden: Path) 
 
 
 @torch.inference_mode()
-def test_heads_of_spectral_checkpoints_ask_for_plain_weights(golden: Path) -> None:
+def test_heads_of_spectral_checkpoints_need_materialised_weights(golden: Path) -> None:
     tensors = load_file(golden / "vit_spectral.weights.safetensors")
     io = load_file(golden / "vit_spectral.io.safetensors")
     with pytest.raises(AssetError, match="materialised"):

@@ -132,7 +132,7 @@ def test_the_release_has_its_434_tensors() -> None:
 # ------------------------------------------------------------------------------------------------------- parts
 
 
-def test_tiles_are_regions_and_no_pixel_unshuffle() -> None:
+def test_tiles_are_contiguous_regions() -> None:
     x = torch.arange(2 * 3 * 4 * 8.0).view(2, 3, 4, 8)
     out = stack_tiles(x, 2)
     assert out.shape == (2, 12, 2, 4)
@@ -141,7 +141,7 @@ def test_tiles_are_regions_and_no_pixel_unshuffle() -> None:
     assert not torch.equal(out, torch.nn.functional.pixel_unshuffle(x, 2))
 
 
-def test_windows_are_row_major_and_come_back() -> None:
+def test_windows_are_row_major_and_invertible() -> None:
     x = torch.arange(2 * 1 * 4 * 6.0).view(2, 1, 4, 6)
     windows = to_windows(x, 2)
     assert windows.shape == (12, 4, 1)
@@ -204,7 +204,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     assert not dead
 
 
-def test_training_moves_the_norms() -> None:
+def test_training_updates_the_running_statistics() -> None:
     student = network().train()
     before = {name: buffer.clone() for name, buffer in student.named_buffers()}
     student(torch.randn(2, 3, 64, 64))
@@ -226,7 +226,7 @@ def test_the_neck_sets_the_stride(start: int) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_deployed_is_the_same_network(name: str) -> None:
+def test_deployed_network_is_equivalent(name: str) -> None:
     student, images = network(**OPTIONS[name]), torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         expected = student(images)
@@ -236,7 +236,7 @@ def test_deployed_is_the_same_network(name: str) -> None:
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in student.modules())
 
 
-def test_deploying_never_trusts_a_stored_bias() -> None:
+def test_deploying_ignores_a_stored_bias() -> None:
     student, images = network(), torch.randn(1, 3, 64, 64)
     state = student.state_dict()
     for name, module in student.named_modules():
@@ -249,12 +249,12 @@ def test_deploying_never_trusts_a_stored_bias() -> None:
         torch.testing.assert_close(other(images).spatial, student(images).spatial, rtol=1e-4, atol=1e-4)
 
 
-def test_a_strict_load_still_sees_foreign_weights() -> None:
+def test_strict_loading_reports_unexpected_weights() -> None:
     with pytest.raises(RuntimeError, match="Unexpected"):
         network().load_state_dict({**network().state_dict(), "levels.0.blocks.foreign": torch.zeros(1)})
 
 
-def test_what_a_deployed_network_refuses() -> None:
+def test_deployed_network_refuses_training_and_loading() -> None:
     student = network()
     state = student.state_dict()
     student.deploy()
@@ -267,7 +267,7 @@ def test_what_a_deployed_network_refuses() -> None:
     assert not student.train(False).training
 
 
-def test_windows_change_what_is_computed_but_no_weights() -> None:
+def test_changing_windows_changes_outputs_but_not_weights() -> None:
     student, images = network(), torch.randn(1, 3, 128, 128)
     names = set(student.state_dict())
     with torch.inference_mode():
@@ -291,7 +291,7 @@ def test_optimal_window(side: int, window: int) -> None:
     assert {m.window for m in student.modules() if isinstance(m, RelativeBias)} == {window}
 
 
-def test_optimal_window_of_no_image() -> None:
+def test_optimal_window_of_too_small_images_is_refused() -> None:
     with pytest.raises(ValueError, match="smallest legal side is 32"):
         network().set_optimal_window(31)
 
@@ -319,7 +319,7 @@ def official(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_official_arguments_in_our_words() -> None:
+def test_official_arguments_become_options() -> None:
     options = options_from_official(official(use_swiglu=True, drop_path_rate=0.2, conv_groups_ratio=1))
     assert options["windows"] == ((4,), (2,))
     assert options["ratios"] == ((2, 1), (1,))

@@ -1,4 +1,4 @@
-"""What a model takes and gives: lists, clips, windows, intermediates, a conditioner outside, precision."""
+"""Inference of a model: lists, clips, windows, intermediates, a detached conditioner, precision."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def model() -> Model:
 
 
 @torch.no_grad()
-def test_a_list_of_anything_is_what_each_would_be_alone(model: Model, tmp_path: Path) -> None:
+def test_list_equals_single_calls(model: Model, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
@@ -45,7 +45,7 @@ def test_a_list_of_anything_is_what_each_would_be_alone(model: Model, tmp_path: 
 
 @torch.no_grad()
 @pytest.mark.parametrize("at", ["call", "load"])
-def test_a_grid_that_was_chosen_is_not_resized_to_windows(model: Model, at: str, tmp_path: Path) -> None:
+def test_tensors_of_whole_patches_are_not_resized_to_windows(model: Model, at: str, tmp_path: Path) -> None:
     """A tensor of whole patches: the window divides them, or those that do are named, with resizing and without."""
     images = torch.rand(2, 3, 64, 96)  # 8x12 patches
 
@@ -69,7 +69,7 @@ def test_a_grid_that_was_chosen_is_not_resized_to_windows(model: Model, at: str,
 
 @torch.no_grad()
 @pytest.mark.parametrize("at", ["call", "load"])
-def test_what_has_to_be_resized_anyway_comes_to_whole_windows(model: Model, at: str) -> None:
+def test_other_images_are_resized_to_whole_windows(model: Model, at: str) -> None:
     photo = np.zeros((40, 56, 3), np.uint8)  # 5x7 patches, if patches were all that mattered
 
     def size(window: int, images: object) -> tuple[int, ...]:
@@ -94,7 +94,7 @@ def test_what_has_to_be_resized_anyway_comes_to_whole_windows(model: Model, at: 
         size(6, np.zeros((7, 56, 3), np.uint8))  # refused, without a warning that it is stretched
 
 
-def test_windows_are_refused_where_there_are_none() -> None:
+def test_windows_are_refused_for_students_without_windows() -> None:
     model = Model({"kind": "hybrid"}, {}).eval()
     with pytest.raises(TypeError, match="window=2: a hybrid student has no windowed attention"):
         model(torch.rand(1, 3, 64, 64), window=2)
@@ -113,7 +113,7 @@ def test_clips_keep_their_shape(model: Model) -> None:
 
 
 @torch.no_grad()
-def test_tokens_of_clips_are_places(model: Model) -> None:
+def test_tokens_of_clips_are_row_major_positions(model: Model) -> None:
     clips = torch.rand(2, 3, 3, 32, 48)
     out, alone = model(clips), model(clips[1, 2]).tokens()
     assert out.tokens().shape == (2, 3, 24, 32)
@@ -154,7 +154,7 @@ def test_intermediates_are_the_blocks_outputs(model: Model) -> None:
 
 
 @torch.no_grad()
-def test_blocks_after_the_last_wanted_are_not_run(model: Model) -> None:
+def test_blocks_after_the_last_chosen_one_are_not_run(model: Model) -> None:
     model.student.blocks[2] = torch.nn.Identity()  # would fail: it takes one argument only
     assert len(model.intermediates(torch.rand(1, 3, 16, 16), [1])) == 1
     with pytest.raises(TypeError):
@@ -162,7 +162,7 @@ def test_blocks_after_the_last_wanted_are_not_run(model: Model) -> None:
 
 
 @torch.no_grad()
-def test_the_conditioner_can_live_in_the_loader(model: Model) -> None:
+def test_the_conditioner_can_be_detached_and_restored(model: Model) -> None:
     images = torch.rand(1, 3, 32, 32)
     before = model(images).summary
     conditioner = model.take_conditioner()
@@ -223,7 +223,7 @@ def test_a_list_holds_single_images() -> None:
             made([torch.rand(1, 3, 64, 64), torch.rand(2, 3, 64, 64)])
 
 
-def test_of_a_list_the_image_that_cannot_be_used_is_named(model: Model, tmp_path: Path) -> None:
+def test_invalid_images_of_a_list_are_named(model: Model, tmp_path: Path) -> None:
     good, small = np.zeros((64, 64, 3), np.uint8), tmp_path / "small.png"
     Image.fromarray(good[:20, :20]).save(small)
     with pytest.raises(ConfigError, match=rf"^{small}: images of 20x20 pixels \(HxW\) do not fill half a window of 8"):
@@ -237,7 +237,7 @@ def test_of_a_list_the_image_that_cannot_be_used_is_named(model: Model, tmp_path
 
 
 @torch.no_grad()
-def test_settings_travel_with_a_saved_model(model: Model, tmp_path: Path) -> None:
+def test_settings_are_saved_with_a_model(model: Model, tmp_path: Path) -> None:
     images = torch.rand(1, 3, 64, 64)
     model.student.window = 2
     again = Model.load(model.save(tmp_path / "windowed"))
@@ -268,7 +268,7 @@ def test_misspelt_options_are_named(model: Model) -> None:
 
 
 @torch.no_grad()
-def test_compiled_it_is_the_same_everywhere(model: Model, tmp_path: Path) -> None:
+def test_compiled_model_calls_its_blocks_in_every_mode(model: Model, tmp_path: Path) -> None:
     """Compilation is switched off inside, so that what is tested is the wiring: every path calls the blocks."""
     folder = model.save(tmp_path / "model")
     with torch.compiler.set_stance("force_eager"):

@@ -47,7 +47,7 @@ def test_orders_without_a_construction_are_refused(n: int) -> None:
         hadamard(n)
 
 
-def test_hadamard_names_its_neighbours() -> None:
+def test_hadamard_error_has_the_nearest_orders() -> None:
     with pytest.raises(ValueError, match="nearest: 468, 480"):
         hadamard(472)
 
@@ -98,7 +98,7 @@ def test_unit() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_unit_hides_nothing_that_is_not_finite(bad: float) -> None:
+def test_unit_propagates_non_finite_values(bad: float) -> None:
     out = unit(torch.tensor([[3.0, bad], [3.0, 4.0]]))
     assert out[0].isnan().any()
     assert torch.allclose(out[1], torch.tensor([0.6, 0.8]))

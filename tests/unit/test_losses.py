@@ -96,7 +96,7 @@ class _Affine(Pointwise):
         return 7 + torch.einsum("bchw,bchw->bhw", prediction, target)
 
 
-def test_the_masked_mean_serves_distances_that_are_not_zero_at_zero() -> None:
+def test_masked_mean_of_distances_that_are_not_zero_at_zero() -> None:
     x, y = random_pair((2, 3, 4, 4))
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     mask[1, 0, 2, 3] = True

@@ -138,7 +138,7 @@ def test_is_zero_at_the_target(name: str) -> None:
         assert CASES[name][0]()(x, x).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_what_each_is_blind_to() -> None:
+def test_invariances_of_each_loss() -> None:
     x, _ = random_pair((9, 6))
     rotation = torch.linalg.qr(torch.randn(6, 6))[0]
     assert Gram()(x @ rotation * torch.rand(9, 1), x).item() == pytest.approx(0, abs=1e-10)
@@ -148,7 +148,7 @@ def test_what_each_is_blind_to() -> None:
     assert Contrastive()(x @ rotation, x).item() > 0.1
 
 
-def test_arkd_charges_only_the_harmful_direction() -> None:
+def test_arkd_penalises_one_direction_only() -> None:
     """Two pairs, far from each other: the near may come nearer (and, by the mean, the far farther), not the reverse."""
 
     def pairs_of(spread: float) -> Tensor:
@@ -162,7 +162,7 @@ def test_arkd_charges_only_the_harmful_direction() -> None:
     assert symmetric(tighter, pairs_of(1.0)).item() > 1e-4
 
 
-def test_infonce_is_the_limit_of_cold_teachers() -> None:
+def test_infonce_is_the_limit_of_small_teacher_temperature() -> None:
     x, y = random_pair((12, 8))
     cold = Contrastive(teacher_temperature=1e-3)(x, y)
     assert cold.item() == pytest.approx(Contrastive(targets="hard")(x, y).item(), rel=1e-5)
@@ -209,7 +209,7 @@ def test_degenerate_vectors_have_finite_gradients(name: str) -> None:
 
 
 @every
-def test_float32_whatever_comes_in(name: str) -> None:
+def test_losses_are_float32_for_any_input(name: str) -> None:
     loss = CASES[name][0]()
     x, y = random_pair((5, 7))
     assert loss(x.bfloat16(), y.double()).dtype == torch.float32
@@ -238,7 +238,7 @@ class _Sum(Relation):
 
 
 def _taken(target: Tensor, positions: int, mask: Tensor | None = None) -> Tensor:
-    """Which positions a call compares, told by the gradient of the sum over what it was given."""
+    """The positions that a call compares: those with a gradient."""
     x = torch.zeros_like(target, requires_grad=True)
     _Sum(positions)(x, target, mask).backward()
     assert x.grad is not None
@@ -273,7 +273,7 @@ def test_sampled_maps_agree_with_their_part(name: str) -> None:
     torch.testing.assert_close(loss(x, y), loss(*part))
 
 
-def test_am_radio_is_the_weighed_sum() -> None:
+def test_am_radio_is_the_weighted_sum() -> None:
     x, y = random_pair((3, 4, 2, 5))
     a, b = x.double().numpy(), y.double().numpy()
     cosine = 1 - (_unit(np.moveaxis(a, 1, -1)) * _unit(np.moveaxis(b, 1, -1))).sum(-1)

@@ -1,4 +1,4 @@
-"""The artefact: any size in, a folder out, nothing lost on the way."""
+"""Model: inputs of any size, heads, saving and loading; timm students."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def test_without_resizing_an_illegal_size_is_named(model: Model) -> None:
         model(torch.rand(1, 3, 40, 32), resize=False)
 
 
-def test_unknown_head_and_missing_text_say_what_there_is(model: Model) -> None:
+def test_unknown_head_and_missing_text_are_refused_with_options(model: Model) -> None:
     with pytest.raises(KeyError, match="edges"):
         model(torch.rand(1, 3, 32, 32), heads=["edgs"])
     with pytest.raises(TypeError, match="text"):
@@ -155,14 +155,14 @@ print("done")
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr
 
 
-def test_windows_that_are_a_share_of_the_image_take_multiples_of_its_size() -> None:
+def test_relative_windows_accept_multiples_of_the_nominal_size() -> None:
     student = Timm(model="maxvit_nano_rw_256")
     assert (student.spec.step, student.spec.stride) == (256, 16)
     with pytest.raises(ValueError, match="nearest legal height: 256"):
         student(torch.zeros(1, 3, 224, 256))
 
 
-def test_a_backbone_that_cannot_be_a_student_is_refused_at_once() -> None:
+def test_unusable_backbones_are_refused_at_construction() -> None:
     for model, own in (("hiera_tiny_224", 224), ("coat_lite_tiny", 224), ("levit_128s", 224)):
         with pytest.raises(
             ConfigError, match=rf"cannot be a student.*{own}x{own} px only, but a student needs several"

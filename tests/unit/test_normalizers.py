@@ -94,7 +94,7 @@ def test_phi_s_ignores_rotations_of_the_teacher_space(channels: int) -> None:
     assert np.abs(one).max() > 1
 
 
-def test_phi_s_takes_negative_eigenvalues_for_zero() -> None:
+def test_phi_s_clamps_negative_eigenvalues() -> None:
     whiten, _ = PhiS(4).solve(torch.tensor([3.0, 3.0, 2.0, -2.0], dtype=torch.float64).diag())
     np.testing.assert_allclose(whiten @ whiten.T, np.eye(4) / 2, atol=1e-12)  # phi² = (3 + 3 + 2 + 0) / 4
 
@@ -127,7 +127,7 @@ def test_identity_is_frozen_from_the_start() -> None:
         normalizer.update(y)
 
 
-def test_global_standard_is_two_numbers() -> None:
+def test_global_standard_uses_one_mean_and_one_scale() -> None:
     y = _features(6)
     rows = _rows(y)
     mean = rows.mean()
@@ -178,7 +178,7 @@ def test_whitenings_differ_by_a_rotation_and_zca_is_symmetric() -> None:
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("channels", [9, 12])
-def test_the_floor_bounds_the_gain_where_rank_is_missing(rotation: str, channels: int) -> None:
+def test_the_floor_bounds_the_gain_of_a_rank_deficient_covariance(rotation: str, channels: int) -> None:
     y = _features(channels, rank=3)
     mean = np.trace(np.cov(_rows(y).T)) / channels
     normalizer = _whitener(y, rotation, floor=1e-2)
@@ -200,7 +200,7 @@ def test_floors_out_of_range_are_refused(floor: float) -> None:
         Whiten(4, floor=floor)
 
 
-def test_whitening_says_how_many_positions_it_needs() -> None:
+def test_whitening_error_has_the_number_of_positions_needed() -> None:
     short, enough = Whiten(12), Whiten(12)
     short.update(_features(12)[:1, :, :3, :4])
     with pytest.raises(ValueError, match=r"12 positions.* 13 are needed.*estimate_images"):
@@ -223,17 +223,17 @@ def test_phi_s_only_warns_of_few_positions() -> None:
 
 
 @pytest.mark.parametrize("kind", [PhiS, lambda channels: Whiten(channels, rotation="hadamard")])
-def test_the_fallback_without_a_hadamard_matrix_is_said_once(kind: type[AffineNormalizer]) -> None:
+def test_the_fallback_without_a_hadamard_matrix_warns_once(kind: type[AffineNormalizer]) -> None:
     y = _features(9)
-    with pytest.warns(UserWarning, match="no Hadamard matrix of order 9: .* used instead") as said:
+    with pytest.warns(UserWarning, match="no Hadamard matrix of order 9: .* used instead") as caught:
         normalizer = _fitted(kind, y)
-    assert len(said) == 1 and said[0].filename == __file__
+    assert len(caught) == 1 and caught[0].filename == __file__
     normalizer.inverse(normalizer(y))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [5, 12])
-def test_inverse_undoes_forward_and_buffers_tell_the_same_story(kind: type[AffineNormalizer], channels: int) -> None:
+def test_inverse_undoes_forward_and_agrees_with_the_buffers(kind: type[AffineNormalizer], channels: int) -> None:
     y = _features(channels)
     normalizer = _fitted(kind, y)
     np.testing.assert_allclose(normalizer.inverse(normalizer(y)).numpy(), y.numpy(), atol=1e-4)
@@ -335,7 +335,7 @@ def test_shapes_are_checked(kind: type[AffineNormalizer]) -> None:
 
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_one_bad_number_is_caught_and_leaves_no_trace(kind: type[AffineNormalizer], bad: float) -> None:
+def test_non_finite_input_raises_without_changing_statistics(kind: type[AffineNormalizer], bad: float) -> None:
     y = _features(4)
     broken, normalizer = y.clone(), kind(4)
     broken[3, 1, 2, 5] = bad

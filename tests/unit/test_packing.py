@@ -11,7 +11,7 @@ from agglo.students.vit import ViT
 SIZES = [(32, 32), (16, 64), (48, 32), (32, 32), (16, 16), (16, 64)]
 
 
-def test_tokens_see_their_own_sequence_only() -> None:
+def test_tokens_attend_to_their_own_sequence_only() -> None:
     torch.manual_seed(0)
     lengths = (3, 3, 5, 2)
     q, k, v = torch.randn(3, 1, 2, 13, 4)
@@ -24,7 +24,7 @@ def test_tokens_see_their_own_sequence_only() -> None:
         start += length
 
 
-def test_windows_of_a_pack_come_back() -> None:
+def test_windows_of_a_pack_are_invertible() -> None:
     layout = Layout(2, ((4, 4), (2, 6)), packed=True)
     x = torch.randn(1, sum(layout.lengths), 5)
     prefixes, windows = layout.split_windows(x, 2)
@@ -41,7 +41,7 @@ def vit() -> ViT:
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("budget", [16_384, 20])
-def test_a_pack_equals_one_by_one(vit: ViT, monkeypatch: pytest.MonkeyPatch, window: int | None, budget: int) -> None:
+def test_pack_equals_single_images(vit: ViT, monkeypatch: pytest.MonkeyPatch, window: int | None, budget: int) -> None:
     monkeypatch.setattr(vit_module, "PACK_TOKENS", budget)
     images = [torch.rand(1, 3, height, width) for height, width in SIZES]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_a_pack_equals_one_by_one(vit: ViT, monkeypatch: pytest.MonkeyPatch, win
         torch.testing.assert_close(one.summary, other.summary, rtol=1e-4, atol=1e-5)
 
 
-def test_passes_keep_to_their_budget_and_lose_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_respect_the_token_limit_and_cover_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vit_module, "PACK_TOKENS", 10)
     passes = vit_module._passes([2, 0, 1, 3], [6, 5, 4, 30])
     assert passes == [[2, 0], [1], [3]]
@@ -63,7 +63,7 @@ def test_passes_keep_to_their_budget_and_lose_nobody(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="variable-length attention in one call is for CUDA")
 @pytest.mark.parametrize("width", [64, 72, 80])
-def test_one_jagged_call_equals_one_by_one_on_a_gpu(width: int) -> None:
+def test_jagged_attention_equals_single_sequences_on_a_gpu(width: int) -> None:
     torch.manual_seed(0)
     lengths = (5, 40, 40, 17)
     q, k, v = torch.randn(3, 1, 4, sum(lengths), width, device="cuda", dtype=torch.bfloat16)

@@ -33,7 +33,7 @@ def test_whole_offsets_are_slices_bit_for_bit() -> None:
         assert torch.equal(mask[sample, 0], expected)
 
 
-def test_nothing_is_done_where_views_coincide() -> None:
+def test_coinciding_views_are_returned_unchanged() -> None:
     x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
     here = Placement.full(2, (1, 1), (4, 4))
     a, b, mask = align_to_common_grid(x, here, y, here)
@@ -43,9 +43,7 @@ def test_nothing_is_done_where_views_coincide() -> None:
 
 
 @pytest.mark.parametrize(("fine", "coarse"), [((12, 9), (4, 3)), ((7, 10), (4, 6)), ((9, 9), (8, 5))])
-def test_views_that_coincide_on_other_grids_are_averaged_as_without_shifts(
-    fine: tuple[int, int], coarse: tuple[int, int]
-) -> None:
+def test_coinciding_views_on_other_grids_equal_plain_resampling(fine: tuple[int, int], coarse: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, *fine, dtype=torch.float64)
     found, mask = resample_to(x, Placement.full(2, (1, 1), fine), Placement.full(2, (1, 1), coarse))
@@ -91,7 +89,7 @@ def test_validity_by_brute_force() -> None:
             assert bool(mask[0, 0, i, j]) == (y0 >= 0 and y1 <= 4 and x0 >= 0.5 and x1 <= 4.5)
 
 
-def test_gradients_flow_to_what_was_picked() -> None:
+def test_gradients_reach_the_selected_cells() -> None:
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
     a, _, mask = align_to_common_grid(
         x, place([[0, 0]], 1, (4, 4)), torch.zeros(1, 2, 4, 4), place([[2, 0]], 1, (4, 4))

@@ -44,7 +44,7 @@ def switch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(64, 24), (3, 40, 24), (1, 1, 24), (0, 24)])
-def test_a_linear_layer_is_a_linear_layer(
+def test_linear_equals_pytorchs(
     calls: list[int], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
 ) -> None:
     monkeypatch.setattr(products, "MULTIPLICATIONS", 64 * 24 * 56)
@@ -54,7 +54,7 @@ def test_a_linear_layer_is_a_linear_layer(
     assert bool(calls) == (x.numel() // 24 >= 64)
 
 
-def test_a_strided_input_is_read_as_it_is_meant(calls: list[int]) -> None:
+def test_strided_inputs_give_equal_results(calls: list[int]) -> None:
     layer, x = products.Linear(24, 8), torch.randn(24, 70)
     with torch.no_grad():
         torch.testing.assert_close(layer(x.t()), F.linear(x.t(), layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
@@ -62,7 +62,7 @@ def test_a_strided_input_is_read_as_it_is_meant(calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("length", [300, 363])
-def test_attention_in_tiles_is_attention(calls: list[int], monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_tiled_attention_equals_pytorchs(calls: list[int], monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(products, "SCORES", length * length // threads)
     monkeypatch.setattr(products, "TILE", 100 * length // threads)
@@ -77,7 +77,7 @@ def test_attention_in_tiles_is_attention(calls: list[int], monkeypatch: pytest.M
     torch.testing.assert_close(packed[0].unflatten(1, (2, length)).transpose(0, 1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_short_sequences_and_many_threads_keep_pytorchs_attention(
+def test_short_sequences_and_many_threads_use_pytorchs_attention(
     calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q = k = v = torch.randn(1, 2, 8, 4)
@@ -89,7 +89,7 @@ def test_short_sequences_and_many_threads_keep_pytorchs_attention(
     assert not calls
 
 
-def test_gradients_autocast_counters_and_the_switch_get_pytorchs_own(
+def test_gradients_autocast_counters_and_the_switch_use_pytorchs_operators(
     calls: list[int], switch: pytest.MonkeyPatch
 ) -> None:
     layer, x = products.Linear(24, 8), torch.randn(64, 24)
@@ -118,7 +118,7 @@ def test_exported_programs_hold_pytorchs_operators(calls: list[int]) -> None:
     assert not calls
 
 
-def test_gelu_in_place_leaves_what_others_hold() -> None:
+def test_gelu_in_place_preserves_tensors_held_by_hooks() -> None:
     mlp, x = Mlp(8, 16), torch.randn(5, 8)
     expected, given = mlp.fc2(F.gelu(mlp.fc1(x))).detach(), x.clone()
     with torch.inference_mode():
@@ -137,7 +137,7 @@ def test_gelu_in_place_leaves_what_others_hold() -> None:
     assert mlp.fc1.weight.grad is not None
 
 
-def test_passes_that_reuse_memory_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_that_reuse_memory_give_equal_results(monkeypatch: pytest.MonkeyPatch) -> None:
     student = ViT(("a", "b"), width=32, depth=2, heads=2, max_grid=8, registers=1).eval()
     images, passes = torch.rand(5, 3, 32, 48), []
     student.blocks[0].register_forward_pre_hook(lambda block, args: passes.append(tuple(args[0].shape[:2])))
@@ -157,7 +157,7 @@ def test_passes_that_reuse_memory_give_the_same(monkeypatch: pytest.MonkeyPatch)
     assert passes[-1] == (5, 9)  # gradients want it whole
 
 
-def test_the_choice_of_library_is_read_off_the_machine() -> None:
+def test_the_library_is_chosen_by_processor() -> None:
     products._onednn_is_faster.cache_clear()
     assert isinstance(products._onednn_is_faster(), bool)
     if "Intel" in products._vendor() or not torch.backends.mkl.is_available():

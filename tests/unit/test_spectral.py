@@ -94,7 +94,7 @@ def test_gradient_in_closed_form() -> None:
     torch.testing.assert_close(state.scale.grad, inner / sigma * torch.sigmoid(state.scale.detach()))
 
 
-def test_one_iteration_a_training_forward_and_none_in_eval() -> None:
+def test_one_iteration_per_training_forward_and_none_in_eval() -> None:
     net, x = _linear(), torch.randn(40, 6)
     enable_spectral(net, n_power_iterations=2)
     state = net[2].parametrizations["weight"][0]
@@ -111,7 +111,7 @@ def test_one_iteration_a_training_forward_and_none_in_eval() -> None:
     torch.testing.assert_close(state._v, v)
 
 
-def test_recomputation_sees_the_same_weights() -> None:
+def test_recomputation_uses_the_same_weights() -> None:
     class Checkpointed(nn.Module):
         def __init__(self, recompute: bool) -> None:
             super().__init__()
@@ -150,7 +150,7 @@ def test_two_forwards_before_a_backward() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_materialized_is_what_a_reader_of_the_file_gets(training: bool) -> None:
+def test_materialized_weights_equal_those_read_from_the_file(training: bool) -> None:
     vit = _vit()
     enable_spectral(vit)
     optimizer = torch.optim.SGD(vit.parameters(), lr=0.5)
@@ -190,7 +190,7 @@ def test_reads_a_golden_checkpoint_of_the_reference(shared: Path) -> None:
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
 
 
-def test_a_copy_is_materialized_alone() -> None:
+def test_materializing_a_copy_leaves_the_original() -> None:
     net, x = _linear(), torch.randn(3, 6)
     enable_spectral(net)
     average = copy.deepcopy(net).eval()
@@ -259,7 +259,7 @@ def test_low_precision_meta_and_the_global_generator() -> None:
     assert meta(torch.empty(2, 6, device="meta")).shape == (2, 5)
 
 
-def test_says_what_is_wrong() -> None:
+def test_invalid_modules_are_refused() -> None:
     net = _linear()
     with torch.no_grad():
         net[2].weight.mul_(1e-3)

@@ -76,7 +76,7 @@ def test_golden_cases():
 
 
 @torch.inference_mode()
-def test_a_golden_checkpoint_gives_either_neck_alone():
+def test_golden_checkpoint_computes_each_neck():
     paths = golden_configs()
     if not paths:
         pytest.skip(f"{GOLDEN} holds no RADIO1D configuration: set AGGLO_SHARED to a folder with golden/radio")
@@ -100,7 +100,7 @@ def test_merging_concatenates_columns_first_and_pads_with_zeros():
     assert merge(image[:, :3], (1, 3)).tolist() == [[[1, 0, 2, 0], [3, 0, 0, 0]]]
 
 
-def test_splitting_lays_rows_first():
+def test_splitting_is_row_major():
     split = Split(2)
     split.norm = torch.nn.Identity()  # type: ignore[assignment]
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_merged_grid_rounds_up_at_every_merge():
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 5), (5, 4), (8, 8), (11, 3)])
 @pytest.mark.parametrize("merges", [1, 2])
 @torch.inference_mode()
-def test_every_grid_comes_back(grid, merges):
+def test_every_grid_is_restored(grid, merges):
     levels = [1, 3][:merges]
     student = tiny(heads=4, downscale_levels=levels, decoder_depth=4, decoder_upscale_levels=levels)
     necks = student.necks(torch.randn(2, 3, 4 * grid[0], 4 * grid[1]))
@@ -146,7 +146,7 @@ def test_kept_tokens_are_the_first_ones_and_the_number_is_clamped():
 
 
 @torch.inference_mode()
-def test_the_decoder_sees_nothing_but_the_kept_tokens():
+def test_the_decoder_uses_the_kept_tokens_only():
     student = tiny()
     kept = torch.randn(1, 2, 32)
     prefix, spatial = student.decoder(kept, (4, 4))
@@ -160,7 +160,7 @@ def test_the_decoder_sees_nothing_but_the_kept_tokens():
 
 
 @torch.inference_mode()
-def test_the_number_of_the_student_and_that_of_a_call():
+def test_num_tokens_of_a_call_overrides_the_students():
     student = tiny(neck="encoder", num_tokens=3)
     images = torch.randn(1, 3, 16, 16)
     assert student(images).tokens().shape[1] == 3
@@ -185,7 +185,7 @@ def test_training_draws_every_number_of_tokens_and_repeats_with_the_seed():
     assert {student(images).tokens().shape[1] for _ in range(4)} == {4}
 
 
-def test_every_parameter_learns_from_the_two_necks():
+def test_every_parameter_gets_a_gradient_from_the_two_necks():
     student = tiny(final_norm=True, rate="all").train()
     necks = student.necks(torch.randn(2, 3, 12, 20), num_tokens=2)
     sum(out.summary.square().sum() + out.spatial.square().sum() for out in necks.values()).backward()
@@ -206,7 +206,7 @@ def test_half_precision_keeps_its_dtype():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"downscale_levels": []}, r"downscale_levels: needs at least one block of 0 to 3.*\[2\].*'vit'"),
         ({"downscale_levels": [4]}, r"downscale_levels: 4 is not a block of 0 to 3; the nearest is 3"),
@@ -223,14 +223,14 @@ def test_half_precision_keeps_its_dtype():
         ({"rate": "beta"}, r"rate"),
     ],
 )
-def test_wrong_options_are_told_with_the_next_move(options, says):
-    with pytest.raises(ConfigError, match=says):
+def test_invalid_options_are_refused_with_the_next_move(options, message):
+    with pytest.raises(ConfigError, match=message):
         build("students", {"kind": "vit_1d", **TINY, **options})
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         tiny(**options)
 
 
-def test_wrong_calls_are_told_with_the_next_move():
+def test_invalid_calls_are_refused_with_the_next_move():
     student = tiny()
     with pytest.raises(ValueError, match=r"num_tokens: 0 is less than 1"):
         student(torch.randn(1, 3, 16, 16), num_tokens=0)
@@ -238,7 +238,7 @@ def test_wrong_calls_are_told_with_the_next_move():
         student(torch.randn(1, 3, 14, 16))
 
 
-def test_class_tokens_come_from_teachers_or_are_named():
+def test_class_tokens_come_from_teachers_or_the_option():
     assert tiny().spec.slots == 2
     assert tiny(class_tokens=3).spec.slots == 3
     assert ViT1D(**TINY).spec.slots == 1
@@ -293,7 +293,7 @@ def test_official_options_follow_the_rules_of_the_prefix():
     assert options(img_size=[112, 112], cpe_max_size=2048)["filler_grid"] == 4
 
 
-def test_official_arguments_that_do_not_fit_are_told():
+def test_official_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"did you mean 'radio1d_huge_patch16_224'"):
         options_from_official("radio1d_hug_patch16_224", LEVELS)
     with pytest.raises(ConfigError, match=r"lacks decoder_depth, decoder_upscale_levels"):

@@ -1,4 +1,4 @@
-"""Evals, pictures and embeddings show a student whole windows, at sizes that nobody chose for its windows."""
+"""Evals, visualisations and embeddings resize images to whole windows of a student."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_features_are_those_at_the_nearest_whole_windows(model: Model) -> None:
     assert count == 2 and maps is not None and maps.shape[1:] == (64, 8, 8)
 
 
-def test_galleries_and_searches_look_at_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_galleries_and_searches_use_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visuals, "PIXELS", 72)
     head = HeadConfig({"kind": "mlp", "hidden": 8}, None, 8, None)
     model = Model(STUDENT, {"say": head}, preferred_size=72).eval()
@@ -89,7 +89,7 @@ def test_galleries_and_searches_look_at_whole_windows(monkeypatch: pytest.Monkey
     assert visuals.search_size(model, recipe) == 64
 
 
-def test_embeddings_are_of_whole_windows(model: Model, tmp_path: Path) -> None:
+def test_embeddings_use_whole_windows(model: Model, tmp_path: Path) -> None:
     TALL.save(tmp_path / "tall.png")
     assert embed(tmp_path, model).size == (64, 64)
     looks, _ = look([tmp_path / "tall.png"], model)

@@ -24,7 +24,7 @@ def test_which_blocks_are_global(depth: int, rule: dict[str, int], global_blocks
     assert [index for index, flag in enumerate(windowed) if not flag] == global_blocks
 
 
-def test_windows_are_row_major_and_come_back() -> None:
+def test_windows_are_row_major_and_invertible() -> None:
     grid, window = (4, 6), 2
     cells = torch.arange(24.0).view(1, 24, 1).repeat(2, 1, 3)
     windows = to_windows(cells, grid, window)
@@ -35,7 +35,7 @@ def test_windows_are_row_major_and_come_back() -> None:
     assert torch.equal(from_windows(windows, grid, window), cells)
 
 
-def test_a_window_that_does_not_divide_lists_those_that_do() -> None:
+def test_error_of_a_window_lists_those_that_divide() -> None:
     check_window_divides((12, 24), 6, 16)
     with pytest.raises(
         ValueError, match=r"12x24 patches of 192x384 pixels; windows that do: 2, 3, 4, 6, 12;.*80 pixels"
@@ -81,7 +81,7 @@ def test_windows_change_the_result_and_zero_switches_them_off(vit: ViT) -> None:
     assert not torch.allclose(plain, windowed, atol=1e-3)
 
 
-def test_blocks_are_shown_in_raster_order_inside_windows(vit: ViT) -> None:
+def test_visited_blocks_are_in_raster_order_with_windows(vit: ViT) -> None:
     images = torch.rand(1, 3, 32, 48)
     seen = {}
     with torch.no_grad():

@@ -21,9 +21,6 @@ class Fixed(Weighted):
         ValueError: a weight is negative or not finite, or none is positive.
     """
 
-    def __init__(self, weights: Mapping[str, float], /) -> None:
-        super().__init__(weights)
-
     def combine(
         self, terms: dict[str, Tensor], *, step: int, total: int, per_image: Mapping[str, Tensor] | None
     ) -> Tensor:

@@ -21,6 +21,9 @@ class Pointwise(Loss):
 
     counts_positions = True
 
+    def __init__(self) -> None:
+        super().__init__()
+
     @abstractmethod
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The distance per position, ``(B, ...)``, of two float32 ``(B, D, ...)``.

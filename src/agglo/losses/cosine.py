@@ -14,8 +14,5 @@ class Cosine(Pointwise):
     Computed as ``||x/|x| - y/|y|||² / 2``, which is exactly 0 at equality. A zero vector gets no gradient.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (unit(prediction) - unit(target)).square().sum(1) / 2

@@ -14,8 +14,5 @@ class MSE(Pointwise):
     the sum over channels replaced by a mean (docs/method.md, 2.4, reduction a).
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (prediction - target).square().mean(1)

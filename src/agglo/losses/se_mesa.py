@@ -16,9 +16,6 @@ class SeMesa(Pointwise):
     positions in the view instead of the content differ between the crops and are penalised.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """See the base class. Invariant to each position's mean and scale over channels."""
         return (_norm(prediction) - _norm(target)).square().mean(1)

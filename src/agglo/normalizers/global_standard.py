@@ -19,9 +19,6 @@ class GlobalStandard(AffineNormalizer):
         channels: ``C`` of the teacher's features.
     """
 
-    def __init__(self, channels: int, /) -> None:
-        super().__init__(channels)
-
     def centre(self, mean: Tensor) -> Tensor:
         return mean.mean().expand(self.channels)
 

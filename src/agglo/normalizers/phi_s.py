@@ -26,9 +26,6 @@ class PhiS(AffineNormalizer):
         channels: ``C`` of the teacher's features.
     """
 
-    def __init__(self, channels: int, /) -> None:
-        super().__init__(channels)
-
     def check_count(self, count: int) -> None:
         problem = shortage(count, self.channels)
         if problem:

@@ -18,9 +18,6 @@ class Standard(AffineNormalizer):
         channels: ``C`` of the teacher's features.
     """
 
-    def __init__(self, channels: int, /) -> None:
-        super().__init__(channels)
-
     def solve(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         variance = covariance.diagonal()
         typical = variance.mean()
