@@ -87,7 +87,7 @@ def block(w: Mapping[str, Array], at: str, tokens: list[Array], heads: int) -> l
 
 
 def over_map(answer: Callable[[Array], Array], x: Tensor, u: int, target: int) -> Array:
-    """``answer`` at each position of ``(B, C, H, W)``, its channels (u1, u2, c) laid out as in docs/checkpoints.md, 6."""
+    """``answer`` at each position of ``(B, C, H, W)``, its channels (u1, u2, c) as in docs/checkpoints.md, 6."""
     batch, _, height, width = x.shape
     out = np.full((batch, target, u * height, u * width), np.nan)
     for b, h, w in np.ndindex(batch, height, width):
