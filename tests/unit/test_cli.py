@@ -144,7 +144,7 @@ def test_recipes_and_models_are_listed() -> None:
     assert "agglo-lite" in models
     assert "c-radio_v4-h 652.0 M about 1.3 GB NVIDIA" in models
     assert "radio_v2.5-h 652.0 M about 2.6 GB" in models
-    assert "2 bytes a weight where the name of the release's torch.hub file says half or bf16, else 4" in models
+    assert "2 bytes per weight if the name of the torch.hub file contains half or bf16, else 4" in models
 
 
 # --- embed ------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run folder without a text head."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()
-    recipe = recipes.decode(RECIPE)
+    recipe = recipes.from_dict(RECIPE)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "versions.json").write_text(
         json.dumps({"agglo": "9.9", "torch": NASTY, "threads": "2"}), encoding="utf-8"
@@ -320,7 +320,7 @@ def test_search_counts_the_right_photos() -> None:
 
 
 def test_gallery_uses_one_basis_for_teacher_and_head() -> None:
-    recipe = recipes.decode(RECIPE)
+    recipe = recipes.from_dict(RECIPE)
     from agglo.objectives.base import build_teachers
 
     rng = np.random.default_rng(0)

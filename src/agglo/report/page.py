@@ -18,7 +18,7 @@ from agglo.report.failures import Failures, failures
 from agglo.report.markup import Child, Markup, picture, tag, text
 from agglo.report.tables import agreement_table, is_agreement, metric_table
 from agglo.report.visuals import Column, Gallery
-from agglo.results.records import Result, current, read, results_file
+from agglo.results.records import STUDENT, Result, current, read, results_file
 from agglo.results.tables import before_and_after, columns, curves, labels, markdown, model_names, notes, number, rows
 from agglo.types import ConfigError
 
@@ -50,7 +50,10 @@ def write_results(places: Sequence[str | Path], out: Path) -> tuple[Path, Path]:
     if not found:
         raise ConfigError("these files hold no results: make some with `agglo eval MODEL --out FOLDER`")
     results = [result for _, result in found]
-    models = list(model_names(results).values())
+    names = model_names(results)
+    # A run is named by its student, not by the teachers measured before it.
+    ranked = sorted(results, key=lambda result: result.model.get("role", STUDENT) != STUDENT)
+    models = list(dict.fromkeys(names[str(result.model["hash"])] for result in ranked))
     title = ", ".join(models[:3]) + (" and others" if len(models) > 3 else "")
     facts = f"{len(results)} results of {len(models)} model{'s' if len(models) > 1 else ''}."
     words = tag("div", brand("results of evals"), tag("h1", title), tag("p", facts, class_="facts"))
@@ -190,7 +193,7 @@ def sheet(gallery: Gallery) -> Markup:
             shown = column.pictures[row]
             alt = name if column.title == "image" else f"{name}: {column.title}"
             cells.append(tag("div", "none", class_="gap") if shown is None else picture(shown, alt))
-    style = f"grid-template-columns:repeat({len(gallery.columns)},minmax(104px,1fr))"
+    style = f"grid-template-columns:repeat({len(gallery.columns)},minmax(104px,224px))"
     return tag("div", tag("div", cells, class_="sheet", style=style), class_="gallery")
 
 

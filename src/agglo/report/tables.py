@@ -18,6 +18,7 @@ TITLES = {
     "normals": "Normals, linear probe",
     "retrieval": "Text search",
     "correspondence": "Correspondence",
+    AGREEMENT: "Agreement",
 }
 METRICS = {
     "summary_cosine": "summary cosine",
@@ -136,7 +137,8 @@ def agreement_table(found: Sequence[Column], pair: tuple[str, str], teachers: Se
 
 def metric_name(metric: str) -> str:
     """A metric's name in a table."""
-    return METRICS.get(metric, metric.replace("_", " "))
+    teacher, slash, name = metric.rpartition("/")
+    return f"{teacher}{slash}{METRICS.get(name, name.replace('_', ' '))}"
 
 
 def _groups(pairs: Iterable[tuple[str, Column]]) -> Mapping[str, list[Column]]:
