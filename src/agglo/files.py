@@ -23,7 +23,7 @@ _PACKAGES = ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.
 
-    A reader sees the old file or the new one, never a part. The parent folder is created if needed. The temporary
+    Readers get the old file or the new one, never a part. The parent folder is created if needed. The temporary
     name keeps the suffix of ``path``, because many writers choose the format by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

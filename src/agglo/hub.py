@@ -199,7 +199,7 @@ def weight_map(content: Mapping[str, Any], index: Path) -> dict[str, str]:
     """Tensor name to shard file, from the content of an index of shards.
 
     Raises:
-        AssetError: there is no such mapping, or it names files outside the folder of the index.
+        AssetError: the mapping is missing, or names files outside the folder of the index.
     """
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
@@ -241,7 +241,7 @@ class ModelFiles:
             if self.folder.is_file():
                 raise ConfigError(f"{where}: {self.name} is a file; name its folder ({self.folder.parent})")
             if not self.folder.is_dir():
-                raise ConfigError(f"{where}: there is no folder {self.name}")
+                raise ConfigError(f"{where}: no folder {self.name}")
             return
         self.name, _, revision = self.name.partition("@")
         self.revision = revision or self.revision
@@ -256,7 +256,7 @@ class ModelFiles:
         return str(self.folder) if self.local else self.name
 
     def find(self, file: str) -> Path | None:
-        """The local path of a file, downloaded if needed; None if there is no such file or it cannot be reached.
+        """The local path of a file, downloaded if needed; None if the file does not exist or cannot be reached.
 
         Raises:
             ConfigError: no such repository or revision.

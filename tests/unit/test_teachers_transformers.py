@@ -455,7 +455,7 @@ def test_refuses_names(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="is a file"):
         make(tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="transformers: no folder"):
         make(f"local-dir:{tmp_path / 'nowhere'}")
 
 

@@ -87,7 +87,7 @@ def read_head(
     layout = _LAYOUTS[version]
     first, last = f"{layout.mlp}fc1.weight", f"{layout.mlp}{layout.last}.weight"
     if absent := [name for name in (first, last) if len(shapes.get(name, ())) != 2]:
-        raise _mismatch(prefix, version, shapes, {"missing": absent, "there instead": sorted(shapes)})
+        raise _mismatch(prefix, version, shapes, {"missing": absent, "present": sorted(shapes)})
     hidden, source = shapes[first]
     target, rest = divmod(shapes[last][0], upsample**2)
     if rest:

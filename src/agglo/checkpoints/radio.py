@@ -151,15 +151,15 @@ def _from_checkpoint(
         )
     if not fill:
         return model.eval()
-    names = {theirs: f"heads.{name}.{ours}" for name, (_, keys) in found.items() for ours, theirs in keys.items()}
+    names = {official: f"heads.{name}.{ours}" for name, (_, keys) in found.items() for ours, official in keys.items()}
     derived = {f"student.{ours}": derive for ours, derive in trunk.derived.items()}
     if "input_conditioner.norm_mean" not in plain:
         for name in ("mean", "std"):
             derived[f"conditioner.{name}"] = partial(_constant, getattr(model.student, name))
-    theirs = Renamed(plain, lambda key: _ours(key, names, trunk.names), derived=derived)
-    assign(model, _without_strays(theirs, model, checkpoint.source), dtype, device, source=checkpoint.source)
+    renamed = Renamed(plain, lambda key: _ours(key, names, trunk.names), derived=derived)
+    assign(model, _without_strays(renamed, model, checkpoint.source), dtype, device, source=checkpoint.source)
     for name in ("mean", "std"):  # half precision has too few digits for pixel means
-        setattr(model.conditioner, name, theirs[f"conditioner.{name}"].to(device, torch.float32, copy=True))
+        setattr(model.conditioner, name, renamed[f"conditioner.{name}"].to(device, torch.float32, copy=True))
     return model.eval()
 
 
@@ -182,9 +182,9 @@ _ADAPTOR = re.compile(r"radio_model\.adaptors\.(.+)\.(head_mlp|feat_mlp)\.(.+)")
 
 def _canonical(key: str) -> str | None:
     """A key of either layout as in torch.hub."""
-    for theirs, hub in _HUGGING_FACE:
-        if key.startswith(theirs):
-            return hub + key.removeprefix(theirs)
+    for prefix, hub in _HUGGING_FACE:
+        if key.startswith(prefix):
+            return hub + key.removeprefix(prefix)
     if match := _ADAPTOR.fullmatch(key):
         name, which, rest = match.groups()
         return f"{'_heads' if which == 'head_mlp' else '_feature_projections'}.{name}.{rest}"
@@ -194,9 +194,9 @@ def _canonical(key: str) -> str | None:
 def _ours(key: str, heads: Mapping[str, str], trunk: Any) -> str | None:
     if key in heads:
         return heads[key]
-    for theirs, ours in _OURS:
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
+    for official, ours in _OURS:
+        if key.startswith(official):
+            return ours + key.removeprefix(official)
     if not key.startswith("base_model."):
         return None
     name = trunk(key)
@@ -218,7 +218,7 @@ def _without_strays(tensors: Renamed, model: Model, source: str) -> Mapping[str,
     return Renamed(tensors, lambda key: None if key in strays else key)
 
 
-# --- what the arguments say -------------------------------------------------------------------------------------------
+# --- training arguments -----------------------------------------------------------------------------------------------
 
 
 def _args(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -333,7 +333,7 @@ def _head(
         if prefix is not None:
             options, _, width, renamed = read_head(tensors, prefix, str(kind), factor)
             made[part] = (options, width)
-            keys |= {f"{part}.{ours}": theirs for ours, theirs in renamed.items()}
+            keys |= {f"{part}.{ours}": official for ours, official in renamed.items()}
     if made["summary"] is None and made["spatial"] is None:
         raise AssetError(f"{checkpoint.source}: no weights for the head {name!r}")
     slot = int(adaptor.get("head_idx", teacher.get("token_slot") if teacher.get("token_slot") is not None else index))

@@ -152,9 +152,9 @@ def _ours(key: str, *, scaled: bool) -> str | None:
     """Our name of a tensor; None if it is unused, or a part of one of our matrices."""
     if key.endswith("summary_idxs") or _VIDEO.fullmatch(key) or _ADAPTOR.fullmatch(key) or _PART.fullmatch(key):
         return None
-    for theirs, ours in _PREFIXES:
-        if key.startswith(theirs):
-            name = ours + key.removeprefix(theirs)
+    for stored, ours in _PREFIXES:
+        if key.startswith(stored):
+            name = ours + key.removeprefix(stored)
             for inner, own in _WITHIN:
                 name = name.replace(inner, own)
             return name if scaled or not name.endswith((".ls1.gamma", ".ls2.gamma")) else None

@@ -359,8 +359,8 @@ class Generic(Family):
         super().__init__(config)
         if self.config is not config:
             raise ConfigError(
-                f"a {config.model_type} is more than a vision encoder, and agglo does not know where in it the "
-                "encoder is: save that part alone with save_pretrained, and name its folder"
+                f"a {config.model_type} is more than a vision encoder, and the place of the encoder in it is unknown: "
+                "save the encoder alone with save_pretrained, and use its folder"
             )
         self.network = "AutoModel"
         self.native = self.native or 224

@@ -112,7 +112,7 @@ class Conse(Teacher):
     def _class_text(self) -> Tensor:
         text = self._names_text
         if text is None:
-            # Heads train through this matrix: it must not be an inference tensor, even if eval code asks first.
+            # Heads train through this matrix: it must not be an inference tensor, even if inference needs it first.
             with torch.inference_mode(False), torch.no_grad():
                 text = self.text.encode([self.prompt.replace("{}", name) for name in self.names])
             self._names_text = text

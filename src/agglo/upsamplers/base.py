@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from agglo.types import ConfigError, Features, FeatureSpec
 
-FrozenTeacher = Callable[[Tensor], Features]
-"""RGB images ``(B, 3, H, W)`` in [0, 1] of the teacher's own size to its features."""
+FrozenTeacher = Callable[[Tensor], Any]
+"""RGB images ``(B, 3, H, W)`` in [0, 1] of the teacher's own size to its :class:`agglo.types.Features`."""
 
 
 class Upsampler(nn.Module, ABC):
