@@ -143,7 +143,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 
 
 def test_a_share_counts_the_blocks_up_to_and_with_its_own(data: Path, tmp_path: Path) -> None:
-    """``round(L share)`` blocks (METHOD 10c): thirds of twelve end with blocks 3, 7 and 11."""
+    """``round(L share)`` blocks (docs/method.md, 10c): thirds of twelve end with blocks 3, 7 and 11."""
     tree = tiny(data, "student.depth=12").to_dict()
     for share, block in [(1 / 3, 3), (0.33, 3), (2 / 3, 7), (1.0, 11), (0.01, 0)]:
         made = from_dict(override(tree, [f"auxiliary={{toy: {{depth: {share}}}}}"]))

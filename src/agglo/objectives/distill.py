@@ -103,7 +103,8 @@ class Distill(Objective):
                 loss = self._measure(self.summary_losses[name])
                 rows[f"{name}/summary"] = loss(required(predicted.summary, name), required(target.summary, name))
             if name in self.spatial_losses:
-                # Project first, then resample to the common grid; targets are normalised on their native grid (D-1).
+                # Project first, then resample to the common grid (docs/method.md, D-1); targets are normalised on
+                # their native grid.
                 wanted = self.normalizers[name](required(target.spatial, name))
                 bt, loss = targets[name].cells(wanted), self.spatial_losses[name]
                 found = required(predicted.spatial, name)
