@@ -180,9 +180,9 @@ class Model(nn.Module):
         Args:
             images: RGB in [0, 1].
             window: as in :meth:`forward`.
-            blocks: indices of blocks whose features, after the final norm, are put ``into`` by index, in the same
-                pass. The student must have blocks (``student.depth > 0``).
-            into: a dictionary to fill.
+            blocks: blocks whose features, with the final norm, are stored in ``into`` by index in the same pass;
+                requires ``student.depth > 0``.
+            into: dictionary to fill.
         """
         captured = {"blocks": blocks, "into": into} if blocks else {}
         return self.student(self._condition(images), **self._windowed(window), **captured)

@@ -118,8 +118,7 @@ class ViT(Student):
     ) -> Features:
         """See :meth:`Student.forward`; ``window`` as in the constructor, 0 for none, None for the constructor's.
 
-        With ``blocks``, the same pass also stores the features after each of these blocks, finally normed, ``into``
-        a dictionary by index.
+        The features after each of ``blocks``, with the final norm, are stored in ``into`` by index in the same pass.
         """
         if blocks:
             into, last = {} if into is None else into, len(self.blocks) - 1
