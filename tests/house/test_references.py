@@ -13,7 +13,7 @@ PAGES = ("README.md", "CONTRIBUTING.md")
 THIS = Path(__file__).resolve()
 
 PAGE = re.compile(r"\bdocs/[\w./-]+?\.md\b")
-SECTION = r"(?:D-\d+[a-z]?|\d+(?:\.\d+)*)"
+SECTION = r"(?:D-\d+[a-z]?|\d+(?:\.\d+)*[a-z]?)"
 SECTIONS = re.compile(rf"`*,\s+({SECTION}(?:(?:,| and| to|–)\s*{SECTION})*)(?![\w%×]| [a-z]*s\b)")
 ABSENT = re.compile(r"\b(?:METHOD|RADIO\.md|SAM3\.md|DESIGN\.md|FIFTYONE\.md|ANCHORS\.md|STYLE\.md)(?![\w.]*/)\b")
 """Names of pages that are not in the repository."""
@@ -68,13 +68,8 @@ def test_references_resolve():
 def test_each_kind_of_broken_reference_is_found(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("# A\n\n## 2 Two\n\n### 2.1 Below\n\n- **D-7.** Why.\n")
-    assert (
-        unresolved(
-            "docs/a.md, 2.1 and 2; (``docs/a.md``, D-7), [a, D-7](method.md#d-7)\n    # docs/a.md,\n    # 2 is wrapped",
-            tmp_path,
-        )
-        == []
-    )
+    wrapped = "docs/a.md,\n    # 2 is wrapped"
+    assert unresolved(f"docs/a.md, 2.1 and 2; (``docs/a.md``, D-7), [a, D-7](method.md#d-7), {wrapped}", tmp_path) == []
     broken = unresolved("METHOD 2.2, docs/b.md, docs/a.md, 2.2, docs/a.md, D-8, as D-7 has it", tmp_path)
     assert broken == [
         "METHOD",
