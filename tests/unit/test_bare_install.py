@@ -101,7 +101,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = {"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}
     Model(student, {"one": head}, preferred_size=64).save(folder / "model")
     images = write_images(folder / "images")
-    (folder / "tiny.yaml").write_text(json.dumps(tiny(images, "train.steps=2").flat()))
+    (folder / "tiny.yaml").write_text(json.dumps(tiny(images, "train.steps=2").to_dict()))
     (folder / "dinov3").mkdir()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = {"model_type": "dinov3_vit", **sizes, "patch_size": 16, "image_size": 64}
