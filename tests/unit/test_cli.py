@@ -298,6 +298,19 @@ def test_train_measures_and_refuses_to_overwrite(yaml: Path, tmp_path: Path) -> 
     )
 
 
+def test_failed_eval_after_training_is_printed_and_exits_1(yaml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    source = f"{{kind: folder, path: {tmp_path / 'images'}}}"
+    evals = f"evals=[{{kind: knn, train: {{kind: cifar, path: nowhere}}}}, {{kind: rank, size: 32, source: {source}}}]"
+    result = agglo("train", yaml, evals, "--out", run, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "student: knn failed: source cifar: 'nowhere' does not exist" in result.stderr
+    assert [r.name for r in read(run) if r.model["name"] == "student"] == ["rank"]
+    assert (run / "report.html").is_file()
+    (run / "recipe.yaml").write_text("name: [")  # results are reported even if the recipe is damaged
+    assert agglo("report", run).exit_code == 0
+
+
 def test_interruption_during_evals_names_the_saved_model(
     yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

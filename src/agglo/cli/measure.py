@@ -272,12 +272,23 @@ def measure_run(folder: Path, device: str | None = None) -> bool:
 
 def report_run(run: Path) -> None:
     """Write the page of a training run; measure the run first if its results are missing."""
-    if (run / "recipe.yaml").is_file() and (run / "model").is_dir():
-        from agglo.harness.runs import is_measured
-
-        if not is_measured(run):
-            measure_run(run)
+    complete = True
+    if (run / "recipe.yaml").is_file() and (run / "model").is_dir() and not _is_measured(run):
+        complete = measure_run(run)
     write_report(run)
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _is_measured(run: Path) -> bool:
+    from agglo.harness import runs
+
+    try:
+        return runs.is_measured(run)
+    except AggloError:
+        if (run / runs.RESULTS / "results.jsonl").is_file():  # the page names the damaged recipe or model
+            return True
+        raise
 
 
 def write_report(folder: Path) -> None:

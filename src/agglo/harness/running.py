@@ -23,7 +23,7 @@ from agglo.evals.base import (
     Progress,
     Records,
     SourcePool,
-)
+)  # fmt: skip
 from agglo.harness.protocols import suite
 from agglo.results.identity import takes_teachers
 from agglo.teachers.base import Teacher
