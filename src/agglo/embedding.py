@@ -26,8 +26,8 @@ Progress = Callable[[int, int], None]
 """Called with (images done, total images) after every batch."""
 
 ENDINGS = (".parquet", ".npz")
-LOOK = 512
-"""Minimum longer side of :func:`look` in pixels: a smaller map of stride 16 has too few cells to be recognisable."""
+MIN_SIDE = 512
+"""Minimum longer side of :func:`image_features` in pixels: a smaller map of stride 16 has too few cells to be recognisable."""
 _ROW_GROUP = 65_536
 
 
@@ -183,7 +183,7 @@ def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int 
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ImageFeatures:
     """An image and its spatial features.
 
     Args:
@@ -197,7 +197,9 @@ class Look:
     spatial: torch.Tensor
 
 
-def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) -> tuple[list[Look], dict[str, str]]:
+def image_features(
+    paths: Sequence[str | Path], model: Model, *, size: int | None = None
+) -> tuple[list[ImageFeatures], dict[str, str]]:
     """Spatial features of images, each at its own aspect.
 
     Args:
@@ -213,8 +215,8 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
     """
     if model.spec.spatial is None:
         raise ConfigError("this model has no spatial features")
-    longest = max(LOOK, 2 * model.preferred_size) if size is None else legal_size(model, size)[0]
-    looks: list[Look] = []
+    longest = max(MIN_SIDE, 2 * model.preferred_size) if size is None else legal_size(model, size)[0]
+    found: list[ImageFeatures] = []
     skipped: dict[str, str] = {}
     for source in [as_files(path) for path in paths]:
         for index in range(len(source)):
@@ -227,10 +229,10 @@ def look(paths: Sequence[str | Path], model: Model, *, size: int | None = None) 
             with torch.inference_mode():
                 pixels = fit(image, view, "stretch")
                 spatial = model(pixels[None], heads=(), resize=False).spatial
-            looks.append(Look(source.name(index), image, spatial[0].float().cpu()))
-    if not looks:
+            found.append(ImageFeatures(source.name(index), image, spatial[0].float().cpu()))
+    if not found:
         raise ConfigError("none of the images can be read: " + "; ".join(f"{n}: {why}" for n, why in skipped.items()))
-    return looks, skipped
+    return found, skipped
 
 
 def legal_size(model: Model, size: int | None) -> tuple[int, int]:

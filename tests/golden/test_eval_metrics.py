@@ -36,7 +36,7 @@ def stored() -> dict[str, Tensor]:
     return load_file(FOLDER / "eval_metrics.io.safetensors")
 
 
-def test_every_stored_metric_is_looked_at() -> None:
+def test_every_stored_metric_is_tested() -> None:
     assert set(METRICS) == {"knn", "rank_me", "lidar", "mode_switching", "hadamard", "phi_s", "pca", "resize"}
 
 

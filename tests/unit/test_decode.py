@@ -30,11 +30,11 @@ def colours():
     return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
-def test_rgb_is_untouched(colours):
+def test_rgb_is_unchanged(colours):
     assert (pixels(Image.fromarray(colours)) == colours).all()
 
 
-def test_greyscale_and_bilevel_are_repeated():
+def test_greyscale_and_bilevel_are_expanded():
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     assert (pixels(Image.fromarray(grey)) == grey[..., None]).all()
     bits = Image.fromarray((grey > 100).astype(np.uint8) * 255).convert("1")
@@ -72,7 +72,7 @@ def test_cmyk_is_the_complement():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_keep_their_range(kind):
+def test_16_bit_greyscale_keeps_its_range(kind):
     deep = np.array([[0, 128, 257, 32896, 65535]], np.uint16)
     assert pixels(Image.fromarray(deep), kind)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
@@ -82,7 +82,7 @@ def test_32_bit_integers_that_hold_16_bit_samples():
     assert pixels(Image.fromarray(deep), "TIFF")[0, :, 0].tolist() == [0, 1, 255]
 
 
-def test_integers_without_an_agreed_white_are_stretched():
+def test_other_integer_ranges_are_stretched():
     deep = np.array([[-100, 0, 100_000]], np.int32)
     assert pixels(Image.fromarray(deep), "TIFF")[0, :, 0].tolist() == [0, 0, 255]
 
@@ -99,7 +99,7 @@ def test_constant_floats_outside_any_range_are_black():
     assert not pixels(Image.fromarray(np.full((2, 2), -3, np.float32)), "TIFF").any()
 
 
-def test_nan_is_named():
+def test_nan_raises():
     with pytest.raises(ImageError, match="NaN"):
         decode(encoded(Image.fromarray(np.array([[np.nan]], np.float32)), "TIFF"), "x")
 
@@ -134,7 +134,7 @@ def test_every_exif_orientation_is_turned_upright(kind, orientation):
     assert np.abs(out.astype(int) - upright).max() < 10
 
 
-def test_damaged_exif_costs_nothing(colours):
+def test_damaged_exif_is_ignored(colours):
     out = pixels(Image.fromarray(colours), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
     assert (out == colours).all()
 
@@ -171,7 +171,7 @@ def whole(kind: str) -> bytes:
 
 BAD = {
     "empty": (b"", "empty"),
-    "text": (b"this is no picture at all", "not an image.*25 bytes.*this is"),
+    "text": (b"this is not an image at a", "not an image.*25 bytes.*this is"),
     "header only": (whole("JPEG")[:3], "not an image"),
     "half a jpeg": (whole("JPEG")[:1500], "truncated"),
     "half a png": (whole("PNG")[:1500], "truncated"),
@@ -183,7 +183,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("from_path", [True, False])
-def test_bad_files_are_named_with_a_reason(name, from_path, tmp_path):
+def test_bad_files_raise_with_a_reason(name, from_path, tmp_path):
     data, why = BAD[name]
     path = tmp_path / "bad.jpg"
     path.write_bytes(data)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, look, search
+from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, image_features, search
 from agglo.evals._features import encode
 from agglo.evals.base import EvalContext
 from agglo.model.model import HeadConfig, Model
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_every_readable_image_is_embedded_in_order_and_the_others_named(model: Model, folder: Path) -> None:
+def test_readable_images_are_embedded_in_order(model: Model, folder: Path) -> None:
     seen: list[tuple[int, int]] = []
     found = embed(folder, model, batch=2, progress=lambda done, total: seen.append((done, total)))
     assert [Path(name).relative_to(folder).as_posix() for name in found.names] == [
@@ -75,7 +75,7 @@ def test_every_readable_image_is_embedded_in_order_and_the_others_named(model: M
     assert seen == sorted(seen)
 
 
-def test_vectors_are_those_of_the_model_on_the_covered_square(model: Model, folder: Path) -> None:
+def test_vectors_equal_the_model_on_the_centre_square(model: Model, folder: Path) -> None:
     found = embed(folder, model)
     square = folder / "sub" / "1.png"  # 64 x 64 already: no resampling between the file and the model
     with torch.no_grad():
@@ -102,14 +102,14 @@ def test_embed_and_evals_encode_bit_identical_tensors(model: Model, folder: Path
     assert torch.equal(embedded, evaluated)
 
 
-def test_the_batch_size_changes_nothing(model: Model, folder: Path) -> None:
+def test_batch_size_does_not_change_vectors(model: Model, folder: Path) -> None:
     one, many = embed(folder, model, batch=1), embed(folder, model, batch=32)
     assert one.names == many.names
     assert one.skipped == many.skipped
     np.testing.assert_allclose(one.summary, many.summary, atol=1e-5)
 
 
-def test_lists_of_anything_are_taken(model: Model, folder: Path) -> None:
+def test_lists_of_mixed_images_are_accepted(model: Model, folder: Path) -> None:
     path = folder / "sub" / "1.png"
     pil = Image.open(path)
     array = np.asarray(pil)
@@ -123,7 +123,7 @@ def test_lists_of_anything_are_taken(model: Model, folder: Path) -> None:
     assert len(embed(tensor[None].repeat(3, 1, 1, 1), model)) == 3
 
 
-def test_training_mode_is_left_as_it_was(folder: Path) -> None:
+def test_training_mode_is_restored(folder: Path) -> None:
     model = make_model()
     still = embed(folder, model)
     model.train()
@@ -131,7 +131,7 @@ def test_training_mode_is_left_as_it_was(folder: Path) -> None:
     assert model.training
 
 
-def test_an_image_whose_features_are_not_finite_is_skipped(folder: Path) -> None:
+def test_non_finite_features_are_skipped(folder: Path) -> None:
     model = make_model()
     calm = model.student.forward
 
@@ -146,7 +146,7 @@ def test_an_image_whose_features_are_not_finite_is_skipped(folder: Path) -> None
     assert "not finite" in found.skipped[str(folder / "2.png")]
 
 
-def test_a_text_finds_the_image_it_embeds_to(folder: Path) -> None:
+def test_search_finds_the_matching_image(folder: Path) -> None:
     model = make_model()
     found = embed(folder, model)
     model._towers["say"] = Echo({"that one": torch.from_numpy(found.aligned[3])})
@@ -158,7 +158,7 @@ def test_a_text_finds_the_image_it_embeds_to(folder: Path) -> None:
     assert len(search(found, model, "that one", 99)) == 5
 
 
-def test_without_a_text_tower_there_is_no_search(folder: Path) -> None:
+def test_search_needs_a_text_tower(folder: Path) -> None:
     model = make_model(text=False)
     found = embed(folder, model)
     assert found.aligned is None
@@ -178,7 +178,7 @@ def test_without_a_text_tower_there_is_no_search(folder: Path) -> None:
         ({"head": "sey"}, "those that do: say"),
     ],
 )
-def test_bad_options_say_what_is_legal(model: Model, folder: Path, options: dict, message: str) -> None:
+def test_bad_options_name_legal_values(model: Model, folder: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         embed(folder, model, **options)
 
@@ -206,7 +206,7 @@ def test_no_images_is_an_error(model: Model, folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ending", ["parquet", "npz"])
-def test_files_give_back_what_was_saved(model: Model, folder: Path, tmp_path: Path, ending: str) -> None:
+def test_saved_files_round_trip(model: Model, folder: Path, tmp_path: Path, ending: str) -> None:
     found = embed(folder, model)
     path = found.save(tmp_path / "new" / f"out.{ending}")
     if ending == "parquet":
@@ -229,7 +229,7 @@ def test_files_give_back_what_was_saved(model: Model, folder: Path, tmp_path: Pa
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_is_replaced_only_on_request_and_never_half(
+def test_files_are_replaced_atomically_and_on_request(
     model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = embed(folder, model)
@@ -253,8 +253,8 @@ def test_a_file_is_replaced_only_on_request_and_never_half(
             check_output(tmp_path / bad, overwrite=True)
 
 
-def test_looks_keep_the_shape_of_their_image(model: Model, folder: Path) -> None:
-    looks, skipped = look([folder], model, size=64)
+def test_image_features_keep_the_aspect(model: Model, folder: Path) -> None:
+    looks, skipped = image_features([folder], model, size=64)
     shapes = {Path(each.name).name: tuple(each.spatial.shape) for each in looks}
     assert shapes == {
         "0.png": (32, 2, 4),
@@ -268,9 +268,9 @@ def test_looks_keep_the_shape_of_their_image(model: Model, folder: Path) -> None
         expected = model(folder / "sub" / "1.png").spatial[0]
     torch.testing.assert_close(next(e for e in looks if e.name.endswith("1.png")).spatial, expected)
     with pytest.raises(ConfigError, match="64 or 80"):
-        look([folder], model, size=70)
+        image_features([folder], model, size=70)
     with pytest.raises(ConfigError, match=r"none of the images.*0 bytes"):
-        look([folder / "sub" / "1b.jpg"], model)
+        image_features([folder / "sub" / "1b.jpg"], model)
 
 
 def test_as_files_names_paths(folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_sizes_order_and_batches() -> None:
     assert cropped[0, 3] == 0  # and here it is cut off
 
 
-def test_a_suite_keeps_both_apart_and_encodes_each_once() -> None:
+def test_cache_separates_crops_from_whole_images() -> None:
     model, source = Size(), Shapes()
     context = EvalContext()
     first = encoded(model, source, "keep", context).summary
@@ -87,14 +87,14 @@ def test_a_suite_keeps_both_apart_and_encodes_each_once() -> None:
     assert first is not None and crops is not None and not torch.equal(first, crops)
 
 
-def test_a_model_without_a_summary_is_pooled_and_half_precision_is_kept() -> None:
+def test_model_without_summary_is_pooled_in_half_precision() -> None:
     found = encode(
         Noise(summary=False), Shapes(), 32, EvalContext(), want="summary", aspect="keep", precision=torch.float16
     ).summary
     assert found is not None and found.shape == (5, 4) and found.dtype == torch.float16
 
 
-def test_teachers_choose_their_own_size() -> None:
+def test_teachers_choose_their_input_size() -> None:
     teacher = Toy()
     h, w = teacher.input_size((32, 64), teacher.spec.stride)
     seen: list[tuple[int, ...]] = []
@@ -112,13 +112,13 @@ def test_teachers_choose_their_own_size() -> None:
 
 
 @pytest.mark.parametrize("kind", [Knn, ZeroShot])
-def test_the_key_of_the_evals(kind: Any) -> None:
+def test_aspect_must_be_crop_or_keep(kind: Any) -> None:
     with pytest.raises(ConfigError, match="aspect must be crop or keep, not 'whole'"):
         kind(aspect="whole")
     assert kind(aspect="keep").aspect == "keep"
 
 
-def test_knn_looks_at_whole_images() -> None:
+def test_knn_encodes_whole_images() -> None:
     model = Size()
     Knn(k=1, size=32, aspect="keep", train=Shapes(), test=Shapes()).run(model)  # type: ignore[arg-type]
     assert sum(model.batches) == 10 and len(model.batches) == 8

@@ -101,7 +101,7 @@ def run(model: Any, source: Source, context: EvalContext | None = None, **option
     return Correspondence(size=SIDE, grid=1.0, source=source, **options).run(model, context)  # type: ignore[arg-type]
 
 
-def test_a_model_that_knows_the_place_finds_it() -> None:
+def test_position_features_match_every_point() -> None:
     found = run(Place(), Wall())
     # Of 32 columns 28 are seen by the next camera; they are among the 1000 surest of 1024 matches.
     many = run(Place(), Wall(), matches=500)
@@ -113,7 +113,7 @@ def test_a_model_that_knows_the_place_finds_it() -> None:
     assert not any(key.startswith("3d@2cm/") and not key.endswith("0-30") for key in found)
 
 
-def test_errors_are_as_large_as_they_are() -> None:
+def test_errors_equal_the_offset() -> None:
     # Feature maps that lie three pixels off: 3 * 6.25 cm in the world, 3 * 512 / 32 = 48 px at the reference size.
     found = run(
         Shifted(3), Wall((0, 0)), matches=400, metres=[0.18, 0.19], pixels=[47, 49], pck=[0.14, 0.16], angles=[]
@@ -129,12 +129,12 @@ def test_errors_are_as_large_as_they_are() -> None:
     assert not any("/" in key for key in found)
 
 
-def test_noise_finds_nothing() -> None:
+def test_noise_matches_at_chance() -> None:
     found = Correspondence(size=SIDE, source=Wall()).run(Noise())  # type: ignore[arg-type]
     assert found["3d@1cm"] < 0.1
 
 
-def test_points_that_are_hidden_or_outside_do_not_count() -> None:
+def test_hidden_and_outside_points_are_ignored() -> None:
     context = EvalContext()
     run(Place(), Wall((0, 16)), context)
     # Of three points one is NaN, and 12.5 - 16 lies outside the second image.
@@ -142,7 +142,7 @@ def test_points_that_are_hidden_or_outside_do_not_count() -> None:
     assert set(context.records.images) == {"3d", "2d", "pck"}
 
 
-def test_categories_count_alike() -> None:
+def test_pck_averages_over_categories() -> None:
     """Two pairs of one category and one of another: PCK is the mean of the categories, not of the pairs."""
 
     class Uneven(Wall):
@@ -177,7 +177,7 @@ def test_ratio_matches_against_brute_force() -> None:
     assert columns.tolist() == [0, 0]
 
 
-def test_cameras() -> None:
+def test_projection_and_rotation() -> None:
     turn = math.radians(40)
     pose = np.eye(4)
     pose[:3, :3] = [[math.cos(turn), 0, math.sin(turn)], [0, 1, 0], [-math.sin(turn), 0, math.cos(turn)]]
@@ -189,7 +189,7 @@ def test_cameras() -> None:
     assert bool(torch.isinf(seen[1]).all())  # behind the camera
 
 
-def test_a_grid_of_a_cropped_view() -> None:
+def test_frame_of_a_cropped_view() -> None:
     frame = Frame.of((40, 60), (32, 32), 0.25)
     assert frame.box == (10, 0, 50, 40)
     assert frame.grid == (10, 10)
@@ -208,7 +208,7 @@ def test_the_grid_of_a_large_photograph_is_that_of_512_pixels() -> None:
     assert Frame.of((400, 500), (800, 800), 1.0).grid == (400, 400)
 
 
-def test_pairs_are_needed_and_what_they_lack_is_said() -> None:
+def test_missing_pairs_and_bad_options_raise() -> None:
     with pytest.raises(ConfigError, match="Squares has no pairs"):
         run(Oracle(), Squares(3))
     with pytest.raises(TypeError, match="has none"):

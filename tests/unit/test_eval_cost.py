@@ -33,7 +33,7 @@ class Sleeper(nn.Module):
         return Features(images.mean((1, 2, 3))[:, None], None)
 
 
-def test_time_of_a_pass() -> None:
+def test_latency_metrics() -> None:
     model = Sleeper(slow=2).train()
     found = Latency(size=20, batch=3, repeats=5, warmup=2).run(model)
     assert 4 <= found["ms"] < 100  # the slow first passes do not count
@@ -45,13 +45,13 @@ def test_time_of_a_pass() -> None:
     assert not Latency.deterministic
 
 
-def test_slow_models_are_timed_three_times() -> None:
+def test_time_limit_keeps_three_passes() -> None:
     model = Sleeper(slow=100)
     assert len(Latency(size=8, repeats=50, warmup=0, seconds=0.1).times(model)) == 3
     assert len(Latency(size=8, repeats=2, warmup=0, seconds=0.1).times(model)) == 2
 
 
-def test_precision_is_that_of_autocast() -> None:
+def test_precision_sets_autocast() -> None:
     class Linear(nn.Module):
         spec = FeatureSpec(summary=4, spatial=None)
 
@@ -80,7 +80,7 @@ def test_precision_is_that_of_autocast() -> None:
         ({"precision": "int8"}, "float32, bfloat16 or float16"),
     ],
 )
-def test_keys_of_latency(options: dict[str, Any], message: str) -> None:
+def test_latency_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Latency(**options)
     if "batch" in options:
@@ -120,7 +120,7 @@ def test_memory_in_closed_form() -> None:
     assert Memory(size=64, batch=4).run(Chain(9))["peak_mib"] == 4 * found["peak_mib"]
 
 
-def test_what_was_there_before_is_not_counted() -> None:
+def test_existing_tensors_are_not_counted() -> None:
     class Echo(nn.Module):
         spec = FeatureSpec(summary=None, spatial=3, stride=1)
 
@@ -138,7 +138,7 @@ def test_what_was_there_before_is_not_counted() -> None:
         assert counted(model.train(), images) > 0
 
 
-def test_models_that_are_no_modules_have_no_weights() -> None:
+def test_plain_functions_have_no_weights() -> None:
     class Function:
         spec = FeatureSpec(summary=3, spatial=None)
 

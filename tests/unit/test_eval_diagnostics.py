@@ -59,7 +59,7 @@ def modes(teachers: Any = None, **options: Any) -> ModeSwitch:
     return ModeSwitch(teachers, **{"sizes": [16, 32, 48], "source": Squares(5), **options})
 
 
-def test_a_faithful_head_is_faithful_at_every_size() -> None:
+def test_exact_head_has_maximal_fidelity_at_every_size() -> None:
     found = modes({"a": Cells()}).run(Student(a=Cells()))
     assert all(found[f"a/cosine@{size}"] == pytest.approx(1, abs=1e-6) for size in (16, 32, 48))
     assert all(found[f"a/fidelity@{size}"] >= 1e10 for size in (16, 32, 48))
@@ -68,7 +68,7 @@ def test_a_faithful_head_is_faithful_at_every_size() -> None:
     assert modes({"a": Cells()}).run(Student(a=Cells())) == found
 
 
-def test_a_head_that_switches_shows() -> None:
+def test_switching_head_lowers_steadiness() -> None:
     def switching(images: Tensor) -> Features:
         out = Cells()(images)
         scale = 0.5 if images.shape[-1] <= 16 else -1.0
@@ -94,7 +94,7 @@ def view(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
 
 
-def test_the_teachers_map_is_brought_to_the_heads_grid() -> None:
+def test_teacher_map_is_resized_to_the_head_grid() -> None:
     coarse = lambda x: Features(None, F.avg_pool2d(x, 16))  # noqa: E731
     found = modes({"a": Cells()}, sizes=[32, 64]).run(Student(a=coarse))
     images = torch.stack([view(Squares(5).read(i), 64) for i in range(5)])
@@ -104,7 +104,7 @@ def test_the_teachers_map_is_brought_to_the_heads_grid() -> None:
     assert "a/summary_cosine@64" not in found  # the head has none
 
 
-def test_without_teachers_a_model_is_compared_with_itself() -> None:
+def test_without_teachers_model_is_compared_with_itself() -> None:
     found = modes().run(Cells())
     assert {key for key in found if "@" in key} == {
         f"self/{metric}@{size}" for metric in ("cosine", "fidelity", "summary_cosine") for size in (16, 32)
@@ -115,7 +115,7 @@ def test_without_teachers_a_model_is_compared_with_itself() -> None:
     assert "self/cosine@48" in modes(reference=32).run(Cells())
 
 
-def test_what_mode_switch_needs() -> None:
+def test_mode_switch_refuses_bad_input() -> None:
     with pytest.raises(TypeError, match="has none"):
         modes().run(Noise(spatial=False))
     with pytest.raises(ConfigError, match="no head for teacher 'alpha'; did you mean 'alpha1'"):
@@ -139,7 +139,7 @@ def pattern(model: nn.Module, count: int = 40, **options: Any) -> dict[str, floa
     return FixedPattern(**{"size": 32, "source": Squares(count), **options}).run(model)  # type: ignore[arg-type]
 
 
-def test_a_model_that_does_not_look_at_positions_has_no_pattern() -> None:
+def test_position_free_model_has_no_pattern() -> None:
     # Squares lie at random, but the background's ramp is locked to positions: without rolls it would show.
     found = pattern(Plain())
     assert abs(found["locked"]) < 0.01
@@ -152,7 +152,7 @@ def test_a_model_that_does_not_look_at_positions_has_no_pattern() -> None:
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5])
-def test_a_planted_pattern_is_found_with_its_energy(strength: float) -> None:
+def test_planted_pattern_has_its_energy(strength: float) -> None:
     grid = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)) * strength
     grid = grid - grid.mean((1, 2), keepdim=True)
     found = pattern(Plain(lambda x: x + grid))
@@ -162,7 +162,7 @@ def test_a_planted_pattern_is_found_with_its_energy(strength: float) -> None:
     assert found["locked"] == pytest.approx(float(energy / (energy + within)), rel=0.03)
 
 
-def test_a_pattern_at_the_border_is_none_inside() -> None:
+def test_border_pattern_is_absent_inside() -> None:
     grid = torch.zeros(3, 32, 32)
     grid[:, 0], grid[:, :, -1] = 1, -1
     found = pattern(Plain(lambda x: x + grid))
@@ -170,12 +170,12 @@ def test_a_pattern_at_the_border_is_none_inside() -> None:
     assert abs(found["locked_inner"]) < 0.05
 
 
-def test_the_share_does_not_depend_on_the_number_of_images() -> None:
+def test_share_is_independent_of_the_image_count() -> None:
     draw = torch.Generator().manual_seed(0)
     shares = []
     for _ in range(300):
         locked = Locked((4, 3, 3))
-        # An offset of each image is no pattern, however large.
+        # A constant offset per image is not a pattern, however large.
         offset = 5 * torch.randn(3, 4, 1, 1, generator=draw)
         locked.add(torch.randn(3, 4, 3, 3, generator=draw) + offset)
         shares.append(locked.share())
@@ -183,7 +183,7 @@ def test_the_share_does_not_depend_on_the_number_of_images() -> None:
     assert np.mean(shares) < 0.03  # the plain ratio would be 1 / 3
 
 
-def test_what_a_pattern_needs() -> None:
+def test_fixed_pattern_refuses_bad_input() -> None:
     with pytest.raises(ConfigError, match="rolls must be at least 1"):
         FixedPattern(rolls=0)
     with pytest.raises(ProbeError, match="at least two images"):
@@ -199,7 +199,7 @@ def test_what_a_pattern_needs() -> None:
 # --- rank -------------------------------------------------------------------------------------------------------------
 
 
-def test_equal_directions_count() -> None:
+def test_rank_of_equal_directions_is_their_number() -> None:
     x = torch.zeros(63, 20)
     for i in range(63):
         x[i, i % 7] = 3.0
@@ -242,7 +242,7 @@ class Scaled(Noise):
         return Features(self.scale * (images.flatten(1) @ draw) + self.offset, None)
 
 
-def test_lidar_has_no_scale_and_is_bounded() -> None:
+def test_lidar_is_scale_free_and_bounded() -> None:
     def of(model: Any) -> float:
         return Rank(size=16, views=3, source=Squares(12)).run(model)["lidar"]  # type: ignore[arg-type]
 
@@ -300,7 +300,7 @@ def changed(name: str, severity: int, image: Image.Image | None = None) -> np.nd
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corruptions_hurt_more_and_more(name: str) -> None:
+def test_corruptions_increase_with_severity(name: str) -> None:
     clean = np.asarray(photo(), np.float64) / 255
     errors = [((changed(name, s) - clean) ** 2).mean() for s in range(1, 6)]
     assert errors[0] > 1e-6
@@ -353,7 +353,7 @@ def test_robustness_of_a_model() -> None:
     assert made.run(Noise()) == found
 
 
-def test_a_model_that_does_not_mind() -> None:
+def test_invariant_model_is_fully_robust() -> None:
     class Colour(nn.Module):
         """Which channel is the brightest of the brightest pixel: contrast and blur leave it."""
 
@@ -368,7 +368,7 @@ def test_a_model_that_does_not_mind() -> None:
     assert found["cosine"] == pytest.approx(1)
 
 
-def test_what_robustness_refuses() -> None:
+def test_robustness_refuses_bad_options() -> None:
     for options, message in (
         ({"corruptions": ["gausian_noise"]}, "did you mean 'gaussian_noise'.*choose from gaussian_noise, shot_noise"),
         ({"corruptions": []}, "corruptions is empty; choose from"),

@@ -79,12 +79,12 @@ def splits(kind: Any, source: type[Squares] = Squares, count: int = 12, side: in
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-def test_linear_of_a_model_that_knows_is_perfect() -> None:
+def test_linear_of_oracle_is_perfect() -> None:
     assert splits(Linear).run(Oracle()) == {"top1": 1.0, "top5": 1.0}
 
 
 @pytest.mark.parametrize("decay", [0.1, 0.003])
-def test_linear_is_scikit_learns(decay: float) -> None:
+def test_linear_equals_scikit_learn(decay: float) -> None:
     model = Noise()
     eval_ = splits(Linear, count=60, decay=[decay])
     found = eval_.run(model)["top1"]
@@ -99,7 +99,7 @@ def test_linear_is_scikit_learns(decay: float) -> None:
     assert found == pytest.approx((reference.predict(q) == y).mean(), abs=1e-9)
 
 
-def test_linear_refuses_what_makes_no_sense() -> None:
+def test_linear_refuses_bad_options() -> None:
     for options, message in (({"decay": []}, "decay"), ({"decay": [-1.0]}, "decay"), ({"steps": 0}, "steps")):
         with pytest.raises(ConfigError, match=message):
             Linear(**options)
@@ -119,7 +119,7 @@ def test_linear_refuses_what_makes_no_sense() -> None:
 # --- knn --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_largest_of_long_rows_are_the_largest() -> None:
+def test_grouped_topk_equals_topk() -> None:
     scores = torch.tensor(RNG.standard_normal((5, 32 * 200)))
     scores[1, :40] += 10  # all winners in one or two groups
     values, index = knn_eval._largest(scores, 20)
@@ -129,7 +129,7 @@ def test_the_largest_of_long_rows_are_the_largest() -> None:
     assert torch.equal(scores.gather(1, index), wanted.values)
 
 
-def test_a_majority_vote_is_scikit_learns() -> None:
+def test_majority_vote_equals_scikit_learn() -> None:
     model, k = Noise(), 5
     eval_ = Knn(k=k, vote="majority", size=32, train=Squares(60), test=Squares(60, 1))  # type: ignore[arg-type]
     context = EvalContext()
@@ -141,7 +141,7 @@ def test_a_majority_vote_is_scikit_learns() -> None:
         Knn(vote="all")  # type: ignore[arg-type]
 
 
-def test_votes_say_what_does_not_fit() -> None:
+def test_classify_refuses_bad_labels_and_widths() -> None:
     bank, labels = torch.eye(3), torch.tensor([0, 1, 5])
     with pytest.raises(ConfigError, match="label 5 in the bank is outside 0 to 2"):
         knn_eval.classify(bank, labels, bank, 3, 1, 1.0)
@@ -167,27 +167,27 @@ def test_templates_by_name() -> None:
 # --- segmentation -----------------------------------------------------------------------------------------------------
 
 
-def test_adamw_finds_what_the_model_knows() -> None:
+def test_adamw_probe_of_oracle_is_perfect() -> None:
     found = splits(Segmentation, probe="adamw", lr=0.3, steps=60, warmup=10, decay=[0.0]).run(Oracle())
     assert found["miou"] > 0.999
     again = splits(Segmentation, probe="adamw", lr=0.3, steps=60, warmup=10, decay=[0.0]).run(Oracle())
     assert again == found
 
 
-def test_the_rate_of_adamw() -> None:
+def test_adamw_learning_rate_schedule() -> None:
     training = PixelTraining(steps=100, warmup=20, lr=1.0, decay=0.0, batch=1, seed=0)
     rates = [training.rate(step) for step in (0, 10, 20, 60, 100)]
     assert rates == pytest.approx([1e-6, 0.5, 1.0, 0.5, 0.0], abs=1e-6)
 
 
-def test_a_probe_that_diverges_says_so_and_gives_no_number() -> None:
+def test_diverging_probe_raises() -> None:
     with pytest.raises(ProbeError, match="segmentation probe diverged"):
         splits(Segmentation, probe="adamw", lr=1e30, steps=30, decay=[0.0]).run(Noise())
     with pytest.raises(ProbeError, match="depth probe diverged"):
         splits(Depth, probe="dpt", hidden=4, epochs=3, lr=1e30).run(Noise())
 
 
-def test_windows_that_cover_the_image_once_change_nothing() -> None:
+def test_single_window_equals_whole_image() -> None:
     whole = splits(Segmentation, decay=[0.01]).run(Noise())
     slid = splits(Segmentation, decay=[0.01], inference="slide", short=32, stride=32).run(Noise())
     assert slid == pytest.approx(whole, abs=1e-12)
@@ -255,7 +255,7 @@ def test_masks_of_another_size_and_classes_out_of_range() -> None:
 # --- depth ------------------------------------------------------------------------------------------------------------
 
 
-def test_dpt_learns_depth_and_repeats_itself() -> None:
+def test_dpt_learns_depth_deterministically() -> None:
     options: dict[str, Any] = {
         "probe": "dpt",
         "hidden": 8,
@@ -275,13 +275,13 @@ def test_dpt_learns_depth_and_repeats_itself() -> None:
 
 
 @pytest.mark.parametrize(("kind", "source"), [(Depth, Squares), (Normals, Tilted)])
-def test_a_dpt_probe_that_ends_worse_than_it_began_gives_no_number(kind: Any, source: type[Squares]) -> None:
+def test_dpt_probe_with_rising_loss_raises(kind: Any, source: type[Squares]) -> None:
     options: dict[str, Any] = {"probe": "dpt", "hidden": 8, "epochs": 2, "batch": 4, "side": 16}
     with pytest.raises(ProbeError, match=r"probe diverged"):
         splits(kind, source, lr=1e3, **options).run(Coarse())
 
 
-def test_maps_have_one_memory_layout_whatever_the_models() -> None:
+def test_maps_are_stored_contiguously() -> None:
     class Last(Noise):
         def forward(self, images: Tensor) -> Features:
             out = super().forward(images)
@@ -293,7 +293,7 @@ def test_maps_have_one_memory_layout_whatever_the_models() -> None:
 
 
 @pytest.mark.parametrize("kind", [Depth, Normals])
-def test_keys_of_the_dpt_probe(kind: Any) -> None:
+def test_dpt_probe_options_are_checked(kind: Any) -> None:
     for options, message in (
         ({"probe": "mlp"}, "linear or dpt"),
         ({"layers": 0}, "layers must be at least 1"),
@@ -394,7 +394,7 @@ def test_deltas_against_numpy() -> None:
 # --- normals ----------------------------------------------------------------------------------------------------------
 
 
-def test_normals_of_a_model_that_knows() -> None:
+def test_normals_of_oracle_are_exact() -> None:
     found = splits(Normals, Tilted, ridge=[1e-6]).run(Oracle())
     assert found["recall"] == 1
     assert found["mean_angle"] < 0.1
@@ -411,7 +411,7 @@ def test_normals_without_truth() -> None:
         splits(Normals, Tilted).run(Noise(spatial=False))
 
 
-def test_angles_are_exact_where_they_matter() -> None:
+def test_angles_are_accurate_at_zero_and_pi() -> None:
     small = torch.tensor([0.0, 1e-6, 0.3, math.pi / 2, math.pi - 1e-6], dtype=torch.float64)
     a = torch.stack((torch.ones_like(small), torch.zeros_like(small), torch.zeros_like(small)))
     b = 7 * torch.stack((small.cos(), small.sin(), torch.zeros_like(small)))
@@ -471,7 +471,7 @@ def test_cell_normals_are_means_of_valid_pixels() -> None:
 # --- records and changed sources --------------------------------------------------------------------------------------
 
 
-def test_every_image_has_its_own_number() -> None:
+def test_records_have_one_value_per_image() -> None:
     model = Noise()
     for eval_, metric, mean in (
         (splits(Linear), "top1", True),
@@ -502,7 +502,7 @@ def test_classes_are_recorded_with_their_iou() -> None:
     assert context.records.classes["iou"] == {"background": 1.0, "red": 1.0, "green": 1.0, "blue": 1.0}
 
 
-def test_changed_images_keep_their_labels() -> None:
+def test_changed_images_keep_labels() -> None:
     changed = Changed(Squares(6), lambda image, index: Image.new("RGB", image.size, (index, 0, 0)), "flat", [4, 2])
     assert len(changed) == 2
     assert [changed.name(i) for i in range(2)] == ["squares/0/4#flat", "squares/0/2#flat"]
@@ -511,7 +511,7 @@ def test_changed_images_keep_their_labels() -> None:
     assert class_names(changed, range(2)) == ["green", "blue"]
 
 
-def test_images_that_no_other_eval_asks_for_are_not_kept() -> None:
+def test_unshared_images_are_not_cached() -> None:
     model, source = Noise(), Squares(4)
     context = EvalContext()
     first = encode(model, source, 32, context, want="summary", share=False)

@@ -56,7 +56,7 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("width", [12, 16])
-def test_the_decoder_is_run_as_its_own_model_runs_it(decoder: str, width: int) -> None:
+def test_decoder_equals_the_original_model(decoder: str, width: int) -> None:
     """12 channels go through the neck, 16 are the decoder's: masks equal those of the whole model of transformers."""
     source, model = Things(5), Wide(width)
     context = EvalContext()
@@ -103,7 +103,7 @@ def test_heads_are_chosen_by_width(decoder: str) -> None:
         Promptable(decoder=decoder, head="clip", source=source).run(Student(**heads))
 
 
-def test_a_wide_image_is_padded_below(decoder: str) -> None:
+def test_wide_image_is_padded_at_the_bottom(decoder: str) -> None:
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     full = canvas(image, (64, 64), SimpleNamespace(fill=(0.1, 0.2, 0.3)))
     assert full.shape == (3, 64, 64)
@@ -138,7 +138,7 @@ def test_instances_and_their_boxes() -> None:
         instances(SimpleNamespace(), image, "a", 1)
 
 
-def test_instances_that_overlap_are_whole() -> None:
+def test_overlapping_instances_are_whole() -> None:
     masks = np.zeros((2, 6, 8), bool)
     masks[0, 1:5, 1:7], masks[1, 2:4, 2:4] = True, True
     objects = [SimpleNamespace(box=(1, 1, 7, 5)), SimpleNamespace(box=(2, 2, 4, 4))]
@@ -163,7 +163,7 @@ def test_overlap_in_closed_form() -> None:
     assert overlap(a, b).tolist() == [2 / 6, 0, 0]
 
 
-def test_what_promptable_needs(decoder: str, tmp_path: Path) -> None:
+def test_promptable_refuses_bad_input(decoder: str, tmp_path: Path) -> None:
     assert not Promptable.bundled
     with pytest.raises(ConfigError, match="set decoder to a SAM checkpoint"):
         Promptable()

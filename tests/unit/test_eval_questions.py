@@ -47,16 +47,16 @@ def textvqa(folder: Path, answers: Iterable[Mapping[str, Any]], truth: list[dict
 
 
 @pytest.mark.parametrize("around", ["{}", f"{{}}{SHORT}", f"{{}}{OCR}", f"{{}}{OCR}{SHORT}", f"{OCR}\n{{}}{SHORT}"])
-def test_the_question_is_what_is_left_of_a_prompt(around: str) -> None:
+def test_question_is_extracted_from_prompt(around: str) -> None:
     assert question_of(around.format("What is  the Brand?")) == "what is the brand?"
 
 
 @pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r"])
-def test_what_a_picture_says_ends_no_line(end: str) -> None:
+def test_ocr_line_separators_do_not_split_lines(end: str) -> None:
     assert question_of(f"What is  the Brand?\r{OCR}{end}b, c{SHORT}") == "what is the brand?"
 
 
-def test_llavas_answers_to_textvqa_go_by_image_and_question(tmp_path: Path) -> None:
+def test_llava_textvqa_answers_match_by_image_and_question(tmp_path: Path) -> None:
     """Two questions of one image: the last answer to an image is not the answer to all of its questions."""
     assert textvqa(tmp_path, OWN) == (pytest.approx(2 / 3), {"30": 1, "31": 0, "32": 1})
     by_id = [{"question_id": 32 - i, "text": entry["text"]} for i, entry in enumerate(OWN)]
@@ -64,14 +64,14 @@ def test_llavas_answers_to_textvqa_go_by_image_and_question(tmp_path: Path) -> N
     assert textvqa(tmp_path, [*OWN, {"question_id": "cc", "prompt": "Who?", "text": "I"}]) == textvqa(tmp_path, OWN)
 
 
-def test_textvqas_questions_that_are_the_same_are_answered_in_turn(tmp_path: Path) -> None:
+def test_equal_textvqa_questions_match_in_order(tmp_path: Path) -> None:
     twins = [TEXTVQA[0], {**TEXTVQA[0], "question_id": 33, "answers": ["ericsson"] * 10}]
     own = [{**OWN[2], "text": "nokia"}, {**OWN[2], "text": "ericsson"}]
     assert textvqa(tmp_path, own, twins)[0] == 1
     assert textvqa(tmp_path, own[::-1], twins)[0] == 0
 
 
-def test_answers_to_textvqa_that_fit_neither_way(tmp_path: Path) -> None:
+def test_unmatched_textvqa_answers_raise(tmp_path: Path) -> None:
     silent = [{key: value for key, value in entry.items() if key != "prompt"} for entry in OWN]
     with pytest.raises(
         ConfigError, match=r"question_id bb, and no prompt.*question_id 30 and image_id aa: use answers"
@@ -96,7 +96,7 @@ LABELS = {
     "popular": [("a.jpg", "Is there a dog in the image?", "yes"), ("a.jpg", "Is there a car in the image?", "no")],
     "random": [("b.jpg", "Is there a cup in the image?", "yes"), ("a.jpg", "Is there a car in the image?", "no")],
 }
-SAID = {"adversarial": ["Yes", "Yes"], "popular": ["No", "No"], "random": ["Yes", "No"]}
+GIVEN = {"adversarial": ["Yes", "Yes"], "popular": ["No", "No"], "random": ["Yes", "No"]}
 ACCURACY = {"adversarial": 0.5, "popular": 0.5, "random": 1.0}
 
 
@@ -113,10 +113,10 @@ class Pope:
                 for i, (image, text, label) in enumerate(labels, 1)
             ]
             self.truth[category] = lines(folder / f"coco_pope_{category}.json", entries)
-            for (image, text, _), said in zip(labels, SAID[category], strict=True):
+            for (image, text, _), given in zip(labels, GIVEN[category], strict=True):
                 common = {"question_id": len(self.asked), "category": category}
                 self.asked.append({**common, "image": image, "text": text + SHORT})
-                self.answers.append({"question_id": common["question_id"], "prompt": text + SHORT, "text": said})
+                self.answers.append({"question_id": common["question_id"], "prompt": text + SHORT, "text": given})
         self.questions = lines(folder / "llava_pope_test.jsonl", self.asked)
 
     def run(self, category: str, answers: Iterable[Mapping[str, Any]], questions: str | None = None) -> float:
@@ -126,7 +126,7 @@ class Pope:
 
 
 @pytest.mark.parametrize("category", LABELS)
-def test_llavas_answers_to_pope_go_by_category(tmp_path: Path, category: str) -> None:
+def test_llava_pope_answers_match_by_category(tmp_path: Path, category: str) -> None:
     """Popular and adversarial ask the same question of the same image, and were answered differently."""
     pope = Pope(tmp_path)
     assert pope.run(category, pope.answers, pope.questions) == ACCURACY[category]
@@ -137,19 +137,19 @@ def test_llavas_answers_to_pope_go_by_category(tmp_path: Path, category: str) ->
         pope.run(category, pope.answers)  # ids 1 and 2 are there: once scored without a word
 
 
-def test_answers_to_one_category_of_pope(tmp_path: Path) -> None:
+def test_pope_answers_of_one_category(tmp_path: Path) -> None:
     pope = Pope(tmp_path)
-    alone = [{"question_id": i, "text": text} for i, text in enumerate(SAID["adversarial"], 1)]
+    alone = [{"question_id": i, "text": text} for i, text in enumerate(GIVEN["adversarial"], 1)]
     assert pope.run("adversarial", alone) == 0.5
-    told = [{**answer, "image": asked["image"]} for answer, asked in zip(pope.answers, pope.asked, strict=True)]
-    assert pope.run("random", told[4:]) == 1  # numbers 4 and 5: image and words tell
-    assert pope.run("random", told[:3:-1]) == 1
-    for strangers in (told, told[2:4]):
+    listed = [{**answer, "image": asked["image"]} for answer, asked in zip(pope.answers, pope.asked, strict=True)]
+    assert pope.run("random", listed[4:]) == 1  # numbers 4 and 5: image and words tell
+    assert pope.run("random", listed[:3:-1]) == 1
+    for strangers in (listed, listed[2:4]):
         with pytest.raises(ConfigError, match="number"):
             pope.run("random", strangers)
 
 
-def test_answers_to_pope_that_belong_to_other_questions(tmp_path: Path) -> None:
+def test_pope_answers_to_other_questions_raise(tmp_path: Path) -> None:
     pope = Pope(tmp_path)
     renumbered = [{**answer, "question_id": i} for i, answer in enumerate(pope.answers[2:4], 1)]
     assert pope.run("popular", renumbered) == 0.5
@@ -165,7 +165,7 @@ def test_answers_to_pope_that_belong_to_other_questions(tmp_path: Path) -> None:
         pope.run("popular", renumbered[:1])
 
 
-def test_what_was_asked_of_pope_must_fit(tmp_path: Path) -> None:
+def test_pope_question_file_must_fit(tmp_path: Path) -> None:
     pope = Pope(tmp_path)
     with pytest.raises(ConfigError, match=r"line 7 of the answers has question_id 9, not in"):
         pope.run("random", [*pope.answers, {"question_id": 9, "text": "Yes"}], pope.questions)

@@ -121,8 +121,8 @@ def brute(pairs: list[tuple[list[np.ndarray], list[list[np.ndarray]]]]) -> dict[
     for k in range(10):
         own = [(tp[k], found - tp[k], true - tp[k]) for tp, found, true in chosen if true]
         micro.append(f1(*map(sum, zip(*own, strict=True))))
-    said, there = np.array([f > 0 for _, f, _ in chosen], float), np.array([t > 0 for _, _, t in chosen], float)
-    mcc = float(np.corrcoef(said, there)[0, 1])  # Matthews' coefficient is Pearson's of two binary variables
+    results, there = np.array([f > 0 for _, f, _ in chosen], float), np.array([t > 0 for _, _, t in chosen], float)
+    mcc = float(np.corrcoef(results, there)[0, 1])  # Matthews' coefficient is Pearson's of two binary variables
     return {"cgf1": float(np.mean(micro)) * mcc, "pmf1": float(np.mean(micro)), "il_mcc": mcc}
 
 
@@ -176,7 +176,7 @@ def test_overlaps_are_those_of_whole_masks() -> None:
     assert overlaps([], masks).shape == (0, len(masks))
 
 
-def test_masks_that_lie_apart_are_not_looked_at() -> None:
+def test_disjoint_masks_are_skipped() -> None:
     """An image of many small instances: only the pixels in which two boxes meet are compared."""
 
     class Looked(np.ndarray):
@@ -191,14 +191,14 @@ def test_masks_that_lie_apart_are_not_looked_at() -> None:
     assert Looked.compared == 10 * 12
 
 
-def test_the_matching_is_the_best_of_all() -> None:
+def test_matching_maximises_total_iou() -> None:
     """Greedy would give the first prediction its best match and leave the second one nothing above 0.5."""
     true = [box(0, 0, 10, 10), box(3, 0, 13, 10)]
     found = [box(1, 0, 11, 10), box(0, 0, 7, 10)]
     assert count(found, true).hits[0] == 2
 
 
-def test_of_the_annotators_the_most_favourable_counts() -> None:
+def test_most_favourable_annotator_counts() -> None:
     a, b = box(0, 0, 10, 10), box(15, 5, 25, 15)
     assert favourable([a], [[a, b], [b], [a]]).local == 1
     assert favourable([], [[a], [], [b]]).true == 0
@@ -236,21 +236,21 @@ def test_a_file_of_predictions_is_scored(tmp_path: Path) -> None:
         annotated(tmp_path / "b.json", {0: [a], 1: [], 2: [a], 3: [a]}),
         annotated(tmp_path / "c.json", {0: [a], 1: [], 2: [b], 3: []}, p2={"is_instance_exhaustive": 0}),
     ]
-    said = predictions(tmp_path / "said.json", {0: [(0.5, a), (0.49, b)], 1: [(0.2, a)], 2: [(1.0, b)]})
+    results = predictions(tmp_path / "results.json", {0: [(0.5, a), (0.49, b)], 1: [(0.2, a)], 2: [(1.0, b)]})
     context = EvalContext()
-    found = SaCo(annotations=truth, predictions=said).run(Noise(), context)
+    found = SaCo(annotations=truth, predictions=results).run(Noise(), context)
     assert found == {"cgf1": 1, "pmf1": 1, "il_mcc": 1}  # annotator b's pair 0; pair 2 is not whole in c
     assert context.records.images["local_f1"] == {"0: cat": 1, "1: dog": 1, "3: dog": 1}
-    one = SaCo(annotations=truth[:1], predictions=said).run(Noise())
+    one = SaCo(annotations=truth[:1], predictions=results).run(Noise())
     assert one["pmf1"] == pytest.approx(2 / 5)  # one of three, one in the wrong place: 2 / (2 + 3)
 
 
-def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
+def test_inconsistent_files_raise(tmp_path: Path) -> None:
     mask = box(0, 0, 10, 10)
     good = annotated(tmp_path / "a.json", {0: [mask], 1: []})
-    said = predictions(tmp_path / "said.json", {0: [(0.9, mask)]})
+    results = predictions(tmp_path / "results.json", {0: [(0.9, mask)]})
 
-    def run(truth: list[str], given: str = said) -> None:
+    def run(truth: list[str], given: str = results) -> None:
         SaCo(annotations=truth, predictions=given).run(Noise())
 
     run([good])
@@ -290,7 +290,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(whole))
     assert read_pairs([tmp_path / "b.json"])[0].phrase == "cat"
     for entries, message in (
-        ({}, "is no list of COCO results"),
+        ({}, "is not a list of COCO results"),
         ([{"image_id": 0}], "result 0 lacks segmentation, score"),
         ([{"image_id": 0, "segmentation": [], "score": None}], "has score None"),
     ):
@@ -299,7 +299,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
             run([good], str(tmp_path / "other.json"))
 
 
-def test_what_it_must_be_told() -> None:
+def test_sa_co_required_options() -> None:
     assert not SaCo.bundled
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({}, "annotations must be a list of files"),
@@ -313,15 +313,15 @@ def test_what_it_must_be_told() -> None:
             SaCo(**options)
 
 
-def test_what_the_files_hold_is_in_the_hashes(tmp_path: Path) -> None:
+def test_file_contents_are_hashed(tmp_path: Path) -> None:
     mask = box(0, 0, 10, 10)
     truth = [annotated(tmp_path / f"{who}.json", {0: [mask], 1: []}) for who in "ab"]
-    said = predictions(tmp_path / "said.json", {0: [(0.9, mask)]})
+    results = predictions(tmp_path / "results.json", {0: [(0.9, mask)]})
     for name in ("0.png", "other.png"):
         tiny.picture(tmp_path / "images" / name, 0)
 
     def run(**keys: Any) -> Any:
-        entry = {"kind": "sa_co", "name": "sa_co", "annotations": truth, "predictions": said, **keys}
+        entry = {"kind": "sa_co", "name": "sa_co", "annotations": truth, "predictions": results, **keys}
         found = measure(Noise(), "noise", [entry], tmp_path / "out")
         assert not found.failed
         return found
@@ -332,7 +332,7 @@ def test_what_the_files_hold_is_in_the_hashes(tmp_path: Path) -> None:
     assert run(images=str(tmp_path / "images")).known == ["sa_co"]  # another subset's image
     tiny.picture(tmp_path / "images" / "0.png", 1)
     assert run(images=str(tmp_path / "images")).known == []
-    predictions(tmp_path / "said.json", {0: []})
+    predictions(tmp_path / "results.json", {0: []})
     assert run(images=str(tmp_path / "images")).known == []
     assert run().results["sa_co"].metrics["cgf1"] == 0
 
@@ -357,7 +357,7 @@ def subset(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"annotations": [truth], "images": str(folder / "images")}
 
 
-def test_a_teachers_own_trunk_gives_the_masks_of_the_stock_model(
+def test_teacher_trunk_reproduces_original_masks(
     decoder: str, subset: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: nothing on the way from the trunk's features to the masks is different."""
@@ -392,7 +392,7 @@ def test_a_teachers_own_trunk_gives_the_masks_of_the_stock_model(
     assert SaCo(decoder=decoder, **subset).run(teacher) == found
 
 
-def test_other_features_give_other_masks(decoder: str) -> None:
+def test_different_features_change_masks(decoder: str) -> None:
     sam = _sam.Sam3(decoder)
     assert (sam.width, sam.side) == (32, 8)
     assert sum(p.numel() for p in sam.model.vision_encoder.backbone.parameters()) == 0
@@ -421,7 +421,7 @@ class Trunk(nn.Module):
         return Features(None, torch.conv2d(images, self.weight, stride=self.spec.stride))
 
 
-def test_a_student_sees_as_many_cells(decoder: str, subset: dict[str, Any]) -> None:
+def test_student_input_has_trunk_cell_count(decoder: str, subset: dict[str, Any]) -> None:
     model = Trunk(32)
     found = SaCo(decoder=decoder, **subset).run(model)
     assert model.shapes == [(1, 3, 128, 128)] * 3  # 8 cells of 16 pixels; SAM 3 has 8 of 14
@@ -441,7 +441,7 @@ def test_a_student_sees_as_many_cells(decoder: str, subset: dict[str, Any]) -> N
         SaCo(decoder=decoder, **subset).run(Noise(spatial=False))
 
 
-def test_images_and_decoders_that_are_not_there(decoder: str, subset: dict[str, Any], tmp_path: Path) -> None:
+def test_missing_images_and_decoders_raise(decoder: str, subset: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(AssetError, match=r"no SAM 3 in .*nowhere.*facebook/sam3"):
         SaCo(decoder=str(tmp_path / "nowhere"), **subset).run(Trunk(32))
     elsewhere: dict[str, Any] = subset | {"images": str(tmp_path)}

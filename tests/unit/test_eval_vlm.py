@@ -71,7 +71,7 @@ def test_the_shorter_side_is_padded_to_a_legal_length() -> None:
     assert bool((found[:, 14:] == 0.5).all())
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_vlm_refuses_bad_input(tmp_path: Path) -> None:
     class Loud(Cells):
         def forward(self, images: Tensor) -> Features:
             out = super().forward(images)
@@ -112,7 +112,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         ("10:30", "10:30"),
     ],
 )
-def test_answers_are_compared_as_vqa_does(text: str, wanted: str) -> None:
+def test_answers_are_normalised_as_in_vqa(text: str, wanted: str) -> None:
     assert normalise(text) == wanted
     assert normalise(wanted) == wanted
 
@@ -171,7 +171,7 @@ def test_each_benchmarks_own_file(tmp_path: Path) -> None:
     assert found == {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes": 0.5}
 
 
-def test_files_that_cannot_be_scored(tmp_path: Path) -> None:
+def test_unscorable_files_raise(tmp_path: Path) -> None:
     truth = tmp_path / "truth.json"
     truth.write_text(json.dumps({str(i): {"answer": "blue"} for i in range(4)}))
 

@@ -81,13 +81,13 @@ def test_depth_of_a_constant_model_is_the_geometric_mean() -> None:
 
 
 @pytest.mark.parametrize("kind", [Knn, Segmentation, Depth])
-def test_the_same_numbers_twice(kind: type[Eval]) -> None:
+def test_evals_are_deterministic(kind: type[Eval]) -> None:
     first, second = (squares(kind).run(Noise()) for _ in range(2))
     assert first == second
 
 
 @pytest.mark.parametrize("kind", [Knn, ZeroShot, Segmentation, Depth, Retrieval])
-def test_every_metric_says_which_way_is_better(kind: type[Eval]) -> None:
+def test_lower_is_better_names_exist(kind: type[Eval]) -> None:
     assert squares(kind, 3).run(Oracle()).keys() >= kind.lower_is_better
     assert kind.needs_text == (kind in (ZeroShot, Retrieval))
 
@@ -96,11 +96,11 @@ def test_every_metric_says_which_way_is_better(kind: type[Eval]) -> None:
 
 
 @pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
-def test_without_text(kind: type[Eval]) -> None:
+def test_model_without_text_raises(kind: type[Eval]) -> None:
     model = Noise()
     with pytest.raises(TypeError, match=r"Noise has no encode_text: .*text-aligned teacher.*knn"):
         squares(kind).run(model)
-    assert model.calls == 0  # said before any image is encoded
+    assert model.calls == 0  # raised before any image is encoded
 
     class Mute(Noise):
         def encode_text(self, texts: list[str]) -> Tensor:
@@ -111,7 +111,7 @@ def test_without_text(kind: type[Eval]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Segmentation, Depth])
-def test_without_a_map(kind: type[Eval]) -> None:
+def test_model_without_a_map_raises(kind: type[Eval]) -> None:
     with pytest.raises(TypeError, match="spatial features and this Noise has none"):
         squares(kind).run(Noise(spatial=False))
 
@@ -135,7 +135,7 @@ def test_a_text_aligned_teacher_needs_no_encode_image() -> None:
 
 
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
-def test_features_that_are_not_numbers_name_the_image(value: float, word: str) -> None:
+def test_non_finite_features_name_the_image(value: float, word: str) -> None:
     with pytest.raises(FeatureError, match=rf"summary features of squares/0/4 contain {word}"):
         squares(Knn).run(Broken(value, 4))
     with pytest.raises(FeatureError, match=rf"spatial features of squares/0/7 contain {word}"):
@@ -156,13 +156,13 @@ def test_unreadable_images_are_skipped_and_named() -> None:
         encode(Oracle(), Squares(2, bad=(0, 1)), 32, EvalContext(), want="summary")
 
 
-def test_a_skipped_image_takes_its_label_along() -> None:
+def test_skipped_image_drops_its_label() -> None:
     with pytest.warns(UserWarning, match="skipped"):
         found = Knn(k=1, size=32, train=Squares(12, bad=(0, 4)), test=Squares(12, 1, bad=(2,))).run(Oracle())
     assert found == {"top1": 1.0}
 
 
-def test_every_module_gets_its_own_mode_back() -> None:
+def test_module_modes_are_restored() -> None:
     model = Oracle().train()
     model.inner.eval()
     squares(Knn).run(model)
@@ -206,8 +206,8 @@ class Tracked(Noise):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
-def test_features_are_held_once(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was encoded is written into its place: nobody keeps the batches to join them at the end."""
+def test_features_are_held_in_memory_once(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are written into one allocation instead of being collected and concatenated."""
     monkeypatch.setattr("agglo.evals._features.BATCH", 4)
     model = Tracked()
     with pytest.warns(UserWarning, match="squares/0/7"):
@@ -218,7 +218,7 @@ def test_features_are_held_once(precision: torch.dtype, monkeypatch: pytest.Monk
     assert (found.summary.dtype, found.summary.shape, len(found.names)) == (precision, (29, 8), 29)
 
 
-def test_half_precision_rounds_the_same_features_whichever_came_first() -> None:
+def test_half_precision_rounds_cached_features() -> None:
     source = Squares(9)
     plain = encode(Tracked(), source, 16, EvalContext(), want="summary").summary
     assert plain is not None
@@ -244,7 +244,7 @@ def test_neighbours_in_half_precision() -> None:
         top1("float8")
 
 
-def test_large_maps_are_kept_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_maps_are_cached_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agglo.evals._features.KEEP_BYTES", 1000)
     model, source = Noise(), Squares(4)
     context = EvalContext()
@@ -255,7 +255,7 @@ def test_large_maps_are_kept_only_when_asked_for(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 48), (48, 24)])
-def test_truth_is_cropped_as_its_image_is(size: tuple[int, int]) -> None:
+def test_truth_is_cropped_like_its_image(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (37, 51), np.uint8)
     box = crop_box((37, 51), size)
     assert min(box) >= 0
@@ -377,7 +377,7 @@ def test_templates_are_averaged_and_renormalised() -> None:
         (lambda: Agreement(sources=[]), "sources is empty"),
     ],
 )
-def test_protocols_are_checked_at_once(make: Callable[[], Eval], message: str) -> None:
+def test_options_are_checked_at_construction(make: Callable[[], Eval], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -393,7 +393,7 @@ def test_sources_without_truth(kind: type[Eval], tmp_path: Path) -> None:
 # --- retrieval --------------------------------------------------------------------------------------------------------
 
 
-def test_ranking_shares_queries_and_lets_others_compete() -> None:
+def test_ranking_with_shared_queries_and_distractors() -> None:
     answers = squares(Retrieval, 8).rank(Oracle())
     assert [answer.query for answer in answers] == ["a red square", "a green square", "a blue square"]
     for k, answer in enumerate(answers):
@@ -403,7 +403,7 @@ def test_ranking_shares_queries_and_lets_others_compete() -> None:
         assert answer.rank == 1
 
 
-def test_recall_of_a_model_that_mixes_up_colours() -> None:
+def test_recall_with_shifted_colours() -> None:
     class Shifted(Oracle):
         def encode_text(self, texts: list[str]) -> Tensor:
             return super().encode_text(texts).roll(1, 1)
@@ -427,7 +427,7 @@ class Captioned(Squares):
         return SimpleNamespace(captions=both if index % 2 else (), caption=both[0] if index != 4 else None)
 
 
-def test_captions_are_searched_by_where_there_are_no_queries() -> None:
+def test_captions_replace_missing_queries() -> None:
     """COCO's way: each caption asks for its image; one that several images share may find any of them."""
     answers = {a.query: a for a in Retrieval(size=32, source=Captioned(7)).rank(Oracle())}  # type: ignore[arg-type]
     assert set(answers) == {
@@ -455,7 +455,7 @@ def test_captions_of_coco_and_scenes(tmp_path: Path) -> None:
     assert {a.query for a in Retrieval(size=16, source={"kind": "scenes", "split": "val"}).rank(Oracle())} == wanted
 
 
-def test_the_first_right_one_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_texts_give_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 4, (40, 9), generator=draw).float()  # many ties
     right = [sorted(torch.randperm(9, generator=draw)[: 1 + i % 3].tolist()) for i in range(40)]
@@ -488,7 +488,7 @@ class Pool(Teacher):
         return Features(summary, torch.nn.functional.avg_pool2d(images, 8))
 
 
-def test_a_perfect_head_agrees_over_grids() -> None:
+def test_perfect_head_agrees_across_grids() -> None:
     # The head's map has stride 1, the teacher's 8: area averaging makes them equal.
     student = Student(a=lambda x: Features(x.mean((2, 3)), x), b=lambda x: Features(None, -x))
     sources: Any = [Squares(5), Squares(4, 1)]
@@ -515,7 +515,7 @@ def test_agreement_against_numpy() -> None:
     assert found["a/summary_cosine"] == pytest.approx(cosine.mean(), abs=1e-6)
 
 
-def test_agreement_says_what_it_needs() -> None:
+def test_agreement_refuses_bad_input() -> None:
     sources: Any = [Squares(2)]
     head = lambda x: Features(x.mean((2, 3)), x)  # noqa: E731
     with pytest.raises(TypeError, match="pass them, evaluate"):
@@ -557,7 +557,7 @@ def test_a_suite_encodes_each_image_set_once() -> None:
     assert model.calls == 5  # nothing is kept beyond a call
 
 
-def test_two_models_share_nothing() -> None:
+def test_models_do_not_share_features() -> None:
     source = Squares(9)
     context = EvalContext()
     a, b = (encode(model, source, 32, context, want="spatial").spatial for model in (Oracle(), Noise()))
@@ -566,7 +566,7 @@ def test_two_models_share_nothing() -> None:
     assert a.shape != b.shape
 
 
-def test_recipes_of_evals_are_checked_before_the_first_runs(tmp_path: Path) -> None:
+def test_eval_options_are_checked_before_the_first_run(tmp_path: Path) -> None:
     for colour in COLOURS:
         paint(tmp_path, f"{colour}/one.png", colour)
     source = {"kind": "folder", "path": str(tmp_path)}
@@ -589,7 +589,7 @@ def test_recipes_of_evals_are_checked_before_the_first_runs(tmp_path: Path) -> N
     assert model.calls == 0
 
 
-def test_teachers_reach_the_evals_that_compare() -> None:
+def test_teachers_are_passed_to_comparing_evals() -> None:
     each = {"kind": "agreement", "size": 32, "sources": [{"kind": "photos", "split": "heldout"}]}
     head = lambda x: Features(x.mean((2, 3)), x)  # noqa: E731
     found = evaluate(Student(a=head), [each], teachers={"a": Pool()})

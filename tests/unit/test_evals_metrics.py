@@ -47,7 +47,7 @@ def test_knn_is_the_weighted_vote(monkeypatch: pytest.MonkeyPatch, k: int, queri
     assert 0.3 < (found == truth.numpy()).mean() < 1  # neither chance nor trivial: the vote matters
 
 
-def test_knn_weights_matter_and_tiny_temperatures_do_not_overflow() -> None:
+def test_knn_weights_and_tiny_temperatures() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     labels = torch.tensor([0, 1, 1])
     query = torch.tensor([[0.9, 0.4]])
@@ -70,7 +70,7 @@ def test_miou_and_confusion(missing: bool) -> None:
     assert miou(matrix) == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_mask_beyond_the_classes_is_refused() -> None:
+def test_mask_beyond_the_classes_raises() -> None:
     mask = torch.tensor([[0, 4], [255, 1]], dtype=torch.uint8)
     with pytest.raises(ConfigError, match="class 4"):
         confusion(mask, torch.zeros(2, 2), 4)
@@ -121,7 +121,7 @@ def test_logistic_probe_reports_divergence() -> None:
 
 
 @pytest.mark.parametrize("ridge", [10.0, 0.1, 1e-4])
-def test_ridge_is_scikit_learns(ridge: float) -> None:
+def test_ridge_equals_scikit_learn(ridge: float) -> None:
     x = RNG.standard_normal((500, 12)) * np.linspace(0.1, 3, 12) + 5
     y = x @ RNG.standard_normal(12) + 0.3 * RNG.standard_normal(500) + 4
     w = RNG.random(500) * (RNG.random(500) < 0.8)
@@ -180,7 +180,7 @@ def test_agreement_is_variance_weighted_r2() -> None:
     assert spatial_agreement([(flat, flat)])[0] is None
 
 
-def test_rank_counts_what_comes_before() -> None:
+def test_rank_of_counts_better_classes() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.4, 0.4, 0.4], [0.2, 0.1, 0.3]])
     assert rank_of(scores, torch.tensor([1, 2, 1])).tolist() == [0, 2, 2]
 
@@ -193,7 +193,7 @@ def test_standardising() -> None:
     assert out[:, 2].abs().max() == 0  # a constant channel says nothing, and is not blown up
 
 
-def test_predictions_go_to_each_truths_size() -> None:
+def test_predictions_have_the_size_of_the_truth() -> None:
     features = torch.randn(4, 3, 2, 2)
     truth = [torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(6, 8), torch.zeros(4, 4)]
     weight, bias = torch.randn(2, 3), torch.randn(2)

@@ -45,7 +45,7 @@ EXPECTED = torch.from_numpy(RGB.transpose(2, 0, 1).astype(np.float64) / 255).flo
     ],
     ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', '')}",
 )
-def test_every_form_of_an_image_is_the_same_tensor(image):
+def test_all_image_types_give_the_same_tensor(image):
     out = to_tensor(image)
     assert out.dtype == torch.float32
     assert out.shape == (3, 4, 6)
@@ -86,7 +86,7 @@ def test_tiny_overshoot_of_resampling_is_clamped():
         (torch.full((3, 2, 2), float("inf")), "infinity"),
     ],
 )
-def test_what_is_no_image_is_told_how_to_become_one(image, why):
+def test_bad_images_raise_with_a_hint(image, why):
     with pytest.raises(ImageError, match=why):
         to_tensor(image)
 
@@ -97,7 +97,7 @@ def test_other_types_are_type_errors():
             call([[0, 1]])
 
 
-def test_load_image_reads_paths_files_and_turns_images_upright(tmp_path):
+def test_load_image_reads_paths_and_files_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(np.ascontiguousarray(RGB[::-1, ::-1])).save(tmp_path / "a.png", exif=exif)
@@ -150,7 +150,7 @@ def test_legal_sizes(side, step):
         check_size(side, step, step)
 
 
-def test_ties_go_to_the_even_multiple():
+def test_size_ties_round_to_even_multiples():
     assert nearest_size((24, 40), 16) == (32, 32)  # 1.5 and 2.5 steps
     assert nearest_size((1, 7), 16) == (16, 16)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from agglo.config import build
-from agglo.embedding import embed, look
+from agglo.embedding import embed, image_features
 from agglo.evals._features import encode, layered, whole_view
 from agglo.evals.base import EvalContext, input_size, step_of
 from agglo.evals.fixed_pattern import FixedPattern
@@ -92,7 +92,7 @@ def test_galleries_and_searches_use_whole_windows(monkeypatch: pytest.MonkeyPatc
 def test_embeddings_use_whole_windows(model: Model, tmp_path: Path) -> None:
     TALL.save(tmp_path / "tall.png")
     assert embed(tmp_path, model).size == (64, 64)
-    looks, _ = look([tmp_path / "tall.png"], model)
+    looks, _ = image_features([tmp_path / "tall.png"], model)
     assert looks[0].spatial.shape == (32, 64, 24)  # 512 x 205 pixels come to 512 x 192
     with pytest.raises(ConfigError, match="must be a multiple of 32; nearest legal height: 64 or 96"):
         embed(tmp_path, model, size=72)

@@ -95,7 +95,7 @@ def view(
     overwrite: bool = OVERWRITE,
 ) -> None:
     """Write each image beside its spatial features, three principal components as RGB."""
-    from agglo.embedding import check_output, look
+    from agglo.embedding import check_output, image_features
     from agglo.files import replacing
     from agglo.report.picture import fitted, pca_basis, pca_picture, side_by_side, stacked
 
@@ -104,7 +104,7 @@ def view(
     if any(target.resolve() == image.expanduser().resolve() for image in images):
         raise ConfigError(f"{target} is one of the images: name another file with -o")
     loaded = _load(model)
-    looks, skipped = look(images, loaded, size=size)
+    looks, skipped = image_features(images, loaded, size=size)
     basis = pca_basis([each.spatial for each in looks])
     rows = []
     for each in looks:

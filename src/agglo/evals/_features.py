@@ -211,16 +211,11 @@ def check(tensor: Tensor | None, what: str, names: Sequence[str], rank: int) -> 
     return tensor
 
 
-def check_map(model: Backbone, tensor: Tensor | None, names: Sequence[str]) -> Tensor:
-    """:func:`check` of spatial features that the model's spec promises.
-
-    Raises:
-        FeatureError: also where there are none.
-    """
-    found = check(tensor, "spatial", names, 4)
-    if found is None:
+def required(tensor: Tensor | None, model: Backbone) -> Tensor:
+    """The spatial features; raise FeatureError if the model returned none although its spec has them."""
+    if tensor is None:
         raise FeatureError(f"{type(model).__name__} has spatial features in its spec but returned none")
-    return found
+    return tensor
 
 
 def need_spatial(model: Backbone, eval_name: str) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import encode
-from agglo.evals.base import Backbone, EvalContext, FeatureError, ProbeError, input_size
+from agglo.evals._features import encode, required
+from agglo.evals.base import Backbone, EvalContext, ProbeError, Progress, input_size
 from agglo.preprocess import crop_map
 from agglo.sources.base import Source
 from agglo.types import ConfigError
@@ -54,11 +54,9 @@ def load(
     if annotation is None:
         raise ConfigError(f"{type(source).__name__} has no annotation(): use a source such as {{kind: scenes}}")
     encoded = encode(model, options, size, context, want="spatial")
-    if encoded.spatial is None:
-        raise FeatureError(f"{type(model).__name__} has spatial features in its spec but returned none")
     view = input_size(model, size)
     truth = [truth_of(source, i, field, full, view) for i, full in zip(encoded.index, encoded.sizes, strict=True)]
-    return Labelled(encoded.spatial, truth, encoded.names)
+    return Labelled(required(encoded.spatial, model), truth, encoded.names)
 
 
 def truth_of(source: Source, index: int, field: str, full: tuple[int, int], view: tuple[int, int]) -> Tensor:
@@ -105,7 +103,7 @@ class Standard:
     def of(cls, features: Tensor) -> Standard:
         """Statistics over all images and cells of ``(N, D, h, w)``, in float64."""
         variance, mean = torch.var_mean(features.double(), dim=(0, 2, 3), correction=0)
-        # Rounding leaves a constant channel a variance of about (eps * mean)^2: that is no signal to blow up.
+        # Rounding gives a constant channel a variance of about (eps * mean)^2, which must not be amplified.
         alive = variance > (1e-6 * mean.abs()).square() + 1e-20
         scale = torch.where(alive, variance.clamp_min(1e-30).rsqrt(), torch.zeros_like(variance))
         return cls(mean.float(), scale.float())
@@ -244,6 +242,27 @@ def fit_logistic(
     if not math.isfinite(final) or final > chance * (1 + 1e-6):
         raise ProbeError(f"the {what} probe diverged: loss {final:.4g}, chance level {chance:.4g}")
     return weight.detach(), bias.detach()
+
+
+def best_logistic(
+    x: Tensor,
+    y: Tensor,
+    decays: Sequence[float],
+    steps: int,
+    score: Callable[[tuple[Tensor, Tensor]], float],
+    what: str,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of :func:`fit_logistic` with the penalty of the highest ``score``; ties: the first."""
+    found: tuple[Tensor, Tensor] | None = None
+    best: list[tuple[float, tuple[Tensor, Tensor]]] = []
+    for decay in decays:  # from strong to weak: each solution initialises the next
+        progress(f"{what} probe, decay {decay:g}")
+        found = fit_logistic(x, y, decay, steps, start=found, what=what)
+        value = score(found) if len(decays) > 1 else 0.0
+        if not best or value > best[0][0]:
+            best = [(value, found)]
+    return best[0][1]
 
 
 def rank_of(scores: Tensor, truth: Tensor) -> Tensor:

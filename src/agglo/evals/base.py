@@ -12,34 +12,12 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from agglo.evals._cache import FeatureCache, FeatureStore, SourcePool
+from agglo.evals._cache import FeatureCache, SourcePool
+from agglo.evals._cache import FeatureStore as FeatureStore
 from agglo.model.model import Model
 from agglo.preprocess import nearest_size
 from agglo.teachers.base import Teacher
 from agglo.types import AggloError, ConfigError, Features, FeatureSpec
-
-__all__ = [
-    "SCENES_TEST",
-    "SCENES_TRAIN",
-    "SCENES_VAL",
-    "Backbone",
-    "Eval",
-    "EvalContext",
-    "FeatureCache",
-    "FeatureError",
-    "FeatureStore",
-    "Inapplicable",
-    "Place",
-    "ProbeError",
-    "Progress",
-    "Records",
-    "SourcePool",
-    "device_of",
-    "frozen",
-    "input_size",
-    "step_of",
-    "view_of_all",
-]  # fmt: skip
 
 SCENES_TRAIN: dict[str, Any] = {"kind": "scenes", "split": "train"}
 SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
@@ -232,15 +210,6 @@ def input_size(model: Backbone, size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def view_of_all(model: Backbone, size: int | tuple[int, int], aspect: str | None) -> tuple[int, int] | None:
-    """``(H, W)`` of the model's input for every image of an eval; None where it differs between images.
-
-    Args:
-        model: any backbone.
-        size: the eval's ``size``.
-        aspect: the eval's ``aspect``; None if it has no such key.
-
-    Raises:
-        ConfigError: ``size`` is neither a side nor a pair of sides.
-    """
+    """``(H, W)`` of the model's input for all images of an eval with these keys; None if it varies."""
     one = input_size(model, size)
     return None if aspect == "keep" and getattr(model, "canvas", None) is None else one

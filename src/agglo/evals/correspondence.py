@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import encode, need_spatial
-from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, FeatureError, ProbeError, Records, input_size
+from agglo.evals._features import encode, need_spatial, required
+from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, ProbeError, Records, input_size
 from agglo.preprocess import crop_box
 from agglo.sources.base import Source
 from agglo.types import ConfigError
@@ -98,9 +98,8 @@ class Correspondence(Eval):
         if pairs is None:
             raise ConfigError(f"{type(source).__name__} has no pairs of images: use a source such as {{kind: scenes}}")
         encoded = encode(model, self.source, self.size, context, want="spatial")
-        if encoded.spatial is None:
-            raise FeatureError(f"{type(model).__name__} has spatial features in its spec but returned none")
-        maps = {i: encoded.spatial[row] for row, i in enumerate(encoded.index)}
+        spatial = required(encoded.spatial, model)
+        maps = {i: spatial[row] for row, i in enumerate(encoded.index)}
         frames = {
             i: Frame.of(full, input_size(model, self.size), self.grid)
             for i, full in zip(encoded.index, encoded.sizes, strict=True)
@@ -116,7 +115,7 @@ class Correspondence(Eval):
             geometric.add(name, source, pair, *views)
         found = {**geometric.metrics(), **points.metrics()}
         if not found:
-            raise ProbeError("no pair has points, or depth and cameras: there is no correspondence to measure")
+            raise ProbeError("no pair has points, or depth and cameras: no correspondence to measure")
         return found
 
 

@@ -124,7 +124,7 @@ def measure(
         records: receives the ``delta1`` of each image.
 
     Raises:
-        ProbeError: there is no valid pixel, or a prediction is not finite.
+        ProbeError: no valid pixel, or a prediction is not finite.
     """
     plain, aligned = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     count, own = 0, []

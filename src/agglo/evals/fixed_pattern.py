@@ -10,18 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._features import check, need_spatial, read_batches
-from agglo.evals.base import (
-    SCENES_TEST,
-    Backbone,
-    Eval,
-    EvalContext,
-    FeatureError,
-    ProbeError,
-    device_of,
-    frozen,
-    input_size,
-)
+from agglo.evals._features import check, need_spatial, read_batches, required
+from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, ProbeError, device_of, frozen, input_size
 from agglo.preprocess import fit
 from agglo.types import ConfigError
 
@@ -75,9 +65,8 @@ class FixedPattern(Eval):
                     batch = torch.stack(
                         [self._rolled(image, view, i, roll) for image, i in zip(images, index, strict=True)]
                     )
-                    found = check(model(batch.to(device_of(model))).spatial, "spatial", names, 4)
-                    if found is None:
-                        raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
+                    spatial = model(batch.to(device_of(model))).spatial
+                    found = required(check(spatial, "spatial", names, 4), model)
                     energy = Locked(found.shape[1:]) if energy is None else energy
                     energy.add(found)
         if energy is None:

@@ -11,16 +11,8 @@ from torch import Tensor
 
 from agglo.evals._features import encode, summary_of
 from agglo.evals._labels import class_names, number_classes
-from agglo.evals._probe import Standard, fit_logistic, rank_of
-from agglo.evals.base import (
-    SCENES_TEST,
-    SCENES_TRAIN,
-    SCENES_VAL,
-    Backbone,
-    Eval,
-    EvalContext,
-    ProbeError,
-)
+from agglo.evals._probe import Standard, best_logistic, rank_of
+from agglo.evals.base import SCENES_TEST, SCENES_TRAIN, SCENES_VAL, Backbone, Eval, EvalContext
 from agglo.types import ConfigError
 
 
@@ -80,17 +72,16 @@ class Linear(Eval):
         standard = Standard.of(summary_of(model, train)[..., None, None])
         x, x_val, x_test = (standard(summary_of(model, one)[..., None, None])[..., 0, 0] for one in (train, val, test))
         y = F.one_hot(labels, len(names)).float()
-        best: tuple[float, tuple[Tensor, Tensor]] | None = None
-        probe: tuple[Tensor, Tensor] | None = None
-        for decay in self.decay:  # from strong to weak: each solution initialises the next
-            context.report(f"linear probe, decay {decay:g}")
-            probe = fit_logistic(x, y, decay, self.steps, start=probe, what="linear")
-            score = float((_logits(x_val, probe).argmax(1) == chooser).double().mean()) if len(self.decay) > 1 else 0.0
-            if best is None or score > best[0]:
-                best = score, probe
-        if best is None:
-            raise ProbeError("no penalty was tried")
-        rank = rank_of(_logits(x_test, best[1]), truth)
+        probe = best_logistic(
+            x,
+            y,
+            self.decay,
+            self.steps,
+            lambda one: float((_logits(x_val, one).argmax(1) == chooser).double().mean()),
+            "linear",
+            context.report,
+        )
+        rank = rank_of(_logits(x_test, probe), truth)
         context.records.add_by_class("top1", test.names, test_names, (rank < 1).double())
         return {f"top{k}": float((rank < k).double().mean()) for k in (1, 5)}
 

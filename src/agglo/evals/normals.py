@@ -112,7 +112,7 @@ def measure(
         records: receives the ``recall`` of each image.
 
     Raises:
-        ProbeError: there is no valid pixel, or a prediction is not finite.
+        ProbeError: no valid pixel, or a prediction is not finite.
     """
     angles: list[Tensor] = []
     own: list[float] = []

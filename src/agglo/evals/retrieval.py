@@ -118,15 +118,7 @@ class Retrieval(Eval):
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """Embedded texts and images.
-
-    Args:
-        names: of the N images.
-        images: ``(N, D)``, unit norm.
-        queries: the M texts.
-        texts: ``(M, D)``, unit norm.
-        right: indices of the relevant images of each text, ascending.
-    """
+    """Unit-norm embeddings of N images and M texts, and the indices of the relevant images of each text, ascending."""
 
     names: tuple[str, ...]
     images: Tensor

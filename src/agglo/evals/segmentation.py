@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agglo.evals._features import need_spatial
 from agglo.evals._pixels import IGNORE, PixelTraining, Probe, Split, check_mask, check_masks, fit_pixels
-from agglo.evals._probe import Standard, fit_logistic, load, rows
+from agglo.evals._probe import Standard, best_logistic, load, rows
 from agglo.evals._windows import Windows
 from agglo.evals.base import (
     SCENES_TEST,
@@ -120,28 +120,14 @@ class Segmentation(Eval):
         val, test = (self._split(model, options, context) for options in (self.val, self.test))
         standard, grid = Standard.of(train.labelled.features), train.labelled.features.shape[-2:]
         x = rows(standard(train.labelled.features))
-        y = rows(
-            torch.cat(
-                [
-                    _histogram(mask, grid, len(names), name)
-                    for mask, name in zip(train.labelled.truth, train.labelled.names, strict=True)
-                ]
-            )
-        )
-        fitted: tuple[Tensor, Tensor] | None = None
-        best: tuple[float, Probe] | None = None
-        for decay in self.decay:  # from strong to weak: each solution initialises the next
-            context.report(f"segmentation probe, decay {decay:g}")
-            fitted = fit_logistic(x, y, decay, self.steps, start=fitted)
-            probe = Probe(standard, *fitted)
-            score = (
-                miou(torch.stack(list(self._confusions(val, probe, len(names)))).sum(0)) if len(self.decay) > 1 else 0.0
-            )
-            if best is None or score > best[0]:
-                best = score, probe
-        if best is None:
-            raise ProbeError("no penalty was tried")
-        return self._measure(test, best[1], names, context)
+        masks = zip(train.labelled.truth, train.labelled.names, strict=True)
+        y = rows(torch.cat([_histogram(mask, grid, len(names), name) for mask, name in masks]))
+
+        def score(probe: tuple[Tensor, Tensor]) -> float:
+            return miou(torch.stack(list(self._confusions(val, Probe(standard, *probe), len(names)))).sum(0))
+
+        probe = best_logistic(x, y, self.decay, self.steps, score, "segmentation", context.report)
+        return self._measure(test, Probe(standard, *probe), names, context)
 
     def _split(self, model: Backbone, options: Mapping[str, Any], context: EvalContext) -> Split:
         if self.inference == "whole":

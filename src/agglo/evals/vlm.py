@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agglo.evals._answers import BENCHMARKS, score
-from agglo.evals._features import check, need_spatial, read_batches
+from agglo.evals._features import check, need_spatial, read_batches, required
 from agglo.evals._questions import pair, read_answers, read_truth
 from agglo.evals.base import (
     SCENES_TEST,
@@ -132,9 +132,7 @@ class Vlm(Eval):
             for _, names, images in read_batches(context.sources.open(self.source), [], context.report):
                 for name, image in zip(names, images, strict=True):
                     pixels = padded(image, self.size, model)[None].to(device_of(model))
-                    map_ = check(model(pixels).spatial, "spatial", [name], 4)
-                    if map_ is None:
-                        raise FeatureError(f"{type(model).__name__} promised spatial features and returned none")
+                    map_ = required(check(model(pixels).spatial, "spatial", [name], 4), model)
                     key, file = f"{len(lines):08d}", _TENSORS.format(len(lines) // _SHARD)
                     shard[key] = _half(map_[0], name)
                     lines.append({"image": name, "file": file, "key": key, "grid": list(map_.shape[-2:])})
