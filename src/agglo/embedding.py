@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 ENDINGS = (".parquet", ".npz")
 MIN_SIDE = 512
-"""Minimum longer side of :func:`image_features` in pixels: a smaller map of stride 16 has too few cells to be recognisable."""
+"""Minimum longer side of :func:`image_features` in pixels: smaller maps of stride 16 are hardly recognisable."""
 _ROW_GROUP = 65_536
 
 

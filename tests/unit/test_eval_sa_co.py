@@ -269,7 +269,7 @@ def test_inconsistent_files_raise(tmp_path: Path) -> None:
         ('{"images": []}', r"lacks annotations; required are images, annotations"),
         ('{"images": [], "annotations": []}', "contains no pair"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}',
-         r"images\[0\] lacks height, width, is_instance_exhaustive; needed are id"),
+         r"images\[0\] lacks height, width, is_instance_exhaustive; required are id"),
     ):  # fmt: skip
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ConfigError, match=message):

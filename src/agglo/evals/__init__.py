@@ -1,1 +1,1 @@
-"""Evals, one kind a file."""
+"""Evals, one kind per file."""

@@ -58,13 +58,6 @@ class Agreement(Eval):
         self.sources = sources
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Measure ``model``, whose outputs must have ``heads``; deterministic.
-
-        Raises:
-            TypeError: no teachers were given, or the model has no heads.
-            ConfigError: a teacher has no head in this model.
-            FeatureError: NaN, infinity, or a head of another width than its teacher.
-        """
         if not self.teachers:
             raise Inapplicable(
                 "agreement compares a student with its teachers: pass them, "

@@ -70,13 +70,6 @@ class ModeSwitch(Eval):
         self.source = source
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Measure ``model``; deterministic.
-
-        Raises:
-            TypeError: the model has no spatial features.
-            ConfigError: a teacher has no head in this model.
-            FeatureError: NaN, infinity, maps of different width, or a constant target.
-        """
         need_spatial(model, "mode_switch")
         curves: dict[str, dict[int, Pairs]] = {}
         with frozen(model, *(self.teachers or {}).values()):

@@ -71,13 +71,6 @@ class Promptable(Eval):
         self.source = source
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Measure ``model``.
-
-        Raises:
-            TypeError: the model has no spatial features.
-            ConfigError: an unknown head, features of an unsupported width, or no instance masks.
-            AssetError: the decoder cannot be loaded, or weights are missing.
-        """
         need_spatial(model, "promptable")
         source = context.sources.open(self.source)
         annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)

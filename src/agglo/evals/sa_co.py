@@ -97,13 +97,6 @@ class SaCo(Eval):
         return sorted({pair.file for pair in self._pairs}) if key == "images" else None
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Measure ``model``, or score ``predictions``.
-
-        Raises:
-            TypeError: the model has no spatial features.
-            ConfigError: unreadable or inconsistent files, missing images, no fitting head.
-            AssetError: the decoder cannot be loaded, or weights are missing.
-        """
         pairs = [pair for pair in self._pairs if pair.exhaustive]
         if not pairs:
             raise ProbeError("no pair was marked in full by every annotator: nothing to score")

@@ -29,6 +29,7 @@ from agglo.evals.base import (
     input_size,
     step_of,
 )
+from agglo.files import write_json
 from agglo.preprocess import aspect_size, fit
 from agglo.types import ConfigError
 
@@ -106,12 +107,6 @@ class Vlm(Eval):
         self.source = source
 
     def measure(self, model: Backbone, context: EvalContext) -> dict[str, float]:
-        """Write features, score answers, or both.
-
-        Raises:
-            TypeError: the model has no spatial features.
-            ConfigError: unreadable files, questions without an answer, or answers that cannot be matched to a question.
-        """
         found: dict[str, float] = {}
         if self.answers is not None and self.truth is not None:
             questions = read_truth(self.truth, self.benchmark)
@@ -145,8 +140,7 @@ class Vlm(Eval):
             save_file(shard, folder / lines[-1]["file"])
         (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         width = int(model.spec.spatial or 0)
-        text = json.dumps(configuration(width, self.size, self.language_model), indent=2)
-        (folder / "llava.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "llava.json", configuration(width, self.size, self.language_model))
         tokens = sum(line["grid"][0] * line["grid"][1] for line in lines)
         return {"images": float(len(lines)), "tokens": tokens / len(lines), "width": float(width)}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agglo.config import build
 from agglo.model.model import Model
-from agglo.preprocess import nearest_size, resize, to_tensor
+from agglo.preprocess import crop, nearest_size, resize, to_tensor
 from agglo.recipe import Recipe
 from agglo.report.picture import pca_basis, pca_picture
 from agglo.sources.base import Source
@@ -97,9 +97,7 @@ class Models:
 
 def square(image: Image.Image, side: int) -> Image.Image:
     """The central square of an image, resampled to ``side`` pixels."""
-    edge = min(image.size)
-    x, y = (image.width - edge) // 2, (image.height - edge) // 2
-    return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + edge, y + edge))
+    return crop(image.convert("RGB"), (side, side))
 
 
 def gallery_images(recipe: Recipe | None, count: int = 6) -> list[tuple[str, Image.Image]]:
