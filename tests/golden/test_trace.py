@@ -30,7 +30,7 @@ RECIPE = {
 }
 
 
-def test_the_losses_of_a_fixed_run_are_the_committed_ones(tmp_path: Path) -> None:
+def test_losses_equal_the_committed_trace(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     generator = torch.Generator().manual_seed(7)

@@ -37,7 +37,7 @@ OF_BIG_RECIPES = {
 @pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS.keys())
 @pytest.mark.filterwarnings("ignore:train.windows")
 @pytest.mark.filterwarnings("ignore:train.spectral")
-def test_the_small_recipe_trains_it(student: str, tmp_path: Path) -> None:
+def test_small_recipe_trains_any_student(student: str, tmp_path: Path) -> None:
     changes = [
         f"student={student}",  # the one line
         # The rest makes it quick: two cheap teachers, and no photographs to wait for.
@@ -64,7 +64,7 @@ def test_the_small_recipe_trains_it(student: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("student", OF_BIG_RECIPES.values(), ids=OF_BIG_RECIPES.keys())
 @pytest.mark.filterwarnings("ignore:train.windows")
 @pytest.mark.filterwarnings("ignore:train.spectral")
-def test_the_big_recipes_train_it_too(name: str, student: str, tmp_path: Path) -> None:
+def test_large_recipes_train_any_student(name: str, student: str, tmp_path: Path) -> None:
     """At sizes that are no multiples of its stride, as their 432 px is none of 32 or 14."""
     teachers = ("siglip2-g", "dino_v3", "sam3") if name == "c_radio_v4_h" else ("dfn_clip", "siglip", "dino_v2", "sam")
     quick = ", ".join(f"{teacher}: {{kind: toy, seed: {seed}}}" for seed, teacher in enumerate(teachers))
@@ -86,6 +86,6 @@ def test_the_big_recipes_train_it_too(name: str, student: str, tmp_path: Path) -
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_stochastic_depth_that_an_architecture_lacks_is_named() -> None:
+def test_unsupported_stochastic_depth_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"student\.drop_path: vgg11 has no stochastic depth: omit it"):
         build("students", {"kind": "timm", "model": "vgg11", "drop_path": 0.1}, (), where="student")

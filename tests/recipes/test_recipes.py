@@ -15,7 +15,7 @@ from agglo.training.stages import stage_folder
 
 @pytest.mark.weights
 @pytest.mark.parametrize("name", recipe.names())
-def test_it_decodes_states_its_claim_and_builds(name: str) -> None:
+def test_recipe_parses_states_its_claim_and_builds(name: str) -> None:
     for smoke in (False, True):
         loaded = recipe.load(name, smoke=smoke)
         assert loaded.name == name
@@ -23,7 +23,7 @@ def test_it_decodes_states_its_claim_and_builds(name: str) -> None:
         assert loaded.claim.hardware
         assert recipe.from_dict(read_yaml(loaded.to_yaml())).to_dict() == loaded.to_dict()
         if loaded.objective.kind == "upsample":
-            continue  # there is no student to build
+            continue  # it has no student
         with torch.device("meta"):  # at its real size: shapes and names, no memory
             model = create(loaded, initialize=False)
         assert set(model.heads) == set(loaded.teachers)
@@ -33,7 +33,7 @@ def test_it_decodes_states_its_claim_and_builds(name: str) -> None:
 
 @pytest.mark.training
 @pytest.mark.parametrize("name", recipe.names())
-def test_its_pocket_size_trains(name: str, tmp_path: Path) -> None:
+def test_smoke_version_trains(name: str, tmp_path: Path) -> None:
     loaded = recipe.load(name, smoke=True)
     model = train_model(loaded, tmp_path / "run", quiet=True)
     if loaded.objective.kind == "upsample":

@@ -1,4 +1,4 @@
-"""Auxiliary heads on blocks inside the student: one pass, the right block, fading out, never exported."""
+"""Auxiliary heads on intermediate blocks: one pass, the right block, a decaying weight, never exported."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_one_pass_returns_features_and_captured_blocks(options: dict, window: in
     assert "forward" not in vars(student)
 
 
-def test_a_term_reaches_its_block_and_those_below_and_its_own_head(data: Path, tmp_path: Path) -> None:
+def test_auxiliary_gradient_reaches_its_head_and_the_blocks_up_to_its_own(data: Path, tmp_path: Path) -> None:
     run = started(data, tmp_path, DEEP, "auxiliary={toy: {depth: 0.5}, dense: {depth: 2, weight: 0.1}}")
     assert run.objective.auxiliary.blocks == {"toy": 1, "dense": 2}
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_a_term_reaches_its_block_and_those_below_and_its_own_head(data: Path, t
         assert all(float(p.grad.abs().sum()) == 0 for p in run.model.heads[name].spatial.parameters())
 
 
-def test_the_weight_falls_to_nothing_and_the_term_with_it(data: Path, tmp_path: Path) -> None:
+def test_auxiliary_weight_decays_to_zero_and_removes_the_term(data: Path, tmp_path: Path) -> None:
     entry = Auxiliary(depth=0, weight=0.4, until=0.5)
     assert [entry.weight_at(step, 10) for step in (0, 2, 4, 5, 9)] == pytest.approx([0.4, 0.24, 0.08, 0, 0])
     loop.train_model(tiny(data, "auxiliary={toy: {depth: 0, until: 0.5}}"), tmp_path / "run", quiet=True)
@@ -79,7 +79,7 @@ def test_the_weight_falls_to_nothing_and_the_term_with_it(data: Path, tmp_path: 
     assert all("toy/spatial" in line["terms"] for line in lines)
 
 
-def test_it_learns_and_is_kept_in_checkpoints_alone(data: Path, tmp_path: Path) -> None:
+def test_auxiliary_heads_train_and_are_saved_in_checkpoints_only(data: Path, tmp_path: Path) -> None:
     made = tiny(data, "train.steps=40", "train.log_every=3", "auxiliary={dense: {depth: 0, until: 1.0}}")
     loop.train_model(made, tmp_path / "run", quiet=True)
     term = [line["terms"]["dense/auxiliary"] for line in trace(tmp_path / "run")]
@@ -93,7 +93,7 @@ def test_it_learns_and_is_kept_in_checkpoints_alone(data: Path, tmp_path: Path) 
     assert Model.load(tmp_path / "run" / "model")(torch.rand(1, 3, 32, 32)).heads.keys() == {"toy", "other", "dense"}
 
 
-def test_off_is_as_if_there_were_none(data: Path, tmp_path: Path) -> None:
+def test_empty_auxiliary_equals_no_auxiliary(data: Path, tmp_path: Path) -> None:
     loop.train_model(tiny(data, "auxiliary={}"), tmp_path / "off", quiet=True)
     loop.train_model(tiny(data), tmp_path / "without", quiet=True)
     for name, value in weights(tmp_path / "off").items():
@@ -134,7 +134,7 @@ def test_stages_keep_the_entries_of_their_teachers(data: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said_before_anything_is_written(
+def test_invalid_auxiliary_is_refused_before_anything_is_written(
     data: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_share_counts_the_blocks_up_to_and_with_its_own(data: Path, tmp_path: Path) -> None:
+def test_fractional_depth_selects_the_last_block_of_the_fraction(data: Path, tmp_path: Path) -> None:
     """``round(L share)`` blocks (docs/method.md, 10c): thirds of twelve end with blocks 3, 7 and 11."""
     tree = tiny(data, "student.depth=12").to_dict()
     for share, block in [(1 / 3, 3), (0.33, 3), (2 / 3, 7), (1.0, 11), (0.01, 0)]:

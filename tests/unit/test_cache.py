@@ -1,4 +1,4 @@
-"""The teacher-feature cache: what is read is what the teachers say, and anything else is refused."""
+"""The teacher-feature cache: cached features equal live ones, and a changed teacher or image is refused."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def worst(one: list[dict], two: list[dict]) -> float:
     return max(abs(a[k] - b[k]) / abs(a[k]) for a, b in zip(one, two, strict=True) for k in a)
 
 
-def test_training_from_the_cache_gives_the_losses_of_live_teachers(data: Path, tmp_path: Path) -> None:
+def test_cached_training_equals_live_training(data: Path, tmp_path: Path) -> None:
     """The whole run, so that the statistics, the updates and every step's views are the same too."""
     live = trained(data, tmp_path / "live")
     assert set(live[0]) == {"toy/summary", "toy/spatial", "other/summary", "other/spatial", "dense/spatial"}
@@ -111,7 +111,7 @@ def test_training_from_the_cache_gives_the_losses_of_live_teachers(data: Path, t
     assert found["fp32"] < found["fp16"] < found["bf16"] < found["int8"]  # coarser is worse: each was really used
 
 
-def test_teachers_are_let_go_of_and_the_seed_of_a_run_does_not_matter(data: Path, tmp_path: Path) -> None:
+def test_cached_run_frees_teachers_and_does_not_depend_on_the_seed(data: Path, tmp_path: Path) -> None:
     precompute(tiny(data), tmp_path / "cache", dtype="fp32")
     made = tiny(data, f"data.feature_cache={tmp_path / 'cache'}", "train.seed=5", "data.workers=2")
     run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
@@ -121,18 +121,18 @@ def test_teachers_are_let_go_of_and_the_seed_of_a_run_does_not_matter(data: Path
     batches = [next(run.loader.iterate(step, step + 1)) for step in (0, 7)]
     real = build_teachers(made)
     for batch in batches:
-        said = run.targets(batch, RenderedBatch(batch.images, batch.field))
+        found = run.targets(batch, RenderedBatch(batch.images, batch.field))
         for name, teacher in real.items():
             expected = whole_crop_features(teacher, batch.images, outer_size(batch.size, made.data.views, 16), 16)[""]
             for a, b in (
-                (expected.summary, said[name].features.summary),
-                (expected.spatial, said[name].features.spatial),
+                (expected.summary, found[name].features.summary),
+                (expected.spatial, found[name].features.spatial),
             ):
                 assert (a is None) == (b is None)
                 assert a is None or torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_a_run_from_a_cache_resumes_as_the_straight_one(data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_cached_run_resumes_like_the_straight_one(data: Path, tmp_path: Path, monkeypatch) -> None:
     precompute(tiny(data), tmp_path / "cache")
     cached = (f"data.feature_cache={tmp_path / 'cache'}",)
     straight = trained(data, tmp_path / "straight", *cached)
@@ -154,7 +154,7 @@ def test_a_run_from_a_cache_resumes_as_the_straight_one(data: Path, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------------- slices
 
 
-def test_a_shifted_view_is_a_slice_of_the_map_bit_for_bit() -> None:
+def test_shifted_view_is_an_exact_slice_of_the_map() -> None:
     spatial = torch.randn(3, 4, 6, 6)
     corner = torch.tensor([[0, 0], [1, 2], [2, 1]])
     view = Placement(corner.double() / 6, (1 / 6 / 16, 1 / 6 / 16), (64, 64))  # 4 cells of 16 pixels in 6
@@ -168,7 +168,7 @@ def test_a_shifted_view_is_a_slice_of_the_map_bit_for_bit() -> None:
     assert mask is None and torch.equal(theirs, seen.features.spatial) and mine.shape == theirs.shape
 
 
-def test_a_view_off_the_cells_gets_every_cell_it_touches() -> None:
+def test_unaligned_view_gets_every_cell_it_touches() -> None:
     spatial = torch.arange(25.0).view(1, 1, 5, 5).expand(2, 1, 5, 5)
     view = Placement(torch.tensor([[0.0, 0.1], [0.5, 0.5]], dtype=torch.float64), (0.5 / 8, 0.5 / 8), (8, 8))
     seen = slice_view(Features(None, spatial), view)
@@ -178,7 +178,7 @@ def test_a_view_off_the_cells_gets_every_cell_it_touches() -> None:
 
 
 @pytest.mark.parametrize("roam", [0, 2])
-def test_a_slice_is_what_a_teacher_without_memory_says_of_the_view_itself(data: Path, roam: int) -> None:
+def test_slice_equals_the_features_of_the_view_for_a_patchwise_teacher(data: Path, roam: int) -> None:
     """The toy looks at each patch alone, so the geometry from pixels to cells is checked from end to end."""
     made = tiny(data, *ONE, f"data.views.roam={roam}")
     lesson = TargetSource(made, build_teachers(made), 16, torch.device("cpu"))
@@ -193,7 +193,7 @@ def test_a_slice_is_what_a_teacher_without_memory_says_of_the_view_itself(data: 
     torch.testing.assert_close(seen.features.spatial, alone.spatial, rtol=1e-5, atol=1e-6)
 
 
-def test_teachers_of_other_partitions_are_not_asked(data: Path) -> None:
+def test_teachers_of_other_partitions_are_not_run(data: Path) -> None:
     made = tiny(data, "partitions=[{sizes: [32], batch: 4, teachers: [toy, dense]}, {sizes: [48], batch: 2}]")
     lesson = TargetSource(made, build_teachers(made), 16, torch.device("cpu"))
     loader = build_loader(made, lesson)
@@ -202,7 +202,7 @@ def test_teachers_of_other_partitions_are_not_asked(data: Path) -> None:
     assert asked == {32: {"toy", "dense"}, 48: {"toy", "other", "dense"}}
 
 
-def test_roaming_stays_in_its_range_and_moves_both_students_alike() -> None:
+def test_roam_is_in_range_and_pure() -> None:
     drawn = draw_roam(1, 2, 500, 3)
     assert sorted(drawn.unique().tolist()) == [-3, -2, -1, 0, 1, 2, 3]
     assert torch.equal(drawn, draw_roam(1, 2, 500, 3)) and not torch.equal(drawn, draw_roam(1, 3, 500, 3))
@@ -211,7 +211,7 @@ def test_roaming_stays_in_its_range_and_moves_both_students_alike() -> None:
 # ---------------------------------------------------------------------------------------------------- crops
 
 
-def test_every_image_has_its_fixed_crops_whatever_the_run(data: Path) -> None:
+def test_fixed_crops_do_not_depend_on_the_run(data: Path) -> None:
     views: dict[str, set] = {}
     for seed, workers in ((0, 0), (9, 2)):
         made = tiny(data, *ONE, f"train.seed={seed}", f"data.workers={workers}")
@@ -226,7 +226,7 @@ def test_every_image_has_its_fixed_crops_whatever_the_run(data: Path) -> None:
     assert crop_generator("a", 0).random() != crop_generator("a", 1).random() != crop_generator("b", 1).random()
 
 
-def test_the_first_steps_of_the_writers_loader_hold_every_crop_once(data: Path, tmp_path: Path) -> None:
+def test_precompute_writes_every_crop_once(data: Path, tmp_path: Path) -> None:
     written = precompute(tiny(data), tmp_path / "cache", batch=5)
     assert written.total == written.done == 6 * 2 * 2 and written.records == 3 * written.total
     keys = {key_of(f"images/{i}.png", crop, (s, s)) for i in range(6) for crop in (0, 1) for s in (32, 48)}
@@ -245,7 +245,7 @@ def skewed(batch: int = 8) -> Features:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 0), ("fp16", 3e-4), ("bf16", 3e-3), ("int8", 8e-3)])
-def test_coding_loses_what_it_says(dtype: str, bound: float) -> None:
+def test_coding_error_is_as_measured(dtype: str, bound: float) -> None:
     coding = Coding(FeatureSpec(6, 20), dtype)
     features = skewed()
     coding.update(features)
@@ -257,13 +257,13 @@ def test_coding_loses_what_it_says(dtype: str, bound: float) -> None:
     assert dtype != "fp32" or torch.equal(back.spatial, features.spatial)
     wrong = (back.spatial - features.spatial).square().sum(1)
     spread = (features.spatial - features.spatial.mean((0, 2, 3), keepdim=True)).square().sum(1).mean()
-    said = coding.measure(features)
-    assert said.relative == pytest.approx(float((wrong.mean() / spread).sqrt()), rel=1e-2, abs=1e-9)
-    assert said.worst == pytest.approx(float((wrong.max() / spread).sqrt()), rel=1e-2, abs=1e-9)
-    assert (said.relative > 0) == (dtype != "fp32") and said.relative <= bound and said.images == 8
+    error = coding.measure(features)
+    assert error.relative == pytest.approx(float((wrong.mean() / spread).sqrt()), rel=1e-2, abs=1e-9)
+    assert error.worst == pytest.approx(float((wrong.max() / spread).sqrt()), rel=1e-2, abs=1e-9)
+    assert (error.relative > 0) == (dtype != "fp32") and error.relative <= bound and error.images == 8
 
 
-def test_small_channels_are_not_drowned_by_large_ones() -> None:
+def test_int8_keeps_small_channels() -> None:
     """What PHI-S is for: a step width for all channels would otherwise erase the channels of scale 0.01."""
     features = skewed(64)
     coding = Coding(FeatureSpec(6, 20), "int8")
@@ -275,7 +275,7 @@ def test_small_channels_are_not_drowned_by_large_ones() -> None:
     assert float(errors.max() / errors.min()) < 1.5 and float(errors.max()) < 0.02
 
 
-def test_a_cell_of_zeros_stays_zero_in_int8() -> None:
+def test_zero_cell_stays_zero_in_int8() -> None:
     coding = Coding(FeatureSpec(None, 20), "int8")
     coding.update(skewed())
     coding.freeze()
@@ -284,7 +284,7 @@ def test_a_cell_of_zeros_stays_zero_in_int8() -> None:
     assert torch.equal(back.spatial, mean)
 
 
-def test_a_teacher_without_a_map_is_only_a_vector() -> None:
+def test_teacher_without_map_is_coded_as_a_vector() -> None:
     coding = Coding(FeatureSpec(6, None), "int8")
     assert not coding.needs_statistics and coding.bytes((0, 0)) == 24
     summary = torch.randn(3, 6)
@@ -292,7 +292,7 @@ def test_a_teacher_without_a_map_is_only_a_vector() -> None:
     assert torch.equal(back.summary, summary) and back.spatial is None
 
 
-def test_an_unknown_dtype_names_those_there_are(data: Path, tmp_path: Path) -> None:
+def test_unknown_dtype_lists_the_legal_ones(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp32, fp16, bf16, int8, not 'int4'"):
         precompute(tiny(data), tmp_path / "cache", dtype="int4")
     assert not (tmp_path / "cache").exists()
@@ -301,7 +301,7 @@ def test_an_unknown_dtype_names_those_there_are(data: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def test_weights_are_told_apart_and_what_a_module_remembers_is_not_weights() -> None:
+def test_weights_hash_covers_weights_and_ignores_caches() -> None:
     one, two = Toy(), Toy()
     two.register_buffer("_names_text", torch.zeros(3), persistent=False)
     assert identity.weights_hash(one) == identity.weights_hash(two)
@@ -328,14 +328,14 @@ def test_weights_are_told_apart_and_what_a_module_remembers_is_not_weights() -> 
         ("teachers.new={kind: toy, seed: 4}", r"has no features of teachers\.new \(it has: toy\)"),
     ],
 )
-def test_a_cache_of_something_else_is_refused(data: Path, tmp_path: Path, change: str, message: str) -> None:
+def test_cache_with_other_settings_is_refused(data: Path, tmp_path: Path, change: str, message: str) -> None:
     precompute(tiny(data, *ONE), tmp_path / "cache")
     opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
     with pytest.raises(ConfigError, match=message):
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", change))
 
 
-def test_another_students_stride_is_refused_where_there_is_no_margin_to_show_it(data: Path, tmp_path: Path) -> None:
+def test_another_stride_is_refused_without_margin(data: Path, tmp_path: Path) -> None:
     still = (*ONE, "data.views={crops: 2}")
     precompute(tiny(data, *still), tmp_path / "cache")
     made = tiny(data, *still, f"data.feature_cache={tmp_path / 'cache'}")
@@ -344,12 +344,12 @@ def test_another_students_stride_is_refused_where_there_is_no_margin_to_show_it(
         TargetSource(made, load_teachers(made), 8, torch.device("cpu"))
 
 
-def test_what_the_student_makes_of_a_teacher_is_no_other_teacher(data: Path, tmp_path: Path) -> None:
+def test_loss_weight_does_not_change_the_teacher(data: Path, tmp_path: Path) -> None:
     precompute(tiny(data, *ONE), tmp_path / "cache")
     opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", "teachers.toy.summary_weight=0.3"))
 
 
-def test_other_weights_and_other_preprocessing_of_the_same_name_are_refused(
+def test_changed_weights_and_preprocessing_are_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     precompute(tiny(data, *ONE), tmp_path / "cache")
@@ -408,7 +408,7 @@ def restate(folder: Path, **changes) -> None:
         ({"image_std": [0.2] * 3}, r"its processor changed: std was \[0\.5, 0\.5, 0\.5\], now"),
     ],
 )
-def test_what_a_processors_file_says_is_told_by_name(data: Path, tmp_path: Path, change: dict, message: str) -> None:
+def test_changed_processor_key_is_named(data: Path, tmp_path: Path, change: dict, message: str) -> None:
     cache, dino = tmp_path / "cache", saved_dino(tmp_path / "dino")
     precompute(tiny(data, *ONE, with_dino(dino)), cache)
     cached = (*ONE, with_dino(dino), f"data.feature_cache={cache}")
@@ -423,9 +423,7 @@ def test_what_a_processors_file_says_is_told_by_name(data: Path, tmp_path: Path,
     assert entries(cache) == before
 
 
-def test_another_input_size_is_refused_though_nothing_else_shows_it(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_input_size_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, two = tmp_path / "cache", (*ONE, "partitions.0.sizes=[32, 48]")
     precompute(tiny(data, *ONE), cache)
     precompute(tiny(data, *two), cache)  # a size that was added is compared too
@@ -441,7 +439,7 @@ def test_another_input_size_is_refused_though_nothing_else_shows_it(
             precompute(tiny(data, *changes), cache)
 
 
-def test_another_model_is_named_and_not_asked_about_an_image_it_cannot_take(data: Path, tmp_path: Path) -> None:
+def test_another_model_is_refused_before_the_probe(data: Path, tmp_path: Path) -> None:
     """Patches of 14 do not divide the old test image: what differs must be found before it is shown."""
     cache, three, two = tmp_path / "cache", saved_dino(tmp_path / "three"), saved_dino(tmp_path / "two", patch=14)
     precompute(tiny(data, *ONE, with_dino(three)), cache)
@@ -460,7 +458,7 @@ def test_another_model_is_named_and_not_asked_about_an_image_it_cannot_take(data
             action()
 
 
-def test_changed_and_new_images_are_refused_and_fewer_are_fine(data: Path, tmp_path: Path) -> None:
+def test_changed_and_new_images_are_refused_and_removed_ones_accepted(data: Path, tmp_path: Path) -> None:
     precompute(tiny(data, *ONE), tmp_path / "cache")
     cached = tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}")
     (data / "5.png").unlink()
@@ -478,7 +476,7 @@ def test_changed_and_new_images_are_refused_and_fewer_are_fine(data: Path, tmp_p
         list(loader.iterate(0, 5))
 
 
-def test_a_teacher_that_is_not_here_is_taken_at_its_word(
+def test_unavailable_teacher_is_compared_by_its_keys_only(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     precompute(tiny(data, *ONE), tmp_path / "cache")
@@ -493,7 +491,7 @@ def test_a_teacher_that_is_not_here_is_taken_at_its_word(
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}", "teachers.toy.seed=3"))
 
 
-def test_recipes_that_cannot_be_cached_say_what_to_set(data: Path, tmp_path: Path) -> None:
+def test_uncacheable_recipes_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.views\.crops=2"):
         precompute(tiny(data, "data.views.crops=0", "data.views.roam=0"), tmp_path / "cache")
     with pytest.raises(ConfigError, match="train the upsampler first"):
@@ -516,7 +514,7 @@ def test_recipes_that_cannot_be_cached_say_what_to_set(data: Path, tmp_path: Pat
     assert not list(data.glob(".*"))  # nothing was created in that folder
 
 
-def test_two_images_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
+def test_duplicate_image_names_are_refused(data: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "images"
     other.mkdir(parents=True)
     picture(other / "3.png", 50)
@@ -526,7 +524,7 @@ def test_two_images_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fault", "message"), [(float("nan"), "its map is not finite"), (0.0, "the same at all")])
-def test_a_broken_teacher_is_named(data: Path, tmp_path: Path, monkeypatch, fault: float, message: str) -> None:
+def test_broken_teacher_is_named(data: Path, tmp_path: Path, monkeypatch, fault: float, message: str) -> None:
     real = Toy.forward
     monkeypatch.setattr(Toy, "forward", lambda self, x: real(self, x).map(lambda part: part * 0 + fault))
     if fault != fault:
@@ -540,7 +538,7 @@ def test_a_broken_teacher_is_named(data: Path, tmp_path: Path, monkeypatch, faul
 # ---------------------------------------------------------------------------------------------------- interruptions
 
 
-def test_images_that_cannot_be_read_are_counted_and_named(data: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_and_named(data: Path, tmp_path: Path) -> None:
     (data / "3.png").write_bytes(b"not an image")
     written = precompute(tiny(data, *ONE), tmp_path / "cache")
     assert written.unreadable == ["images/3.png"] and (written.done, written.total) == (10, 12)
@@ -555,7 +553,7 @@ def test_images_that_cannot_be_read_are_counted_and_named(data: Path, tmp_path: 
     assert len(list(build_loader(cached, opened(cached)).iterate(0, 5))) == 5
 
 
-def test_what_is_added_later_is_all_that_is_computed(data: Path, tmp_path: Path) -> None:
+def test_only_missing_records_are_computed(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert precompute(tiny(data, *ONE), cache, batch=4).records == 12
     assert precompute(tiny(data, *ONE), cache, batch=4).records == 0
@@ -572,7 +570,7 @@ def test_what_is_added_later_is_all_that_is_computed(data: Path, tmp_path: Path)
         precompute(tiny(data, *ONE), cache, dtype="int8")
 
 
-def test_a_full_disk_stops_cleanly_and_says_how_much_is_missing(
+def test_full_disk_stops_cleanly_and_names_the_missing_bytes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = tmp_path / "straight"
@@ -603,7 +601,7 @@ def test_a_full_disk_stops_cleanly_and_says_how_much_is_missing(
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "teacher.json", "statistics.safetensors", ".lock"])
-def test_a_disk_that_is_full_at_the_beginning_says_as_much(
+def test_disk_full_at_the_start_is_reported(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     cache, real, opening = tmp_path / "cache", Path.write_bytes, os.open
@@ -640,14 +638,14 @@ def test_a_disk_that_is_full_at_the_beginning_says_as_much(
         assert precompute(tiny(data, *ONE, "partitions.0.sizes=[32, 48]"), cache).records == 12
 
 
-def test_what_will_not_fit_is_said_before_it_begins(data: Path, tmp_path: Path, monkeypatch) -> None:
-    said: list[str] = []
+def test_insufficient_space_is_reported_before_writing(data: Path, tmp_path: Path, monkeypatch) -> None:
+    messages: list[str] = []
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage)
-    precompute(tiny(data, *ONE), tmp_path / "cache", message=said.append)
+    precompute(tiny(data, *ONE), tmp_path / "cache", message=messages.append)
     size = sum(len(payload) + 32 for _, payload in entries(tmp_path / "cache").values())
-    assert f"{size / 1e3:.1f} kB to write, 1.0 kB free" in said[0]
-    assert f"{(size - 1000) / 1e3:.1f} kB more than is free" in said[1]
+    assert f"{size / 1e3:.1f} kB to write, 1.0 kB free" in messages[0]
+    assert f"{(size - 1000) / 1e3:.1f} kB more than is free" in messages[1]
 
 
 def test_only_one_process_writes(data: Path, tmp_path: Path) -> None:
@@ -659,14 +657,14 @@ def test_only_one_process_writes(data: Path, tmp_path: Path) -> None:
     precompute(tiny(data, *ONE), cache)
 
 
-def test_records_without_their_teachers_file_are_not_taken_for_another_teachers(data: Path, tmp_path: Path) -> None:
+def test_records_without_teacher_file_are_refused(data: Path, tmp_path: Path) -> None:
     precompute(tiny(data, *ONE), tmp_path / "cache")
     (tmp_path / "cache" / "toy" / "teacher.json").unlink()
     with pytest.raises(ConfigError, match=r"has records but no teacher\.json"):
         precompute(tiny(data, *ONE), tmp_path / "cache")
 
 
-def test_statistics_that_changed_are_refused(data: Path, tmp_path: Path) -> None:
+def test_changed_statistics_are_refused(data: Path, tmp_path: Path) -> None:
     precompute(tiny(data, *ONE), tmp_path / "cache")
     file = tmp_path / "cache" / "toy" / "statistics.safetensors"
     content = bytearray(file.read_bytes())
@@ -676,7 +674,7 @@ def test_statistics_that_changed_are_refused(data: Path, tmp_path: Path) -> None
         opened(tiny(data, *ONE, f"data.feature_cache={tmp_path / 'cache'}"))
 
 
-def test_a_damaged_entry_stops_training_and_the_next_move_repairs_it(data: Path, tmp_path: Path) -> None:
+def test_damaged_record_stops_training_and_is_repaired_by_precompute(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     precompute(tiny(data, *ONE), cache)
     before = entries(cache)
@@ -729,7 +727,7 @@ print(kills, os.waitpid(child, 0)[1])
 """
 
 
-def test_kills_at_any_moment_leave_no_wrong_and_no_missing_entry(tmp_path: Path) -> None:
+def test_kills_leave_no_wrong_and_no_missing_record(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     noise = np.random.default_rng(0)
@@ -748,14 +746,14 @@ def test_kills_at_any_moment_leave_no_wrong_and_no_missing_entry(tmp_path: Path)
     loader, toy, names = build_loader(cached, lesson), build_teachers(made)["toy"], set()
     for step in range(75):
         batch = loader.batch(step)
-        said, expected = lesson(batch, RenderedBatch(batch.images, batch.field))["toy"].features, toy(batch.images)
-        assert torch.allclose(said.summary, expected.summary, atol=1e-6)
-        assert torch.allclose(said.spatial, expected.spatial, atol=1e-6)
+        found, expected = lesson(batch, RenderedBatch(batch.images, batch.field))["toy"].features, toy(batch.images)
+        assert torch.allclose(found.summary, expected.summary, atol=1e-6)
+        assert torch.allclose(found.spatial, expected.spatial, atol=1e-6)
         names.update(batch.names)
     assert len(names) == 300
 
 
-def test_a_reader_may_look_while_it_grows(data: Path, tmp_path: Path) -> None:
+def test_cache_is_readable_while_it_grows(data: Path, tmp_path: Path) -> None:
     """A cache that holds what a run needs is used while other things are added to it."""
     cache = tmp_path / "cache"
     precompute(tiny(data, *ONE), cache, dtype="fp32")
@@ -768,8 +766,8 @@ def test_a_reader_may_look_while_it_grows(data: Path, tmp_path: Path) -> None:
         batch = loader.batch(done)
         toy = build_teachers(cached)["toy"]
         expected = whole_crop_features(toy, batch.images, outer_size(batch.size, cached.data.views, 16), 16)[""]
-        said: Tensor = lesson(batch, RenderedBatch(batch.images, batch.field))["toy"].features.spatial
-        assert torch.allclose(said, expected.spatial, atol=1e-6)
+        found: Tensor = lesson(batch, RenderedBatch(batch.images, batch.field))["toy"].features.spatial
+        assert torch.allclose(found, expected.spatial, atol=1e-6)
         reader.reader("toy").refresh()
         checked.append(len(reader.reader("toy")))
 

@@ -1,4 +1,4 @@
-"""The format of feature caches on disk: whole records or none, whatever happens to the writer."""
+"""The format of feature caches on disk: records are complete or absent, whatever happens to the writer."""
 
 import os
 import resource
@@ -49,7 +49,7 @@ def check(folder: Path, keys, length: int = 300) -> None:
         assert data == payload(key, length)
 
 
-def test_what_is_written_is_read_in_any_order_from_many_shards(tmp_path: Path) -> None:
+def test_records_are_read_in_any_order_from_many_shards(tmp_path: Path) -> None:
     pen = ShardWriter(tmp_path, shard_bytes=1000)
     for key in range(1, 20):
         put(pen, key, 300 + key)
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_in_any_order_from_many_shards(tmp_path: Path) -
     assert inspect(tmp_path) == (19, [])
 
 
-def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_writing_resumes(tmp_path: Path) -> None:
     for start in (1, 6, 11):
         pen = ShardWriter(tmp_path, shard_bytes=1500)
         assert pen.keys == set(range(1, start))
@@ -74,7 +74,7 @@ def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [1, HEADER.size - 1, HEADER.size, HEADER.size + 1, HEADER.size + 299])
-def test_a_half_written_record_is_not_there_and_is_cut_off(tmp_path: Path, left: int) -> None:
+def test_partial_record_is_ignored_and_truncated(tmp_path: Path, left: int) -> None:
     pen = ShardWriter(tmp_path)
     for key in (1, 2, 3):
         put(pen, key)
@@ -82,7 +82,7 @@ def test_a_half_written_record_is_not_there_and_is_cut_off(tmp_path: Path, left:
     whole = 2 * (HEADER.size + 300)
     os.truncate(shard_file(tmp_path, 0), whole + left)
     check(tmp_path, (1, 2))
-    assert inspect(tmp_path) == (2, [])  # what a kill leaves is no damage
+    assert inspect(tmp_path) == (2, [])  # what a kill leaves is not damage
     pen = ShardWriter(tmp_path)
     assert pen.lost == left and pen.keys == {1, 2}
     put(pen, 3)
@@ -90,7 +90,7 @@ def test_a_half_written_record_is_not_there_and_is_cut_off(tmp_path: Path, left:
     check(tmp_path, (1, 2, 3))
 
 
-def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path: Path) -> None:
+def test_trailing_zeros_are_truncated(tmp_path: Path) -> None:
     """The file had its new length on the disk, its last bytes not."""
     pen = ShardWriter(tmp_path)
     put(pen, 1)
@@ -105,7 +105,7 @@ def test_zeros_that_a_power_cut_left_are_cut_off(tmp_path: Path) -> None:
     check(tmp_path, (1,))
 
 
-def test_killed_between_shard_and_index_the_index_is_made_later(tmp_path: Path) -> None:
+def test_missing_index_is_written_later(tmp_path: Path) -> None:
     pen = ShardWriter(tmp_path, shard_bytes=700)
     for key in range(1, 8):
         put(pen, key)
@@ -119,7 +119,7 @@ def test_killed_between_shard_and_index_the_index_is_made_later(tmp_path: Path) 
     check(tmp_path, range(1, 8))
 
 
-def test_an_index_that_does_not_fit_its_shard_is_not_believed(tmp_path: Path) -> None:
+def test_inconsistent_index_is_ignored(tmp_path: Path) -> None:
     pen = ShardWriter(tmp_path, shard_bytes=700)
     for key in range(1, 5):
         put(pen, key)
@@ -131,7 +131,7 @@ def test_an_index_that_does_not_fit_its_shard_is_not_believed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("byte", [HEADER.size + 5, HEADER.size + 300 + 9, HEADER.size + 300 + HEADER.size + 299])
-def test_a_flipped_bit_is_found_when_read_and_by_the_check(tmp_path: Path, byte: int) -> None:
+def test_flipped_bit_is_detected_by_read_and_inspect(tmp_path: Path, byte: int) -> None:
     pen = ShardWriter(tmp_path, shard_bytes=3 * (HEADER.size + 300))
     for key in range(1, 6):
         put(pen, key)
@@ -157,7 +157,7 @@ def test_a_flipped_bit_is_found_when_read_and_by_the_check(tmp_path: Path, byte:
     assert inspect(tmp_path) == (5, [])
 
 
-def test_a_full_shard_that_was_cut_is_damage(tmp_path: Path) -> None:
+def test_truncated_full_shard_is_damage(tmp_path: Path) -> None:
     pen = ShardWriter(tmp_path, shard_bytes=2 * (HEADER.size + 300))
     for key in range(1, 4):
         put(pen, key)
@@ -198,7 +198,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.processes
-def test_the_kernels_own_limit_leaves_whole_records(tmp_path: Path) -> None:
+def test_file_size_limit_leaves_intact_records(tmp_path: Path) -> None:
     """A real short write: the process may not write files beyond 2000 bytes."""
     code = (
         "import signal, resource, sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
@@ -217,7 +217,7 @@ def test_the_kernels_own_limit_leaves_whole_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_readers_see_only_whole_records_while_another_process_writes_and_is_killed(tmp_path: Path) -> None:
+def test_readers_see_only_intact_records_during_writes_and_kills(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
         "from test_cache_records import ShardWriter, put\n"
@@ -243,7 +243,7 @@ def test_readers_see_only_whole_records_while_another_process_writes_and_is_kill
     assert sorted(shelf.locations) == list(range(1, len(shelf) + 1))
 
 
-def test_many_threads_may_read(tmp_path: Path) -> None:
+def test_reader_is_thread_safe(tmp_path: Path) -> None:
     pen = ShardWriter(tmp_path, shard_bytes=2000)
     for key in range(1, 60):
         put(pen, key)
@@ -262,7 +262,7 @@ def test_many_threads_may_read(tmp_path: Path) -> None:
     assert not wrong
 
 
-def test_a_header_that_is_no_header_is_damage_even_in_the_last_shard(tmp_path: Path) -> None:
+def test_invalid_header_is_damage_in_the_last_shard_too(tmp_path: Path) -> None:
     pen = ShardWriter(tmp_path)
     for key in (1, 2, 3):
         put(pen, key)
@@ -274,7 +274,7 @@ def test_a_header_that_is_no_header_is_damage_even_in_the_last_shard(tmp_path: P
     assert whole == 1 and damages[0].offset == HEADER.size + 300
 
 
-def test_what_is_finished_is_closed_and_can_still_be_added_to(tmp_path: Path) -> None:
+def test_finished_folder_can_be_extended(tmp_path: Path) -> None:
     for start in (1, 4):
         pen = ShardWriter(tmp_path)
         for key in range(start, start + 3):
@@ -289,7 +289,7 @@ def test_what_is_finished_is_closed_and_can_still_be_added_to(tmp_path: Path) ->
     assert [damage.file.name for damage in inspect(tmp_path)[1]] == ["000001.shard"]
 
 
-def test_keys_tell_names_crops_and_sizes_apart() -> None:
+def test_keys_differ_by_name_crop_and_size() -> None:
     keys = {
         key_of(name, crop, (size, size)) for name in ("a/0.png", "a/1.png", "a/0.pn") for crop in range(12)
         for size in (16, 112, 224)

@@ -1,4 +1,4 @@
-"""`agglo cache` as a person meets it: progress, stopping, going on, verifying."""
+"""The command `agglo cache`: progress, interruption, resuming, verification."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def refused(*arguments: object) -> str:
     return result.stderr
 
 
-def test_it_writes_tells_and_says_how_to_train(tiny: Path) -> None:
+def test_cache_command_prints_progress_and_next_command(tiny: Path) -> None:
     result = agglo("cache", tiny, CROPS, "--dtype", "int8")
     assert result.exit_code == 0, result.output
     assert "12 crops, about" in result.stderr and "to write" in result.stderr
@@ -88,7 +88,7 @@ def test_interrupted_precompute_prints_resume_command(tiny: Path, monkeypatch: p
     assert "features/tiny is intact\n" in agglo("cache", "--check", "features/tiny").stdout
 
 
-def test_check_names_the_damaged_file_and_the_next_move_repairs_it(tiny: Path) -> None:
+def test_check_names_the_damaged_file_and_a_rerun_repairs_it(tiny: Path) -> None:
     agglo("cache", tiny, CROPS)
     file = shard_file(Path("features/tiny/toy"), 0)
     content = bytearray(file.read_bytes())
@@ -104,7 +104,7 @@ def test_check_names_the_damaged_file_and_the_next_move_repairs_it(tiny: Path) -
     assert agglo("cache", "--check", "features/tiny").exit_code == 0
 
 
-def test_check_misses_what_was_there(tiny: Path) -> None:
+def test_check_detects_lost_records(tiny: Path) -> None:
     both = "teachers={toy: {kind: toy}, other: {kind: toy, seed: 1}}"
     agglo("cache", tiny, CROPS, both)
     for path in Path("features/tiny/other").glob("000000.*"):
@@ -119,7 +119,7 @@ def test_check_misses_what_was_there(tiny: Path) -> None:
     assert "lost 12 of the 12 records of other" in refused("cache", "--check", "features/tiny")
 
 
-def test_a_folder_of_something_else_is_left_as_it_was(tiny: Path) -> None:
+def test_other_folder_is_left_unchanged(tiny: Path) -> None:
     assert "in use and is not a feature cache" in refused("cache", tiny, CROPS, "--out", "images")
     assert sorted(path.name for path in Path("images").iterdir()) == [f"{index}.png" for index in range(6)]
 
@@ -129,12 +129,12 @@ def test_full_disk_error_names_resume_command(tiny: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    said = refused("cache", tiny, CROPS)
-    assert "the disk is full. 0 of 12 crops" in said and "more are needed" in said
-    assert f"agglo cache {tiny} {CROPS} --out features/tiny" in said
+    error = refused("cache", tiny, CROPS)
+    assert "the disk is full. 0 of 12 crops" in error and "more are needed" in error
+    assert f"agglo cache {tiny} {CROPS} --out features/tiny" in error
 
 
-def test_wrong_calls_say_what_to_do(tiny: Path) -> None:
+def test_invalid_arguments_are_refused(tiny: Path) -> None:
     assert "data.views.crops=2" in refused("cache", tiny)
     assert "name a recipe" in refused("cache")
     assert "--check takes a cache's folder and nothing else" in refused("cache", tiny, "--check", "x")
@@ -144,7 +144,7 @@ def test_wrong_calls_say_what_to_do(tiny: Path) -> None:
     assert "try --device cpu" in refused("cache", tiny, CROPS, "--device", "nonsense")
 
 
-def test_pace_counts_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pace_counts_this_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(caching.time, "monotonic", lambda: now[0])
     pace = Pace()

@@ -1,4 +1,4 @@
-"""The training loop: it learns, it is reproducible, it can be stopped and resumed, and it never destroys a run."""
+"""The training loop: losses fall, runs are reproducible and resumable, and a used folder is protected."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from support.training import TINY, tiny, trace, weights
 pytestmark = pytest.mark.training
 
 
-def test_a_run_leaves_everything_and_lowers_every_term(data: Path, tmp_path: Path) -> None:
+def test_run_writes_all_files_and_lowers_every_term(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     model = loop.train_model(tiny(data, "train.steps=60", "train.log_every=10"), run, quiet=True)
     for name in ("recipe.yaml", "versions.json", "metrics.jsonl", "model/config.json", "initial/model.safetensors"):
@@ -46,7 +46,7 @@ def test_a_run_leaves_everything_and_lowers_every_term(data: Path, tmp_path: Pat
     assert out.heads["other"].spatial.shape[1] == 8
 
 
-def test_the_exported_heads_answer_in_the_teachers_own_space(data: Path, tmp_path: Path) -> None:
+def test_exported_heads_predict_in_the_teachers_own_space(data: Path, tmp_path: Path) -> None:
     made = tiny(data, "train.steps=1", "train.ema=0")
     (tmp_path / "run").mkdir()
     run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
@@ -62,7 +62,7 @@ def test_the_exported_heads_answer_in_the_teachers_own_space(data: Path, tmp_pat
     torch.testing.assert_close(initial, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_term_that_a_teacher_has_nothing_for_is_refused_where_it_was_asked_for(data: Path, tmp_path: Path) -> None:
+def test_term_without_teacher_output_is_refused_if_weighted(data: Path, tmp_path: Path) -> None:
     silent = tiny(data, "teachers={toy: {kind: toy}, dense: {kind: hog, cell: 8}}", "train.steps=2")
     assert silent.to_dict()["teachers"]["dense"]["summary_weight"] is None
     run = tmp_path / "run"
@@ -81,7 +81,7 @@ def test_a_term_that_a_teacher_has_nothing_for_is_refused_where_it_was_asked_for
         assert not (tmp_path / key / "metrics.jsonl").exists()
 
 
-def test_same_seed_same_numbers_another_seed_others(data: Path, tmp_path: Path) -> None:
+def test_losses_depend_on_the_seed_only(data: Path, tmp_path: Path) -> None:
     loop.train_model(tiny(data), tmp_path / "a", quiet=True)
     loop.train_model(tiny(data, "data.workers=2"), tmp_path / "b", quiet=True)
     loop.train_model(tiny(data, "train.seed=1"), tmp_path / "c", quiet=True)
@@ -90,7 +90,7 @@ def test_same_seed_same_numbers_another_seed_others(data: Path, tmp_path: Path) 
     assert terms[0] != terms[2]
 
 
-def test_resumed_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_equals_the_straight_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.train_model(tiny(data), tmp_path / "straight", quiet=True)
     real = loop.one_step
 
@@ -113,7 +113,7 @@ def test_resumed_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(weights(tmp_path / "broken")[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_used_folder_is_never_touched_silently(data: Path, tmp_path: Path) -> None:
+def test_used_folder_is_refused_without_a_flag(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     loop.train_model(tiny(data, "train.steps=1"), run, quiet=True)
     with pytest.raises(ConfigError, match=r"--resume.*--overwrite"):
@@ -139,7 +139,7 @@ def test_a_used_folder_is_never_touched_silently(data: Path, tmp_path: Path) -> 
     assert (run / "notes.txt").read_text() == "mine"
 
 
-def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     loop.train_model(tiny(data), run, quiet=True)
     newest = checkpoints(run / "checkpoints")[-1]
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
         loop.train_model(tiny(data), run, resume=True, quiet=True)
 
 
-def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_divergence_stops_and_keeps_the_checkpoint(data: Path, tmp_path: Path) -> None:
     with pytest.raises(loop.DivergenceError, match=r"not finite.*train\.lr"):
         loop.train_model(
             tiny(data, "train.lr=1e10", "train.steps=40", "train.clip=null", "train.save_every=1"),
@@ -159,17 +159,17 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data: Path, 
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
-def test_a_step_that_is_not_finite_is_left_out_counted_and_named(
+def test_non_finite_step_is_skipped_counted_and_named(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = step_module.forward
 
     def failing(run, batch, watch):
-        result, told = real(run, batch, watch)
+        result, spread = real(run, batch, watch)
         if batch.step in (1, 3):
             spoiled = result.loss * float("nan")
             result = replace(result, loss=spoiled, terms={**result.terms, "toy/spatial": spoiled.detach()})
-        return result, told
+        return result, spread
 
     monkeypatch.setattr(step_module, "forward", failing)
     loop.train_model(tiny(data), tmp_path / "run", quiet=True)
@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_named(
     assert checkpoints(tmp_path / "strict" / "checkpoints")[-1].name == "step_00000001"
 
 
-def test_shifted_views_teach_the_same_and_windows_are_drawn(data: Path, tmp_path: Path) -> None:
+def test_shifted_views_and_windows_are_drawn(data: Path, tmp_path: Path) -> None:
     """The averaged student joins in when it is due; every window divides its step's grid."""
     made = tiny(
         data, "data.views.shift=0.5", "losses.mesa={kind: se_mesa, weight: 2, start: 2}", "train.windows=[2, 3, 4]",
@@ -203,19 +203,19 @@ def test_shifted_views_teach_the_same_and_windows_are_drawn(data: Path, tmp_path
     assert draw_window(tiny(data).train, run.model, batch) is None
 
 
-def test_a_student_without_windows_or_linear_layers_is_told_and_trained_without(data: Path, tmp_path: Path) -> None:
+def test_student_without_windows_or_linear_layers_warns_and_trains(data: Path, tmp_path: Path) -> None:
     net = "student={kind: timm, model: mobilenetv4_conv_small}"
     made = tiny(data, net, "partitions=[{sizes: [64], batch: 4}]", "train.windows=[2]", "train.spectral=true")
-    with pytest.warns(UserWarning, match="training without") as said:
+    with pytest.warns(UserWarning, match="training without") as caught:
         run = loop.prepare(made, tmp_path / "run", torch.device("cpu"), resume=False)
-    messages = " ".join(str(warning.message) for warning in said)
+    messages = " ".join(str(warning.message) for warning in caught)
     assert "a timm student does not support windows" in messages
     assert "no linear layers" in messages
     batches = list(run.loader.iterate(0, 4))
     assert all(draw_window(made.train.model_copy(update={"window_share": 1.0}), run.model, b) is None for b in batches)
 
 
-def test_noise_and_reparametrisation_are_no_part_of_the_artefact(data: Path, tmp_path: Path) -> None:
+def test_exported_model_has_no_noise_and_no_reparametrisation(data: Path, tmp_path: Path) -> None:
     loop.train_model(tiny(data), tmp_path / "plain", quiet=True)
     loop.train_model(tiny(data, "train.damp=0.2", "train.spectral=true"), tmp_path / "run", quiet=True)
     for name in ("initial", "model"):
@@ -227,20 +227,18 @@ def test_noise_and_reparametrisation_are_no_part_of_the_artefact(data: Path, tmp
     assert trace(tmp_path / "plain")[0]["terms"] != trace(tmp_path / "run")[0]["terms"]  # noise from the first step on
 
 
-def test_the_averaged_student_must_exist_to_be_agreed_with(data: Path) -> None:
+def test_mesa_without_ema_is_refused(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"losses\.mesa needs the EMA student"):
         tiny(data, "losses.mesa={kind: se_mesa}", "train.ema=0")
 
 
-def test_an_illegal_resolution_names_the_legal_ones(data: Path, tmp_path: Path) -> None:
+def test_illegal_size_names_the_legal_ones(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"partitions\.0\.sizes.*7 is not a multiple of 16 px.*nearest is 16"):
         loop.train_model(tiny(data, "partitions.0.sizes=[7]"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()  # so that the corrected command just works
 
 
-def test_a_stop_in_the_prepass_resumes_from_the_beginning(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_prepass_restarts_on_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.prepass
 
     def interrupting(run, progress, interrupted):
@@ -284,7 +282,7 @@ def test_a_stop_in_the_prepass_resumes_from_the_beginning(
         ("balancer.kind=adaloss", "targets.normalizer.kind=whiten", "targets.estimate_images=32"),
     ],
 )  # fmt: skip
-def test_every_ingredient_trains_and_resumes(data: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_all_ingredients_train_and_resume(data: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     made = tiny(data, "train.steps=4", "train.save_every=2", *overrides)
     loop.train_model(made, tmp_path / "straight", quiet=True)
     loop.train_model(made, tmp_path / "resumed", quiet=True)
@@ -297,13 +295,13 @@ def test_every_ingredient_trains_and_resumes(data: Path, tmp_path: Path, overrid
         torch.testing.assert_close(weights(tmp_path / "resumed")[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_one_bad_image_is_skipped_counted_and_named(data: Path, tmp_path: Path) -> None:
+def test_unreadable_image_is_skipped_counted_and_named(data: Path, tmp_path: Path) -> None:
     (data / "broken.png").write_bytes((data / "0.png").read_bytes()[:200])
     loop.train_model(tiny(data), tmp_path / "run", quiet=True)
     assert trace(tmp_path / "run")[-1]["skipped_images"] == 1
 
 
-def test_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
+def test_learning_rate_warms_up_and_decays_by_cosine() -> None:
     config = recipe.Train(steps=101, lr=2.0, warmup_steps=20, final_lr=0.1)
     assert learning_rate(0, config) == pytest.approx(0.1)
     assert learning_rate(19, config) == pytest.approx(2.0)
@@ -312,7 +310,7 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine() -> None:
     assert learning_rate(100, config) == pytest.approx(0.2)
 
 
-def test_weight_decay_spares_norms_biases_tokens_and_positions() -> None:
+def test_no_weight_decay_on_norms_biases_tokens_and_positions() -> None:
     model = Model(TINY["student"], {})
     optimizer = build_optimizer(model, recipe.Train(steps=1, weight_decay=0.1, backbone_lr=0.5))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
@@ -331,7 +329,7 @@ def test_weight_decay_spares_norms_biases_tokens_and_positions() -> None:
     assert all(group["lr"] == pytest.approx(0.1) for group in optimizer.param_groups)
 
 
-def test_head_steps_leave_the_student_alone_then_warm_it_up(data: Path, tmp_path: Path) -> None:
+def test_head_steps_freeze_the_student_then_warm_it_up(data: Path, tmp_path: Path) -> None:
     config = recipe.Train(steps=100, backbone_lr=0.5, head_steps=10, warmup_steps=4)
     shares = [student_factor(step, config) for step in (0, 9, 10, 11, 13, 50)]
     assert shares == pytest.approx([0, 0, 0.125, 0.25, 0.5, 0.5])
@@ -341,7 +339,7 @@ def test_head_steps_leave_the_student_alone_then_warm_it_up(data: Path, tmp_path
         assert torch.equal(value, trained[name]) == name.startswith(("student.", "conditioner.")), name
 
 
-def test_ema_is_the_weighted_mean_it_says() -> None:
+def test_ema_is_the_documented_weighted_mean() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     ema, expected = Ema(model, 0.9), 0.0
@@ -354,7 +352,7 @@ def test_ema_is_the_weighted_mean_it_says() -> None:
     assert not ema.model.weight.requires_grad
 
 
-def test_a_stop_during_the_last_save_keeps_the_model_and_ends_there(
+def test_interrupt_during_the_last_save_keeps_the_model(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = loop.export
@@ -369,9 +367,7 @@ def test_a_stop_during_the_last_save_keeps_the_model_and_ends_there(
     assert Model.load(tmp_path / "run" / "model")
 
 
-def test_the_progress_line_begins_with_what_fits_a_narrow_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_line_begins_with_step_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with loop.Progress(tmp_path, 300) as progress:
         progress.show(300, {"lite2/summary": 0.5, "hog/spatial": 0.25}, 41.7, 75)
     line = capsys.readouterr().err.strip()
@@ -379,7 +375,7 @@ def test_the_progress_line_begins_with_what_fits_a_narrow_terminal(
     assert line.index("images/s") < 80
 
 
-def test_a_full_disk_is_an_error_with_a_next_move_and_costs_no_checkpoint(
+def test_full_disk_raises_and_keeps_earlier_checkpoints(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = artefact.save_file

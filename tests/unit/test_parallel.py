@@ -1,4 +1,4 @@
-"""Several processes train one model: the numbers of one process, one folder, and one end for all.
+"""Several processes train one model: the same losses as one process, one run folder, a common end.
 
 Two processes are started once and do all of :data:`JOBS`, one after the other; the tests look at what came of them.
 """
@@ -168,15 +168,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, __file__, str(folder), str(images), json.dumps(ports)]
     running = []
     for rank in ("0", "1"):
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        environment = {**os.environ, **told, "OMP_NUM_THREADS": "1"}
+        settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
-        said = [each.communicate(timeout=600)[1] for each in running]
+        errors = [each.communicate(timeout=600)[1] for each in running]
     finally:
         for each in running:
             each.kill()
-    assert all(each.returncode == 0 for each in running), "\n----\n".join(said)
+    assert all(each.returncode == 0 for each in running), "\n----\n".join(errors)
     return folder
 
 
@@ -192,7 +192,7 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
         assert torch.equal(value, two["state"][name]), name
 
 
-def test_two_processes_make_the_run_of_one(runs: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(runs: Path, tmp_path: Path) -> None:
     made = tiny(runs / "images", *MANY)
     assert {partition.batch for partition in made.partitions} == {4, 2}
     loop.train_model(made, tmp_path / "one", quiet=True, device="cpu")
@@ -219,7 +219,7 @@ def test_two_processes_make_the_run_of_one(runs: Path, tmp_path: Path) -> None:
     assert {path.name for path in runs.glob("many/*")} == {path.name for path in tmp_path.glob("one/*")}
 
 
-def test_damp_draws_for_each_process_and_is_all_that_differs(runs: Path) -> None:
+def test_damp_noise_differs_by_process(runs: Path) -> None:
     one, two = found(runs, "straight")
     assert one["noise"] and one["sizes"] == two["sizes"]
     for name, factors in one["noise"].items():
@@ -228,7 +228,7 @@ def test_damp_draws_for_each_process_and_is_all_that_differs(runs: Path) -> None
     assert [line["step"] for line in trace(runs / "straight")] == [3, 5]
 
 
-def test_a_signal_to_one_stops_all_and_resumed_equals_straight(runs: Path) -> None:
+def test_signal_to_one_process_stops_all_and_the_run_resumes(runs: Path) -> None:
     assert [(each["how"], len(each["sizes"])) for each in found(runs, "broken")] == [("interrupted", 2)] * 2
     assert [len(each["sizes"]) for each in found(runs, "resumed")] == [3, 3]  # from the one checkpoint, after step 2
     for one, two in zip(found(runs, "resumed"), found(runs, "straight"), strict=True):
@@ -237,7 +237,7 @@ def test_a_signal_to_one_stops_all_and_resumed_equals_straight(runs: Path) -> No
     assert [line["step"] for line in trace(runs / "broken")] == [3, 5]
 
 
-def test_nan_in_one_process_leaves_the_step_out_in_all(runs: Path) -> None:
+def test_nan_in_one_process_skips_the_step_in_all(runs: Path) -> None:
     one, two = found(runs, "nan")
     assert one["good"] == two["good"] == [True, False, True]
     skipped = [line for line in trace(runs / "nan") if "skipped_step" in line]
@@ -246,28 +246,28 @@ def test_nan_in_one_process_leaves_the_step_out_in_all(runs: Path) -> None:
     assert all(bool(value.isfinite().all()) for value in one["state"].values())
 
 
-def test_too_many_of_them_end_all_processes_with_one_checkpoint(runs: Path) -> None:
+def test_divergence_ends_all_processes_with_one_checkpoint(runs: Path) -> None:
     one, two = found(runs, "patience")
     assert (one["how"], two["how"]) == ("DivergenceError", "OtherRankError")
     assert one["why"] in two["why"]
     assert [path.name for path in checkpoints(runs / "patience" / "checkpoints")] == ["step_00000001"]
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_written(runs: Path) -> None:
+def test_indivisible_batch_is_refused_before_anything_is_written(runs: Path) -> None:
     one, two = found(runs, "refused")
     assert (one["how"], two["how"]) == ("ConfigError", "OtherRankError")
     assert "partitions.1.batch" in one["why"] and "4 and 6" in one["why"]
     assert not (runs / "refused").exists()
 
 
-def test_folders_that_are_not_the_same_are_said_once(runs: Path) -> None:
+def test_different_folders_are_reported_once(runs: Path) -> None:
     one, two = found(runs, "elsewhere")
     assert (one["how"], two["how"]) == ("ConfigError", "OtherRankError")
     assert "not the same folder" in one["why"]
 
 
 @pytest.mark.parametrize("name", ELSE)
-def test_what_else_a_recipe_may_hold(runs: Path, tmp_path: Path, name: str) -> None:
+def test_other_ingredients_work_with_two_processes(runs: Path, tmp_path: Path, name: str) -> None:
     one, two = found(runs, name)
     assert (one["how"], two["how"]) == ("finished", "finished")
     assert_equal(one, two)
@@ -279,7 +279,7 @@ def test_what_else_a_recipe_may_hold(runs: Path, tmp_path: Path, name: str) -> N
             assert a["terms"] == pytest.approx(b["terms"], rel=1e-4)
 
 
-def test_what_processes_tell_each_other(runs: Path) -> None:
+def test_collectives(runs: Path) -> None:
     one, two = found(runs, "tell")
     torch.manual_seed(0)
     assert torch.equal(torch.cat([one["drawn"], two["drawn"]]), torch.rand(4, 3))
@@ -290,14 +290,14 @@ def test_what_processes_tell_each_other(runs: Path) -> None:
     assert torch.equal(one["after"], torch.rand(3)) and torch.equal(two["after"], one["after"])
     expected, seen = Moments(2), torch.arange(12.0).view(6, 2) ** 2
     expected.update(torch.cat([seen[:2], seen[:4]]))
-    for said in (one, two):
-        assert said["total"].tolist() == [2, 1] and said["rows"].flatten().tolist() == [0, 0, 1, 1]
-        assert said["anywhere"] and not said["everywhere"] and said["count"] == 6
-        torch.testing.assert_close(said["mean"], expected.mean)
-        torch.testing.assert_close(said["covariance"], expected.covariance())
+    for rank in (one, two):
+        assert rank["total"].tolist() == [2, 1] and rank["rows"].flatten().tolist() == [0, 0, 1, 1]
+        assert rank["anywhere"] and not rank["everywhere"] and rank["count"] == 6
+        torch.testing.assert_close(rank["mean"], expected.mean)
+        torch.testing.assert_close(rank["covariance"], expected.covariance())
 
 
-def test_alone_nothing_happens() -> None:
+def test_single_process_needs_no_collectives() -> None:
     flag, rows = torch.tensor(False), torch.rand(3, 2)
     assert dist.rank() == 0 and dist.world_size() == 1 and dist.local_slice(4) == slice(0, 4)
     assert dist.gather_rows(rows) is rows and dist.total(rows) is rows and dist.all_ranks(flag) is flag
@@ -305,7 +305,7 @@ def test_alone_nothing_happens() -> None:
         assert device == "cuda:7"
 
 
-def test_what_torchrun_did_not_say_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_torchrun_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but RANK.*torchrun --nproc_per_node"):
         dist.launch_rank()
@@ -317,9 +317,9 @@ def test_what_torchrun_did_not_say_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_what_a_command_says_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**told, "MASTER_PORT": "1"}.items():
+def test_commands_under_torchrun_print_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**settings, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert resume_command(Path("run")).startswith("torchrun --nproc_per_node 2 -m agglo train run/recipe.yaml")
     result = CliRunner().invoke(app, ["cache", "quickstart", "--smoke", "--out", str(tmp_path / "cache")])
@@ -329,11 +329,11 @@ def test_what_a_command_says_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp
     assert result.exit_code == 2 and "`agglo eval` writes with one process" in result.output
     monkeypatch.setenv("RANK", "1")
     result = CliRunner().invoke(app, ["eval", "{kind: toy}", "--evals", "rank", "--out", str(tmp_path / "evals")])
-    assert result.exit_code == 2 and result.output == ""  # said once
+    assert result.exit_code == 2 and result.output == ""  # printed once, by rank 0
     assert not (tmp_path / "evals").exists()
 
 
-def test_positions_that_both_have_seen_are_counted_without_looking() -> None:
+def test_common_positions_are_counted_without_the_device() -> None:
     place = Placement(torch.tensor([[0.0, 0.0], [2.0, 1.0]], dtype=torch.float64), (1.0, 1.0), (6, 6))
     other = Placement(torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.float64), (2.0, 2.0), (3, 3))
     *_, mask = align_to_common_grid(torch.rand(2, 3, 6, 6), place, torch.rand(2, 3, 3, 3), other)
@@ -341,7 +341,7 @@ def test_positions_that_both_have_seen_are_counted_without_looking() -> None:
     assert overlap_count(place, place) == 72
 
 
-def test_gradients_travel_in_buckets_of_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_averaged_in_buckets_of_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_BUCKET", 10)
     sizes = [(4, torch.float32), (5, torch.float32), (3, torch.float64), (30, torch.float32), (1, torch.float32)]
     tensors = [torch.zeros(size, dtype=dtype) for size, dtype in sizes]

@@ -1,4 +1,4 @@
-"""Partitions that name their teachers: who is asked, who learns, and what is refused."""
+"""Partitions that name their teachers: forward passes, terms, and invalid names."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def split(data: Path, *overrides: str) -> recipe.Recipe:
     return recipe.from_dict(override(tree, overrides))
 
 
-def test_only_the_teachers_of_a_partition_are_asked_and_learned(data: Path, tmp_path: Path) -> None:
+def test_only_the_teachers_of_a_partition_run_and_have_terms(data: Path, tmp_path: Path) -> None:
     loop.train_model(split(data), tmp_path / "run", quiet=True)
     sides = {4: {"low", "both"}, 2: {"high", "both"}}
     seen = set()
@@ -55,7 +55,7 @@ def test_only_the_teachers_of_a_partition_are_asked_and_learned(data: Path, tmp_
     assert seen == {frozenset(names) for names in sides.values()}  # eight steps drew both partitions
 
 
-def test_the_statistics_of_a_teacher_come_from_its_own_partitions(data: Path, tmp_path: Path) -> None:
+def test_statistics_of_a_teacher_come_from_its_partitions(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     run = loop.prepare(split(data), folder, torch.device("cpu"), resume=False)
@@ -68,7 +68,7 @@ def test_the_statistics_of_a_teacher_come_from_its_own_partitions(data: Path, tm
     assert all(bool(normalizer.frozen) for normalizer in run.objective.normalizers.values())
 
 
-def test_a_stage_takes_its_teachers_out_of_the_partitions(data: Path) -> None:
+def test_stage_restricts_the_teachers_of_partitions(data: Path) -> None:
     stages = "stages=[{name: first, teachers: [low]}, {name: second}]"
     first = split(data, stages).stage(0)
     assert list(first.teachers) == ["low"]
@@ -84,11 +84,11 @@ def test_a_stage_takes_its_teachers_out_of_the_partitions(data: Path) -> None:
         ("partitions.0.teachers=[]", r"partitions\.0\.teachers"),
     ],
 )
-def test_what_cannot_be_is_refused(data: Path, change: str, message: str) -> None:
+def test_invalid_partition_teachers_are_refused(data: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split(data, change)
 
 
-def test_a_feature_cache_holds_all_of_them(data: Path) -> None:
+def test_feature_cache_excludes_partition_teachers(data: Path) -> None:
     with pytest.raises(ConfigError, match="a feature cache holds all teachers at all sizes"):
         split(data, "data.views.crops=2", "data.feature_cache=there")

@@ -1,4 +1,4 @@
-"""Starting from an earlier run: what stays, what begins anew, and runs of several stages."""
+"""Starting from an earlier run, and runs of several stages."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.training
 STAGES = 'stages=[{name: low, teachers: [toy, dense]}, {name: high, set: ["partitions=[{sizes: [64], batch: 2}]"]}]'
 
 
-def test_what_was_learned_goes_on_and_new_teachers_start(data: Path, tmp_path: Path) -> None:
+def test_stage_keeps_weights_and_new_teachers_start_anew(data: Path, tmp_path: Path) -> None:
     first = loop.train_model(tiny(data, STAGES, "stages.1.set=[]").stage(0), tmp_path / "first", quiet=True)
     made = tiny(data, f"train.start_from={tmp_path / 'first'}")
     run = loop.prepare(made, tmp_path / "second", torch.device("cpu"), resume=False)
@@ -29,13 +29,13 @@ def test_what_was_learned_goes_on_and_new_teachers_start(data: Path, tmp_path: P
         loop.start(run, progress, [])
     cells, token = torch.randn(2, 32, 3, 3), torch.randn(2, 32)
     for later in (Model.load(tmp_path / "second" / "initial"), loop.exportable(run, run.ema.model)):
-        # A head that went on says in its teacher's space what it said before, whatever the new statistics are.
+        # A head that was kept predicts the same in its teacher's space, whatever the new statistics are.
         for part, x in (("spatial", cells), ("summary", token)):
             before, after = getattr(first.heads["toy"], part)(x), getattr(later.heads["toy"], part)(x)
             torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
-def test_stages_follow_each_other_and_a_resumed_run_skips_the_finished(data: Path, tmp_path: Path) -> None:
+def test_resumed_run_skips_finished_stages(data: Path, tmp_path: Path) -> None:
     made, folder = tiny(data, STAGES), tmp_path / "run"
     model = loop.train_model(made, folder, quiet=True)
     low, high = folder / "stages" / "1_low", folder / "stages" / "2_high"
@@ -53,7 +53,7 @@ def test_stages_follow_each_other_and_a_resumed_run_skips_the_finished(data: Pat
     assert json.loads((high / "model" / "config.json").read_text())
 
 
-def test_stages_that_do_not_fit_are_found_before_the_first(data: Path, tmp_path: Path) -> None:
+def test_invalid_stages_are_refused_before_the_first(data: Path, tmp_path: Path) -> None:
     for wrong, message in [
         ("stages=[{name: a, teachers: [toi]}]", r"stages\.0\.teachers: no teacher 'toi'; did you mean 'toy'"),
         ("stages=[{name: a}, {name: a}]", "'a' is used twice"),

@@ -1,4 +1,4 @@
-"""One step: what it holds in memory, that it waits for no device, and what becomes of steps that fail."""
+"""One step: memory, synchronisation with the device, and skipped steps."""
 
 import contextlib
 import json
@@ -63,7 +63,7 @@ class Product(MSE):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_no_more_than_one_teachers_warped_map_is_held(
+def test_at_most_one_resampled_map_is_in_memory(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
     run = started(data, tmp_path, "data.views.shift=0.8", "losses.mesa={kind: se_mesa}")
@@ -89,7 +89,7 @@ def test_no_more_than_one_teachers_warped_map_is_held(
 @pytest.mark.parametrize(
     "balancer", ["fixed", "adaloss", "uncertainty", "dwa", "teacher_drop", "{kind: schedule, points: {toy: [[0, 2]]}}"]
 )
-def test_gradients_are_those_of_holding_everything(
+def test_gradients_equal_those_without_recomputation(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balancer: str
 ) -> None:
     run = started(data, tmp_path, *EVERYTHING, f"balancer={balancer if '{' in balancer else f'{{kind: {balancer}}}'}")
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_holding_everything(
         torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-7)
 
 
-def test_teacher_drop_decides_image_by_image(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_drop_decides_per_image(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = started(data, tmp_path, "balancer={kind: teacher_drop, p: 1.0}", "data.views.shift=0.5")
     seen = {}
     real = run.objective.balancer.combine
@@ -131,12 +131,12 @@ def test_teacher_drop_decides_image_by_image(data: Path, tmp_path: Path, monkeyp
         torch.testing.assert_close(result.terms[name], rows.mean().detach())
 
 
-# --- no waiting -------------------------------------------------------------------------------------------------------
+# --- no synchronisation -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def no_autocast_on_meta(monkeypatch: pytest.MonkeyPatch):
-    """The meta device has no autocast, which is no part of what is rehearsed on it."""
+    """The meta device has no autocast."""
     real = torch.autocast
 
     def autocast(device_type, *given, **named):
@@ -165,10 +165,10 @@ class Flagged(torch.optim.SGD):
 
 @pytest.mark.parametrize("balancer", ["fixed", "adaloss", "uncertainty", "dwa", "teacher_drop"])
 @pytest.mark.parametrize("clip", ["null", "1.0"])
-def test_a_step_reads_nothing_back(
+def test_step_does_not_synchronise_with_the_device(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balancer: str, clip: str
 ) -> None:
-    """On the meta device there are no numbers: whoever asks for one, or copies an image to the host, fails."""
+    """The meta device has no values: reading one, or copying a tensor to the host, raises."""
     run = started(data, tmp_path, *EVERYTHING, f"balancer.kind={balancer}", f"train.clip={clip}")
     one_step(run, run.loader.batch(0), Stopwatch())  # what is looked up once and remembered, is now
     meta = torch.device("meta")
@@ -189,7 +189,9 @@ def test_a_step_reads_nothing_back(
 
 
 @pytest.mark.parametrize("planted", ["item", "cpu", "nonzero"])
-def test_the_rehearsal_would_notice(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+def test_meta_device_detects_synchronisation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
     run = started(data, tmp_path)
     one_step(run, run.loader.batch(0), Stopwatch())
     for module in (run.model, run.objective, *run.teachers.values()):
@@ -221,17 +223,15 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     real = step_module.forward
 
     def spoiled(run, batch, watch):
-        result, told = real(run, batch, watch)
+        result, spread = real(run, batch, watch)
         if batch.step in steps:
             result = replace(result, loss=result.loss * float("nan"))
-        return result, told
+        return result, spread
 
     monkeypatch.setattr(step_module, "forward", spoiled)
 
 
-def test_steps_judged_late_are_left_out_all_the_same(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deferred_checks_skip_the_same_steps(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny(data, "train.log_every=3", "train.steps=8", "train.clip=null")
     spoil(monkeypatch, 1, 3, 4)
     monkeypatch.setattr(loop, "build_optimizer", fused)
@@ -254,7 +254,7 @@ def test_steps_judged_late_are_left_out_all_the_same(
 
 
 @pytest.mark.parametrize(("how", "stops_at", "kept"), [(build_optimizer, 5, 2), (fused, 6, 2)])
-def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(
+def test_too_many_consecutive_skips_stop_the_run_with_a_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how, stops_at: int, kept: int
 ) -> None:
     """At once where reading costs nothing, at the next record elsewhere; what was learned before is kept."""
@@ -273,7 +273,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_update_that_is_not_good_changes_nothing(late: bool) -> None:
+def test_skipped_update_changes_nothing(late: bool) -> None:
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **{"fused" if late else "foreach": True})
     assert is_deferred(optimizer) == late
@@ -306,7 +306,7 @@ def overflow(run: Run, monkeypatch: pytest.MonkeyPatch, scale: float, *steps: in
 @pytest.mark.parametrize(("scale", "why"), [(1e38, "loss|is not finite"), (1e30, "running statistics")])
 @pytest.mark.parametrize("how", [build_optimizer, fused])
 @pytest.mark.parametrize("ema", [0.9, 0.0])
-def test_running_statistics_forget_a_step_that_was_left_out(
+def test_running_statistics_are_restored_after_a_skipped_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how, ema: float, scale: float, why: str
 ) -> None:
     monkeypatch.setattr(loop, "build_optimizer", how)
@@ -324,13 +324,13 @@ def test_running_statistics_forget_a_step_that_was_left_out(
         return taken
 
     monkeypatch.setattr(loop, "one_step", step)
-    said = []
+    messages = []
     with Progress(run.folder, 3, quiet=True) as progress:
-        progress.message = said.append
+        progress.message = messages.append
         loop.train_steps(run, progress, [])
         model = loop.export(run, progress)
     assert [seen[step][1] for step in range(3)] == [True, False, True]
-    assert re.match(f"step 1: .*({why})", said[0])
+    assert re.match(f"step 1: .*({why})", messages[0])
     moved = [name for name, value in seen[0][0].items() if not torch.equal(value, seen[2][0][name])]
     assert any(name.endswith("running_var") for name in moved)
     for name, value in seen[0][0].items():
@@ -338,7 +338,7 @@ def test_running_statistics_forget_a_step_that_was_left_out(
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_a_fused_update_takes_gradients_of_any_layout() -> None:
+def test_fused_update_accepts_gradients_of_any_strides() -> None:
     """Its kernel walks memory; a gradient may come in another order than its channels-last weight."""
     start, gradient = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
     moved = []
@@ -353,7 +353,7 @@ def test_a_fused_update_takes_gradients_of_any_layout() -> None:
     torch.testing.assert_close(moved[1], moved[0])
 
 
-def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
+def test_metrics_buffer_counts_skips_and_finds_the_cause() -> None:
     buffer = MetricsBuffer(done=7, half={"b"})
 
     def put(step: int, *, good: bool = True, **numbers: float) -> None:
@@ -391,10 +391,10 @@ def test_the_ledger_counts_rows_and_finds_the_cause() -> None:
     assert buffer.fetch() == []
 
 
-# --- teachers that say nothing ----------------------------------------------------------------------------------------
+# --- broken teachers --------------------------------------------------------------------------------------------------
 
 
-def test_spread_tells_constant_from_not_finite() -> None:
+def test_spread_of_constant_and_non_finite_features() -> None:
     x = torch.randn(3, 5, 4, 4)
     assert 0.5 < float(spread(x)) < 4
     per_channel = torch.randn(1, 5, 1, 1).expand(3, 5, 4, 4)
@@ -411,8 +411,8 @@ def test_spread_tells_constant_from_not_finite() -> None:
     assert spread(torch.tensor([[1.0, float("nan")]])).isnan()
 
 
-def saying(run: Run, name: str, change) -> None:
-    """Let a teacher of a run say something else."""
+def change_features(run: Run, name: str, change) -> None:
+    """Change the features of a teacher of a run."""
     teacher = run.teachers[name]
     real = teacher.forward
     teacher.forward = lambda images: change(real(images))
@@ -431,16 +431,16 @@ SAME = lambda features: features.map(lambda x: torch.full_like(x, 0.3))  # noqa:
         (NAN, ("targets.normalizer.kind=identity",), r"teachers\.toy.*NaN"),
     ],
 )
-def test_the_prepass_names_a_teacher_that_says_nothing(
+def test_prepass_names_a_broken_teacher(
     data: Path, tmp_path: Path, change, overrides: tuple[str, ...], message: str
 ) -> None:
     run = loop.prepare(tiny(data, *overrides), tmp_path / "run", torch.device("cpu"), resume=False)
-    saying(run, "toy", change)
+    change_features(run, "toy", change)
     with Progress(tmp_path, 1, quiet=True) as progress, pytest.raises(ConfigError, match=message):
         loop.start(run, progress, [])
 
 
-def test_training_names_a_teacher_that_says_nothing_and_the_step(
+def test_training_names_a_broken_teacher_and_the_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started(data, tmp_path, "train.steps=4")
@@ -453,14 +453,14 @@ def test_training_names_a_teacher_that_says_nothing_and_the_step(
         return real(run, batch, watch)
 
     monkeypatch.setattr(loop, "one_step", step)
-    said = []
+    messages = []
     with Progress(run.folder, 4, quiet=True) as progress:
-        progress.message = said.append
+        progress.message = messages.append
         loop.train_steps(run, progress, [])
-    assert said[0].startswith("step 1: summary features of teacher 'toy', spatial features of teacher 'toy': NaN")
-    assert said[1].startswith("step 2: the summary features of teacher 'other' are constant over the batch")
-    assert said[2].startswith("step 2: the spatial features of teacher 'other'")
-    assert len(said) == 3  # said once
+    assert messages[0].startswith("step 1: summary features of teacher 'toy', spatial features of teacher 'toy': NaN")
+    assert messages[1].startswith("step 2: the summary features of teacher 'other' are constant over the batch")
+    assert messages[2].startswith("step 2: the spatial features of teacher 'other'")
+    assert len(messages) == 3  # reported once
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "skipped_step" in line] == [2]
     assert [line["constant_target"] for line in lines if "constant_target" in line] == [
@@ -471,14 +471,14 @@ def test_training_names_a_teacher_that_says_nothing_and_the_step(
 
 @pytest.mark.parametrize("loss", ["angular", "cosine"])
 @pytest.mark.parametrize("part", ["summary", "spatial"])
-def test_a_teacher_that_stays_nan_stops_the_run_and_is_what_the_advice_is_about(
+def test_persistent_nan_of_a_teacher_stops_the_run_with_a_remedy(
     data: Path, tmp_path: Path, loss: str, part: str
 ) -> None:
     made = (f"losses.summary.kind={loss}", "train.steps=9", "train.patience=2", "train.save_every=100")
     run = started(data, tmp_path, *made)
     nan = float("nan")
     one = lambda x: x.index_fill(0, torch.tensor([1]), nan)  # noqa: E731  # of one image of the batch
-    saying(run, "other", lambda features: replace(features, **{part: one(getattr(features, part))}))
+    change_features(run, "other", lambda features: replace(features, **{part: one(getattr(features, part))}))
     why = rf"step 2: {part} features of teacher 'other'.*consecutive skipped steps: 3"
     with Progress(run.folder, 9, quiet=True) as progress, pytest.raises(loop.DivergenceError, match=why) as e:
         loop.train_steps(run, progress, [])
@@ -491,18 +491,16 @@ def test_a_teacher_that_stays_nan_stops_the_run_and_is_what_the_advice_is_about(
     assert [path.name for path in checkpoints(run.folder / "checkpoints")] == ["step_00000000"]
 
 
-def test_float32_is_advised_where_it_is_not_float32(data: Path) -> None:
+def test_half_precision_teachers_are_found(data: Path) -> None:
     model = "{kind: timm, model: test_vit, weights: random"
     made = tiny(data, f"teachers.other={model}, dtype: bfloat16}}", f"teachers.dense={model}}}")
     assert half_precision_teachers(made) == {"other"}
 
 
-def test_a_part_that_nobody_learns_from_may_be_nan_and_is_no_cause(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_in_a_target_without_a_term_is_ignored(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = loop.prepare(tiny(data), tmp_path / "run", torch.device("cpu"), resume=False)
     run.folder.mkdir()
-    saying(run, "dense", lambda features: replace(features, summary=features.summary * float("nan")))
+    change_features(run, "dense", lambda features: replace(features, summary=features.summary * float("nan")))
     with Progress(tmp_path, 1, quiet=True) as progress:
         loop.start(run, progress, [])  # the pre-pass
     buffer = MetricsBuffer()
@@ -510,9 +508,9 @@ def test_a_part_that_nobody_learns_from_may_be_nan_and_is_no_cause(
     real = step_module.forward
 
     def steep(run, batch, watch):
-        result, told = real(run, batch, watch)
+        result, spread = real(run, batch, watch)
         weight = next(run.model.parameters())
-        return replace(result, loss=result.loss + (weight - weight.detach()).sum().abs().sqrt()), told
+        return replace(result, loss=result.loss + (weight - weight.detach()).sum().abs().sqrt()), spread
 
     monkeypatch.setattr(step_module, "forward", steep)
     buffer.add(one_step(run, run.loader.batch(1), Stopwatch()))
@@ -521,9 +519,7 @@ def test_a_part_that_nobody_learns_from_may_be_nan_and_is_no_cause(
     assert second.problem == "the gradient is not finite" and "train.lr" in second.remedy
 
 
-def test_bad_images_are_counted_while_more_are_met_and_told_once(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_images_are_gathered_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = started(data, tmp_path)
     bad, sent = {"a.png": "empty"}, []
     run.loader.skipped = bad
@@ -539,7 +535,7 @@ def test_bad_images_are_counted_while_more_are_met_and_told_once(
     assert sent == [{"a.png": "empty"}, {"1.png": "short"}]
 
 
-def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, tmp_path: Path) -> None:
+def test_covariance_of_too_few_positions_is_refused(data: Path, tmp_path: Path) -> None:
     made = tiny(
         data, "targets.normalizer.kind=whiten", "targets.estimate_images=2", "partitions=[{sizes: [32], batch: 2}]"
     )
@@ -551,7 +547,7 @@ def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, 
         loop.start(run, progress, [])
 
 
-# --- sets that cannot be met ------------------------------------------------------------------------------------------
+# --- illegal sizes and windows ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -563,7 +559,7 @@ def test_a_covariance_of_too_few_positions_says_how_many_are_needed(data: Path, 
         (("train.windows=[1]",), r"window: 1 is neither 0 \(none\) nor an integer"),
     ],
 )
-def test_sets_that_cannot_be_met_list_the_legal_ones(
+def test_illegal_windows_and_sizes_list_the_legal_ones(
     data: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -571,7 +567,7 @@ def test_sets_that_cannot_be_met_list_the_legal_ones(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_size_that_a_teacher_cannot_see_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_that_a_teacher_cannot_take_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from agglo.teachers.toy import Toy
 
     monkeypatch.setattr(Toy, "input_size", lambda self, size, stride: (size[0] + 1, size[1]))

@@ -1,4 +1,4 @@
-"""Training an upsampler: views and their maps agree, the loss counts what it should, and the loop takes it."""
+"""Training an upsampler: views and their maps agree, the loss equals its formula, and the loop trains it."""
 
 import copy
 import json
@@ -108,12 +108,12 @@ def test_views_are_a_pure_function_of_seed_and_step() -> None:
     assert not torch.equal(drawn(1, 2, 6), drawn(2, 2, 6))
 
 
-def test_views_that_stand_still_are_the_image() -> None:
+def test_views_without_motion_are_the_image() -> None:
     found = drawn(0, 0, 3, **STILL)
     torch.testing.assert_close(found, torch.eye(3, dtype=torch.float64).expand(3, 3, 3), atol=1e-6, rtol=0)
 
 
-def test_zoomed_views_lie_inside_and_everywhere() -> None:
+def test_zoomed_views_lie_inside_and_cover_the_image() -> None:
     matrix = drawn(0, 0, 200, **{**STILL, "zoom": (2.0, 2.0)})
     assert bool(inside_mask(matrix, (4, 4)).all())
     corners = torch.tensor(CORNERS, dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_views_never_fold_over() -> None:
     assert bool((across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0] > 0).all())
 
 
-def test_the_warped_map_is_the_map_of_the_warped_image() -> None:
+def test_warped_map_is_the_map_of_the_warped_image() -> None:
     """The heart of the objective, on a teacher that is a mean of colours: both ways round the square agree."""
     teacher, images = Smooth(), blobs(4)
     matrix = drawn(0, 0, 4)
@@ -145,7 +145,7 @@ def test_the_warped_map_is_the_map_of_the_warped_image() -> None:
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 5])
-def test_the_downsampler_begins_as_a_gaussian_around_the_cell(factor: int) -> None:
+def test_downsampler_starts_as_a_gaussian_around_the_cell(factor: int) -> None:
     down = Downsampler(4, factor).eval()
     ramp = torch.arange(6.0 * factor).expand(1, 4, 6 * factor, 6 * factor)
     found = down(ramp)[0, 0, 3]
@@ -163,7 +163,7 @@ def test_seams_are_the_cells_on_both_sides_of_a_border_between_tiles() -> None:
     assert bool(heavy[2].all()) and bool(heavy[3].all())
 
 
-def test_the_loss_is_zero_where_the_finer_map_explains_every_view() -> None:
+def test_loss_is_zero_if_the_finer_map_matches_every_view() -> None:
     """An upsampler that is the teacher on the larger image, and views that stand still: nothing is left."""
     teacher, images = Smooth(), blobs(2)
     upsampler, objective = parts(teacher, uncertainty=False, **STILL)
@@ -183,7 +183,7 @@ class _Mean(nn.Module):
         return F.avg_pool2d(x, 2)
 
 
-def test_the_loss_is_the_sum_that_its_docstring_writes() -> None:
+def test_loss_equals_the_documented_formula() -> None:
     teacher, images = Smooth(), blobs(2)
     upsampler, objective = parts(teacher, seam=3.0, **STILL)
     objective.eval()
@@ -203,7 +203,7 @@ def test_the_loss_is_the_sum_that_its_docstring_writes() -> None:
     torch.testing.assert_close(found.terms[CONSISTENCY], error.mean(), rtol=1e-4, atol=1e-4)
 
 
-def test_cells_that_show_the_outside_do_not_count() -> None:
+def test_cells_outside_the_image_do_not_count() -> None:
     """Views twice as large as the image: only their middle counts, whatever stands around it."""
     teacher, images = Smooth(), blobs(2)
     upsampler, objective = parts(teacher, uncertainty=False, seam=1.0, **{**STILL, "zoom": (0.5, 0.5)})
@@ -226,7 +226,7 @@ def test_cells_that_show_the_outside_do_not_count() -> None:
     torch.testing.assert_close(after.loss, before.loss)
 
 
-def test_uncertainty_starts_at_nothing_and_never_moves_the_map() -> None:
+def test_uncertainty_starts_at_zero_and_has_no_gradient_to_the_map() -> None:
     teacher, images = Smooth(), blobs(2)
     (upsampler, plain), (_, unsure) = parts(teacher, uncertainty=False), parts(teacher, uncertainty=True)
     unsure.load_state_dict({**unsure.state_dict(), **plain.state_dict()})
@@ -244,7 +244,7 @@ def test_uncertainty_starts_at_nothing_and_never_moves_the_map() -> None:
     assert seen == [False], "doubt would reshape the map"
 
 
-def test_training_takes_a_fixed_pattern_into_the_bias_and_lowers_the_loss() -> None:
+def test_training_learns_the_fixed_pattern_and_lowers_the_loss() -> None:
     """A small run: the teacher's pattern, as strong as its signal, ends up in ``-b``."""
     teacher = Smooth(pattern=0.3)
     upsampler, objective = parts(teacher, views=3, uncertainty=False)
@@ -278,7 +278,7 @@ def quick(*changes: str) -> recipe.Recipe:
     return recipe.load("featsharp_quick", [*QUICK, *changes], smoke=True)
 
 
-def test_the_loop_trains_it_and_a_recipe_can_use_what_it_wrote(tmp_path: Path) -> None:
+def test_loop_trains_an_upsampler_that_a_recipe_can_use(tmp_path: Path) -> None:
     straight = train_model(quick("train.steps=4"), tmp_path / "straight", quiet=True)
     assert isinstance(straight, FeatSharp) and straight.trained
     lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
@@ -329,13 +329,13 @@ def test_the_loop_trains_it_and_a_recipe_can_use_what_it_wrote(tmp_path: Path) -
         (["objective={kind: distill}"], "student"),
     ],
 )
-def test_recipes_that_do_not_fit_say_what_to_do(changes: list[str], why: str, tmp_path: Path) -> None:
+def test_invalid_recipes_are_refused(changes: list[str], why: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=why):
         train_model(quick(*changes), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
-def test_no_images_and_wrong_teachers_are_named() -> None:
+def test_no_images_and_broken_teachers_are_refused() -> None:
     teacher = Smooth()
     upsampler = FeatSharp(teacher.spec, SIZE)
     objective = make(upsampler, teacher)
@@ -350,7 +350,7 @@ def test_no_images_and_wrong_teachers_are_named() -> None:
         Upsample.build_model(config(), {"t": plain})
 
 
-def test_the_command_tells_how_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_command_prints_how_to_use_the_upsampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from agglo.cli.main import app
