@@ -104,8 +104,8 @@ class CropLoader(Loader):
         del step, sample
         return crop_generator(self.sources[source].name(index), self._crop(source, position))
 
-    def _prepare(self, step: int, gone: Event) -> Batch:
-        batch = super()._prepare(step, gone)
+    def _prepare(self, step: int, stopped: Event) -> Batch:
+        batch = super()._prepare(step, stopped)
         if self.fetch is None:
             return batch
         fetched = self.fetch(batch, [crop for _, _, crop in self.planned(step)])

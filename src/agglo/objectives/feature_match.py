@@ -78,7 +78,7 @@ class FeatureMatch(Objective):
         self.student_blocks = dict(zip(self.blocks, student_blocks, strict=True))
         self.normalizers: dict[str, Normalizer] = nn.ModuleDict()  # type: ignore[assignment]
         self.losses: dict[str, Loss] = nn.ModuleDict()  # type: ignore[assignment]
-        self.regressors = nn.ModuleDict()
+        self.regressors: dict[str, nn.Conv2d] = nn.ModuleDict()  # type: ignore[assignment]
         width = _map_width(model.student.spec.spatial)
         for key, channels in self._channels(name, teacher, recipe, model.spec.stride).items():
             self.normalizers[key] = build(
