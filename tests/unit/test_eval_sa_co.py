@@ -277,7 +277,7 @@ def test_inconsistent_files_raise(tmp_path: Path) -> None:
     whole = json.loads(Path(good).read_text())
     for change, message in (
         (lambda w: w["images"][0].pop("text_input"), r"images\[0\] lacks text_input or phrase"),
-        (lambda w: w["images"][0].update(id=1), r"images\[1\] is the second pair of id 1"),
+        (lambda w: w["images"][0].update(id=1), r"images\[1\] repeats pair id 1"),
         (lambda w: w["annotations"][0].update(image_id=9), r"annotations\[0\] is of pair 9, which is not in images"),
         (lambda w: w["annotations"][0].pop("segmentation"), r"annotations\[0\] lacks segmentation"),
     ):
