@@ -325,6 +325,9 @@ def test_several_blocks_of_a_student() -> None:
         torch.manual_seed(0)
         model = Model(student, {}, tokens=("a",)).eval()
     seen, count = layered(model, 2)
+    context, source = EvalContext(), Squares(2)
+    first, second = (encode(layered(model, 2)[0], source, 32, context, want="spatial") for _ in range(2))
+    assert first is second  # encoded once
     assert count == 2
     assert seen.spec.spatial == 32
     images = torch.rand(2, 3, 32, 32)
@@ -333,7 +336,7 @@ def test_several_blocks_of_a_student() -> None:
         wanted = [one.spatial for one in model.intermediates(images, [1, 3], norm=True)]
     assert found is not None
     assert torch.equal(found, torch.cat([one for one in wanted if one is not None], 1))
-    assert layered(Oracle(), 4)[1] == 1  # shows no blocks
+    assert layered(Oracle(), 4)[1] == 1  # has no blocks
     found = splits(Depth, probe="dpt", hidden=4, epochs=1, layers=2).run(model)
     assert math.isfinite(found["rmse"])
 

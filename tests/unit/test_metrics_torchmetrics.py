@@ -34,12 +34,12 @@ def test_accuracy_of_the_first_k(k: int) -> None:
 
 
 def test_yes_and_no() -> None:
-    said, true = (torch.rand(300, generator=DRAW) < share for share in (0.6, 0.5))
-    found = binary(list(zip(said.tolist(), true.tolist(), strict=True)))
+    predicted, true = (torch.rand(300, generator=DRAW) < share for share in (0.6, 0.5))
+    found = binary(list(zip(predicted.tolist(), true.tolist(), strict=True)))
     for name in ("accuracy", "precision", "recall"):
-        expected = getattr(classification, f"binary_{name}")(said.int(), true.int())
+        expected = getattr(classification, f"binary_{name}")(predicted.int(), true.int())
         assert found[name] == pytest.approx(float(expected), abs=1e-6)
-    assert found["f1"] == pytest.approx(float(classification.binary_f1_score(said.int(), true.int())), abs=1e-6)
+    assert found["f1"] == pytest.approx(float(classification.binary_f1_score(predicted.int(), true.int())), abs=1e-6)
 
 
 def test_overlap_of_masks() -> None:
