@@ -285,6 +285,4 @@ def test_unreadable_image_does_not_keep_batches_alive(tmp_path):
     assert loader.skipped
     assert not any(reference() is not None for reference in alive)
     assert len(loader._bad) == 1
-    assert all(
-        isinstance(why, tuple) for why in loader._bad.values()
-    )  # not exceptions with tracebacks
+    assert all(isinstance(why, tuple) for why in loader._bad.values())  # not exceptions with tracebacks

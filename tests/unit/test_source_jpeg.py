@@ -203,9 +203,7 @@ def test_views_of_shrunk_images_are_close_to_those_of_whole_images(name):
     for sample in range(40):
         rng = generator(3, 0, sample)
         side = int(rng.integers(24, 160))
-        view, need = align_view(
-            draw_view((whole.height, whole.width), (side, side), Views(), rng), whole.size[::-1]
-        )
+        view, need = align_view(draw_view((whole.height, whole.width), (side, side), Views(), rng), whole.size[::-1])
         if max(view.scale) > 0.5:
             continue
         got = resample(part(data, *need), view).astype(np.float32)

@@ -218,9 +218,7 @@ def _shuffled(place: int, length: int, keys: Sequence[int]) -> int:
 # ---------------------------------------------------------------------------------------------------- geometry
 
 
-def draw_view(
-    source_size: tuple[int, int], size: tuple[int, int], policy: Views, rng: np.random.Generator
-) -> View:
+def draw_view(source_size: tuple[int, int], size: tuple[int, int], policy: Views, rng: np.random.Generator) -> View:
     """Geometry of a random crop inside an image.
 
     The area is drawn first, then the aspect ratio from the part of its range that fits the image at that area, then the

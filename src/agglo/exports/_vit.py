@@ -37,9 +37,7 @@ def fitting(model: Model, where: str) -> ViT:
     if not isinstance(student, ViT):
         raise ConfigError(f"student: {where} is a ViT, this model's student is a {kind}; only kind vit can be exported")
     if student.window:
-        raise ConfigError(
-            f"window: {student.window}, but {where} has no windows: load the model without window="
-        )
+        raise ConfigError(f"window: {student.window}, but {where} has no windows: load the model without window=")
     if student.patch_generator.position != "cropped":
         raise ConfigError(
             f"position: {student.patch_generator.position}, but {where} resizes its position table before cropping; "
