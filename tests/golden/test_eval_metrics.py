@@ -118,7 +118,7 @@ def test_pca(stored: dict[str, Tensor]) -> None:
 
 
 def test_resize() -> None:
-    assert len(METRICS["resize"]) > 50
+    assert METRICS["resize"]
     for row in METRICS["resize"]:
         height, *width = row["resolution"]
         target = height, (width or [height])[0]

@@ -292,9 +292,56 @@ def test_compare_names_other_settings_and_other_evals(home: Path, measured: dict
     result = agglo("compare", measured["one"], tmp_path)
     assert "knn@32: not compared, measured differently: k: 3, 1" in result.stdout
     assert "on one of them only: knn@48" in result.stderr
-    folder = tmp_path / "plain"
-    assert agglo("eval", home / "two", *knn(home, "-o", str(folder), "--no-pictures")).exit_code == 0
-    assert "no eval was run on both" in refused("compare", measured["one"], folder)
+    folder = tmp_path / "other"
+    assert agglo("eval", home / "two", "--evals", "rank", "rank.size=32", "-o", folder, "--no-pictures").exit_code == 0
+    assert "no eval was run on both: knn@32, knn@48 and rank" in refused("compare", measured["one"], folder)
+
+
+def test_compare_finds_the_result_that_compares(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
+    """In a folder that holds other settings, another name of the same settings, and other models."""
+    plain = knn(home, "-o", str(tmp_path), "--no-pictures")
+    assert agglo("eval", home / "two", *plain).exit_code == 0
+    other = [word for word in plain if word != "knn.k=3"]
+    assert agglo("eval", home / "two", *other, "knn.k=1").exit_code == 0  # newer, of the same name
+    assert agglo("eval", home / "one", *other, "knn.k=2").exit_code == 0  # another model, measured otherwise
+    for pair in ((measured["one"], tmp_path), (tmp_path, measured["one"])):
+        result = agglo("compare", *pair)
+        assert result.exit_code == 0, result.output
+        assert "95 % interval" in result.stdout and "not compared" not in result.stdout
+        assert str(home / "two") in result.stdout
+
+
+def test_compare_takes_the_newest_model_of_one_name(home: Path, measured: dict[str, Path], tmp_path: Path) -> None:
+    saved = tmp_path / "model"
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        made = Model({"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}, {}, preferred_size=32)
+        made.save(saved)
+        assert agglo("eval", saved, *knn(home, "-o", str(tmp_path / "out"), "--no-pictures")).exit_code == 0
+    result = agglo("compare", tmp_path / "out", measured["two"], "--json", tmp_path / "compared.json")
+    assert result.exit_code == 0, result.output
+    newest = read(tmp_path / "out")[-1].metrics["top1"]
+    assert json.loads((tmp_path / "compared.json").read_text())["evals"][0]["metrics"]["top1"][0] == newest
+
+
+def test_sweep_over_sizes_measures_each_input_once(home: Path, tmp_path: Path) -> None:
+    result = agglo("eval", home / "one", *knn(home, "--sizes", "32,34,48", "-o", str(tmp_path), "--no-pictures"))
+    assert result.exit_code == 0, result.output
+    assert "note: knn@34 is knn@32: the model takes 32 px instead of 34" in result.stderr
+    assert result.stdout.count("knn@") == 2
+    assert [each.name for each in read(tmp_path)] == ["knn@32", "knn@48"]
+
+
+def test_replaced_images_are_measured_again(home: Path, tmp_path: Path) -> None:
+    for i in range(40):
+        tiny.picture(tmp_path / "pets" / ("cat" if i % 2 else "dog") / f"{i}.png", i)
+    arguments = knn(tmp_path, "-o", str(tmp_path / "out"), "--no-pictures")
+    assert agglo("eval", home / "one", *arguments).exit_code == 0
+    assert "already measured" in agglo("eval", home / "one", *arguments).stderr
+    tiny.picture(tmp_path / "pets" / "cat" / "3.png", 99)
+    result = agglo("eval", home / "one", *arguments)
+    assert "already measured" not in result.stderr
+    assert len({each.data_hash for each in read(tmp_path / "out")}) == 2
 
 
 def test_compare_names_an_empty_file(measured: dict[str, Path], tmp_path: Path) -> None:

@@ -202,27 +202,66 @@ def test_failed_cpu_allocation_fails_one_eval_only(images: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("words", "fails"),
+    "error",
     [
-        ("CUDA error: out of memory", True),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
-        ("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.", True),
-        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"),
+        KeyError("bbox"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        AssertionError(),
     ],
+    ids=lambda error: type(error).__name__,
 )
-def test_runtime_errors_other_than_memory_are_raised(
-    images: Path, monkeypatch: pytest.MonkeyPatch, words: str, fails: bool
-) -> None:
+def test_any_error_fails_one_eval_only(images: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def run(*arguments: object) -> dict[str, float]:
-        raise RuntimeError(words)
+        raise error
 
     monkeypatch.setattr(find("evals", "linear"), "run", run)
-    if fails:
-        assert words in measure(Noise(), "noise", [linear(images)], images / "out").failed["linear"]
-    else:
-        with pytest.raises(RuntimeError, match="cannot be multiplied"):
-            measure(Noise(), "noise", [linear(images)], images / "out")
+    found = measure(Noise(), "noise", [linear(images), pets(images)], images / "out")
+    assert list(found.results) == ["knn"]
+    assert found.failed["linear"].startswith(type(error).__name__)
+    with pytest.warns(UserWarning, match="linear failed"):
+        numbers = evaluate(Noise(), [linear(images), pets(images)])
+    assert set(numbers) == {"knn", "failed"} and "linear" in numbers["failed"]
+    with pytest.raises(type(error)):
+        evaluate(Noise(), [linear(images)])
+    monkeypatch.setenv("AGGLO_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        measure(Noise(), "noise", [linear(images)], images / "out")
+
+
+def test_damaged_data_fails_one_eval_only(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agglo.sources.camvid import Camvid
+
+    def broken(*arguments: object) -> object:
+        raise KeyError("image_id")
+
+    monkeypatch.setattr(Camvid, "annotation_files", broken)
+    camvid = {"kind": "camvid", "path": str(images / "camvid"), "split": "train"}
+    masks = {"kind": "segmentation", "name": "seg", "size": 16, "train": camvid, "val": camvid, "test": camvid}
+    found = measure(Noise(), "noise", [masks, pets(images)], images / "out")
+    assert list(found.results) == ["knn"]
+    assert found.failed == {"seg": "KeyError: 'image_id'"}
+
+
+def test_sizes_that_the_model_does_not_take_are_one_row(images: Path) -> None:
+    entry = {**pets(images)}
+    swept = [{**entry, "size": size, "name": f"knn@{size}", "swept": True} for size in (16, 17, 31, 48)]
+    model = Noise()
+    found = measure(model, "noise", swept, images / "out")
+    assert list(found.results) == ["knn@16", "knn@32", "knn@48"]
+    assert [result.view for result in found.results.values()] == [(16, 16), (32, 32), (48, 48)]
+    assert found.notes == [
+        "knn@17 is knn@16: the model takes 16 px instead of 17",
+        "knn@31 is knn@32: the model takes 32 px instead of 31",
+    ]
+    assert len(read(images / "out")) == 3
+    assert measure(model, "noise", swept, images / "out").known == ["knn@16", "knn@32", "knn@48"]
+    assert list(evaluate(model, swept)) == ["knn@16", "knn@32", "knn@48"]
+
+
+def test_plan_of_equal_sizes_names_each_once() -> None:
+    assert [entry["name"] for entry in plan("knn", sizes=[128, 128, 160])] == ["knn@128", "knn@160"]
 
 
 def test_missing_package_fails_one_eval_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

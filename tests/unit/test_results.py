@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from agglo.config import build
-from agglo.results import comparing, identity, tables
+from agglo.results import comparing, content, identity, tables
 from agglo.results.records import FILE, PerImage, Result, ResultError, append, read, read_images
 from agglo.types import ConfigError, StorageError
 from support.models import Squares
@@ -208,9 +208,7 @@ def test_data_hash_depends_on_the_ground_truth(kind: str, tmp_path: Path) -> Non
     assert hashes[0] == hashes[1] != hashes[2]  # another place and other times are the same data
 
 
-def test_large_annotations_are_hashed_by_size_and_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from agglo.results import truth
-
+def test_large_annotations_are_hashed_by_size_time_and_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Masks(Squares):
         def annotation_files(self, index: int) -> tuple[Path, ...]:
             return (tmp_path / f"{index}",)
@@ -218,17 +216,95 @@ def test_large_annotations_are_hashed_by_size_and_sample(tmp_path: Path, monkeyp
     for i in range(100):
         (tmp_path / f"{i}").write_bytes(bytes([i]) * 10)
     base = identity.data_hash(Masks(100))
+    os.utime(tmp_path / "1", (1, 1))
+    assert identity.data_hash(Masks(100)) == base  # small: times do not count
     (tmp_path / "1").write_bytes(b"other text")
-    assert identity.data_hash(Masks(100)) != base  # small: every one is read
-    monkeypatch.setattr(truth, "ALL_BYTES", 0)
-    base = identity.data_hash(Masks(100))
-    (tmp_path / "2").write_bytes(b"other text")
-    assert identity.data_hash(Masks(100)) == base  # none of the 64
-    (tmp_path / "2").write_bytes(b"another text")
     assert identity.data_hash(Masks(100)) != base
+    monkeypatch.setattr(content, "CHEAP_BYTES", 0)
     base = identity.data_hash(Masks(100))
-    (tmp_path / "3").write_bytes(b"other text")
-    assert identity.data_hash(Masks(100)) != base
+    os.utime(tmp_path / "2", (5, 5))
+    assert identity.data_hash(Masks(100)) != base  # the time, although it is not one of the sample
+    base, kept = identity.data_hash(Masks(100)), os.stat(tmp_path / "0")
+    (tmp_path / "0").write_bytes(b"other text")
+    os.utime(tmp_path / "0", ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert identity.data_hash(Masks(100)) != base  # one of the sample: its content
+
+
+@pytest.mark.parametrize("index", [0, 1, 17, 39])
+def test_data_hash_covers_every_image_of_a_small_folder(index: int, tmp_path: Path) -> None:
+    from support import datasets as tiny
+
+    for i in range(40):
+        tiny.picture(tmp_path / f"{i:02d}.png", i)
+    base = identity.data_hash(build("sources", {"kind": "folder", "path": str(tmp_path)}))
+    tiny.picture(tmp_path / f"{index:02d}.png", 99)
+    assert identity.data_hash(build("sources", {"kind": "folder", "path": str(tmp_path)})) != base
+
+
+def test_data_hash_of_a_large_folder_covers_sizes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from support import datasets as tiny
+
+    def hashed() -> str:
+        return identity.data_hash(build("sources", {"kind": "folder", "path": str(tmp_path)}))
+
+    for i in range(40):
+        tiny.picture(tmp_path / f"{i:02d}.png", i)
+        os.utime(tmp_path / f"{i:02d}.png", (1000, 1000))
+    monkeypatch.setattr(content, "CHEAP_BYTES", 0)
+    base = hashed()
+    assert hashed() == base
+    os.utime(tmp_path / "17.png", (1000, 1001))
+    assert hashed() != base
+
+
+class Loose(Squares):
+    """Images without files; the pixels of image ``odd`` are replaced. The data lie in ``archive``."""
+
+    odd = -1
+    archive: Path | None = None
+
+    def read(self, index: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), "red" if index == self.odd else "blue")
+
+    def data_files(self) -> list[Path]:
+        return [] if self.archive is None else [self.archive]
+
+
+def test_data_hash_covers_every_image_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hashed(odd: int, archive: Path | None = None) -> str:
+        source = Loose(100)
+        source.odd, source.archive = odd, archive
+        return identity.images_hash(source)
+
+    assert len({hashed(odd) for odd in (-1, 1, 50, 99)}) == 4
+    monkeypatch.setattr(identity, "CHEAP_PIXELS", 1000)
+    archive = tmp_path / "all.tar"
+    archive.write_bytes(b"one")
+    base = hashed(-1, archive)
+    assert hashed(1, archive) == base != hashed(0, archive)  # a large set: a sample of the images, and the archive
+    archive.write_bytes(b"two")
+    assert hashed(-1, archive) != base
+
+
+def test_data_hash_covers_every_small_annotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from agglo.results import truth
+
+    class Annotated(Squares):
+        odd = -1
+
+        def annotation(self, index: int) -> object:
+            found = super().annotation(index)
+            found.K = np.eye(3) * (2 if index == self.odd else 1)
+            return found
+
+    def hashed(odd: int) -> str | None:
+        source = Annotated(100)
+        source.odd = odd
+        return truth.truth_hash(source)
+
+    assert len({hashed(odd) for odd in (-1, 1, 2, 99)}) == 4
+    monkeypatch.setattr(truth, "CHEAP_ARRAYS", 1000)
+    assert hashed(-1) == hashed(2) != hashed(0)
 
 
 def test_data_hash_depends_on_annotations_pairs_and_queries() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from agglo.harness.measuring import Measured
     from agglo.harness.running import Outcome
     from agglo.results.comparing import Compared
-    from agglo.results.records import Result
     from agglo.teachers.base import Teacher
 
 
@@ -105,23 +103,25 @@ def compare(
     overwrite: bool = OVERWRITE_JSON,
 ) -> None:
     """Compare two models image by image, with paired bootstrap intervals."""
+    from agglo.results.comparing import chosen_models, pair_results, read_models
     from agglo.results.comparing import compare as pair
     from agglo.results.records import read_images
 
     target = checked_json(numbers, overwrite=overwrite)
-    (first, a_folder, a_title), (second, b_folder, b_title) = (_results(place) for place in (a, b))
-    if a_title == b_title and a_folder != b_folder:
-        a_title, b_title = (f"{folder}#{title}" for folder, title in ((a_folder, a_title), (b_folder, b_title)))
-    names = [name for name in first if name in second]
-    if not names:
-        raise ConfigError(f"no eval was run on both: {', '.join(first)} and {', '.join(second)}")
-    found = [
-        pair(first[n], second[n], read_images(a_folder, first[n]), read_images(b_folder, second[n]), seed)
-        for n in names
-    ]
+    first, second = read_models(a), read_models(b)
+    a_title, b_title = chosen_models(first, second)
+    a_results, b_results = first.of(a_title), second.of(b_title)
+    pairs = pair_results(a_results, b_results)
+    if not pairs:
+        of_a, of_b = (", ".join(dict.fromkeys(each.name for each in found)) for found in (a_results, b_results))
+        raise ConfigError(f"no eval was run on both: {of_a} and {of_b}")
+    found = [pair(x, y, read_images(first.folder, x), read_images(second.folder, y), seed) for x, y in pairs]
+    if a_title == b_title and first.folder != second.folder:
+        a_title, b_title = f"{first.folder}#{a_title}", f"{second.folder}#{b_title}"
     for one in found:
         _print_compared(one, a_title, b_title, most)
-    only = [name for name in (*first, *second) if name not in names]
+    names = {name for x, y in pairs for name in (x.name, y.name)}
+    only = [name for name in dict.fromkeys(r.name for r in (*a_results, *b_results)) if name not in names]
     if only:
         typer.echo(f"on one of them only: {', '.join(only)}", err=True)
     if target is not None:
@@ -243,6 +243,8 @@ def _print_measured(measured: Sequence[Measured], folder: Path) -> None:
     if results:
         console().print(results_table(results))
     for found in measured:
+        for note in found.notes:
+            typer.echo(f"note: {note}", err=True)
         name = f"{found.model['name']}: " if len(measured) > 1 else ""
         if found.known:
             typer.echo(f"{name}already measured: {', '.join(found.known)} (--again measures anew)", err=True)
@@ -302,34 +304,6 @@ def write_report(folder: Path) -> None:
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
-
-
-def _results(place: str) -> tuple[dict[str, Result], Path, str]:
-    """The results of one model by name, their folder, and the model's row (:func:`agglo.results.tables.labels`).
-
-    Raises:
-        ConfigError: no results; or several models, none of them named or the student of a run; or an unknown name.
-    """
-    from agglo.results.records import STUDENT, current, read, results_file
-    from agglo.results.tables import labels
-
-    path, _, wanted = (place, "", "") if os.path.exists(place) else place.rpartition("#")
-    found = current(read(path or place))
-    if not found:
-        raise ConfigError(f"{results_file(path or place)} holds no results: measure first, with `agglo eval MODEL`")
-    called = labels(found)
-    names = list(dict.fromkeys(called.values()))
-    students = list(dict.fromkeys(called[each.id] for each in found if each.model.get("role") == STUDENT))
-    if not wanted and len(names) > 1 and len(students) != 1:
-        raise ConfigError(
-            f"{place} holds results of {', '.join(names)}: name one, {shlex.quote(f'{place}#{names[0]}')}"
-        )
-    if wanted and wanted not in names:
-        from agglo.config import nearest
-
-        raise ConfigError(f"{path} holds no results of {wanted!r}{nearest(wanted, names)}")
-    wanted = wanted or (students or names)[0]
-    return {each.name: each for each in found if called[each.id] == wanted}, Path(path or place), wanted
 
 
 def _numbers(x: float, y: float) -> tuple[str, str, str]:

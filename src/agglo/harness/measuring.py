@@ -14,10 +14,10 @@ from torch import nn
 
 from agglo import __version__
 from agglo.config import build
-from agglo.evals.base import Backbone, Eval, Progress, device_of, view_of_all
+from agglo.evals.base import Backbone, Eval, Progress, device_of, input_size, view_of_all
 from agglo.files import versions
-from agglo.harness.protocols import PREFERRED, resolved
-from agglo.harness.running import Outcome, named, run_each
+from agglo.harness.protocols import PREFERRED, resolved, snapped
+from agglo.harness.running import Outcome, error_text, named, run_each
 from agglo.results.identity import data_hash, model_hash, portable, protocol_hash, settings, sources_of, takes_teachers
 from agglo.results.places import answers_of, data_of, writes
 from agglo.results.records import FILE, PerImage, Result, append, data_digest, identifier, read
@@ -40,6 +40,7 @@ class Measured:
         skipped: name → why the eval does not apply to this model.
         failed: name → the error.
         seconds: wall-clock time.
+        notes: remarks on the evals: sizes of a sweep that the model does not take.
     """
 
     model: dict[str, Any]
@@ -48,6 +49,7 @@ class Measured:
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,8 @@ def measure(
     if progress is not None:
         progress("hashing the model")
     identity = {**describe(model, name, built_from), **(facts or {})}
-    found = Measured(identity)
+    entries, notes = snapped(entries, lambda side: max(input_size(model, side)))
+    found = Measured(identity, notes=notes)
     known = {result.id: result for result in read(folder)} if (folder / FILE).is_file() else {}
     tasks = _tasks(model, entries, teachers, found, {} if hashes is None else hashes, progress)
     for task in list(tasks.values()):
@@ -188,8 +191,8 @@ def _tasks(
                 data[split] = _data(source, hashes)
             data |= data_of(complete, made)
             inputs, protocol = answers_of(complete), protocol_hash(stated, **more)
-        except (AggloError, OSError) as error:
-            found.failed[name] = str(error)
+        except Exception as error:  # noqa: BLE001 - damaged data of one eval must not stop the others
+            found.failed[name] = error_text(error)
             continue
         view = None if size is None else view_of_all(model, size, complete.get("aspect"))
         # Neither the settings (`preferred`) nor a single view give the number of pixels.

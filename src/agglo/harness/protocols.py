@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,9 @@ from agglo.types import ConfigError
 
 PREFERRED = "preferred"
 """``size`` of an eval: the model's preferred side."""
+
+SWEPT = "swept"
+"""Marks an eval of a sweep over sizes (:func:`plan`): its name ends in its size."""
 
 DATA = "AGGLO_DATA"
 """Environment variable with the folder of data sets; ``--data`` takes precedence."""
@@ -174,12 +177,35 @@ def _placed(entry: Mapping[str, Any], root: Path | None) -> dict[str, Any]:
 def _sized(entry: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
     if not sizes or "size" not in schema(find("evals", str(entry["kind"]))).model_fields:
         return [entry]
-    return [{**entry, "size": size, "name": f"{entry['name']}@{size}"} for size in sizes]
+    return [{**entry, "size": size, "name": f"{entry['name']}@{size}", SWEPT: True} for size in dict.fromkeys(sizes)]
+
+
+def snapped(entries: Iterable[Mapping[str, Any]], snap: Callable[[int], int]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The evals of a sweep over sizes, at the sides that the model takes; equal ones once.
+
+    Args:
+        entries: from :func:`plan`; those without a sweep are returned unchanged.
+        snap: the side that the model takes instead of another.
+
+    Returns:
+        The evals, and a note for each name that was replaced.
+    """
+    found: list[dict[str, Any]] = []
+    notes = []
+    for entry in entries:
+        own = {key: value for key, value in entry.items() if key != SWEPT}
+        if SWEPT in entry and own.get("aspect") != "keep" and (side := snap(own["size"])) != own["size"]:
+            name = f"{own['name'].removesuffix(str(own['size']))}{side}"
+            notes.append(f"{own['name']} is {name}: the model takes {side} px instead of {own['size']}")
+            own |= {"size": side, "name": name}
+        if SWEPT not in entry or own not in found:
+            found.append(own)
+    return found, notes
 
 
 def resolved(entry: Mapping[str, Any], model: object) -> dict[str, Any]:
     """An eval's options for one model: ``preferred`` becomes its preferred side; ``name`` is removed."""
-    options = {key: value for key, value in entry.items() if key != "name"}
+    options = {key: value for key, value in entry.items() if key not in ("name", SWEPT)}
     if options.get("size") == PREFERRED:
         options["size"] = int(getattr(model, "preferred_size", None) or getattr(model, "native", None) or 224)
     return options

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from agglo.config import build
 from agglo.evals.base import (
@@ -23,19 +21,15 @@ from agglo.evals.base import (
     Progress,
     Records,
     SourcePool,
+    input_size,
 )  # fmt: skip
-from agglo.harness.protocols import suite
+from agglo.harness.protocols import snapped, suite
 from agglo.results.identity import takes_teachers
 from agglo.teachers.base import Teacher
 from agglo.types import AggloError, ConfigError
 
-_FAILURES = (OSError, MemoryError, torch.OutOfMemoryError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
-"""Errors of one eval that need not concern the next: disk, memory, a singular matrix."""
-
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|not enough memory|(can't|cannot|failed to|unable to) allocate|alloc_failed|bad_alloc", re.IGNORECASE
-)
-"""Texts of the plain RuntimeErrors that torch raises for missing memory: the CPU allocators, CUDA, cuBLAS, cuDNN."""
+TRACEBACK = "AGGLO_TRACEBACK"
+"""Environment variable: if set, an unexpected error of an eval is raised, with its traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +74,18 @@ def evaluate(
     Returns:
         Metrics by the eval's name: its ``name``, else its kind, the second of a kind as ``knn#2``. Evals that do not
         apply to this model (no text tower, no spatial map, no teachers) are left out, and ``skipped`` holds each one's
-        reason; the key is absent when nothing was left out. The same call gives the same numbers.
+        reason; ``failed`` holds the errors of evals that failed while others ran. Both keys are absent when empty. The
+        same call gives the same numbers.
 
     Raises:
         ConfigError: an unknown suite, kind or key, or two evals of one name.
+        Exception: the error of the first eval, if every eval failed.
     """
     results: dict[str, dict[str, Any]] = {}
     skipped: dict[str, Any] = {}
+    failed: dict[str, Exception] = {}
+    if not isinstance(evals, str) and not any(isinstance(each, Eval) for each in evals):
+        evals, _ = snapped(cast(Sequence[Mapping[str, Any]], evals), lambda side: max(input_size(model, side)))
     todo = named(evals, teachers)
     with SourcePool(workers) as sources:
         features = FeatureCache()
@@ -97,7 +96,14 @@ def evaluate(
             except Inapplicable as error:
                 skipped[name] = str(error)
                 context.report(f"left out: {error}")
-    return {**results, "skipped": skipped} if skipped else results
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other evals run
+                failed[name] = error
+    if failed and not results:
+        raise next(iter(failed.values()))
+    for name, error in failed.items():
+        warnings.warn(f"{name} failed: {error_text(error)}", stacklevel=2)
+    left = {"skipped": skipped, "failed": {name: error_text(error) for name, error in failed.items()}}
+    return {**results, **{key: value for key, value in left.items() if value}}
 
 
 def run_each(
@@ -131,15 +137,20 @@ def run_each(
                     metrics = each.run(model, context)
                 except Inapplicable as error:
                     why = str(error)
-                except AggloError as error:
-                    why, failed = str(error), True
-                except (*_FAILURES, RuntimeError) as error:
-                    if not isinstance(error, _FAILURES) and not _OUT_OF_MEMORY.search(str(error)):
+                except Exception as error:
+                    if os.environ.get(TRACEBACK) and not isinstance(error, AggloError):
                         raise
-                    first = next(iter(str(error).strip().splitlines()), "")
-                    why, failed = f"{type(error).__name__}: {first}", True
+                    why, failed = error_text(error), True
             notes = tuple(dict.fromkeys(str(warning.message) for warning in caught))
             done(Outcome(name, each, metrics, why, failed, context.records, time.perf_counter() - began, notes))
+
+
+def error_text(error: Exception) -> str:
+    """One line on an error; its type is named unless it is one of ours."""
+    if isinstance(error, AggloError):
+        return str(error)
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def prefixed(progress: Progress | None, name: str) -> Progress | None:
@@ -172,7 +183,7 @@ def unique_names(kinds: Sequence[str], wanted: Sequence[str | None]) -> list[str
     """
     found: list[str] = []
     for position, (kind, name) in enumerate(zip(kinds, wanted, strict=True)):
-        if name and (name in found or name == "skipped"):
+        if name and (name in found or name in ("skipped", "failed")):
             raise ConfigError(f"evals.{position}: the name {name!r} is taken; choose another")
         count, unique = 1, str(name or kind)
         while unique in found:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from agglo.results.records import PerImage, Result, ResultError
-from agglo.results.tables import differences
+from agglo.config import nearest
+from agglo.results.records import STUDENT, PerImage, Result, ResultError, current, read, results_file
+from agglo.results.tables import differences, labels
+from agglo.types import ConfigError
 
 DRAWS = 10_000
 """Bootstrap samples."""
@@ -64,6 +69,97 @@ class Compared:
     changed: Mapping[str, list[tuple[str, float, float]]] = field(default_factory=dict)
     why: str = ""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models of a folder of results.
+
+    Args:
+        place: as the user wrote it.
+        folder: of the results.
+        results: by the model's row of a table (:func:`agglo.results.tables.labels`), oldest first.
+        wanted: the row that was named, or that of a run's student; empty if several could be meant.
+    """
+
+    place: str
+    folder: Path
+    results: Mapping[str, list[Result]]
+    wanted: str
+
+    def of(self, row: str) -> list[Result]:
+        """The results of one row."""
+        return self.results[row]
+
+    def name(self, row: str) -> str:
+        """The model's name, without what tells models of one name apart."""
+        return str(self.results[row][-1].model["name"])
+
+    def time(self, row: str) -> str:
+        """When the row's newest result was measured."""
+        return max(result.time for result in self.results[row])
+
+
+def read_models(place: str) -> Models:
+    """Read ``FOLDER`` or ``FOLDER#ROW``.
+
+    Raises:
+        ConfigError: no results, or no such row.
+    """
+    path, _, wanted = (place, "", "") if os.path.exists(place) else place.rpartition("#")
+    path = path or place
+    found = current(read(path))
+    if not found:
+        raise ConfigError(f"{results_file(path)} holds no results: measure first, with `agglo eval MODEL`")
+    called = labels(found)
+    rows: dict[str, list[Result]] = {}
+    for each in found:
+        rows.setdefault(called[each.id], []).append(each)
+    if wanted and wanted not in rows:
+        raise ConfigError(f"{path} holds no results of {wanted!r}{nearest(wanted, rows)}")
+    students = {called[each.id] for each in found if each.model.get("role") == STUDENT}
+    default = students if len(students) == 1 else set(rows) if len(rows) == 1 else {""}
+    return Models(place, Path(path), rows, wanted or default.pop())
+
+
+def chosen_models(a: Models, b: Models) -> tuple[str, str]:
+    """The row of each folder to compare: the one named, else the only one with results that compare.
+
+    Raises:
+        ConfigError: several could be meant.
+    """
+    pairs = [
+        (x, y)
+        for x in ([a.wanted] if a.wanted else a.results)
+        for y in ([b.wanted] if b.wanted else b.results)
+        if (a.folder.resolve(), x) != (b.folder.resolve(), y) or (a.wanted and b.wanted)
+    ]
+    matching = [(x, y) for x, y in pairs if {r.column for r in a.of(x)} & {r.column for r in b.of(y)}]
+    if not any(
+        r.inputs for rows in (*a.results.values(), *b.results.values()) for r in rows
+    ):  # of one name: the newest
+        newest = {
+            (a.name(x), b.name(y)): (x, y) for x, y in sorted(matching, key=lambda p: (a.time(p[0]), b.time(p[1])))
+        }
+        matching = list(newest.values())
+    if len(matching or pairs) == 1:
+        return (matching or pairs)[0]
+    several = a if not a.wanted else b
+    names = list(several.results)
+    raise ConfigError(
+        f"{several.place} holds results of {', '.join(names)}: name one, {shlex.quote(f'{several.place}#{names[0]}')}"
+    )
+
+
+def pair_results(a: Sequence[Result], b: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Pairs of results to compare: the newest with equal protocol and data, else the newest of equal name."""
+    newest = {result.column: result for result in b}
+    pairs = {result.column: (result, newest[result.column]) for result in a if result.column in newest}
+    names = {name for x, y in pairs.values() for name in (x.name, y.name)}
+    others = {result.name: result for result in b if result.name not in names}
+    rest = {result.name: (result, others[result.name]) for result in a if result.name in others}
+    order = {name: index for index, name in reversed(list(enumerate(result.name for result in a)))}
+    return sorted((*pairs.values(), *rest.values()), key=lambda pair: order[pair[0].name])
 
 
 def compare(a: Result, b: Result, a_images: PerImage | None, b_images: PerImage | None, seed: int = 0) -> Compared:

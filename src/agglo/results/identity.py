@@ -7,12 +7,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from agglo.config import NESTED, check_options, find
+from agglo.results.content import CHEAP_BYTES, SAMPLE, data_files, feed_files, spread
 from agglo.results.places import without_places
 from agglo.results.truth import truth_hash
 from agglo.sources.base import Source
@@ -21,8 +23,8 @@ from agglo.types import ImageError
 PLACES = frozenset({"path", "shards", "dataset", "revision"})
 """Keys of sources that locate files on one machine. The content of the files is in the data's hash."""
 
-SAMPLE = 16
-"""Number of images hashed by content; the others by name and label."""
+CHEAP_PIXELS = 64 * 2**20
+"""Images without stored bytes are all hashed if they take at most this many bytes as decoded."""
 
 
 def settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,24 +83,53 @@ def data_hash(source: Source) -> str:
 
 
 def images_hash(source: Source) -> str:
-    """Hash of a set of images: their number, names and labels, and the content of :data:`SAMPLE` of them.
+    """Hash of a set of images: their number, names and labels, and their content where that is cheap.
+
+    - Images in files: see :func:`agglo.results.content.feed_files`.
+    - Other images: all of them up to :data:`agglo.results.content.CHEAP_BYTES` as stored, or :data:`CHEAP_PIXELS` as
+      decoded; of a larger set :data:`SAMPLE` images, and the size and time of the source's ``data_files()``.
 
     The root folder's name is left out, so that a data set may be moved.
     """
     label: Callable[[int], Any] | None = getattr(source, "label", None)
+    file: Callable[[int], Any] | None = getattr(source, "file", None)
     digest = hashlib.sha256(str(len(source)).encode())
     for index in range(len(source)):
         name = source.name(index)
-        if hasattr(source, "file"):  # the root folder's name comes first
+        if callable(file):  # the root folder's name comes first
             name = name.partition("/")[2]
-        digest.update(f"{name}\t{None if label is None else label(index)}\n".encode())
-    for index in sorted({i * len(source) // SAMPLE for i in range(SAMPLE)}) if len(source) else ():
-        try:
-            encoded: Callable[[int], bytes] | None = getattr(source, "encoded", None)
-            digest.update(source.read(index).tobytes() if encoded is None else encoded(index))
-        except ImageError:
-            digest.update(b"unreadable")
+        digest.update(f"{name}\t{None if label is None else label(index)}\n".encode("utf-8", "surrogateescape"))
+    if callable(file):
+        feed_files(digest, [Path(file(index)) for index in range(len(source))])
+    elif (whole := _all_content(source)) is not None:
+        digest.update(whole)
+    else:
+        feed_files(digest, data_files(source))
+        for index in spread(len(source), SAMPLE):
+            digest.update(_bytes(source, index))
     return digest.hexdigest()[:16]
+
+
+def _all_content(source: Source) -> bytes | None:
+    """Hash of every image, or None if they exceed the limit; then at most that much was read."""
+    left = CHEAP_BYTES if callable(getattr(source, "encoded", None)) else CHEAP_PIXELS
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        content = _bytes(source, index)
+        left -= len(content)
+        if left < 0:
+            return None
+        digest.update(f"{len(content)} ".encode())
+        digest.update(content)
+    return digest.digest()
+
+
+def _bytes(source: Source, index: int) -> bytes:
+    encoded: Callable[[int], bytes] | None = getattr(source, "encoded", None)
+    try:
+        return source.read(index).tobytes() if encoded is None else encoded(index)
+    except ImageError:
+        return b"unreadable"
 
 
 def model_hash(model: object, *more: Any) -> str:

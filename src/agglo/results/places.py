@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from agglo.config import find
+from agglo.results.content import feed_files
 from agglo.types import ConfigError
 
 GIVEN = "given"
 """Replaces the path of a data file in settings."""
-
-SAMPLE = 16
-"""Number of files of a data folder that are hashed by content; the others by name and size."""
 
 LARGE = 64 * 2**20
 """Files of at least this many bytes are hashed once per size and modification time."""
@@ -96,7 +94,7 @@ def digest(path: Path, key: str, only: Sequence[str] | None = None, *, sample: b
         path: a file or a folder.
         key: of the option, for error messages.
         only: relative names of the folder's files to hash, existing or not; None for all.
-        sample: of a folder, hash names, sizes and the content of :data:`SAMPLE` files.
+        sample: hash a large folder as data: see :func:`agglo.results.content.feed_files`.
 
     Raises:
         ConfigError: the file or folder cannot be read.
@@ -105,14 +103,13 @@ def digest(path: Path, key: str, only: Sequence[str] | None = None, *, sample: b
         if not path.is_dir():
             return _content(path)
         names = sorted(only) if only is not None else sorted(_below(path))
-        whole = set(range(len(names)))
+        found = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
         if sample:
-            whole = {i * len(names) // SAMPLE for i in range(SAMPLE)} & whole
-        found = hashlib.sha256()
-        for index, name in enumerate(names):
-            file = path / name
-            size = file.stat().st_size if file.is_file() else -1
-            found.update(f"{name}\t{size}\t{_content(file) if index in whole and size >= 0 else ''}\n".encode())
+            feed_files(found, [path / name for name in names])
+        else:
+            for name in names:
+                file = path / name
+                found.update(f"{name}\t{_content(file) if file.is_file() else -1}\n".encode("utf-8", "surrogateescape"))
         return found.hexdigest()[:16]
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read ({error.strerror or error}): name an existing file") from error

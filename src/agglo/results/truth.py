@@ -11,23 +11,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from agglo.results.content import data_files, feed_files, spread
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
 
 TRUTHS = 64
-"""Number of images, spread over the source, whose annotation is hashed if reading all would take long."""
+"""Number of images, spread over the source, whose annotation is hashed if all of them are large."""
 
-ALL_BYTES = 64 * 2**20
-"""All annotation files are hashed if their total size is at most this."""
+CHEAP_ARRAYS = 64 * 2**20
+"""Annotations without files are all hashed if their arrays take at most this many bytes."""
 
 
 def truth_hash(source: Source) -> str | None:
     """Hash of a source's ground truth beside labels; None if it has none.
 
     - ``query(index)`` and ``captions(index)`` of every image, and all ``pairs()``;
-    - ``annotation_files(index)``: the size of every file, and the content of all files up to :data:`ALL_BYTES`
-      together, else of those of :data:`TRUTHS` images;
-    - without such files, ``annotation(index)`` of :data:`TRUTHS` images.
+    - ``annotation_files(index)``: see :func:`agglo.results.content.feed_files`;
+    - without such files, every ``annotation(index)`` up to :data:`CHEAP_ARRAYS`, else those of :data:`TRUTHS` images;
+    - the source's ``data_files()``.
     """
     digest, found = hashlib.sha256(), False
     for name in ("query", "captions"):
@@ -39,17 +40,41 @@ def truth_hash(source: Source) -> str | None:
     if callable(pairs):
         found = True
         _feed(digest, _readable(lambda: list(pairs())))
-    chosen = sorted({i * len(source) // TRUTHS for i in range(TRUTHS)}) if len(source) else []
     files: Callable[[int], Sequence[Path]] | None = getattr(source, "annotation_files", None)
     annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
     if files is not None:
         found = True
-        _feed_files(digest, [tuple(files(index)) for index in range(len(source))], chosen)
+        own = [tuple(files(index)) for index in range(len(source))]
+        feed_files(digest, list(dict.fromkeys(file for each in own for file in each)))
     elif annotation is not None:
         found = True
-        for index in chosen:
-            _feed(digest, _readable(lambda index=index: annotation(index)))
+        _feed_annotations(digest, annotation, len(source))
+    if found:
+        feed_files(digest, data_files(source))
     return digest.hexdigest() if found else None
+
+
+def _feed_annotations(digest: Any, annotation: Callable[[int], Any], count: int) -> None:
+    """Add all annotations if they are small, else those of :data:`TRUTHS` images."""
+    whole, left = hashlib.sha256(), CHEAP_ARRAYS
+    for index in range(count):
+        value = _readable(lambda index=index: annotation(index))
+        left -= _array_bytes(value)
+        if left < 0:
+            break
+        _feed(whole, value)
+    else:
+        digest.update(whole.digest())
+        return
+    for index in spread(count, TRUTHS):
+        _feed(digest, _readable(lambda index=index: annotation(index)))
+
+
+def _array_bytes(value: Any) -> int:
+    """Bytes of the arrays and tensors that an annotation holds directly."""
+    inner = {item.name: getattr(value, item.name) for item in fields(value)} if is_dataclass(value) else {}
+    inner = inner or dict(getattr(value, "__dict__", {}))
+    return sum(int(each.nbytes) for each in inner.values() if isinstance(each, np.ndarray | Tensor))
 
 
 def _readable(get: Callable[[], Any]) -> Any:
@@ -58,24 +83,6 @@ def _readable(get: Callable[[], Any]) -> Any:
         return get()
     except (ImageError, ConfigError):
         return b"unreadable"
-
-
-def _feed_files(digest: Any, files: Sequence[tuple[Path, ...]], chosen: Sequence[int]) -> None:
-    sizes = {file: _size(file) for file in dict.fromkeys(file for each in files for file in each)}
-    _feed(digest, list(sizes.values()))  # modification times differ between copies of a data set
-    whole = sum(sizes.values()) <= ALL_BYTES
-    for file in sizes if whole else dict.fromkeys(file for index in chosen for file in files[index]):
-        try:
-            digest.update(file.read_bytes())
-        except OSError:
-            digest.update(b"unreadable")
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
 
 
 def _feed(digest: Any, value: Any) -> None:
