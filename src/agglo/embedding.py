@@ -17,7 +17,7 @@ from agglo.data.loader import evaluation_batches
 from agglo.extras import require
 from agglo.files import replacing
 from agglo.model.model import Model
-from agglo.preprocess import aspect_size, check_size, decode, fit, nearest_size, to_tensor
+from agglo.preprocess import aspect_size, check_size, fit, image_name, nearest_size, read_image
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
 from agglo.zoo.loading import DEFAULT, load
@@ -286,18 +286,13 @@ class _ImageList(Source):
         return len(self._items)
 
     def name(self, index: int) -> str:
-        item = self._items[index]
-        return str(item) if isinstance(item, str | Path) else str(getattr(item, "filename", "") or f"image {index}")
+        return image_name(self._items[index], f"image {index}")
 
     def read(self, index: int) -> Image.Image:
-        item, name = self._items[index], self.name(index)
-        if isinstance(item, str | Path):
-            return decode(Path(item).expanduser(), name)
         try:
-            pixels = to_tensor(item, name)
+            return read_image(self._items[index], self.name(index))
         except TypeError as error:
-            raise ImageError(name, str(error)) from None
-        return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+            raise ImageError(self.name(index), str(error)) from None
 
 
 def _as_source(images: str | Path | Source | Iterable[Any]) -> Source:
@@ -305,8 +300,9 @@ def _as_source(images: str | Path | Source | Iterable[Any]) -> Source:
         return images
     if isinstance(images, str | Path):
         return as_files(images)
-    # An array or tensor is one image or a batch, never a list of rows.
-    single = isinstance(images, Image.Image) or getattr(images, "ndim", 4) in (2, 3)
+    # An array or tensor is one image or a batch, never a list of rows; bytes are one file.
+    file = isinstance(images, Image.Image | bytes | bytearray | memoryview) or hasattr(images, "read")
+    single = file or getattr(images, "ndim", 4) in (2, 3)
     items = [images] if single else list(images)
     if not items:
         raise ConfigError("no images were given")

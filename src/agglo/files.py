@@ -19,6 +19,11 @@ PARTIAL = ".partial"
 _PACKAGES = ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "pillow", "safetensors")
 
 
+def printable(name: str) -> str:
+    """A file name that can be written anywhere: bytes that are not UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.

@@ -1,7 +1,7 @@
 """Preprocessing: from image files, arrays and tensors to model inputs of a legal size.
 
-:func:`decode` reads image files; :func:`to_tensor` and :func:`load_image` convert to tensors; :func:`fit` crops,
-stretches or pads an image to the model's input, for ``embed``, evals and reports alike; :func:`nearest_size`,
+:func:`read_image` reads any kind of image; :func:`to_tensor` and :func:`load_image` convert to tensors; :func:`fit`
+crops, stretches or pads an image to the model's input, for ``embed``, evals and reports alike; :func:`nearest_size`,
 :func:`aspect_size` and :func:`check_size` compute legal sizes; :class:`Conditioner` normalises inside the model. Views
 in training are made by ``agglo.data``.
 """
@@ -10,133 +10,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
+from agglo.decoding import ImageFile, as_rgb, decode
+from agglo.files import printable
 from agglo.types import ImageError
 
-_WITH_ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 _ROUNDING = 1e-3
 """Tolerance of float images beyond [0, 1], because resampling overshoots slightly."""
-
-
-# ---------------------------------------------------------------------------------------------------- decoding
-
-
-def decode(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
-    """Decode one image file to upright 8-bit RGB; the file is closed.
-
-    The EXIF orientation is applied. Greyscale and palette images are expanded; transparency is composited over white;
-    CMYK is converted without its colour profile; 16-bit greyscale is divided by 257 (65535 is white); other integer and
-    float ranges follow :func:`_eight_bits`; of an animation or a document the first frame is read.
-
-    Args:
-        source: a path, or a seekable binary file object.
-        name: of the image in errors; the path when None.
-
-    Returns:
-        A loaded ``PIL.Image`` of mode "RGB", 1x1 or larger.
-
-    Raises:
-        ImageError: the file is missing, empty, not an image, truncated, damaged, a decompression bomb or of an
-            unsupported mode.
-    """
-    if name is None:
-        name = str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", "image"))
-    try:
-        with Image.open(source) as image:
-            if image.format == "EPS":
-                # Loading one would run Ghostscript.
-                raise ImageError(name, "EPS files are programs and are not executed; convert it to PNG")
-            image.load()
-            _turn_upright(image)
-            return _rgb(image, name)
-    except ImageError:
-        raise
-    except FileNotFoundError:
-        raise ImageError(name, "no such file") from None
-    except IsADirectoryError:
-        raise ImageError(name, "is a folder, not an image") from None
-    except PermissionError:
-        raise ImageError(name, "cannot be read (permission denied)") from None
-    except UnidentifiedImageError:
-        raise ImageError(name, _not_an_image(source)) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(name, f"too large to decode safely ({error})") from None
-    except Exception as error:  # PIL's readers raise nearly anything on damaged files: SyntaxError, struct.error, ...
-        detail = str(error) or type(error).__name__
-        kind = "truncated" if "truncated" in detail.lower() or isinstance(error, EOFError) else "damaged"
-        raise ImageError(name, f"{kind} image file ({detail})") from error
-
-
-def _not_an_image(source: str | os.PathLike[str] | BinaryIO) -> str:
-    """Describe a file that PIL did not recognise."""
-    try:
-        if isinstance(source, str | os.PathLike):
-            with open(source, "rb") as file:
-                head, size = file.read(8), os.fstat(file.fileno()).st_size
-        else:
-            size = source.seek(0, os.SEEK_END)
-            source.seek(0)
-            head = source.read(8)
-    except OSError:
-        return "not an image that can be read"
-    if size == 0:
-        return "is empty (0 bytes)"
-    return f"not an image that can be read ({size} bytes, beginning with {head!r})"
-
-
-def _turn_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation in place; unreadable EXIF is ignored."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # noqa: BLE001 (damaged metadata fails in many ways and must not make an image unreadable)
-        return
-
-
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert a loaded image of any mode to 8-bit "RGB"."""
-    if min(image.size) < 1:
-        raise ImageError(name, f"has no pixels ({image.width}x{image.height})")
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bits(np.asarray(image), name)).convert("RGB")
-    if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        if image.mode == "La":
-            image = image.convert("LA")
-        rgba = image.convert("RGBA")
-        result = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    else:
-        try:
-            result = image.convert("RGB")
-        except ValueError:
-            raise ImageError(name, f"colour mode {image.mode} is not supported; convert it to RGB first") from None
-    result.info = {}  # profiles and EXIF would stay in memory with a cached image
-    return result
-
-
-def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
-    """Convert high-bit-depth greyscale ``(H, W)`` to uint8.
-
-    Integers within 0..65535 are 16-bit samples: ``round(v / 257)``. Floats within [0, 1] are multiplied by 255, floats
-    within [0, 255] rounded. Other ranges have no standard white: their minimum and maximum become black and white.
-    """
-    data = values.astype(np.float64)
-    if not np.isfinite(data).all():
-        raise ImageError(name, "contains NaN or infinity")
-    low, high = float(data.min()), float(data.max())
-    if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
-        data = data / 257
-    elif values.dtype.kind == "f" and low >= 0 and high <= 1:
-        data = data * 255
-    elif not (values.dtype.kind == "f" and low >= 0 and high <= 255):
-        data = (data - low) * (255 / (high - low) if high > low else 0)
-    return np.rint(data).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
@@ -146,9 +33,9 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor, name: str = "image") -> 
     """Convert one image to a tensor.
 
     Args:
-        image: a PIL image of any mode; an array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)`` (alpha is
-            composited over white); or a tensor ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``. Values: uint8, uint16, bool,
-            or floats in [0, 1].
+        image: a PIL image of any mode, whose EXIF orientation is applied; an array ``(H, W)``, ``(H, W, 1)``,
+            ``(H, W, 3)`` or ``(H, W, 4)`` (alpha is composited over white); or a tensor ``(H, W)``, ``(1, H, W)`` or
+            ``(3, H, W)``. Values: uint8, uint16, bool, or floats in [0, 1].
         name: of the image in errors.
 
     Returns:
@@ -159,9 +46,13 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor, name: str = "image") -> 
         TypeError: not an image.
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(_rgb(_loaded(image, name), name))
+        image = np.asarray(as_rgb(image, name))
     if isinstance(image, np.ndarray):
-        channels_first = torch.from_numpy(np.array(_planes(image, name)))
+        planes = _planes(image, name)
+        try:
+            channels_first = torch.from_numpy(planes.astype(planes.dtype.newbyteorder("="), copy=True))
+        except TypeError:
+            raise ImageError(name, f"array of dtype {image.dtype}: pass uint8, uint16, bool or floats") from None
     elif isinstance(image, Tensor):
         _check_planes(tuple(image.shape), name)
         channels_first = image if image.ndim == 3 else image[None]
@@ -193,35 +84,52 @@ def to_batch(images: Tensor, name: str = "images") -> Tensor:
     return _unit_range(images, name).expand(-1, 3, -1, -1)
 
 
-def load_image(image: str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray | Tensor) -> Tensor:
+def load_image(image: ImageFile | Image.Image | np.ndarray | Tensor) -> Tensor:
     """Load any kind of image as RGB float32 ``(3, H, W)`` in [0, 1].
 
     Args:
-        image: a path or binary file (see :func:`decode`), or any input of :func:`to_tensor`. The EXIF orientation of
-            PIL images is applied.
+        image: an image file (:func:`agglo.decoding.decode`), or any input of :func:`to_tensor`.
 
     Raises:
         ImageError: the image cannot be read or converted.
     """
-    if isinstance(image, np.ndarray | Tensor):
-        return to_tensor(image)
+    if isinstance(image, Image.Image | np.ndarray | Tensor):
+        return to_tensor(image, image_name(image))
+    return to_tensor(read_image(image))
+
+
+def read_image(image: ImageFile | Image.Image | np.ndarray | Tensor, name: str | None = None) -> Image.Image:
+    """Read any kind of image as 8-bit RGB: the same pixels and errors for a path, bytes, a file, PIL, array or tensor.
+
+    The EXIF orientation is applied. A path that exists is taken literally; otherwise ``~`` is expanded.
+
+    Args:
+        image: as in :func:`load_image`.
+        name: of the image in errors.
+
+    Raises:
+        ImageError: the image cannot be read or converted.
+        TypeError: not an image.
+    """
+    name = name or image_name(image)
     if isinstance(image, Image.Image):
-        name = str(getattr(image, "filename", "") or "image")
-        return to_tensor(ImageOps.exif_transpose(_loaded(image, name)), name)
+        return as_rgb(image, name)
+    if isinstance(image, np.ndarray | Tensor):
+        return Image.fromarray(to_tensor(image, name).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
     if isinstance(image, str | os.PathLike):
-        return to_tensor(decode(Path(image).expanduser(), os.fspath(image)))
-    if hasattr(image, "read"):
-        return to_tensor(decode(image))
-    raise TypeError(f"expected a path, a file, a PIL image, an array or a tensor, got {type(image).__name__}")
+        path = os.fspath(image)
+        return decode(path if os.path.lexists(path) else os.path.expanduser(path), name)
+    if isinstance(image, bytes | bytearray | memoryview) or hasattr(image, "read"):
+        return decode(image, name)
+    raise TypeError(f"expected a path, bytes, a file, a PIL image, an array or a tensor, got {type(image).__name__}")
 
 
-def _loaded(image: Image.Image, name: str) -> Image.Image:
-    """Read the pixels of a PIL image that may be opened lazily."""
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(name, f"damaged image file ({error})") from error
-    return image
+def image_name(image: object, default: str = "image") -> str:
+    """Name of an image in errors: its path, the path that a file or PIL image was opened from, or ``default``."""
+    if isinstance(image, str | os.PathLike):
+        return printable(os.fspath(image))
+    known = getattr(image, "filename", None) or getattr(image, "name", None)
+    return printable(known) if isinstance(known, str) else default
 
 
 def _planes(array: np.ndarray, name: str) -> np.ndarray:
@@ -259,7 +167,7 @@ def _unit_range(values: Tensor, name: str) -> Tensor:
     if values.dtype == torch.uint8:
         return values.float() / 255
     if values.dtype == torch.uint16:
-        return values.float() / 65535
+        return (values.float() / 257).round() / 255  # as in a file of 16 bits
     if not values.is_floating_point():
         hint = "use uint8 (0..255), uint16 or floats in [0, 1]; cast to uint8 if values are 0..255"
         raise ImageError(name, f"dtype {str(values.dtype).removeprefix('torch.')} is not supported: {hint}")
@@ -373,6 +281,8 @@ def fit(
     Returns:
         RGB float32 ``(3, H, W)`` in [0, 1].
     """
+    if image.mode != "RGB" or image.info:  # opened elsewhere: a palette cannot be resized, nor a sideways image cropped
+        image = as_rgb(image, image_name(image))
     if mode == "crop":
         return to_tensor(crop(image, size))
     height, width = size if mode == "stretch" else aspect_size((image.height, image.width), size, 1, inside=True)

@@ -103,7 +103,7 @@ def test_area_and_aspect_are_filtered_by_the_header_alone(tmp_path, monkeypatch,
         "min_pixels: 4800": ({"min_pixels": 4800}, {"small", "square"}),
         "min_side: 40": ({"min_side": 40, "min_pixels": 3600, "max_aspect": 100}, {"small"}),
     }
-    monkeypatch.setattr(_encoded, "decode", lambda data, name: Image.new("RGB", sizes[name.split("/")[1][:-4]]))
+    monkeypatch.setattr(_encoded, "decode", lambda data, name, **_: Image.new("RGB", sizes[name.split("/")[1][:-4]]))
     for rule, (keys, left) in rules.items():
         source, met = Folder(path=str(tmp_path), **keys), {}
         for index, name in enumerate(order):
@@ -114,7 +114,7 @@ def test_area_and_aspect_are_filtered_by_the_header_alone(tmp_path, monkeypatch,
                     met[name] = error.rule
         assert met == dict.fromkeys(left, rule)
 
-    def refuse(data, name):
+    def refuse(data, name, **_):
         raise AssertionError("pixels were decoded")
 
     monkeypatch.setattr(_encoded, "decode", refuse)

@@ -12,11 +12,12 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from agglo.decoding import decode
 from agglo.evals._concepts import Count, Pair, favourable, measures, read_pairs, read_predictions
 from agglo.evals._features import need_spatial
 from agglo.evals._sam import Sam3, features_for
 from agglo.evals.base import Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
-from agglo.preprocess import decode, fit
+from agglo.preprocess import fit
 from agglo.types import ConfigError, ImageError
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from agglo.decoding import ImageFile
 from agglo.nn.windows import check_window_divides, check_window_fits
-from agglo.preprocess import check_size, load_image, snap, to_batch
+from agglo.preprocess import check_size, image_name, load_image, snap, to_batch
 from agglo.types import ConfigError, ImageError
 
-ImageLike = Tensor | Image.Image | np.ndarray | str | Path
+ImageLike = Tensor | Image.Image | np.ndarray | ImageFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,7 @@ def prepare_list(images: Sequence[ImageLike], rules: InputRules, *, resize: bool
     """
     found = []
     for index, image in enumerate(images):
-        path = image if isinstance(image, str | Path) else getattr(image, "filename", "")
-        name = str(path or f"images[{index}]")
+        name = image_name(image, f"images[{index}]")
         try:
             batch = prepare(image, rules, resize=resize, in_list=True)
         except ImageError as error:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from agglo.preprocess import decode
+from agglo.decoding import read_regular
+from agglo.files import printable
 from agglo.sources._encoded import EncodedSource
 from agglo.sources._paths import expanded, not_found
 from agglo.types import ConfigError, ImageError
+
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 IGNORE = 255
 """Semantic value of pixels without a class."""
@@ -42,7 +48,7 @@ class Layout:
         Raises:
             ConfigError: it is absent; names the download and the expected structure.
         """
-        base = Path(expanded(path)).expanduser()
+        base = Path(expanded(path))
         for candidate in (base, *(base / name for name in self.nested)):
             if any(next(candidate.glob(marker), None) is not None for marker in self.markers):
                 return candidate
@@ -69,19 +75,48 @@ class Layout:
                 f"incomplete; get the rest from {self.download}"
             )
 
+    def valid(self, items: Mapping[str, Any], read: Callable[[Any], Result]) -> list[Result]:
+        """What ``read`` returns for each item; damaged ones are left out, counted, and the first one named.
+
+        Args:
+            items: by file and place, for messages.
+            read: raises KeyError, ValueError or TypeError for a damaged item.
+
+        Raises:
+            ConfigError: all are damaged.
+        """
+        found, damaged = [], []
+        for where, item in items.items():
+            try:
+                found.append(read(item))
+            except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+                damaged.append(
+                    f"{where} " + (f"lacks the key {error}" if isinstance(error, KeyError) else f"({error})")
+                )
+        if damaged:
+            message = f"source {self.kind}: {len(damaged)} of {len(items)} entries are damaged, first {damaged[0]}"
+            if not found:
+                raise ConfigError(f"{message}. Get it from {self.download}")
+            _log.warning("%s: left out", message)
+        return found
+
     def no_images(self, where: Path) -> ConfigError:
         """The error for a split without images."""
         return ConfigError(f"source {self.kind}: no image in {where}; expected: {self.structure}")
 
 
 class FileSource(EncodedSource):
-    """Images in files below a root.
+    """Images in files below a root, with ground truth on the stored pixels: EXIF orientations are not applied.
+
+    A sideways image (a quarter turn) is turned upright if its ground truth has the size of the upright image.
 
     Args:
         kind: first part of every image's name.
         root: the folder.
         files: paths relative to it, with ``/``.
     """
+
+    upright = False
 
     def __init__(self, kind: str, root: Path, files: Sequence[str]) -> None:
         super().__init__()
@@ -94,19 +129,14 @@ class FileSource(EncodedSource):
 
     def name(self, index: int) -> str:
         """The kind and the path inside the dataset."""
-        return f"{self._kind}/{self._files[index]}"
+        return printable(f"{self._kind}/{self._files[index]}")
 
     def file(self, index: int) -> Path:
         """Local path of an image."""
         return self.root / self._files[index]
 
     def encoded(self, index: int) -> bytes:
-        path = self.file(index)
-        try:
-            return path.read_bytes()
-        except OSError:
-            decode(path, self.name(index))  # raises an ImageError that says why
-            raise
+        return read_regular(self.file(index), self.name(index))
 
 
 class MaskedFiles(FileSource):
@@ -127,6 +157,27 @@ class MaskedFiles(FileSource):
         """Path of the mask."""
         return (self._masks[index],)
 
+    def truth_size(self, index: int) -> tuple[int, int] | None:
+        """Size of the mask."""
+        return map_size(self._masks[index])
+
+    def class_map(self, index: int, highest: int) -> np.ndarray:
+        """The mask ``(H, W)`` uint8 with values 0 to ``highest``, and 255 where ignored.
+
+        Raises:
+            ConfigError: another value: the masks use another class list.
+            ImageError: the mask cannot be read.
+        """
+        path = self._masks[index]
+        mask = read_mask(path)
+        wrong = mask[(mask > highest) & (mask != IGNORE)]
+        if wrong.size:
+            raise ConfigError(
+                f"{path} holds class {wrong.max()}; expected 0 to {highest}, and {IGNORE} for ignored pixels: this "
+                f"mask uses another class list. Renumber its classes, or get the masks of source {self._kind}"
+            )
+        return mask.astype(np.uint8)
+
 
 def list_files(folder: Path, *extensions: str) -> list[str]:
     """Sorted names of a folder's visible files with one of these extensions; empty if the folder is absent."""
@@ -135,8 +186,17 @@ def list_files(folder: Path, *extensions: str) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in extensions and not p.name.startswith("."))
 
 
+def map_size(path: Path) -> tuple[int, int] | None:
+    """``(H, W)`` of a mask or depth map, from its header; None if it cannot be opened (reading it reports why)."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:  # noqa: BLE001 (damaged files raise many exception types)
+        return None
+
+
 def read_mask(path: Path) -> np.ndarray:
-    """Stored values of a mask, ``(H, W)``: palette indices, or 8 or 16 bit grey levels.
+    """Stored values of a mask or map, ``(H, W)``: palette indices, or grey levels of 1 to 16 bits.
 
     Raises:
         ImageError: it cannot be read, or is a colour image.
@@ -145,11 +205,37 @@ def read_mask(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "I", "I;16", "I;16B", "1"):
                 raise ImageError(str(path), f"is a colour picture ({image.mode}); a mask has one channel")
-            return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
+            raw = image.tile[0][3] if image.tile else ""
+            scale = _SCALED.get(str(raw if isinstance(raw, str) else (raw or ("",))[0]), 1)
+            array = np.array(image)
+    except ImageError:
+        raise
+    except Exception as error:  # damaged files raise many exception types
         raise ImageError(str(path), str(error)) from error
+    if array.dtype == bool:
+        return array.astype(np.uint8)
+    return (array // scale if scale > 1 else array).astype(array.dtype.newbyteorder("="))
+
+
+_SCALED = {"L;2": 85, "L;4": 17}
+"""Grey levels of 2 and 4 bits, which Pillow spreads over 0 to 255."""
+
+
+def read_depth(path: Path) -> np.ndarray:
+    """Stored values of a depth map of 16 bits, float64 ``(H, W)``.
+
+    Raises:
+        ImageError: it cannot be read, or has another number of bits: its unit is unknown.
+    """
+    stored = read_mask(path)
+    if stored.dtype.itemsize < 2:
+        raise ImageError(str(path), "is a depth map of 8 bits, without a unit; use the 16-bit maps of the data set")
+    return stored.astype(np.float64)
+
+
+def read_text(path: Path) -> str:
+    """A text file; bytes that are not UTF-8 are kept as in file names."""
+    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def normals_from_depth(depth: np.ndarray, K: np.ndarray, jump: float = 0.05) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from agglo.preprocess import decode
+from agglo.decoding import decode, turns
 from agglo.sources._jpeg import JpegFrame, parse_frame
 from agglo.sources.base import FilteredImageError, PartialImage, ReadRequest, Source
 from agglo.types import ConfigError
@@ -44,6 +45,13 @@ class EncodedSource(Source):
         self.min_side, self.min_pixels, self.max_aspect = min_side, min_pixels, max_aspect
         self.skip_uniform = skip_uniform
 
+    upright = True
+    """Whether the EXIF orientation is applied; false if ground truth lies on the stored pixels."""
+
+    def truth_size(self, index: int) -> tuple[int, int] | None:
+        """``(H, W)`` of the ground truth of an image, by which a sideways image finds its frame; None if unknown."""
+        return None
+
     @abstractmethod
     def encoded(self, index: int) -> bytes:
         """The bytes of an image file.
@@ -54,16 +62,20 @@ class EncodedSource(Source):
         """
 
     def read(self, index: int) -> Image.Image:
-        return self._whole(self.encoded(index), self.name(index))
+        return self._whole(self.encoded(index), index)
 
     def read_part(self, index: int, need: Callable[[tuple[int, int]], ReadRequest]) -> PartialImage | Image.Image:
         data = self.encoded(index)
         frame = parse_frame(data)
         if frame is None:
-            return self._whole(data, self.name(index))
+            return self._whole(data, index)
+        if frame.orientation != 1:
+            stored = frame.height, frame.width
+            if not turns(stored, frame.orientation, self.upright, self.truth_size(index)):
+                frame = replace(frame, orientation=1)
         part = self._part(frame, index, need)
         if part is None:  # still a PartialImage: a view's position must not depend on which part the decoder refused
-            image = self._whole(data, self.name(index))
+            image = self._whole(data, index)
             part = PartialImage(np.asarray(image), 1, (image.height, image.width))
         return part
 
@@ -80,12 +92,13 @@ class EncodedSource(Source):
             raise _uniform(self.name(index))
         return part
 
-    def _whole(self, data: bytes, name: str) -> Image.Image:
+    def _whole(self, data: bytes, index: int) -> Image.Image:
+        name = self.name(index)
         if self.min_side or self.min_pixels or self.max_aspect:
             size = _stored_size(data)  # before the pixels are decoded
             if size is not None:
                 self._check_size(size, name)
-        image = decode(io.BytesIO(data), name)
+        image = decode(data, name, upright=self.upright, size=self.truth_size(index))
         self._check_size((image.height, image.width), name)
         if self.skip_uniform and _in_range(np.asarray(image), _BLANK):
             raise _uniform(name)

@@ -5,26 +5,94 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
+from agglo.files import printable
 from agglo.types import ConfigError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".qoi", ".tga",
+)  # fmt: skip
+_SIDECARS = frozenset(
+    [
+        "txt",
+        "json",
+        "jsonl",
+        "ndjson",
+        "csv",
+        "tsv",
+        "md",
+        "yaml",
+        "yml",
+        "xml",
+        "html",
+        "htm",
+        "log",
+        "ini",
+        "cfg",
+        "toml",
+        "py",
+        "ipynb",
+        "sh",
+        "cls",
+        "cls2",
+        "caption",
+        "db",
+        "ds_store",
+        "parquet",
+        "arrow",
+        "npz",
+        "pt",
+        "pth",
+        "safetensors",
+        "pickle",
+        "pkl",
+        "lock",
+        "sha256",
+        "md5",
+        "url",
+    ]
+)
+"""Endings, without the dot, of files beside images that are never images themselves."""
+_NAMED = 5
 _MAX_PATHS = 1_000_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
 def expanded(path: str) -> str:
-    """The path with ``${VARIABLES}`` substituted.
+    """The path with ``${VARIABLES}`` and ``~`` substituted; a path that exists is returned as it is.
 
     Raises:
         ConfigError: a variable is not set.
     """
+    if os.path.lexists(path):
+        return path
     result = os.path.expandvars(path)
     if "${" in result:
         variable = result.partition("${")[2].partition("}")[0]
         raise ConfigError(f"{path}: the environment variable {variable} is not set: export {variable}=/path/to/images")
-    return result
+    return os.path.expanduser(result)
+
+
+def left_out(others: Counter[str], of: str, where: str) -> str:
+    """A message that counts and names the files or members that are not read; empty if all are read or sidecars.
+
+    Args:
+        others: number of files by ending, without the dot, or by a phrase ("pipe or device").
+        of: what is counted, ``files`` or ``members``.
+        where: the folder or the shards.
+    """
+    lost = Counter({ending: n for ending, n in others.items() if ending.rpartition(".")[2] not in _SIDECARS})
+    if not lost:
+        return ""
+    shown = ", ".join(
+        f"{count} {printable(ending) if ' ' in ending else '.' + printable(ending)}"
+        for ending, count in lost.most_common(_NAMED)
+    )
+    more = f", and {len(lost) - _NAMED} more endings" if len(lost) > _NAMED else ""
+    return f"left out {lost.total()} other {of} of {where}: {shown}{more}; name the endings of images in `extensions`"
 
 
 def not_found(path: str, resolved: Path) -> str:

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from agglo.sources._dataset import IGNORE, Layout, MaskedFiles, list_files, read_mask
+from agglo.files import printable
+from agglo.sources._dataset import IGNORE, Layout, MaskedFiles, list_files, read_text
 
 LAYOUT = Layout(
     "ade20k",
@@ -50,14 +51,14 @@ class Ade20k(MaskedFiles):
 
     def annotation(self, index: int) -> SimpleNamespace:
         """``semantic``, ``(H, W)`` uint8."""
-        mask = read_mask(self._masks[index])
+        mask = self.class_map(index, len(self.classes))
         return SimpleNamespace(semantic=np.where(mask == 0, IGNORE, mask).astype(np.uint8))
 
 
 def _names(path: Path) -> tuple[str, ...]:
     """First name of each class; numbers if the list is absent."""
     if path.is_file():
-        lines = [re.split(r"\t+", line.strip()) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [re.split(r"\t+", line.strip()) for line in printable(read_text(path)).splitlines()]
         rows = [(int(line[0]), line[-1].split(",")[0].strip()) for line in lines if line and line[0].isdigit()]
         if len(rows) == 150:
             return tuple(name for _, name in sorted(rows))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from agglo.types import AggloError, ImageError
+from agglo.types import AggloError, ConfigError, ImageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,15 @@ class FilteredImageError(ImageError):
 
     def __reduce__(self) -> tuple[type[FilteredImageError], tuple[str, str, str]]:  # type: ignore[override]
         return type(self), (self.name, self.why, self.rule)
+
+
+class AnnotationError(ImageError, ConfigError):
+    """The ground truth of one image cannot be used. Loops over many images skip, count and name the image.
+
+    Args:
+        name: the image's name.
+        why: the file, and what is wrong in it.
+    """
 
 
 class ReadRequest(NamedTuple):
@@ -93,7 +102,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """The decoded, upright, 8-bit RGB image.
+        """The decoded 8-bit RGB image: upright, or as stored in sources whose ground truth lies on the stored pixels.
 
         Raises:
             ImageError: it cannot be read; callers skip, count and name it.

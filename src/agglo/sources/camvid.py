@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from agglo.sources._dataset import IGNORE, Layout, MaskedFiles, list_files, read_mask
-from agglo.types import ConfigError
+from agglo.sources._dataset import IGNORE, Layout, MaskedFiles, list_files
 
 LAYOUT = Layout(
     "camvid",
@@ -59,10 +58,5 @@ class Camvid(MaskedFiles):
         Raises:
             ConfigError: a value above 11: the masks use another class list.
         """
-        mask = read_mask(self._masks[index])
-        if mask.size and int(mask.max()) > VOID:
-            raise ConfigError(
-                f"{self._masks[index]} holds class {int(mask.max())}; expected 0 to 10, and 11 for void: these masks "
-                f"use another class list. Get those of {LAYOUT.download}"
-            )
-        return SimpleNamespace(semantic=np.where(mask == VOID, IGNORE, mask + 1).astype(np.uint8))
+        mask = self.class_map(index, VOID)
+        return SimpleNamespace(semantic=np.where(mask >= VOID, IGNORE, mask + 1).astype(np.uint8))

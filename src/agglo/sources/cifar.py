@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from agglo.sources._dataset import Layout
+from agglo.files import printable
+from agglo.sources._dataset import Layout, read_text
 from agglo.sources._paths import expanded
 from agglo.sources.base import Source
 from agglo.types import ConfigError
@@ -42,7 +43,7 @@ class Cifar(Source):
 
     def __init__(self, *, path: str, split: str = "test") -> None:
         LAYOUT.check_split(split, ("train", "test"))
-        base = Path(expanded(path)).expanduser()
+        base = Path(expanded(path))
         if base.suffix == ".npz":
             images, labels, names = _npz(base, split)
         else:
@@ -93,7 +94,7 @@ def _planes(rows: np.ndarray) -> np.ndarray:
 
 def _binary(root: Path, split: str) -> _Parts:
     ten = (root / "batches.meta.txt").is_file()
-    names = (root / ("batches.meta.txt" if ten else "fine_label_names.txt")).read_text(encoding="utf-8").split()
+    names = printable(read_text(root / ("batches.meta.txt" if ten else "fine_label_names.txt"))).split()
     if ten:
         files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     else:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agglo.preprocess import decode
+from agglo.decoding import read_regular
+from agglo.files import printable
 from agglo.sources._encoded import EncodedSource
 from agglo.sources._index import ProgressCounter, Table, TableWriter, index_path, read
-from agglo.sources._paths import EXTENSIONS, expanded, not_found
+from agglo.sources._paths import EXTENSIONS, expanded, left_out, not_found
 from agglo.types import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class Folder(EncodedSource):
     Args:
         path: a folder, or one image file (any extension); ``~`` and ``${VARIABLES}`` are expanded.
         recursive: include sub-folders.
-        extensions: extensions of image files, case-insensitive, with or without the dot.
+        extensions: extensions of image files, case-insensitive, with or without the dot; null for all that Pillow
+            commonly reads. Other files, except text and tables, are then counted and named in a warning.
         share: keep the images whose names hash into ``[low, high)`` of [0, 1): a split that is independent of the
             machine, the order and the other files. ``[0, 0.5]`` and ``[0.5, 1]`` are disjoint and complete.
         min_side: exclude images whose shorter side is smaller (pixels); 0 disables. Counted when they are read.
@@ -55,7 +57,7 @@ class Folder(EncodedSource):
         *,
         path: str,
         recursive: bool = True,
-        extensions: tuple[str, ...] = EXTENSIONS,
+        extensions: tuple[str, ...] | None = None,
         share: tuple[float, float] = (0.0, 1.0),
         min_side: int = 0,
         min_pixels: int = 0,
@@ -63,22 +65,28 @@ class Folder(EncodedSource):
         skip_uniform: bool = False,
     ) -> None:
         super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
-        root = Path(expanded(path)).expanduser()
+        root = Path(expanded(path))
         if not 0 <= share[0] < share[1] <= 1:
             raise ConfigError(f"sources.folder.share: {list(share)} is not a range (low, high) in [0, 1]")
         if not root.exists():
             raise ConfigError(f"source folder: {not_found(path, root)}")
+        if not root.is_dir() and not root.is_file():
+            raise ConfigError(f"source folder: {path} is a pipe or a device; name a folder or an image file")
         self.root = root if root.is_dir() else root.parent
         self._prefix = self.root.resolve().name
         if root.is_file():
             with TableWriter() as writer:
-                writer.add(root.name)
-                self._table = writer.finish({}, None)
-            return
-        suffixes = {"." + e.lower().removeprefix(".") for e in extensions}
-        self._table, walk = _listing(root, recursive, suffixes, share)
-        if walk is not None and not walk.images:
-            raise ConfigError(_empty(path, recursive, walk))
+                if _is_in(root.name, share):
+                    writer.add(root.name)
+                self._table = writer.finish({"images": 1}, None)
+        else:
+            suffixes = {"." + e.lower().removeprefix(".") for e in extensions or EXTENSIONS}
+            self._table, walk = _listing(root, recursive, suffixes, share)
+            if walk is not None and not walk.images:
+                raise ConfigError(_empty(path, recursive, walk))
+            lost = left_out(Counter(self._table.facts["others"]), "files", str(root)) if extensions is None else ""
+            if lost:
+                _log.warning("%s", lost)
         if not len(self._table):
             total = self._table.facts["images"]
             raise ConfigError(f"{path}: share {list(share)} selects none of its {total} images; widen it")
@@ -88,24 +96,18 @@ class Folder(EncodedSource):
 
     def name(self, index: int) -> str:
         """The folder's name and the path inside it, with ``/``: equal on every machine."""
-        return f"{self._prefix}/{self._table.name(index)}"
+        return printable(f"{self._prefix}/{self._table.name(index)}")
 
     def file(self, index: int) -> Path:
         """Local path of an image."""
         return self.root / self._table.name(index)
 
     def encoded(self, index: int) -> bytes:
-        path = os.path.join(self.root, self._table.name(index))
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return file.readall()
-        except OSError:
-            decode(path, self.name(index))  # raises an ImageError that says why
-            raise
+        return read_regular(os.path.join(self.root, self._table.name(index)), self.name(index))
 
     def label(self, index: int) -> str | None:
         """Class of an image: its parent folder relative to the root, ``"a/b"``; None for an image in the root."""
-        return self._table.name(index).rpartition("/")[0] or None
+        return printable(self._table.name(index).rpartition("/")[0]) or None
 
     def empty_folders(self) -> list[str]:
         """Outermost sub-folders without images of this source in or below them: classes without examples."""
@@ -115,7 +117,7 @@ class Folder(EncodedSource):
             while parent and parent not in held:
                 held.add(parent)
                 parent = parent.rpartition("/")[0]
-        walked = (str(name).rstrip("/") for name, _ in self._table.facts.get("stamps", ()))
+        walked = (printable(str(name)).rstrip("/") for name, _ in self._table.facts.get("stamps", ()))
         return sorted(name for name in walked if name not in {*held, ""} and name.rpartition("/")[0] in {*held, ""})
 
     def labels(self) -> list[str] | None:
@@ -136,7 +138,7 @@ class _Walk:
         recursive: whether to enter sub-folders.
         suffixes: suffixes of image files, lower case, with the dot.
         images: number of images found.
-        others: number of other files by suffix.
+        others: number of other files by suffix without the dot, or by a phrase.
         folders: number of sub-folders.
         stamps: each folder, with its modification time before it was listed.
     """
@@ -183,10 +185,12 @@ class _Walk:
                     if entry.is_dir():
                         self.folders += 1
                         names.append(entry.name + "/")
-                    elif suffix in self.suffixes:
+                    elif suffix in self.suffixes and _is_file(entry):
                         names.append(entry.name)
+                    elif suffix in self.suffixes:
+                        self.others["pipe or device"] += 1
                     else:
-                        self.others[suffix or "no ending"] += 1
+                        self.others[suffix.removeprefix(".") or "no ending"] += 1
         except OSError as error:
             _log.warning("skipped %s: it cannot be listed (%s)", folder, error.strerror or error)
             return []
@@ -195,7 +199,7 @@ class _Walk:
 
 def _listing(root: Path, recursive: bool, suffixes: set[str], share: tuple[float, float]) -> tuple[Table, _Walk | None]:
     """A folder's image names, from the cache if still valid; and the walk, or None if none was needed."""
-    cached = index_path("folder", os.path.realpath(root), recursive, sorted(suffixes), list(share))
+    cached = index_path("files", os.path.realpath(root), recursive, sorted(suffixes), list(share))
     table = read(cached)
     if table is not None and _is_unchanged(root, table):
         return table, None
@@ -204,10 +208,10 @@ def _listing(root: Path, recursive: bool, suffixes: set[str], share: tuple[float
     with TableWriter() as writer:
         for name in walk.names():
             progress.add()
-            if share == (0.0, 1.0) or share[0] <= _hash(name) < share[1]:
+            if _is_in(name, share):
                 writer.add(name)
         progress.done()
-        facts = {"images": walk.images, "began": began, "stamps": walk.stamps}
+        facts = {"images": walk.images, "others": dict(walk.others), "began": began, "stamps": walk.stamps}
         return writer.finish(facts, cached if walk.images >= _CACHED_FROM else None), walk
 
 
@@ -223,6 +227,18 @@ def _is_unchanged(root: Path, table: Table) -> bool:
     return True
 
 
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file, or a broken link, which is named when it is read."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
+
+
+def _is_in(name: str, share: tuple[float, float]) -> bool:
+    return share == (0.0, 1.0) or share[0] <= _hash(name) < share[1]
+
+
 def _hash(name: str) -> float:
     """Machine-independent hash of a name, in [0, 1)."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
@@ -233,7 +249,9 @@ def _empty(path: str, recursive: bool, walk: _Walk) -> str:
     searched = " ".join(f"*{e}" for e in sorted(walk.suffixes))
     message = f"source folder: no image in {path!r}; searched {where} for {searched}"
     if walk.others:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in walk.others.most_common(5))
+        kinds = ", ".join(
+            f"{count} {suffix if ' ' in suffix else '.' + suffix}" for suffix, count in walk.others.most_common(5)
+        )
         message += f"; found {walk.others.total()} other files ({kinds}): add their ending to `extensions` if images"
     if not recursive and walk.folders:
         message += f"; it has {walk.folders} sub-folders: set `recursive: true` to include them"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from agglo.sources._dataset import FileSource, Layout, normals_from_depth, read_mask
+from agglo.sources._dataset import FileSource, Layout, map_size, normals_from_depth, read_depth, read_mask
 from agglo.types import ConfigError
 
 LAYOUT = Layout(
@@ -54,6 +54,8 @@ class Navi(FileSource):
         ConfigError: it is absent, or images, depths or masks are missing (counted).
     """
 
+    upright = True  # depth, masks and cameras are of the upright photographs
+
     def __init__(self, *, path: str, split: str = "val", scenes: str = "multiview", apart: int = 1) -> None:
         if apart < 1:
             raise ConfigError(f"source navi: apart: {apart} is below 1")
@@ -85,6 +87,10 @@ class Navi(FileSource):
         """Index of the object in ``classes``."""
         return self.classes.index(self._entries[index][0].split("/")[0])
 
+    def truth_size(self, index: int) -> tuple[int, int] | None:
+        """Size of the depth map."""
+        return map_size(self._png(index, "depth"))
+
     def annotation_files(self, index: int) -> tuple[Path, ...]:
         """Paths of depth, mask and cameras."""
         cameras = self.root / self._entries[index][0] / "annotations.json"
@@ -93,7 +99,7 @@ class Navi(FileSource):
     def annotation(self, index: int) -> SimpleNamespace:
         """Depth, normals, mask and camera of a view."""
         entry = self._entries[index][1]
-        stored = read_mask(self._png(index, "depth")).astype(np.float64)
+        stored = read_depth(self._png(index, "depth"))
         with np.errstate(divide="ignore"):
             depth = np.where(stored > 0, DISPARITY * MILLIMETRE / stored, 0.0).astype(np.float32)
         height, width = (int(value) for value in entry["image_size"])
@@ -122,12 +128,22 @@ class Navi(FileSource):
 
 def _entries(file: Path, root: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        for entry in entries:
-            _ = entry["filename"], entry["camera"]["q"], entry["camera"]["t"], entry["image_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"source navi: {file} is damaged ({error!r}). Get it from {LAYOUT.download}") from error
-    return [(file.parent.relative_to(root).as_posix(), entry) for entry in entries]
+        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not isinstance(entries, list):
+            raise ValueError("it holds no list")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"source navi: {file} is damaged ({error}). Get it from {LAYOUT.download}") from error
+    folder = file.parent.relative_to(root).as_posix()
+    valid = LAYOUT.valid(dict(zip((f"{file}, entry {i}" for i in range(len(entries))), entries, strict=True)), _check)
+    return [(folder, entry) for entry in valid]
+
+
+def _check(entry: dict[str, Any]) -> dict[str, Any]:
+    camera = entry["camera"]
+    _ = str(entry["filename"]), float(camera["focal_length"])
+    if (len(camera["q"]), len(camera["t"]), len(entry["image_size"])) != (4, 3, 2):
+        raise ValueError("a camera has q of 4 numbers and t of 3, an image_size 2")
+    return entry
 
 
 def _pose(camera: dict[str, Any]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from agglo.decoding import decode
 from agglo.extras import require
-from agglo.preprocess import decode
-from agglo.sources._dataset import Layout, list_files, normals_from_depth, read_mask
+from agglo.files import printable
+from agglo.preprocess import read_image
+from agglo.sources._dataset import Layout, list_files, map_size, normals_from_depth, read_depth
 from agglo.sources._paths import expanded
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
@@ -57,9 +58,10 @@ class Nyu(Source):
 
     def __init__(self, *, path: str, split: str = "test") -> None:
         LAYOUT.check_split(split, ("train", "test"))
-        base = Path(expanded(path)).expanduser()
-        root = base.parent if base.suffix == ".mat" and base.is_file() else LAYOUT.root(path)
-        mat = root / "nyu_depth_v2_labeled.mat"
+        base = Path(expanded(path))
+        given = base.suffix == ".mat" and base.is_file()
+        root = base.parent if given else LAYOUT.root(path)
+        mat = base if given else root / "nyu_depth_v2_labeled.mat"
         self._entries = _labelled(mat, split) if mat.is_file() else _files(root / split)
         if not self._entries:
             raise LAYOUT.no_images(root / split)
@@ -70,7 +72,7 @@ class Nyu(Source):
 
     def name(self, index: int) -> str:
         """E.g. ``nyu/test/00012``."""
-        return f"nyu/{self._split}/{self._entries[index].name}"
+        return printable(f"nyu/{self._split}/{self._entries[index].name}")
 
     def read(self, index: int) -> Image.Image:
         return self._entries[index].image()
@@ -139,15 +141,22 @@ def _read_arrays(path: Path, names: tuple[str, ...]) -> np.ndarray:
 
 def _read_image_array(path: Path) -> Image.Image:
     array = _read_arrays(path, ("image", "rgb"))
-    return Image.fromarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array)
+    return read_image(array.transpose(1, 2, 0) if array.ndim == 3 and array.shape[0] == 3 else array, str(path))
 
 
-def _read_image(path: Path, name: str) -> Image.Image:
-    return decode(io.BytesIO(path.read_bytes()) if path.is_file() else path, name)
+def _read_depth_array(path: Path) -> np.ndarray:
+    array = _read_arrays(path, ("depth",))
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ImageError(str(path), f"depth is {array.dtype} {array.shape}; expected floats (H, W) in metres")
+    return array
+
+
+def _read_image(path: Path, depth: Path, name: str) -> Image.Image:
+    return decode(path, name, upright=False, size=map_size(depth))
 
 
 def _read_millimetres(path: Path) -> np.ndarray:
-    return read_mask(path).astype(np.float64) / 1000
+    return read_depth(path) / 1000
 
 
 def _files(folder: Path) -> list[_Entry]:
@@ -157,7 +166,7 @@ def _files(folder: Path) -> list[_Entry]:
             _Entry(
                 Path(name).stem,
                 partial(_read_image_array, folder / name),
-                partial(_read_arrays, folder / name, ("depth",)),
+                partial(_read_depth_array, folder / name),
             )
             for name in arrays
         ]
@@ -170,7 +179,9 @@ def _files(folder: Path) -> list[_Entry]:
     LAYOUT.require_files([known.get(stem, folder / f"{stem}_colors.png") for stem in others], "images")
     return [
         _Entry(
-            stem, partial(_read_image, folder / name, f"nyu/{folder.name}/{stem}"), partial(_read_millimetres, depth)
+            stem,
+            partial(_read_image, folder / name, depth, printable(f"nyu/{folder.name}/{stem}")),
+            partial(_read_millimetres, depth),
         )
         for stem, name, depth in zip(stems, names, depths, strict=True)
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from agglo.preprocess import decode
+from agglo.decoding import decode
 from agglo.sources.base import Source
 from agglo.types import ConfigError, MissingExtraError
 from agglo.weights.bundled import verify

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from agglo.sources._paths import expanded
 from agglo.sources.base import Source
 from agglo.types import AssetError, ImageError
 from agglo.weights.bundled import verify
@@ -120,7 +121,7 @@ class Scenes(Source):
         if split not in (*SPLITS, "all"):
             raise ValueError(f"source scenes: no split {split!r}; choose from: {', '.join((*SPLITS, 'all'))}")
         self.split = split
-        self.path = BUNDLED if path is None else Path(path)
+        self.path = BUNDLED if path is None else Path(expanded(path))
         self._bundled = path is None
         # Filled on first use. No file is kept open, which makes copies in other processes safe.
         self._members: dict[str, tuple[int, int]] | None = None

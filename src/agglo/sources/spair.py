@@ -66,12 +66,17 @@ class SPair(FileSource):
         if not found:
             raise LAYOUT.no_images(folder)
         chosen = _select(found, pairs)
-        self._facts = [_facts(file) for file in chosen]
+        self._facts = LAYOUT.valid({str(file): file for file in chosen}, _facts)
         names = sorted({name for facts in self._facts for name in facts[:2]})
         super().__init__("spair", root, names)
         LAYOUT.require_files((self.file(i) for i in range(len(self))), "images")
+        self._image_sizes = {name: size for facts in self._facts for name, size in facts[5].items() if size}
         self._index = {name: i for i, name in enumerate(names)}
         self.classes = tuple(sorted({name.split("/")[1] for name in names}))
+
+    def truth_size(self, index: int) -> tuple[int, int] | None:
+        """Size that the annotations of its pairs state."""
+        return self._image_sizes.get(self._files[index])
 
     def label(self, index: int) -> int:
         """Index into ``classes``."""
@@ -81,40 +86,42 @@ class SPair(FileSource):
         """The pairs, in the order of their files."""
         return [
             KeyPointPair(self._index[first], self._index[second], points, box, category)
-            for first, second, points, box, category in self._facts
+            for first, second, points, box, category, _ in self._facts
         ]
 
 
-_Facts = tuple[str, str, np.ndarray, tuple[float, float, float, float], str]
+_Facts = tuple[str, str, np.ndarray, tuple[float, float, float, float], str, dict[str, tuple[int, int] | None]]
 
 
 def _select(files: list[Path], count: int) -> list[Path]:
     """``count`` files per category (0: all); ``000012-2008_01-2008_02:cat.json`` is of the category cat."""
     groups: dict[str, list[Path]] = {}
     for file in files:
-        category = file.stem.rpartition(":")[2] if ":" in file.stem else str(_read(file)["category"])
+        category = file.stem.rpartition(":")[2] if ":" in file.stem else _category(file)
         groups.setdefault(category, []).append(file)
 
     def digest(file: Path) -> str:
-        return hashlib.sha256(file.name.encode()).hexdigest()
+        return hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()
 
     return sorted(file for group in groups.values() for file in (sorted(group, key=digest)[:count] if count else group))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _category(file: Path) -> str:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"source spair: {file} is damaged ({error}). Get it from {LAYOUT.download}") from error
+        return str(_read(file)["category"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # left out and named when the pair is read
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8-sig"))
 
 
 def _facts(file: Path) -> _Facts:
     entry = _read(file)
-    try:
-        category = str(entry["category"])
-        names = [f"JPEGImages/{category}/{entry[key]}" for key in ("src_imname", "trg_imname")]
-        points = np.stack([np.asarray(entry[key], np.float32) for key in ("src_kps", "trg_kps")], 1)
-        x0, y0, x1, y1 = (float(value) for value in entry["trg_bndbox"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"source spair: {file} is damaged ({error!r}). Get it from {LAYOUT.download}") from error
-    return names[0], names[1], points, (x0, y0, x1, y1), category
+    category = str(entry["category"])
+    names = [f"JPEGImages/{category}/{entry[key]}" for key in ("src_imname", "trg_imname")]
+    points = np.stack([np.asarray(entry[key], np.float32).reshape(-1, 2) for key in ("src_kps", "trg_kps")], 1)
+    x0, y0, x1, y1 = (float(value) for value in entry["trg_bndbox"])
+    sizes = [(int(entry[key][1]), int(entry[key][0])) if key in entry else None for key in ("src_imsize", "trg_imsize")]
+    return names[0], names[1], points, (x0, y0, x1, y1), category, dict(zip(names, sizes, strict=True))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-
-from agglo.sources._dataset import Layout, MaskedFiles, read_mask
+from agglo.sources._dataset import Layout, MaskedFiles, read_text
 from agglo.types import ConfigError
 
 LAYOUT = Layout(
@@ -43,8 +41,8 @@ class Voc(MaskedFiles):
         file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not file.is_file():
             raise ConfigError(f"source voc: {file} is missing; expected: {LAYOUT.structure}")
-        names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        names = [Path(name).stem for name in names]
+        names = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
+        names = [Path(name).stem if name.lower().endswith((".jpg", ".png")) else Path(name).name for name in names]
         if not names:
             raise LAYOUT.no_images(file)
         masks = "SegmentationClassAug" if split == "train_aug" else "SegmentationClass"
@@ -56,4 +54,4 @@ class Voc(MaskedFiles):
 
     def annotation(self, index: int) -> SimpleNamespace:
         """``semantic``, ``(H, W)`` uint8: 0 background, class index + 1, 255 along borders."""
-        return SimpleNamespace(semantic=read_mask(self._masks[index]).astype(np.uint8))
+        return SimpleNamespace(semantic=self.class_map(index, len(CLASSES)))
