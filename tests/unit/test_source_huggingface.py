@@ -116,7 +116,7 @@ def test_rows_with_paths_or_empty(tmp_path):
     datasets.Dataset.from_dict(data).save_to_disk(tmp_path / "paths")
     source = HuggingFace(dataset=str(tmp_path / "paths"), column="file")
     assert source.encoded(0) == jpeg(0)
-    with pytest.raises(ImageError, match=r"paths/train/1: .*gone\.jpg cannot be read \(No such file"):
+    with pytest.raises(ImageError, match=r"paths/train/1: .*gone\.jpg cannot be read \(no such file"):
         source.read(1)
     with pytest.raises(ImageError, match=r"paths/train/2: column file of its row holds no image"):
         source.read(2)

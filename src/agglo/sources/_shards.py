@@ -5,7 +5,10 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import posixpath
+import re
 import shutil
+import stat
 import tarfile
 import threading
 import time
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from agglo.extras import require
-from agglo.files import replacing
+from agglo.files import printable, replacing
 from agglo.sources._index import Table, TableWriter, index_path, read
 from agglo.sources._paths import braces, expanded
 from agglo.sources.base import SourceError
@@ -40,6 +43,8 @@ _COMPRESSED = {
     b"BZh": ("bzip2", "bunzip2"),
 }
 
+_TAR = re.compile(r"\.tar$|\.t[gbx]z2?$|\.tar\.(gz|bz2|xz|zst|lz4|zip)$")
+
 Result = TypeVar("Result")
 
 
@@ -58,7 +63,7 @@ def locate(patterns: Sequence[str]) -> list[Shard]:
     for pattern in patterns:
         if pattern.startswith("pipe:"):
             raise ConfigError(f"{pattern}: pipe commands are not run; use the URL of the object store, e.g. s3://...")
-        for path in braces(expanded(pattern)):
+        for path in [pattern] if os.path.lexists(pattern) else braces(expanded(pattern)):
             found.update(dict.fromkeys(_globbed(path, pattern)))
     return [Shard(path) for path in found]
 
@@ -73,15 +78,22 @@ def _globbed(path: str, pattern: str) -> list[str]:
         hits = sorted(with_retries(path, lambda: filesystem.glob(inner)))
         names = [filesystem.unstrip_protocol(hit) for hit in hits]
     else:
-        path = os.path.expanduser(path)
         if os.path.isdir(path):
-            path = os.path.join(glob.escape(path), "*.tar")
-        elif not glob.has_magic(path):
+            names = _in_folder(path)
+            path = os.path.join(path, "*.tar")
+        elif not glob.has_magic(path) or os.path.lexists(path):
             return [path]
-        names = sorted(glob.glob(path, recursive=True))
+        else:
+            names = sorted(glob.glob(path, recursive=True))
     if not names:
         raise ConfigError(f"source webdataset: no shard matches {pattern!r} (expanded to {path})")
     return names
+
+
+def _in_folder(path: str) -> list[str]:
+    """The tar files in a folder; compressed ones too, which are named when they are opened."""
+    names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".") and not entry.is_dir())
+    return [os.path.join(path, name) for name in names if _TAR.search(name.lower())]
 
 
 @dataclass
@@ -114,6 +126,8 @@ class Shard:
         """
         if not self.remote:
             facts = os.stat(self.path)
+            if not stat.S_ISREG(facts.st_mode):
+                raise ConfigError(f"source webdataset: {self.path} is not a regular file; name tar files, or a folder")
             self.local, self.size, self.stamp = self.path, facts.st_size, str(facts.st_mtime_ns)
             return
         filesystem, inner = _filesystem(self.path)
@@ -161,12 +175,12 @@ class Shard:
     def _build_table(self, extensions: frozenset[str], path: Path) -> Table:
         with TableWriter("offset", "size") as writer, self._open() as file:
             damage, others = scan(file, self.size, extensions, writer)
-            return writer.finish({"damage": damage, "others": dict(others)}, path)
+            return writer.finish({"damage": damage, "others": {printable(k): n for k, n in others.items()}}, path)
 
     def table_path(self, extensions: frozenset[str]) -> Path:
         """Cache path of the index; the name hashes everything it depends on."""
         path = self.path if self.remote else os.path.abspath(self.path)
-        return index_path("tar", path, self.size, self.stamp, sorted(extensions))
+        return index_path("shards", path, self.size, self.stamp, sorted(extensions))
 
     def _open(self) -> BinaryIO:
         if self.local is not None:
@@ -211,7 +225,9 @@ def extension(member: str) -> str:
 
 
 def scan(file: BinaryIO, size: int, extensions: frozenset[str], writer: TableWriter) -> tuple[str, Counter[str]]:
-    """Write a row ``(name, offset, size)`` for each complete image of an archive.
+    """Write a row ``(name, offset, size)`` for each complete image of a file of one or more joined archives.
+
+    Links to members follow all other images, with the bytes of the member that they lead to.
 
     Args:
         file: seekable, at its start.
@@ -220,32 +236,117 @@ def scan(file: BinaryIO, size: int, extensions: frozenset[str], writer: TableWri
         writer: with columns ``offset`` and ``size``.
 
     Returns:
-        A phrase that describes damage to the archive, empty for none; and the other members' count by extension.
+        A phrase that describes damage to the file, empty for none; and the other members' count by extension, or by
+        "link without a target" and "sparse file".
 
     Raises:
         ShardError: not a tar file, or a compressed one.
     """
     _check_head(file.read(_BLOCK), size)
-    file.seek(0)
     others: Counter[str] = Counter()
-    end = missing = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while not missing and (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined] (tarfile would accumulate millions)
-                end = archive.offset
-                if not member.isfile():
-                    continue
-                missing = max(0, member.offset_data + member.size - size)
-                if extension(member.name) not in extensions:
-                    others[extension(member.name) or "no ending"] += 1
-                elif not missing:
-                    writer.add(member.name, offset=member.offset_data, size=member.size)
-    except (tarfile.TarError, EOFError) as error:
-        if not end:
-            raise ShardError(f"is not a tar file ({error})") from error
-    damage = f"is truncated: {missing} bytes of its last member are missing" if missing else _damage(file, end, size)
+    links: dict[str, str] = {}
+    missing = 0
+
+    def visit(member: tarfile.TarInfo) -> bool:
+        nonlocal missing
+        ending = extension(member.name)
+        if member.issym() or member.islnk():
+            if ending in extensions:
+                links[member.name] = _target(member)
+        elif member.isfile():
+            missing = max(0, member.offset_data + member.size - size)
+            if ending not in extensions:
+                others[ending or "no ending"] += 1
+            elif member.issparse():
+                others["sparse file"] += 1
+            elif not missing:
+                writer.add(member.name, offset=member.offset_data, size=member.size)
+        return missing > 0
+
+    damage = _walk(file, size, visit)
+    if missing:
+        damage = f"is truncated: {missing} bytes of its last member are missing"
+    if links:
+        others.update(_follow(file, size, links, writer))
     return damage, others
+
+
+def _walk(file: BinaryIO, size: int, visit: Callable[[tarfile.TarInfo], bool]) -> str:
+    """Visit the members of all archives of a file until ``visit`` returns true; a phrase on damage, empty for none."""
+    start = 0
+    while True:
+        file.seek(start)
+        end = start
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined] (tarfile would accumulate millions)
+                    end = archive.offset
+                    if visit(member):
+                        return ""
+        except (tarfile.TarError, EOFError) as error:
+            if not end:
+                raise ShardError(f"is not a tar file ({error})") from error
+        if damage := _damage(file, end, size):
+            return damage
+        start = _after_zeros(file, end)
+        if start + _BLOCK > size:
+            return ""
+        file.seek(start)
+        try:
+            tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return f"is damaged: {size - start} bytes at byte {start}, behind its end marker, are not an archive"
+
+
+def _after_zeros(file: BinaryIO, at: int) -> int:
+    """Offset of the first block from ``at`` that is not all zeros, or the end of the file."""
+    file.seek(at)
+    while piece := file.read(1 << 20):
+        rest = piece.lstrip(b"\0")
+        if rest:
+            return at + (len(piece) - len(rest)) // _BLOCK * _BLOCK
+        at += len(piece)
+    return at
+
+
+def _target(member: tarfile.TarInfo) -> str:
+    """Name of the member that a link leads to: of a symbolic link relative to its folder."""
+    folder = posixpath.dirname(member.name) if member.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, member.linkname))
+
+
+def _follow(file: BinaryIO, size: int, links: dict[str, str], writer: TableWriter) -> Counter[str]:
+    """Write a row for each link whose target is a member; returns the count of the others."""
+    places: dict[str, tuple[int, int]] = {}
+    known = {posixpath.normpath(name): target for name, target in links.items()}
+    wanted = set(known.values())
+
+    def visit(member: tarfile.TarInfo) -> bool:
+        name = posixpath.normpath(member.name)
+        if member.isfile() and not member.issparse() and name in wanted and member.offset_data + member.size <= size:
+            places[name] = member.offset_data, member.size
+        elif (member.issym() or member.islnk()) and name in wanted:
+            known.setdefault(name, _target(member))
+        return False
+
+    while True:  # a link may lead to a link that is not an image
+        before = len(known)
+        wanted |= set(known.values())
+        _walk(file, size, visit)
+        if len(known) == before:
+            break
+    lost = 0
+    for name, target in links.items():
+        seen: set[str] = set()
+        while target in known and target not in places and target not in seen:
+            seen.add(target)
+            target = known[target]
+        if target in places:
+            writer.add(name, offset=places[target][0], size=places[target][1])
+        else:
+            lost += 1
+    return Counter({"link without a target": lost} if lost else {})
 
 
 def _check_head(head: bytes, size: int) -> None:

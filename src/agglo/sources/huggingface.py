@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agglo.decoding import read_regular
 from agglo.extras import require
+from agglo.files import printable
 from agglo.sources._encoded import EncodedSource
-from agglo.sources._paths import expanded, not_found
+from agglo.sources._paths import EXTENSIONS, expanded, not_found
 from agglo.sources.base import SourceError
 from agglo.types import ConfigError, ImageError
 
+_log = logging.getLogger(__name__)
+_SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+"""Words in file names that mean a split, as in ``datasets.data_files``."""
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -26,13 +37,16 @@ class HuggingFace(EncodedSource):
     decoded here, not by ``datasets``.
 
     Args:
-        dataset: a dataset on the hub (``owner/name``); a folder written by ``save_to_disk``; a parquet file, a glob of
-            them, or a folder that holds some. ``~`` and ``${VARIABLES}`` are expanded.
-        split: name of the split; local parquet files form a single split of any name.
-        config: configuration of a hub dataset that has several.
+        dataset: a dataset on the hub (``owner/name``); a folder written by ``save_to_disk``; a local copy of a hub
+            dataset, or another folder of parquet files or images; a parquet file, or a glob of them. ``~`` and
+            ``${VARIABLES}`` are expanded.
+        split: name of the split, as ``datasets.load_dataset`` finds it in the file names of a local folder
+            (``data/train-*.parquet``, ``test/cat/1.jpg``). null selects ``train``, or the only split of parquet files
+            that are named one by one.
+        config: configuration of a hub dataset, or of its local copy, that has several.
         column: column of the images; null selects the only candidate.
         label: column of the class labels; null selects the only ClassLabel column, else ``label``, else none.
-        revision: branch, tag or commit of a hub dataset.
+        revision: branch, tag or commit of a hub dataset; local data has none.
         min_side: exclude images whose shorter side is smaller (pixels); 0 disables. Counted when they are read.
         min_pixels: exclude images with fewer pixels (height times width); 0 disables.
         max_aspect: exclude images whose longer side exceeds this multiple of the shorter; 0 disables.
@@ -48,7 +62,7 @@ class HuggingFace(EncodedSource):
         self,
         *,
         dataset: str,
-        split: str = "train",
+        split: str | None = None,
         config: str | None = None,
         column: str | None = None,
         label: str | None = None,
@@ -59,8 +73,17 @@ class HuggingFace(EncodedSource):
         skip_uniform: bool = False,
     ) -> None:
         super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
-        path = os.path.expanduser(expanded(dataset))
-        rows = _local(path, split) if _is_local(path) else _hub(dataset, split, config, revision)
+        path = expanded(dataset)
+        if _is_local(path):
+            if revision is not None:
+                raise ConfigError(
+                    f"source huggingface: {dataset} is local and has no revision {revision!r}; remove `revision`, or "
+                    "use the name of the dataset on the hub"
+                )
+            rows, split = _local(path, split, config)
+        else:
+            split = split or "train"
+            rows = _hub(dataset, split, config, revision)
         self.column = _image_column(rows.features, column, dataset)
         feature = rows.features[self.column]
         if type(feature).__name__ == "Image":
@@ -71,7 +94,8 @@ class HuggingFace(EncodedSource):
         self.classes = tuple(getattr(rows.features[self._label], "names", ())) if self._label else ()
         kept = [self.column, *([self._label] if self._label else [])]
         self._rows = rows.select_columns(kept).with_format("arrow")
-        self._prefix = f"{path.rstrip('/').rpartition('/')[2].removesuffix('.parquet')}/{split}"
+        self._base = path if os.path.isdir(path) else os.path.dirname(path)
+        self._prefix = printable(f"{path.rstrip('/').rpartition('/')[2].removesuffix('.parquet')}/{split}")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,11 +126,11 @@ class HuggingFace(EncodedSource):
         return int(value) if self.classes else str(value)
 
     def _file(self, index: int, path: str) -> bytes:
+        beside = os.path.join(self._base, path)
         try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise ImageError(self.name(index), f"{path} cannot be read ({error.strerror or error})") from None
+            return read_regular(beside if os.path.exists(beside) else path, self.name(index))
+        except ImageError as error:
+            raise ImageError(error.name, f"{printable(path)} cannot be read ({error.why})") from None
 
 
 def _is_local(path: str) -> bool:
@@ -114,28 +138,138 @@ def _is_local(path: str) -> bool:
     return os.path.exists(path) or path.startswith(("/", ".", "~")) or path.endswith(".parquet") or glob.has_magic(path)
 
 
-def _local(path: str, split: str) -> Any:
-    datasets = require("datasets", "data")
+def _local(path: str, split: str | None, config: str | None) -> tuple[Any, str]:
+    """The rows of local data, and the name of their split."""
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        try:
-            found = datasets.load_from_disk(path)
-        except Exception as error:  # missing, truncated or foreign Arrow files raise many exception types
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"source huggingface: {path} is a damaged dataset ({first}): copy or download the folder again, or "
-                "rewrite it with `save_to_disk`"
-            ) from error
-        if not isinstance(found, Mapping):
-            return found
-        if split not in found:
-            raise ConfigError(f"source huggingface: {path} has no split {split!r}; choose from: {', '.join(found)}")
-        return found[split]
-    pattern = os.path.join(glob.escape(path), "**", "*.parquet") if os.path.isdir(path) else path
-    files = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [path]
-    if not files or not os.path.isfile(files[0]):
-        raise ConfigError(_no_data(path))
+        return _saved(path, split, config)
+    if os.path.isdir(path):
+        return _folder(path, split or "train", config)
+    files = [path] if os.path.lexists(path) or not glob.has_magic(path) else sorted(glob.glob(path, recursive=True))
+    files = [file for file in files if os.path.isfile(file)]
+    if not files:
+        raise ConfigError(f"source huggingface: {not_found(path, Path(path))}")
+    return _named_files(path, files, split, config)
+
+
+def _named_files(path: str, files: Sequence[str], split: str | None, config: str | None) -> tuple[Any, str]:
+    """The parquet files of a split among files that a pattern matched."""
+    if config is not None:
+        raise _no_config(path, config, [])
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file, path), []).append(file)
+    chosen = split or (next(iter(splits)) if len(splits) == 1 else "train")
+    if chosen not in splits:
+        raise _no_split(path, chosen, splits)
+    return _parquet(path, splits[chosen], chosen, None), chosen
+
+
+def _split_of(file: str, path: str) -> str:
+    """Split of a parquet file: a word of its name, of its folder, or of a folder that a pattern matched."""
+    if sharded := re.match(r"(.+)-\d{5}-of-\d{5}", os.path.basename(file)):
+        return sharded[1]
+    *folders, last = file.split(os.sep)
+    common = len(os.path.commonpath([file, path]).split(os.sep)) if file != path else len(folders)
+    for part in (last, *reversed(folders[common:])):
+        for name, words in _SPLIT_WORDS.items():
+            if re.search(rf"(?<![a-zA-Z])({words})(?![a-zA-Z])", part):
+                return name
+    for name, words in _SPLIT_WORDS.items():
+        if folders and re.fullmatch(words, folders[-1]):
+            return name
+    return "train"
+
+
+def _saved(path: str, split: str | None, config: str | None) -> tuple[Any, str]:
+    datasets = require("datasets", "data")
     try:
-        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+        found = datasets.load_from_disk(path)
+    except Exception as error:  # missing, truncated or foreign Arrow files raise many exception types
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"source huggingface: {path} is a damaged dataset ({first}): copy or download the folder again, or "
+            "rewrite it with `save_to_disk`"
+        ) from error
+    if isinstance(found, Mapping):
+        split = split or "train"
+        if split not in found:
+            raise _no_split(path, split, found)
+        found = found[split]
+    else:
+        # One split was saved: datasets keeps its name, unless the rows were made in memory.
+        known = str(found.split) if found.split is not None else None
+        names = {known} if known else {"train", os.path.basename(path.rstrip("/"))}
+        if split is not None and split not in names:
+            what = f"the split {known!r}" if known else "one dataset without splits"
+            raise ConfigError(
+                f"source huggingface: {path} holds {what}, not {split!r}; "
+                + (f"set `split: {known}`, or remove `split`" if known else "remove `split`")
+            )
+        split = split or known or "train"
+    known_config = found.info.config_name
+    if config is not None and config != known_config:
+        raise _no_config(path, config, [known_config] if known_config else [])
+    return found, split
+
+
+def _folder(path: str, split: str, config: str | None) -> tuple[Any, str]:
+    """The files of a split, found as ``datasets.load_dataset(path, config, split=split)`` finds them."""
+    datasets = require("datasets", "data")
+    if glob.has_magic(path):  # datasets would read the name of the folder as a pattern
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True))
+        if files:
+            return _named_files(path, files, split, config)
+        raise ConfigError(f"source huggingface: {path}: rename the folder, without the letters [ ] * ?")
+    try:
+        builder = datasets.load_dataset_builder(path, config)
+    except Exception as error:  # readers raise many exception types
+        first = (str(error).strip() or type(error).__name__).splitlines()
+        if type(error).__name__ in ("EmptyDatasetError", "DataFilesNotFoundError", "FileNotFoundError"):
+            raise ConfigError(_no_data(path)) from error
+        if config is not None and "not found" in first[0]:
+            raise _no_config(path, config, re.findall(r"'([^']+)'", first[0].partition("Available")[2])) from error
+        raise ConfigError(f"source huggingface: {path}: {' '.join(line.strip() for line in first[:2])}") from error
+    kind, files = type(builder).__module__.split(".")[-1], builder.config.data_files or {}
+    if kind not in ("parquet", "imagefolder", "arrow"):
+        raise ConfigError(_no_data(path))
+    if split not in files:
+        raise _no_split(path, split, files)
+    if config is None:
+        _warn_of_others(path, kind, files)
+    if kind == "parquet":
+        return _parquet(path, [str(file) for file in files[split]], split, builder.info.features), split
+    try:
+        # All splits at once, for the same class numbers in each.
+        return datasets.load_dataset(path, config, split=split, verification_mode="no_checks"), split
+    except Exception as error:
+        first = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"source huggingface: {path}, split {split!r}: {first}") from error
+
+
+def _warn_of_others(path: str, kind: str, files: Mapping[str, Sequence[str]]) -> None:
+    """Name the data files of a folder that belong to none of its splits."""
+    endings = {"parquet": {".parquet"}, "arrow": {".arrow"}}.get(kind, {*EXTENSIONS, ".heic", ".heif"})
+    used = {os.path.realpath(file) for own in files.values() for file in own}
+    found = (file for file in Path(path).rglob("*") if file.suffix.lower() in endings and file.is_file())
+    lost = sorted(str(file) for file in found if os.path.realpath(file) not in used and not file.name.startswith("."))
+    if lost:
+        _log.warning(
+            "%s: left out %d files that belong to none of the splits %s, first %s",
+            path,
+            len(lost),
+            ", ".join(files),
+            lost[0],
+        )
+
+
+def _parquet(path: str, files: Sequence[str], split: str, features: Any) -> Any:
+    datasets = require("datasets", "data")
+    options = {"features": features} if features else {}
+    try:
+        # Names are patterns to datasets.
+        return datasets.load_dataset(
+            "parquet", data_files={split: [glob.escape(f) for f in files]}, split=split, **options
+        )
     except Exception as error:  # damaged files raise many exception types
         if "no data" in str(error):
             raise ConfigError(f"source huggingface: {path} has no rows") from error
@@ -143,13 +277,20 @@ def _local(path: str, split: str) -> Any:
         raise ConfigError(f"source huggingface: {path} cannot be read as parquet ({cause})") from error
 
 
+def _no_split(path: str, split: str, known: Iterable[str]) -> ConfigError:
+    return ConfigError(f"source huggingface: {path} has no split {split!r}; choose from: {', '.join(map(str, known))}")
+
+
+def _no_config(path: str, config: str, known: Sequence[str]) -> ConfigError:
+    how = f"choose from: {', '.join(known)}" if known else "remove `config`"
+    return ConfigError(f"source huggingface: {path} has no config {config!r}; {how}")
+
+
 def _no_data(path: str) -> str:
-    if os.path.isdir(path):
-        return (
-            f"source huggingface: {path} has neither `save_to_disk` output nor parquet files; use `kind: folder` for "
-            "image files, `kind: webdataset` for tar files"
-        )
-    return f"source huggingface: {not_found(path, Path(path))}"
+    return (
+        f"source huggingface: {path} has neither `save_to_disk` output nor parquet files; use `kind: folder` for "
+        "image files, `kind: webdataset` for tar files"
+    )
 
 
 def _hub(name: str, split: str, config: str | None, revision: str | None) -> Any:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from agglo.files import printable
 from agglo.sources._encoded import EncodedSource
 from agglo.sources._index import ProgressCounter, Table, open_table
-from agglo.sources._paths import EXTENSIONS
+from agglo.sources._paths import EXTENSIONS, left_out
 from agglo.sources._shards import Shard, ShardError, locate
 from agglo.sources.base import SourceError
 from agglo.types import ConfigError, ImageError
@@ -37,14 +38,17 @@ class WebDataset(EncodedSource):
     images are drawn from all of them in random order: ``keep_gb`` copies the first ones that fit, never evicting any.
 
     A file that is not a tar archive, or a compressed one, is skipped; of a truncated or damaged shard the complete
-    members are used. Both are named and counted, in the log and in :attr:`damaged`.
+    members are used. Both are named and counted, in the log and in :attr:`damaged`. Joined archives are read to the
+    end; links have the bytes of their targets.
 
     Args:
         shards: paths, globs (``*``), brace ranges (``{0000..0127}``), folders (every ``*.tar`` in them), ``http(s)://``
             URLs, and URLs of object stores supported by fsspec (``s3://``, ``gs://``, ``hf://``, ...); ``${VARIABLES}``
             are expanded.
-        extensions: extensions of image members, case-insensitive. As in WebDataset, a member's extension is all that
-            follows the *first* dot of its file name: ``0001.seg.png`` has extension ``seg.png``, not ``png``.
+        extensions: extensions of image members, case-insensitive; null for all that Pillow commonly reads. As in
+            WebDataset, a member's extension is all that follows the *first* dot of its file name: ``0001.seg.png`` has
+            extension ``seg.png``, not ``png``. Other members, except text and tables, are counted and named in a
+            warning.
         keep_gb: copy up to this many GB of remote shards into the cache folder.
         min_side: exclude images whose shorter side is smaller (pixels); 0 disables. Counted when they are read.
         min_pixels: exclude images with fewer pixels (height times width); 0 disables.
@@ -64,7 +68,7 @@ class WebDataset(EncodedSource):
         self,
         *,
         shards: str | list[str],
-        extensions: tuple[str, ...] = EXTENSIONS,
+        extensions: tuple[str, ...] | None = None,
         keep_gb: float = 0.0,
         min_side: int = 0,
         min_pixels: int = 0,
@@ -73,13 +77,20 @@ class WebDataset(EncodedSource):
     ) -> None:
         super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         found = locate([shards] if isinstance(shards, str) else shards)
-        self._extensions = frozenset(e.lower().removeprefix(".") for e in extensions)
+        self._extensions = frozenset(e.lower().removeprefix(".") for e in extensions or EXTENSIONS)
         self.damaged: dict[str, str] = {}
         tables = self._open(found, keep_gb * 1e9)
         used = [(shard, table) for shard, table in zip(found, tables, strict=True) if table is not None and len(table)]
         self._warn(found, tables)
         if not used:
             raise ConfigError(_empty(found, tables, self._extensions, self.damaged))
+        others = _others(tables)
+        if extensions is not None:  # chosen on purpose, but for a dot in a name and a broken link
+            others = Counter(
+                {k: n for k, n in others.items() if " " in k or ("." in k and k.rpartition(".")[2] in self._extensions)}
+            )
+        if lost := left_out(others, "members", f"{len(found)} shards"):
+            _log.warning("%s", lost)
         self.shards = [shard for shard, _ in used]
         self._labels = _labels([shard.path for shard in self.shards])
         self._ends = np.cumsum([len(table) for _, table in used])
@@ -145,7 +156,7 @@ class WebDataset(EncodedSource):
     def name(self, index: int) -> str:
         """Shard and member name: ``shard-000012/0001234.jpg``."""
         number, table, row = self._at(index)
-        return f"{self._labels[number]}/{table.name(row)}"
+        return printable(f"{self._labels[number]}/{table.name(row)}")
 
     def encoded(self, index: int) -> bytes:
         number, table, row = self._at(index)
@@ -178,16 +189,22 @@ def _labels(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
+def _others(tables: Sequence[Table | None]) -> Counter[str]:
+    """Number of members that are not images, by extension or by a phrase."""
+    others: Counter[str] = Counter()
+    for table in tables:
+        others.update(table.facts["others"] if table is not None else {})
+    return others
+
+
 def _empty(
     found: list[Shard], tables: Sequence[Table | None], extensions: frozenset[str], damaged: dict[str, str]
 ) -> str:
     searched = " ".join(f".{e}" for e in sorted(extensions))
     message = f"source webdataset: no image in {len(found)} shards; searched for {searched}"
-    others: Counter[str] = Counter()
-    for table in tables:
-        others.update(table.facts["others"] if table is not None else {})
+    others = _others(tables)
     if others:
-        seen = ", ".join(f"{count} .{name}" for name, count in others.most_common(_NAMED))
+        seen = ", ".join(f"{n} {name if ' ' in name else '.' + name}" for name, n in others.most_common(_NAMED))
         message += f"; found {seen}: add the extension, all that follows the first dot, to `extensions`"
     if damaged:
         path, why = next(iter(damaged.items()))
