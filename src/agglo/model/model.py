@@ -70,7 +70,7 @@ class Model(nn.Module):
         with_summary = sorted({c.slot for c in heads.values() if c.summary is not None}) or [0]
         self.summary_slots = list(with_summary if summary_slots is None else summary_slots) if inner.slots > 1 else [0]
         if not set(self.summary_slots) <= set(range(inner.slots)):
-            raise ConfigError(f"summary_slots: {self.summary_slots} but the student has {inner.slots} class tokens")
+            raise ConfigError(f"summary_slots: {self.summary_slots} exceeds 0 to {inner.slots - 1}, the class tokens")
         summary = None if inner.summary is None else inner.summary // inner.slots * len(self.summary_slots)
         self.spec = FeatureSpec(summary, inner.spatial, inner.stride, inner.step, len(self.summary_slots))
         width = inner.spatial or 0
