@@ -38,7 +38,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 if not timm.is_model("naflexvit_huge_patch16_radio_v4"):
     pytest.skip(f"timm {timm.__version__} has no RADIO", allow_module_level=True)
 
-pytestmark = [pytest.mark.libraries, pytest.mark.filterwarnings("ignore:images larger than the")]
+pytestmark = [pytest.mark.libraries, pytest.mark.filterwarnings("ignore:images exceed the")]
 
 SMALL = {
     "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4, "patch_size": PATCH, "pos_embed_grid_size": (GRID, GRID)

@@ -39,7 +39,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 if not hasattr(transformers, "RadioModel"):
     pytest.skip(f"transformers {transformers.__version__} has no RadioModel", allow_module_level=True)
 
-pytestmark = [pytest.mark.libraries, pytest.mark.filterwarnings("ignore:images larger than the")]
+pytestmark = [pytest.mark.libraries, pytest.mark.filterwarnings("ignore:images exceed the")]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

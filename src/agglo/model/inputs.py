@@ -67,7 +67,7 @@ def prepare(images: ImageLike, rules: InputRules, *, resize: bool = True, in_lis
     if min(height, width) < step and resize:
         rules.warn(f"images with a side below one patch are stretched to {step} pixels")
     if rules.max_size is not None and max(height, width) > rules.max_size:
-        rules.warn(f"images larger than the {rules.max_size} pixels this model was made for: quality is untested")
+        rules.warn(f"images exceed the {rules.max_size} pixels this model was made for: quality is untested")
     return snap(batch, step * rules.window) if resize else batch
 
 
