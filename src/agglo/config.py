@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from agglo.types import AggloError, ConfigError
 
@@ -48,13 +48,13 @@ NESTED: dict[str, str] = {
 }
 """Parameter name of a kind → extension point of its value, ``{kind: ...}`` or a list of them."""
 
-_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class Strict(BaseModel):
     """A typed, immutable node of a recipe; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
@@ -154,6 +154,7 @@ def check_options(point: str, options: Mapping[str, Any], where: str = "", *, in
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
     keys = {key: value for key, value in options.items() if key != "kind"}
+    refuse_large(keys, where or f"{point}.{options['kind']}")
     try:
         checked = schema(cls).model_validate(keys)
     except ValidationError as error:
@@ -190,6 +191,22 @@ def build(point: str, options: Mapping[str, Any], *program: Any, where: str = ""
         raise ConfigError(f"{where or f'{point}.{kind}'}: {error}") from error
 
 
+def refuse_large(value: Any, where: str) -> None:
+    """Refuse whole numbers that do not fit 64 bits, wherever they are in a tree.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            refuse_large(each, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            refuse_large(each, f"{where}.{index}")
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{where}: a number of {value.bit_length()} bits is too large; at most {(1 << 63) - 1}")
+
+
 # --- YAML and overrides -----------------------------------------------------------------------------------------------
 
 
@@ -212,6 +229,8 @@ def read_yaml(text: str, name: str = "recipe") -> dict[str, Any]:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{name}, line {line}: {error.problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:  # control characters, numbers of thousands of digits
+        raise ConfigError(f"{name}: not YAML ({str(error).strip().splitlines()[0]})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: expected a mapping of keys at the top, found {type(data).__name__}")
     return data
@@ -226,8 +245,12 @@ def write_yaml(data: Any) -> str:
     return out.getvalue()
 
 
-def override(data: dict[str, Any], assignments: Iterable[str], keep: Collection[str] = ()) -> dict[str, Any]:
+def override(
+    data: dict[str, Any], assignments: Iterable[str] | Mapping[str, Any], keep: Collection[str] = ()
+) -> dict[str, Any]:
     """Apply ``key.path=value`` assignments to a copy of a nested mapping; values are YAML (``[1, 2]``, ``null``).
+
+    A mapping of dotted keys to plain values is applied likewise.
 
     List elements are addressed by index: ``partitions.0.batch=64``. Setting ``kind`` drops that mapping's other keys,
     which belong to the replaced kind, except those in ``keep``.
@@ -236,13 +259,19 @@ def override(data: dict[str, Any], assignments: Iterable[str], keep: Collection[
         ConfigError: no ``=``, an index out of range, or a path through a value without keys.
     """
     root = _copy(data)
+    if isinstance(assignments, Mapping):
+        for key, value in assignments.items():
+            _assign(root, str(key).split("."), _copy(value), f"{key}={value!r}", keep)
+        return root
+    if isinstance(assignments, str):
+        raise ConfigError(f"overrides: {assignments!r} is one string: give a list of them, [{assignments!r}]")
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
             raise ConfigError(f"override {assignment!r} is not of the form key.path=value")
         try:
             value = _yaml().load(text) if text else None
-        except MarkedYAMLError:
+        except (YAMLError, ValueError, RecursionError):
             raise ConfigError(f"override {assignment!r}: {text!r} is not a YAML value") from None
         _assign(root, path.split("."), value, assignment, keep)
     return root

@@ -16,6 +16,9 @@ from agglo.types import ConfigError
 PARTIAL = ".partial"
 """Suffix of the temporary file beside the target of an atomic write."""
 
+LOCK = ".lock"
+"""File in a folder that :func:`exclusive` locks."""
+
 _PACKAGES = ("agglo", "torch", "torchvision", "timm", "transformers", "numpy", "pillow", "safetensors")
 
 
@@ -56,6 +59,73 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, content: Any) -> Path:
     """Replace a JSON file atomically; return its path."""
     return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, advice: str) -> Iterator[None]:
+    """Lock a folder for one writer; the system releases the lock when the process ends. The folder is created.
+
+    Without locks (Windows, some network file systems) it is up to the user to start one writer at a time.
+
+    Args:
+        folder: to lock.
+        advice: the end of the error message.
+
+    Raises:
+        ConfigError: another process, or another thread of this one, has the lock.
+        OSError: the folder cannot be created or written.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _lock(folder / LOCK, advice)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # still locked, so that it is never the file of a later writer
+        os.close(file)
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if nothing was written
+
+
+def _lock(path: Path, advice: str) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino != os.fstat(file).st_ino:
+                raise FileNotFoundError(path)
+        except BlockingIOError:
+            owner = os.read(file, 20).decode(errors="replace").strip()
+            os.close(file)
+            process = f" (process {owner})" if owner else ""
+            raise ConfigError(f"another process is writing to {path.parent}{process}: {advice}") from None
+        except FileNotFoundError:  # the writer before removed it between opening and locking
+            os.close(file)
+            continue
+        except (ImportError, OSError):
+            return file
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, 0)
+            os.write(file, str(os.getpid()).encode())
+        return file
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start}): save it as UTF-8"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,18 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from agglo.config import Strict, check_options, explain, find, nearest, override, read_yaml, write_yaml
+from agglo.config import (
+    Strict,
+    check_options,
+    explain,
+    find,
+    nearest,
+    override,
+    read_yaml,
+    refuse_large,
+    write_yaml,
+)  # fmt: skip
+from agglo.files import read_utf8
 from agglo.types import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,7 +47,7 @@ def ordered(value: tuple[float, float]) -> tuple[float, float]:
 class Claim(Strict):
     """What a run of the recipe costs and reaches, for the reader."""
 
-    summary: str
+    summary: str = ""
     hardware: str = ""
     time: str = ""
     expect: str = ""
@@ -212,7 +223,7 @@ class Data(Strict):
 
     sources: list[SourceEntry] = Field(min_length=1)
     views: Views = Views()
-    workers: int = Field(default=1, ge=0)
+    workers: int = Field(default=1, ge=0, le=1024)
     cache_mb: int = Field(default=1024, ge=0)
     feature_cache: str | None = Field(default=None, json_schema_extra=_STUDENT)
 
@@ -340,7 +351,7 @@ class Recipe(Strict):
     """A training run. Read one with :func:`load`; ``agglo recipes`` lists the bundled ones."""
 
     name: str
-    claim: Claim
+    claim: Claim = Claim()
     objective: Kind = {"kind": "distill"}
     student: Kind = {}
     teachers: dict[str, TeacherEntry] = Field(min_length=1)
@@ -492,6 +503,7 @@ def from_dict(data: Mapping[str, Any], name: str = "recipe") -> Recipe:
     Raises:
         ConfigError: invalid; the message has one line per problem.
     """
+    refuse_large(data, name)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -530,23 +542,85 @@ def names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load(name_or_path: str, overrides: Iterable[str] = (), *, smoke: bool = False) -> Recipe:
+def load(name_or_path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = (), *, smoke: bool = False) -> Recipe:
     """Read a recipe by name or path, then apply overrides.
 
     Args:
-        name_or_path: ``"quickstart"``, or a YAML file.
-        overrides: ``key.path=value`` assignments; applied last, so they win over ``smoke``.
+        name_or_path: ``"quickstart"``, a YAML file, or a run folder.
+        overrides: ``key.path=value`` assignments, or values by dotted key; applied last, so they win over ``smoke``.
         smoke: first shrink the recipe by its own ``smoke`` list.
 
     Raises:
         ConfigError: no such recipe, or an invalid one.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no recipe {name_or_path!r}{nearest(name_or_path, names())}")
-    data = read_yaml(path.read_text(encoding="utf-8"), path.name)
+    path = _find(name_or_path, Path())
+    return _changed(_read(path), overrides, smoke, path.name)
+
+
+def changed(recipe: Recipe, overrides: Iterable[str] | Mapping[str, Any], *, smoke: bool) -> Recipe:
+    """A recipe with overrides, as for :func:`load`."""
+    return _changed(recipe.to_dict(), overrides, smoke, recipe.name) if overrides or smoke else recipe
+
+
+def _changed(data: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any], smoke: bool, name: str) -> Recipe:
     if smoke:
         data = override(data, data.get("smoke", []), _ENTRY_KEYS)
-    return from_dict(override(data, overrides, _ENTRY_KEYS), path.name)
+    return from_dict(override(data, overrides, _ENTRY_KEYS), name)
+
+
+def run_of(name_or_path: str | Path) -> Path | None:
+    """The run folder that a recipe argument names, or None if it is a recipe's name or a file."""
+    path = Path(name_or_path).expanduser()
+    return path if str(name_or_path) not in names() and (path / "recipe.yaml").is_file() else None
+
+
+def _find(name_or_path: str | Path, beside: Path) -> Path:
+    """The file of a recipe; a relative path starts at ``beside``."""
+    path = Path(name_or_path).expanduser()
+    if str(name_or_path) in names():
+        return RECIPES / f"{name_or_path}.yaml"
+    path = beside / path
+    if path.is_dir():
+        if not (path / "recipe.yaml").is_file():
+            raise ConfigError(f"{path} is a folder without recipe.yaml, not a run folder: name a recipe or a YAML file")
+        path = path / "recipe.yaml"
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise ConfigError(f"no recipe {str(name_or_path)!r}{nearest(str(name_or_path), names())}")
+    return path
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe file, with what it inherits from ``base``; its name is the file's by default."""
+    chain = (*above, path.resolve())
+    data = read_yaml(read_utf8(path), path.name)
+    base = data.pop("base", None)
+    data = {"name": path.stem, **data}
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise ConfigError(f"{path.name}, base: must be the name of a recipe, a YAML file or a run folder; got {base!r}")
+    try:
+        parent = _find(base, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}, base: {error}") from None
+    if parent.resolve() in chain:
+        circle = " -> ".join(each.name for each in (*chain[chain.index(parent.resolve()) :], parent))
+        raise ConfigError(f"{path.name}, base: the recipes inherit from each other ({circle}): remove one `base:`")
+    inherited = {key: value for key, value in _read(parent, chain).items() if key not in ("name", "claim")}
+    tree = _merged(inherited, data)
+    for key in ("teachers", "auxiliary"):  # null leaves out an entry of the base
+        if isinstance(tree.get(key), dict):
+            tree[key] = {name: entry for name, entry in tree[key].items() if entry is not None}
+    return tree
+
+
+def _merged(base: Any, own: Any) -> Any:
+    """``own`` over ``base``: mappings are merged key by key, other values replaced.
+
+    Another ``kind`` drops the keys of the base's kind.
+    """
+    if not isinstance(base, Mapping) or not isinstance(own, Mapping):
+        return own
+    if "kind" in own and own["kind"] != base.get("kind"):
+        base = {key: value for key, value in base.items() if key in _ENTRY_KEYS}
+    return {**base, **{key: _merged(base.get(key), value) for key, value in own.items()}}
