@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from agglo import files
 from agglo.cache.coding import Coding
 from agglo.cache.identity import MANIFEST
 from agglo.cache.records import HEADER
-from agglo.files import PARTIAL
+from agglo.files import LOCK, PARTIAL
 from agglo.teachers.base import Teacher
 from agglo.types import AggloError, ConfigError, StorageError
 
-LOCK = ".lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -35,23 +34,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     new = not (folder / MANIFEST).is_file()
     if new and folder.is_dir() and any(path.name != LOCK and PARTIAL not in path.name for path in folder.iterdir()):
         raise ConfigError(f"{folder} is in use and is not a feature cache: name another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            import fcntl
-        except ImportError:  # Windows: running one writer at a time is up to the user
-            fcntl = None
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(
-                    f"another process is writing to {folder}: wait for it, or name another folder"
-                ) from None
+    with files.exclusive(folder, "wait for it, or name another folder"):
         yield
-    finally:
-        os.close(file)
 
 
 def size_text(count: float) -> str:

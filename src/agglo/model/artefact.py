@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +21,8 @@ from agglo.weights.reading import assign, read_safetensors
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TEXTS = "agglo.texts"
+"""Key of the weights' metadata: hash of each text file written with them."""
 
 
 def write_folder(
@@ -31,6 +35,8 @@ def write_folder(
 ) -> Path:
     """Write weights and text files; all are replaced together, after all were written.
 
+    Only files of an earlier call are replaced: the weights list the hashes of the texts written with them.
+
     Args:
         folder: created if needed.
         tensors: by name; floating-point ones are cast to ``dtype``.
@@ -39,9 +45,15 @@ def write_folder(
         keep: tensors whose name contains one of these keep their dtype.
 
     Raises:
+        ConfigError: the folder holds a file of one of these names that agglo did not write, or that was edited since.
         ValueError: a tensor is not finite in ``dtype``.
         StorageError: a file cannot be written.
     """
+    if kept := _foreign(folder, texts):
+        raise ConfigError(
+            f"{folder} holds {', '.join(kept)}, which agglo did not write (or which was edited since): name another "
+            "folder, or move it away"
+        )
     state = {}
     for name, tensor in tensors:
         cast = tensor.is_floating_point() and not any(part in name for part in keep)
@@ -52,7 +64,7 @@ def write_folder(
     try:
         with contextlib.ExitStack() as stack:  # unwound from the last: the weights are replaced first
             partial = {name: stack.enter_context(replacing(folder / name)) for name in (*texts, WEIGHTS)}
-            write_tensors(state, partial[WEIGHTS])
+            write_tensors(state, partial[WEIGHTS], {name: _hash(text.encode()) for name, text in texts.items()})
             for name, text in texts.items():
                 partial[name].write_text(text, encoding="utf-8")
     except StorageError:
@@ -97,18 +109,57 @@ def config_text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file.
+def _foreign(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """Names of the files to be written that exist and are not of an earlier :func:`write_folder`."""
+    found = [name for name in (*texts, WEIGHTS) if os.path.lexists(folder / name)]
+    metadata: dict[str, str] = {}
+    with contextlib.suppress(OSError, SafetensorError), safe_open(folder / WEIGHTS, "pt") as file:
+        metadata = file.metadata() or {}
+    if "agglo" not in metadata:
+        return found
+    known = json.loads(metadata.get(TEXTS, "null"))
+    if known is None:  # written by a version that did not list them
+        return []
+    return [name for name in found if name != WEIGHTS and known.get(name) != _hash((folder / name).read_bytes())]
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; equal tensors give equal bytes.
+
+    Args:
+        tensors: by name.
+        path: of the file.
+        texts: hashes of the text files beside it, by name.
 
     Raises:
         StorageError: it cannot be written; no part of it is left.
     """
+    metadata = {"format": "pt", "agglo": str(FORMAT)}
+    if texts:
+        metadata[TEXTS] = json.dumps(texts, sort_keys=True)
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt", "agglo": str(FORMAT)})
+        save_file(dict(tensors), path, metadata=metadata)
+        _sort_metadata(path)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes its files readable by the owner only
     except (SafetensorError, OSError) as error:
         path.unlink(missing_ok=True)
         raise StorageError(f"{path} cannot be written ({error}): free some space or name another folder") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the keys of a safetensors file's metadata, whose order differs from process to process."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def plain_card(name: str, kind: str, parameters: int, stride: int, provenance: Mapping[str, Any]) -> str:

@@ -30,6 +30,16 @@ Section = tuple[str, str, list[Child]]
 """Id, title and content; a section without content is left out."""
 
 
+def check_page(page: Path) -> None:
+    """Refuse to replace a file that is not a report of agglo.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if page.is_file() and 'name="generator" content="agglo"' not in page.read_text(encoding="utf-8", errors="ignore"):
+        raise ConfigError(f"{page} exists and is not a report of agglo: name another file with -o, or move it away")
+
+
 def write_results(places: Sequence[str | Path], out: Path) -> tuple[Path, Path]:
     """Write one self-contained HTML page of all results of some folders, and a Markdown table beside it.
 
@@ -46,6 +56,11 @@ def write_results(places: Sequence[str | Path], out: Path) -> tuple[Path, Path]:
     """
     if out.suffix != ".html":
         raise ConfigError(f"{out}: a report is an .html file; its table is written beside it as .md")
+    check_page(out)
+    table = out.with_suffix(".md")
+    start = table.read_text(encoding="utf-8", errors="ignore")[:10] if table.is_file() else ""
+    if start and not start.startswith(("| model |", "No results")):
+        raise ConfigError(f"{table} exists and is not a table of agglo: name another page with -o")
     found = [(results_file(place).parent, result) for place in places for result in current(read(place))]
     if not found:
         raise ConfigError("these files hold no results: make some with `agglo eval MODEL --out FOLDER`")
@@ -68,7 +83,7 @@ def write_results(places: Sequence[str | Path], out: Path) -> tuple[Path, Path]:
     ]
     return (
         write_text(out, render(title, head, sections, "Made by agglo from results.jsonl.")),
-        write_text(out.with_suffix(".md"), markdown(results)),
+        write_text(table, markdown(results)),
     )
 
 

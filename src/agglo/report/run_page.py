@@ -11,6 +11,7 @@ from typing import TypeVar
 from PIL import ImageStat
 
 from agglo.config import build
+from agglo.extras import install_command
 from agglo.files import write_text
 from agglo.model.model import Model
 from agglo.report import page, visuals
@@ -48,6 +49,7 @@ def write_run(folder: str | Path, progress: Callable[[str], None] | None = None)
         ConfigError: the folder is not a run folder.
     """
     run = read_run(Path(folder))
+    page.check_page(run.folder / "report.html")
 
     def attempt(what: str, make: Callable[[], T]) -> tuple[T | None, str]:
         if progress is not None:
@@ -250,7 +252,7 @@ def _learning(run: TrainingRun) -> list[Child]:
     if board.is_dir() and any(board.iterdir()):
         live = ["The same numbers, live: ", _code(f"tensorboard --logdir {shlex.quote(str(board))}")]
     else:
-        live = ["For live curves, install TensorBoard: ", _code('pip install "agglo[log]"')]
+        live = ["For live curves, install TensorBoard: ", _code(install_command("log"))]
     parts.append(tag("p", live, class_="foot"))
     return parts
 

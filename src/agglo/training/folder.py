@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from agglo import dist
-from agglo.files import versions, write_json, write_text
+from agglo.files import LOCK, exclusive, versions, write_json, write_text
 from agglo.recipe import Recipe, load
 from agglo.types import ConfigError
 
 RUN_FILES = (
-    "report.html", "evals", "model", "initial", "checkpoints", "tensorboard", "metrics.jsonl", "versions.json",
-    "recipe.yaml",
+    "report.html", "evals", "model", "initial", "stages", "checkpoints", "tensorboard", "metrics.jsonl",
+    "versions.json", "recipe.yaml",
 )  # fmt: skip
 """What --overwrite removes, the files that mark a run folder last; other files are kept."""
+
+
+@contextlib.contextmanager
+def locked_run(folder: Path) -> Iterator[None]:
+    """Lock a run folder for one run; several processes of torchrun are one run, and the main one holds the lock.
+
+    Raises:
+        ConfigError: another run is writing to it.
+    """
+    own = not folder.exists() or (folder.is_dir() and (not _content(folder) or (folder / "recipe.yaml").is_file()))
+    if not own:  # `check_folder` refuses it
+        yield
+        return
+    with exclusive(folder, "wait for that run or stop it, or name another run folder with --out"):
+        yield
+
+
+def _content(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name != LOCK]
 
 
 def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -30,7 +51,7 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool)
         raise ConfigError("--resume and --overwrite exclude each other")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name another run folder")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and bool(_content(folder))
     if resume and not used:
         raise ConfigError(f"{folder} has no run to resume: remove --resume to start one")
     if not used:

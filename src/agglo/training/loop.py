@@ -27,7 +27,7 @@ from agglo.teachers.base import Teacher
 from agglo.training import checkpoint
 from agglo.training.checks import can_be_spectral, check_sizes, check_windows
 from agglo.training.ema import Ema
-from agglo.training.folder import begin_folder, check_folder, resume_command
+from agglo.training.folder import begin_folder, check_folder, locked_run, resume_command
 from agglo.training.metrics import MetricsBuffer, StepMetrics, half_precision_teachers
 from agglo.training.optim import build_optimizer, is_deferred, set_learning_rate
 from agglo.training.parallel import check_batches, gather_names, warnings_on_main
@@ -53,14 +53,18 @@ def train_model(
     overwrite: bool = False,
     device: str | None = None,
     quiet: bool = False,
+    held: contextlib.ExitStack | None = None,
 ) -> Model:
     """Train a recipe, without measuring it; see :func:`agglo.train` for arguments and errors.
+
+    The folder is locked for the time of the call, or with ``held`` until that stack is closed.
 
     The run folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``,
     ``initial/`` (the untrained model) and ``model/`` (the averaged weights, with the normalizers folded in).
     """
     folder = Path(folder)
-    with dist.process_group(device) as device, warnings_on_main():
+    with dist.process_group(device) as device, warnings_on_main(), contextlib.ExitStack() as own:
+        dist.run_on_main(lambda: (own if held is None else held).enter_context(locked_run(folder)))
         train_any = _train_stages if recipe.stages else _train_one
         return train_any(recipe, folder, resume=resume, overwrite=overwrite, device=device, quiet=quiet)
 
