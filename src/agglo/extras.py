@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 from agglo.types import MissingExtraError
@@ -24,4 +25,12 @@ def require(module: str, extra: str) -> ModuleType:
         missing = error.name or module
         top = module.partition(".")[0]
         why = f"{top} is not installed" if missing == top else f"{module} needs {missing}, which is not installed"
-        raise MissingExtraError(f'{why}: pip install "agglo[{extra}]"', name=missing) from error
+        raise MissingExtraError(f"{why}: {install_command(extra)}", name=missing) from error
+
+
+def install_command(extra: str) -> str:
+    """The pip command that installs an extra, for this installation: from PyPI, or the checkout that is in use."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "pyproject.toml").is_file() or not (checkout / "src" / "agglo").is_dir():
+        return f'pip install "agglo[{extra}]"'
+    return f'pip install -e "{"." if Path.cwd() == checkout else checkout}[{extra}]"'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,4 +139,4 @@ def test_what_needs_an_extra_names_it(door: str, errors: dict[str, Any]) -> None
     code, extra = DOORS[door]
     kind, message, trace = errors[code]
     assert kind == "MissingExtraError", trace or f"{code}: {kind}"
-    assert f'pip install "agglo[{extra}]"' in message
+    assert re.search(rf'pip install (-e )?"[^"]+\[{extra}\]"', message), message

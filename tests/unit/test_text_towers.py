@@ -406,5 +406,5 @@ def test_open_clip_does_not_run_a_pickle(clip, tmp_path: Path) -> None:
 )
 def test_missing_library_names_its_extra(kind: str, guest: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, guest, None)
-    with pytest.raises(MissingExtraError, match=r'pip install "agglo\[teachers\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install .*\[teachers\]"'):
         build("text", {"kind": kind})

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from agglo.extras import require
+from agglo.extras import install_command, require
 from agglo.files import printable, replacing
 from agglo.sources._index import Table, TableWriter, index_path, read
 from agglo.sources._paths import braces, expanded
@@ -437,5 +437,5 @@ def _connected(protocol: str) -> Any:
 def _not_installed(path: str, error: ImportError) -> MissingExtraError:
     protocol = path.partition("://")[0]
     package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(protocol)
-    advice = 'pip install "agglo[data]"' if package is None else f"pip install {package}"
+    advice = install_command("data") if package is None else f"pip install {package}"
     return MissingExtraError(f"{protocol}:// shards need a package that is not installed: {advice} ({error})")

