@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,14 @@ from torch.nn import functional as F
 
 from agglo.config import build
 from agglo.data.loader import evaluation_batches
+from agglo.evals.base import Backbone, device_of
 from agglo.extras import require
 from agglo.files import replacing
 from agglo.model.model import Model
 from agglo.preprocess import aspect_size, check_size, fit, image_name, nearest_size, read_image
+from agglo.results.identity import model_hash
 from agglo.sources.base import Source
-from agglo.types import ConfigError, ImageError
+from agglo.types import ConfigError, ImageError, StorageError
 from agglo.zoo.loading import DEFAULT, load
 
 Progress = Callable[[int, int], None]
@@ -102,6 +108,7 @@ def embed(
     batch: int = 32,
     head: str | None = None,
     progress: Progress | None = None,
+    journal: str | Path | None = None,
 ) -> Embeddings:
     """Encode a folder, a source, or any images.
 
@@ -116,9 +123,13 @@ def embed(
         batch: images per batch.
         head: the text-aligned head for ``aligned``; None for the first.
         progress: called after every batch.
+        journal: a file that receives the rows of each batch as soon as they are computed. A later call with the same
+            file, model, size and head reuses the rows of image files that have not changed.
 
     Raises:
-        ConfigError: no readable images, an illegal size or batch, or an unknown text-aligned head.
+        ConfigError: no readable images, an illegal size or batch, more than fits into memory, or an unknown
+            text-aligned head.
+        StorageError: the journal cannot be written; the rows in it are kept.
     """
     called = str(model) if isinstance(model, str | Path) else str(model.provenance.get("recipe", "model"))
     model = load(model, heads="text") if isinstance(model, str | Path) else model
@@ -126,34 +137,40 @@ def embed(
         raise ConfigError(f"batch must be at least 1, got {batch}")
     canvas, head = legal_size(model, size), _aligned_head(model, head)
     source = _as_source(images_or_dir)
-    names: list[str] = []
-    summaries: list[np.ndarray] = []
-    aligned: list[np.ndarray] = []
+    check_memory(model, canvas, min(batch, len(source)))
+    kept = _Journal(Path(journal), model, canvas, head) if journal is not None else None
+    done = {} if kept is None else kept.read(source)
     skipped: dict[str, str] = {}
     was_training = model.training
     model.eval()
     try:
-        for found in evaluation_batches(source, canvas, batch):
+        rest = _Rest(source, [index for index in range(len(source)) if index not in done])
+        for found in evaluation_batches(rest, canvas, batch) if rest.has_images(skipped, needed=not done) else ():
             skipped |= found.skipped
-            summary, vectors = _encode(model, found.images, head)
-            good = np.asarray(np.isfinite(np.concatenate([summary, vectors], axis=1)).all(axis=1))
-            batch_names = [source.name(index) for index in found.indices]
-            skipped |= {
-                name: "its features are not finite" for name, fine in zip(batch_names, good, strict=True) if not fine
-            }
-            names += [name for name, fine in zip(batch_names, good, strict=True) if fine]
-            summaries.append(summary[good])
-            aligned.append(vectors[good])
+            rows = _encode(model, found.images, head)
+            good = np.isfinite(np.concatenate(rows, axis=1)).all(axis=1)
+            for at, fine in zip(found.indices, good, strict=True):
+                if not fine:
+                    skipped[rest.name(at)] = "its features are not finite"
+            indices = [rest.indices[at] for at, fine in zip(found.indices, good, strict=True) if fine]
+            summary, vectors = (np.ascontiguousarray(part[good], np.float32) for part in rows)
+            if kept is not None:
+                kept.append(source, indices, summary, vectors)
+            done |= {index: (summary[row], vectors[row]) for row, index in enumerate(indices)}
             if progress is not None:
-                progress(len(names) + len(skipped), len(source))
+                progress(len(done) + len(skipped), len(source))
     finally:
         model.train(was_training)
-    if not names:
+        if kept is not None:
+            kept.close()
+    if not done:
         raise ConfigError(f"the features of all {len(source)} images are not finite: the weights are damaged")
     if progress is not None:
         progress(len(source), len(source))
-    together = np.concatenate(aligned) if head is not None else None
-    return Embeddings(tuple(names), np.concatenate(summaries), together, skipped, called, canvas, head)
+    order = sorted(done)
+    summary, vectors = (np.stack([done[index][part] for index in order]) for part in (0, 1))
+    names = tuple(source.name(index) for index in order)
+    return Embeddings(names, summary, vectors if head is not None else None, skipped, called, canvas, head)
 
 
 def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int = 5) -> list[Hit]:
@@ -216,6 +233,7 @@ def image_features(
     if model.spec.spatial is None:
         raise ConfigError("this model has no spatial features")
     longest = max(MIN_SIDE, 2 * model.preferred_size) if size is None else legal_size(model, size)[0]
+    check_memory(model, (longest, longest), 1)
     found: list[ImageFeatures] = []
     skipped: dict[str, str] = {}
     for source in [as_files(path) for path in paths]:
@@ -250,6 +268,38 @@ def legal_size(model: Model, size: int | None) -> tuple[int, int]:
     return size, size
 
 
+def check_memory(model: Backbone, size: tuple[int, int], batch: int) -> None:
+    """Refuse inputs that cannot fit into memory.
+
+    The estimate is low: an image, its pixels as float32, and eight maps of the features' width.
+
+    Raises:
+        ConfigError: names the memory needed and the largest side that fits.
+    """
+    height, width = size
+    channels = model.spec.spatial or model.spec.summary or 0
+    pixel = 24 + 32 * channels / model.spec.stride**2
+    needed, limit = batch * height * width * pixel, memory_bytes(device_of(model))
+    if needed > limit:
+        largest = max(1, int((limit / batch / pixel) ** 0.5))
+        raise ConfigError(
+            f"size {height}x{width}: a batch of {batch} needs more than {needed / 1e9:.0f} GB of memory, and there are "
+            f"{limit / 1e9:.0f} GB: use at most {largest} pixels, or a smaller batch"
+        )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of a device; on the CPU that of the machine, or the limit of the container."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    found = [1 << 48]
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):  # "max": no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(each for each in found if each > 0)
+
+
 def check_output(path: str | Path, *, overwrite: bool, endings: Sequence[str] = ENDINGS) -> Path:
     """Check an output path before the work begins.
 
@@ -276,6 +326,123 @@ def as_files(path: str | Path) -> Source:
     return _ImageList([folder.file(index) for index in range(len(folder))])
 
 
+class _Rest(Source):
+    """Some images of a source.
+
+    Args:
+        source: the images.
+        indices: those to keep.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self._source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self._source.name(self.indices[index])
+
+    def read(self, index: int) -> Image.Image:
+        return self._source.read(self.indices[index])
+
+    def has_images(self, skipped: dict[str, str], *, needed: bool) -> bool:
+        """Whether an image can be read, or ``needed``; adds the unreadable ones before it to ``skipped``."""
+        for index in range(0 if needed else len(self)):
+            try:
+                self.read(index)
+            except ImageError as error:
+                skipped[error.name] = error.why
+            else:
+                return True
+        return needed
+
+
+_Rows = dict[int, tuple[np.ndarray, np.ndarray]]
+"""Index of an image → its summary and its text-aligned embedding."""
+
+
+class _Journal:
+    """Finished rows in an append-only file: one JSON line of facts per batch, then the rows as float32.
+
+    Args:
+        path: of the file; continued if it belongs to the same model, size and head.
+        model, canvas, head: of the rows.
+    """
+
+    def __init__(self, path: Path, model: Model, canvas: tuple[int, int], head: str | None) -> None:
+        self.path = path
+        self._first = {"format": 1, "model": model_hash(model), "size": list(canvas), "head": head}
+        self._file: Any = None
+
+    def read(self, source: Source) -> _Rows:
+        """The rows of images that have not changed since; opens the file for writing."""
+        found: _Rows = {}
+        end = 0
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError), self.path.open("rb") as file:
+            if json.loads(file.readline()) == self._first:
+                end, at = file.tell(), {source.name(index): index for index in range(len(source))}
+                while line := file.readline():
+                    facts = json.loads(line)
+                    shapes = [(len(facts["images"]), width) for width in facts["widths"]]
+                    body = file.read(sum(rows * width for rows, width in shapes) * 4)
+                    if zlib.crc32(body) != facts["crc"]:
+                        break  # cut off by a kill or a full disk
+                    flat, split = np.frombuffer(body, np.float32), shapes[0][0] * shapes[0][1]
+                    parts = flat[:split].reshape(shapes[0]), flat[split:].reshape(shapes[1])
+                    for row, (name, stamp) in enumerate(facts["images"]):
+                        if name in at and stamp is not None and stamp == _stamp(source, at[name]):
+                            found[at[name]] = parts[0][row], parts[1][row]
+                    end = file.tell()
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("r+b" if end else "wb")
+            self._file.truncate(end)
+            self._file.seek(end)
+            if not end:
+                self._file.write(json.dumps(self._first).encode() + b"\n")
+                self._file.flush()
+        return found
+
+    def append(self, source: Source, indices: Sequence[int], *parts: np.ndarray) -> None:
+        """Add the rows of a batch."""
+        body = b"".join(part.tobytes() for part in parts)
+        facts = {
+            "images": [(source.name(index), _stamp(source, index)) for index in indices],
+            "widths": [part.shape[1] for part in parts],
+            "crc": zlib.crc32(body),
+        }
+        with self._writing():
+            self._file.write(json.dumps(facts).encode() + b"\n" + body)
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written ({error.strerror or error}): free some space and run the same command "
+                "again; the rows in it are kept"
+            ) from error
+
+
+def _stamp(source: Source, index: int) -> list[int] | None:
+    """Size and time of an image's file; None for an image that is not a file."""
+    file: Callable[[int], Any] | None = getattr(source, "file", None)
+    try:
+        facts = os.stat(file(index)) if callable(file) else None
+    except (OSError, TypeError):
+        return None
+    return None if facts is None else [facts.st_size, facts.st_mtime_ns]
+
+
 class _ImageList(Source):
     """A source of images passed by the caller; paths are opened when read."""
 
@@ -287,6 +454,10 @@ class _ImageList(Source):
 
     def name(self, index: int) -> str:
         return image_name(self._items[index], f"image {index}")
+
+    def file(self, index: int) -> Path:
+        """Path of the image; raises TypeError for one that is not a file."""
+        return Path(self._items[index]).expanduser()
 
     def read(self, index: int) -> Image.Image:
         try:
@@ -333,26 +504,20 @@ def _encode(model: Model, images: torch.Tensor, head: str | None) -> tuple[np.nd
 def _write_parquet(embeddings: Embeddings, file: Path) -> None:
     pa, parquet = require("pyarrow", "quickstart"), require("pyarrow.parquet", "quickstart")
     columns = embeddings.columns()
-    fields = [pa.field("path", pa.string()), *(pa.field(name, pa.list_(pa.float32())) for name in columns)]
+    # Of a fixed size: Lance refuses variable lists for vector search, and they take longer to write.
+    types = [pa.list_(pa.float32(), array.shape[1]) for array in columns.values()]
+    fields = [pa.field("path", pa.string()), *(pa.field(name, each) for name, each in zip(columns, types, strict=True))]
     schema = pa.schema(fields, metadata=embeddings.metadata())
     with parquet.ParquetWriter(file, schema) as writer:
-        # In groups: offsets of a list column are 32-bit.
         for start in range(0, len(embeddings), _ROW_GROUP):
             rows = slice(start, start + _ROW_GROUP)
-            lists = [_list_column(pa, array[rows]) for array in columns.values()]
+            flat = [np.ascontiguousarray(array[rows], np.float32).reshape(-1) for array in columns.values()]
+            lists = [pa.FixedSizeListArray.from_arrays(pa.array(x), type=t) for x, t in zip(flat, types, strict=True)]
             names = pa.array(embeddings.names[rows], pa.string())
             writer.write_table(pa.Table.from_arrays([names, *lists], schema=schema))
 
 
-def _list_column(pa: Any, array: np.ndarray) -> Any:
-    count, width = array.shape
-    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * np.int32(width))
-    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(array, np.float32).reshape(-1)))
-
-
 def _write_npz(embeddings: Embeddings, file: Path) -> None:
-    import json
-
     # Strings as a unicode array, not objects: the file must load without pickle.
     with file.open("wb") as stream:
         np.savez(

@@ -15,7 +15,7 @@ from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, imag
 from agglo.evals._features import encode
 from agglo.evals.base import EvalContext
 from agglo.model.model import HeadConfig, Model
-from agglo.types import ConfigError
+from agglo.types import ConfigError, StorageError
 
 VIT = {"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}
 
@@ -213,7 +213,7 @@ def test_saved_files_round_trip(model: Model, folder: Path, tmp_path: Path, endi
         parquet = pytest.importorskip("pyarrow.parquet")
         table = parquet.read_table(path)
         assert table.column_names == ["path", "summary", "say"]
-        assert str(table.schema.field("summary").type) == "list<element: float>"
+        assert str(table.schema.field("summary").type) == "fixed_size_list<element: float>[32]"
         columns = {name: np.array(table[name].to_pylist(), np.float32) for name in ("summary", "say")}
         names, facts = table["path"].to_pylist(), {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
     else:
@@ -278,3 +278,142 @@ def test_as_files_names_paths(folder: Path) -> None:
     assert len(source) == 7
     assert source.name(0) == str(folder / "0.png")
     assert source.read(0).size == (64, 40)
+
+
+# --- what is computed is kept -----------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Counts the images that a model encodes; raises ``error`` at the given call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = 10**9, error: BaseException | None = None) -> None:
+        from agglo import embedding
+
+        self.images, self.calls, real = 0, 0, embedding._encode
+
+        def encode_some(model: Model, images: torch.Tensor, head: str | None):
+            self.calls += 1
+            if self.calls == at and error is not None:
+                raise error
+            self.images += len(images)
+            return real(model, images, head)
+
+        monkeypatch.setattr(embedding, "_encode", encode_some)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "no device"), RuntimeError("no memory")])
+def test_stopped_embedding_continues(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    whole, journal = embed(folder, model, batch=2), tmp_path / "out.parquet.partial"
+    with monkeypatch.context() as patch:
+        Counting(patch, 3, error)
+        with pytest.raises(type(error)):
+            embed(folder, model, batch=2, journal=journal)
+    counting = Counting(monkeypatch)
+    found = embed(folder, model, batch=2, journal=journal)
+    assert counting.images < len(whole)
+    assert found.names == whole.names and found.skipped == whole.skipped
+    np.testing.assert_allclose(found.summary, whole.summary, atol=1e-5)
+    np.testing.assert_allclose(found.aligned, whole.aligned, atol=1e-5)
+    again = embed(folder, model, batch=2, journal=journal)
+    assert counting.images < len(whole) and again.names == whole.names  # nothing is encoded a third time
+
+
+def test_journal_survives_a_kill_at_any_byte(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "journal"
+    whole = embed(folder, model, batch=1, journal=journal)
+    content = journal.read_bytes()
+    for length in (0, 1, 60, len(content) // 3, len(content) // 2, len(content) - 1):
+        journal.write_bytes(content[:length])
+        found = embed(folder, model, batch=1, journal=journal)
+        assert found.names == whole.names
+        np.testing.assert_array_equal(found.summary, whole.summary)
+        assert len(journal.read_bytes()) == len(content)
+
+
+def test_journal_of_other_images_models_or_sizes_is_not_reused(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, counting = tmp_path / "journal", Counting(monkeypatch)
+    embed(folder, model, journal=journal)
+    assert counting.images == 5
+    Image.new("RGB", (9, 9), "red").save(folder / "0.png")
+    embed(folder, model, journal=journal)
+    assert counting.images == 6  # the one that was replaced
+    (folder / "4.png").unlink()
+    assert len(embed(folder, model, journal=journal)) == 4 and counting.images == 6
+    embed(folder, model, size=32, journal=journal)
+    assert counting.images == 10
+    embed(folder, make_model(text=False), size=32, journal=journal)
+    assert counting.images == 14
+
+
+def test_full_disk_keeps_the_rows_of_finished_batches(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agglo import embedding
+
+    real, calls = embedding._Journal.append, []
+
+    def full(self: object, *arguments: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            self._file.write(b"a part")  # type: ignore[attr-defined]
+            with self._writing():  # type: ignore[attr-defined]
+                raise OSError(28, "No space left on device")
+        real(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding._Journal, "append", full)
+        with pytest.raises(StorageError, match=r"No space left.*free some space and run the same command again"):
+            embed(folder, model, batch=1, journal=tmp_path / "journal")
+    counting = Counting(monkeypatch)
+    assert len(embed(folder, model, batch=1, journal=tmp_path / "journal")) == 5
+    assert counting.images == 3
+
+
+def test_images_in_memory_are_not_taken_from_a_journal(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(monkeypatch)
+    for colour in ("red", "blue"):
+        embed([Image.new("RGB", (64, 64), colour)], model, journal=tmp_path / "journal")
+    assert counting.images == 2
+
+
+# --- memory and files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1_600_000, 16 * 10**30])
+def test_sizes_that_exceed_the_memory_are_refused(model: Model, folder: Path, size: int) -> None:
+    with pytest.raises(ConfigError, match=r"more than .* GB of memory.*use at most \d+ pixels, or a smaller batch"):
+        embed(folder, model, size=size)
+    with pytest.raises(ConfigError, match="GB of memory"):
+        image_features([folder], model, size=size)
+
+
+@pytest.mark.parametrize("reader", ["pandas", "polars", "duckdb", "lance"])
+def test_other_libraries_read_the_parquet_file(reader: str, model: Model, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    found, path = embed(folder, model), tmp_path / "out.parquet"
+    found.save(path)
+    library = pytest.importorskip(reader)
+    if reader == "duckdb":
+        rows = library.sql(f"select summary from '{path}'").fetchnumpy()["summary"]
+    elif reader == "polars":
+        table = library.read_parquet(path)
+        assert table.schema["summary"] == library.Array(library.Float32, 32)
+        rows = table["summary"].to_numpy()
+    elif reader == "pandas":
+        rows = library.read_parquet(path)["summary"]
+    else:
+        import pyarrow.parquet
+
+        dataset = library.write_dataset(pyarrow.parquet.read_table(path), str(tmp_path / "out.lance"))
+        query = {"column": "summary", "q": found.summary[2], "k": 1}
+        assert dataset.to_table(nearest=query)["path"].to_pylist() == [found.names[2]]
+        rows = dataset.to_table()["summary"].to_pylist()
+    np.testing.assert_array_equal(np.stack([np.asarray(row) for row in rows]), found.summary)

@@ -14,6 +14,7 @@ from torch import nn
 
 from agglo import __version__
 from agglo.config import build
+from agglo.embedding import check_memory
 from agglo.evals.base import Backbone, Eval, Progress, device_of, input_size, view_of_all
 from agglo.files import versions
 from agglo.harness.protocols import PREFERRED, resolved, snapped
@@ -25,6 +26,9 @@ from agglo.teachers.base import Teacher
 from agglo.types import AggloError, MissingExtraError
 
 MACHINE = ("processor", "threads", "platform")
+BATCH = 32
+"""Images per forward pass of the evals, for the memory that a size needs."""
+
 FEATURES = "features"
 """The folder, beside ``results.jsonl``, of encoded images; it may be deleted at any time."""
 
@@ -191,6 +195,8 @@ def _tasks(
                 data[split] = _data(source, hashes)
             data |= data_of(complete, made)
             inputs, protocol = answers_of(complete), protocol_hash(stated, **more)
+            if size is not None:
+                check_memory(model, input_size(model, size), BATCH)
         except Exception as error:  # noqa: BLE001 - damaged data of one eval must not stop the others
             found.failed[name] = error_text(error)
             continue
