@@ -172,7 +172,11 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, message: str 
     try:
         hub.create_repo(repo, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message))
-    except (OSError, ValueError, errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
+    except Exception as error:  # a refusal, or anything a proxy, a firewall or a missing network causes
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            raise AssetError(
+                f"{repo} cannot be written (HF_HUB_OFFLINE is set): unset it, or upload the folder {folder} by hand"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AssetError(
             f"{repo} cannot be written ({reason}): check `hf auth whoami`, run `hf auth login`, "

@@ -287,7 +287,8 @@ def test_train_measures_and_refuses_to_overwrite(yaml: Path, tmp_path: Path) -> 
     assert {name for name, _ in rows} == {"student", "untrained"}  # `toy` is not compared with itself
     assert rows["student", "agreement"].metrics
     assert "untrained" in result.stdout
-    assert result.stdout.count(f"--model '{run}'") == 3
+    assert "agglo search" not in result.stdout  # the model has no text head
+    assert result.stdout.count(f"--model '{run}'") == 2
     before = (run / "model" / "model.safetensors").read_bytes()
     line = refused("train", yaml, "--smoke", "--out", run)
     assert "--resume" in line
@@ -397,3 +398,161 @@ def test_full_disk_names_the_next_step(model: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("agglo.zoo.loading.list_models", full)
     assert "No space left on device: free some space" in refused("models")
+
+
+# --- one rule for all commands ----------------------------------------------------------------------------------------
+
+
+def test_app_is_exported_without_importing_torch() -> None:
+    code = "import sys; from agglo.cli import app; assert app and 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["train", "cache", "eval", "embed", "search", "view", "report"])
+def test_devices_are_refused_alike(command: str, model: Path, folder: Path, yaml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.read_text())
+    words: dict[str, list[object]] = {
+        "train": [yaml, "--out", tmp_path / "out"],
+        "cache": [yaml, "data.views.crops=2", "--out", tmp_path / "out"],
+        "eval": [model, "--evals", "rank", "-o", tmp_path / "out"],
+        "embed": [folder, "-o", tmp_path / "out.npz", "-m", model],
+        "search": [folder, "a cup", "-m", model],
+        "view": [folder / "0.png", "-o", tmp_path / "out.png", "-m", model],
+        "report": [run],
+    }
+    line = refused(command, *words[command], "--device", "cuda:77" if torch.cuda.is_available() else "cuda")
+    assert "--device cuda" in line and "cannot be used here" in line and "try --device cpu" in line
+    assert "by default cuda if available, else cpu" in " ".join(
+        agglo(command, "--help").stdout.replace("│", " ").split()
+    )
+
+
+def test_train_resumes_a_run_folder(yaml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    assert agglo("train", yaml, "--out", run, "--device", "cpu", "--no-report", "--no-evals").exit_code == 0
+    assert "--resume" in refused("train", run, "--device", "cpu")
+    (run / "checkpoints").rename(run / "gone")
+    result = agglo("train", run, "--resume", "--device", "cpu", "--no-report", "--no-evals")
+    assert result.exit_code == 0, result.output
+    assert (run / "checkpoints").is_dir() and not (tmp_path / "runs").exists()
+    assert "started with another recipe (train.steps)" in refused("train", run, "train.steps=3", "--resume")
+
+
+def test_print_shows_what_is_inherited(yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "child.yaml").write_text(f"base: {yaml.name}\ntrain: {{steps: 9}}\n")
+    printed = config.read_yaml(agglo("train", tmp_path / "child.yaml", "--print").stdout)
+    assert printed["name"] == "child" and printed["train"]["steps"] == 9
+    assert printed["student"]["width"] == 32 and "base" not in printed
+
+
+def test_recipes_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"name: \xff")
+    assert "not UTF-8 text" in refused("train", tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["embed", "FOLDER", "-o", "OUT.npz", "-m", "MODEL", "--size", "1600000"],
+        ["embed", "FOLDER", "-o", "OUT.npz", "-m", "MODEL", "--size", "16" + "0" * 30],
+        ["embed", "FOLDER", "-o", "OUT.npz", "-m", "MODEL", "--batch", "-1"],
+        ["search", "FOLDER", "a cup", "-m", "MODEL", "-k", "0"],
+        ["view", "FOLDER/0.png", "-o", "OUT.png", "-m", "MODEL", "--size", "16" + "0" * 30],
+        ["info", "MODEL", "--size", "9" * 5000],
+        ["eval", "MODEL", "--evals", "knn", "--sizes", "9" * 5000],
+        ["eval", "MODEL", "--evals", "knn", "knn.k=" + "9" * 40],
+        ["eval", "MODEL", "--evals", "knn", "knn.temperature=.inf"],
+        ["train", "YAML", "train.lr=1e999"],
+        ["train", "YAML", "train.steps=" + "9" * 5000],
+    ],
+    ids=lambda words: " ".join(words)[:60],
+)
+def test_numbers_that_are_too_large_are_refused(
+    words: list[str], model: Path, folder: Path, yaml: Path, tmp_path: Path
+) -> None:
+    for name, value in (("FOLDER", folder), ("MODEL", model), ("YAML", yaml), ("OUT", tmp_path / "out")):
+        words = [word.replace(name, str(value)) for word in words]
+    refused(*words)
+
+
+def test_warnings_are_notes_without_lines_of_code(tmp_path: Path) -> None:
+    code = (
+        "import sys, warnings, agglo.cli.main as main\n"
+        "main.app = lambda: warnings.warn('two\\nlines', stacklevel=1)\n"
+        "main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "note: two lines\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory (MemoryError): use a smaller size or batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory (DefaultCPUAllocator"),
+        (OverflowError("Python int too large to convert to C long"), "a number is too large (Python int"),
+    ],
+)
+def test_missing_memory_is_one_line(
+    error: Exception, words: str, folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agglo import embedding
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(embedding, "_encode", fail)
+    result = agglo("embed", folder, "-o", tmp_path / "out.npz", "-m", model, "--device", "cpu")
+    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_embed_continues(number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "many"
+    images.mkdir()
+    for index in range(24):
+        Image.new("RGB", (64, 64), (index * 10, 0, 0)).save(images / f"{index:02d}.png")
+    out = tmp_path / "out.npz"
+    words = ["embed", str(images), "-o", str(out), "-m", str(model), "--batch", "2", "--device", "cpu"]
+    slow = (
+        "import sys, time, agglo.embedding as e; real = e._encode\n"
+        "def slowly(*a):\n    time.sleep(0.4); return real(*a)\n"
+        "e._encode = slowly; from agglo.cli.main import main; main()"
+    )
+    journal = tmp_path / "out.npz.partial"
+    with subprocess.Popen([sys.executable, "-c", slow, *words], stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while not (journal.is_file() and journal.stat().st_size > 1000) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"finished rows are kept in {journal}. The same command continues" in stderr
+    assert not out.exists() and journal.is_file()
+    from agglo import embedding
+
+    encoded, real = [], embedding._encode
+    monkeypatch.setattr(embedding, "_encode", lambda m, x, h: encoded.append(len(x)) or real(m, x, h))
+    result = agglo(*words)
+    assert result.exit_code == 0, result.output
+    assert 0 < sum(encoded) < 24 and not journal.exists()
+    with np.load(out) as arrays:
+        assert len(arrays["path"]) == 24
+
+
+def test_report_of_the_user_is_not_replaced(yaml: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert agglo("train", yaml, "--out", run, "--device", "cpu", "--no-report", "--no-evals").exit_code == 0
+    (run / "report.html").write_text("mine")
+    assert "is not a report of agglo" in refused("report", run, "--device", "cpu")
+    assert (run / "report.html").read_text() == "mine"
+
+
+def test_export_keeps_a_readme_of_the_user(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    assert "README.md, which agglo did not write" in refused("export", model, "--to", "transformers", "-o", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"

@@ -135,9 +135,20 @@ def test_push_refuses_incomplete_models(model: Model, tmp_path: Path, monkeypatc
     with pytest.raises(ConfigError, match=r"README\.md missing"):
         zoo.push(folder, "me/student")
 
-    def refused(*_: Any, **__: Any) -> None:
-        raise OSError("no route to host")
+    for error in (OSError("no route to host"), RuntimeError("no route to host")):  # httpx has errors of its own
 
-    monkeypatch.setattr(huggingface_hub, "create_repo", refused)
-    with pytest.raises(AssetError, match=r"no route to host.*hf auth login.*by hand"):
+        def refused(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "create_repo", refused)
+        with pytest.raises(AssetError, match=r"no route to host.*hf auth login.*by hand"):
+            zoo.push(model, "me/student")
+
+
+def test_push_offline_names_the_variable(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", offline)
+    with pytest.raises(AssetError, match=r"HF_HUB_OFFLINE is set\): unset it, or upload the folder .* by hand"):
         zoo.push(model, "me/student")

@@ -14,16 +14,18 @@ JSON = typer.Option(None, "--json", help="Also write the numbers to this .json f
 OVERWRITE_JSON = typer.Option(False, "--overwrite", help="Replace the .json file if it exists.")
 
 
-def checked_device(device: str | None) -> str | None:
-    """The device, after a test that it works.
+DEVICE = typer.Option(None, help="cpu, cuda, cuda:1, mps; by default cuda if available, else cpu.")
+
+
+def chosen_device(device: str | None) -> str:
+    """The device of ``--device``, after a test that it works: by default CUDA if available, else the CPU.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not work.
     """
-    if device is None:
-        return None
     import torch
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

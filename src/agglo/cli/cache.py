@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from agglo.cli.arguments import DEVICE, chosen_device
 from agglo.types import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def cache(
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder of the cache; features/<recipe> by default."),
     dtype: str = typer.Option("fp16", help="fp32 (exact), fp16, bf16 or int8; the error of each is measured."),
     batch: int = typer.Option(32, help="Images per forward pass of a teacher."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, mps; by default cuda if available, else cpu."),
+    device: str | None = DEVICE,
     smoke: bool = typer.Option(False, "--smoke", help="Use the recipe's smallest version."),
     check: Path | None = typer.Option(None, "--check", metavar="DIR", help="Verify every record of a cache."),
 ) -> None:
@@ -56,16 +57,9 @@ def cache(
 
 
 def _precompute(recipe: Recipe, folder: Path, dtype: str, batch: int, device: str | None, command: str) -> Summary:
-    import torch
-
     from agglo.training.precompute import precompute
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--device {where} is not available ({first}): try --device cpu") from None
+    where = chosen_device(device)
     try:
         with _bar() as show:
             return precompute(

@@ -33,7 +33,7 @@ def _sides(text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) <= 5 and int(side) > 0 for side in sides):
         raise ConfigError(f"--size {text}: give a side in pixels, 512, or HxW, 512x768")
     height, width = int(sides[0]), int(sides[-1])
     return height if len(sides) == 1 else (height, width)

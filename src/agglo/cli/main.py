@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import warnings
 from typing import Any
 
 import typer
@@ -15,6 +17,13 @@ from agglo.cli.arguments import is_main_process
 from agglo.types import AggloError, ConfigError
 
 INTERRUPTED = 130
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|failed to|unable to) allocate|alloc_failed|bad_alloc"
+    r"|overflow when|storage size calculation overflowed",
+    re.IGNORECASE,
+)
+"""Texts of the plain RuntimeErrors that torch raises for missing memory: the CPU allocators, CUDA, cuBLAS, cuDNN."""
+
 ALONE = frozenset({"cache", "embed", "eval", "export", "push", "report", "view"})
 """Commands that run in one process: of several, each would write the same files."""
 
@@ -42,6 +51,22 @@ class Commands(TyperGroup):
             what = str(error) if isinstance(error, AggloError) or not error.strerror else _os_error(error)
             typer.echo(f"agglo: {what}", err=True)
             raise typer.Exit(2) from None
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            what = _resource_error(error)
+            if os.environ.get("AGGLO_TRACEBACK") or what is None:
+                raise
+            typer.echo(f"agglo: {what}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _resource_error(error: Exception) -> str | None:
+    """One line on missing memory or a number that is too large; None for other errors."""
+    first = next(iter(str(error).strip().splitlines()), "")[:300]
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({first}): use a smaller one"
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return f"out of memory ({first or type(error).__name__}): use a smaller size or batch"
+    return None
 
 
 def _os_error(error: OSError) -> str:
@@ -66,6 +91,8 @@ def main() -> None:
     """Entry point of the ``agglo`` command."""
     # By default OpenMP's threads spin while they wait and take the cores from the loader's: 10 x slower on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not os.environ.get("AGGLO_TRACEBACK"):  # without the line of code that raised it
+        warnings.formatwarning = lambda message, *_, **__: f"note: {' '.join(str(message).split())}\n"
     app()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from agglo.cli.arguments import JSON, OVERWRITE_JSON, checked_device, checked_json
+from agglo.cli.arguments import DEVICE, JSON, OVERWRITE_JSON, checked_json, chosen_device
 from agglo.types import AggloError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def eval_command(
     features: bool = typer.Option(True, "--features/--no-features", help="Keep encoded images in the folder."),
     pictures: bool = typer.Option(True, "--pictures/--no-pictures", help="Paint spatial features for the report."),
     workers: int = typer.Option(0, help="Threads that read images ahead."),
-    device: str | None = typer.Option(None, help="cpu, cuda, ...; cpu by default."),
+    device: str | None = DEVICE,
     overwrite: bool = OVERWRITE_JSON,
 ) -> None:
     """Measure a model. Resumable."""
@@ -54,6 +54,7 @@ def eval_command(
         raise ConfigError("--suite excludes --evals and --protocol: name one of them")
     what = evals if protocol else (evals or suite or "quick")
     entries = plan(what, published=protocol, data=data, sizes=_sides(sizes), changes=changes or [])
+    device = chosen_device(device)
     loaded, name, options = load(model, device, heads=_heads(entries))
     folder = out or default_folder(model)
     facts = None
@@ -81,15 +82,16 @@ def eval_command(
 def report(
     runs: list[Path] = typer.Argument(metavar="RUN...", help="A run of agglo train, or folders of results."),
     out: Path | None = typer.Option(None, "--out", "-o", help="The page of results, .html."),
+    device: str | None = DEVICE,
 ) -> None:
     """Write an HTML page of a training run, or of all results of some folders."""
+    from agglo.report.page import check_page, write_results
+
     if len(runs) == 1 and not (runs[0] / "results.jsonl").is_file() and _is_run(runs[0]) and out is None:
-        return report_run(runs[0])
-    from agglo.report.page import write_results
+        check_page(runs[0] / "report.html")
+        return report_run(runs[0], chosen_device(device))
 
     page = out or ((runs[0] if runs[0].is_dir() else runs[0].parent) if len(runs) == 1 else Path()) / "report.html"
-    if page.is_file() and 'name="generator" content="agglo"' not in page.read_text(encoding="utf-8", errors="ignore"):
-        raise ConfigError(f"{page} exists and is not a report of agglo: name another file with -o")
     html, table = write_results(runs, page)
     typer.echo(f"report: {html}\ntable: {table}")
 
@@ -144,20 +146,19 @@ def _heads(entries: list[dict[str, Any]]) -> str:
     return "all" if any(getattr(find("evals", str(e["kind"])), "needs_heads", False) for e in entries) else "text"
 
 
-def load(model: str, device: str | None, heads: str = "text") -> tuple[Any, str, dict[str, Any] | None]:
+def load(model: str, device: str, heads: str = "text") -> tuple[Any, str, dict[str, Any] | None]:
     """A model by name or path, or a teacher by its options as YAML; its name in tables; and those options."""
-    where = checked_device(device) or "cpu"
     if model.lstrip().startswith("{"):
         from agglo.config import build, read_yaml
 
         options = read_yaml(model, "MODEL")
-        teacher = build("teachers", options, where="MODEL").requires_grad_(False).eval().to(where)
+        teacher = build("teachers", options, where="MODEL").requires_grad_(False).eval().to(device)
         rest = [str(value) for key, value in options.items() if key != "kind"]
         return teacher, " ".join([str(options.get("kind")), *rest]), options
     from agglo.zoo import loading as zoo
 
     # Heads of our models are small; loading all of them gives the model one hash for every eval.
-    return zoo.load(model, heads=None if zoo.is_ours(model) else heads, device=where), model, None
+    return zoo.load(model, heads=None if zoo.is_ours(model) else heads, device=device), model, None
 
 
 def default_folder(model: str) -> Path:
@@ -171,7 +172,7 @@ def _is_run(path: Path) -> bool:
     return any((path / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "model"))
 
 
-def _teachers(model: str, entries: list[dict[str, Any]], device: str | None) -> dict[str, Teacher] | None:
+def _teachers(model: str, entries: list[dict[str, Any]], device: str) -> dict[str, Teacher] | None:
     """The teachers of a run, if an eval compares with them."""
     from agglo.results.identity import takes_teachers
 
@@ -181,12 +182,12 @@ def _teachers(model: str, entries: list[dict[str, Any]], device: str | None) -> 
     from agglo.objectives.base import build_teachers
     from agglo.recipe import load as load_recipe
 
-    return {name: each.to(device or "cpu") for name, each in build_teachers(load_recipe(str(recipe))).items()}
+    return {name: each.to(device) for name, each in build_teachers(load_recipe(str(recipe))).items()}
 
 
 def _sides(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and len(part) <= 6 and int(part) for part in parts):
         raise ConfigError(f"--sizes {text}: give sides in pixels, 128,224,448")
     return [int(part) for part in parts]
 
@@ -272,11 +273,11 @@ def measure_run(folder: Path, device: str | None = None) -> bool:
     return not any(each.failed for each in found.values())
 
 
-def report_run(run: Path) -> None:
+def report_run(run: Path, device: str | None = None) -> None:
     """Write the page of a training run; measure the run first if its results are missing."""
     complete = True
     if (run / "recipe.yaml").is_file() and (run / "model").is_dir() and not _is_measured(run):
-        complete = measure_run(run)
+        complete = measure_run(run, device)
     write_report(run)
     if not complete:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from agglo.cli.arguments import OVERWRITE, checked_device
+from agglo.cli.arguments import DEVICE, OVERWRITE, chosen_device
 from agglo.types import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 MODEL = typer.Option("agglo-lite", "--model", "-m", help="A released name, a saved model, or a run folder.")
 SIZE = typer.Option(None, help="Side of the square input, in pixels; the model's preferred size by default.")
-DEVICE = typer.Option(None, help="cpu, cuda, ...; cpu by default.")
 SHOWN = 448
 """Longer side, in pixels, of an image in the picture that `view` writes."""
 
@@ -42,8 +41,15 @@ def embed(
         require("pyarrow.parquet", "quickstart")  # before encoding, not after it
     source = as_files(folder)
     loaded = _load(model, device, text=True)
-    embeddings = embed_with_bar(source, loaded, model, size=size, batch=batch, head=head)
-    embeddings.save(target, overwrite=overwrite)
+    journal = target.with_name(f"{target.name}.partial")
+    try:
+        embeddings = embed_with_bar(source, loaded, model, size=size, batch=batch, head=head, journal=journal)
+        embeddings.save(target, overwrite=overwrite)
+    except BaseException as error:
+        if journal.is_file() and not isinstance(error, ConfigError):
+            typer.echo(f"stopped; finished rows are kept in {journal}. The same command continues.", err=True)
+        raise
+    journal.unlink(missing_ok=True)
     shapes = ", ".join(f"{name} {array.shape[1]}" for name, array in embeddings.columns().items())
     typer.echo(f"wrote {len(embeddings)} images to {target} ({shapes})")
     _print_skipped(embeddings.skipped)
@@ -92,6 +98,7 @@ def view(
     model: str = MODEL,
     size: int | None = typer.Option(None, help="Longer side of the input, in pixels; at least 512 by default."),
     blocks: bool = typer.Option(False, "--blocks", help="Draw each cell of the map as a block, not interpolated."),
+    device: str | None = DEVICE,
     overwrite: bool = OVERWRITE,
 ) -> None:
     """Write each image beside its spatial features, three principal components as RGB."""
@@ -103,7 +110,7 @@ def view(
     target = check_output(name, overwrite=overwrite, endings=(".png", ".jpg", ".jpeg", ".webp"))
     if any(target.resolve() == image.expanduser().resolve() for image in images):
         raise ConfigError(f"{target} is one of the images: name another file with -o")
-    loaded = _load(model)
+    loaded = _load(model, device)
     looks, skipped = image_features(images, loaded, size=size)
     basis = pca_basis([each.spatial for each in looks])
     rows = []
@@ -151,7 +158,7 @@ def push(
 def _load(model: str, device: str | None = None, *, text: bool = False) -> Model:
     from agglo.zoo.loading import load
 
-    return load(model, heads="text" if text else None, device=checked_device(device) or "cpu")
+    return load(model, heads="text" if text else None, device=chosen_device(device))
 
 
 def _print_skipped(skipped: dict[str, str], most: int = 10) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -207,7 +208,14 @@ def status(title: str) -> Iterator[Callable[[str], None]]:
 
 
 def embed_with_bar(
-    source: Source, loaded: Model, name: str, *, size: int | None, batch: int, head: str | None
+    source: Source,
+    loaded: Model,
+    name: str,
+    *,
+    size: int | None,
+    batch: int,
+    head: str | None,
+    journal: Path | None = None,
 ) -> Embeddings:
     """Embed a source with a progress bar on stderr."""
     from agglo.embedding import embed as encode
@@ -227,7 +235,7 @@ def embed_with_bar(
                 speed = bar.tasks[0].speed
                 bar.update(task, completed=done, total=total, rate=f"{speed:.0f} images/s" if speed else "")
 
-            result = encode(source, loaded, size=size, batch=batch, head=head, progress=show)
+            result = encode(source, loaded, size=size, batch=batch, head=head, progress=show, journal=journal)
     finally:
         log.setLevel(level)
     return replace(result, model=name)

@@ -10,12 +10,14 @@ from pathlib import Path
 import typer
 
 from agglo.cli import measure
-from agglo.cli.arguments import checked_device, is_main_process
+from agglo.cli.arguments import DEVICE, chosen_device, is_main_process
 from agglo.types import AggloError, ConfigError
 
 
 def train(
-    recipe: str = typer.Argument(metavar="RECIPE", help="A recipe's name (see `agglo recipes`) or a YAML file."),
+    recipe: str = typer.Argument(
+        metavar="RECIPE", help="A recipe's name (see `agglo recipes`), a YAML file, or a run folder to resume."
+    ),
     overrides: list[str] | None = typer.Argument(
         None, metavar="[key.path=value]...", help="Changes, e.g. train.steps=1000."
     ),
@@ -24,7 +26,7 @@ def train(
     overwrite: bool = typer.Option(False, "--overwrite", help="Delete an earlier run in the run folder."),
     smoke: bool = typer.Option(False, "--smoke", help="Run the recipe's smallest version: a few steps."),
     show: bool = typer.Option(False, "--print", help="Print the complete recipe and stop."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, mps; by default cuda if available, else cpu."),
+    device: str | None = DEVICE,
     report: bool = typer.Option(True, "--report/--no-report", help="Write report.html at the end."),
     evals: bool = typer.Option(True, "--evals/--no-evals", help="Run the recipe's evals at the end."),
 ) -> None:
@@ -43,24 +45,25 @@ def train(
 
     from agglo.dist import local_device
 
-    device = checked_device(local_device(device))
+    device = chosen_device(local_device(device))
 
     from agglo.objectives.base import objective_kind
     from agglo.training.loop import train_model
     from agglo.training.run import default_folder
 
-    folder = out or default_folder(resolved, smoke=smoke)
-    train_model(resolved, folder, resume=resume, overwrite=overwrite, device=device)
-    if not is_main_process():  # one process measures
-        return
-    kind, complete = objective_kind(resolved), True
-    if kind.trains_student:
-        with _saved(folder):
-            complete = not (evals and resolved.evals) or measure.measure_run(folder, device)
-            if report:
-                measure.write_report(folder)
-    steps = kind.next_steps(shlex.quote(str(folder))).replace("\n", "\n  ")
-    typer.echo(f"\nNext:\n  {steps}")
+    folder = out or default_folder(resolved, smoke=smoke, source=recipe)
+    with contextlib.ExitStack() as held:  # of the folder's lock, until everything is written
+        model = train_model(resolved, folder, resume=resume, overwrite=overwrite, device=device, held=held)
+        if not is_main_process():  # one process measures
+            return
+        kind, complete = objective_kind(resolved), True
+        if kind.trains_student:
+            with _saved(folder):
+                complete = not (evals and resolved.evals) or measure.measure_run(folder, device)
+                if report:
+                    measure.write_report(folder)
+    steps = kind.next_steps(shlex.quote(str(folder)), model).replace("\n", "\n  ")
+    typer.echo(f"\nNext:\n  {steps}" if steps else "")
     if not complete:
         raise typer.Exit(1)
 

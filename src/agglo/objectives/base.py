@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -163,17 +164,22 @@ class Objective(nn.Module, ABC):
         return {f"student.{name}" for name in model.student.no_weight_decay()}
 
     @staticmethod
-    def next_steps(folder: str) -> str:
-        """Commands to try after training.
+    def next_steps(folder: str, model: Any = None) -> str:
+        """Commands to try after training, one per line.
 
         Args:
             folder: the run folder, quoted for a shell.
+            model: the trained model; only what it can do is offered. None for every command.
         """
-        return (
-            f'agglo search --photos "a cup of coffee" --model {folder}\n'
-            f"agglo view YOUR_IMAGE.jpg -o view.png --model {folder}\n"
-            f"agglo embed YOUR_FOLDER -o embeddings.parquet --model {folder}"
-        )
+        has_text = model is None or any(head.text is not None for head in model.head_configs.values())
+        suffix = "parquet" if find_spec("pyarrow") else "npz"
+        commands = {
+            f'agglo search --photos "a cup of coffee" --model {folder}': has_text,
+            f"agglo view YOUR_IMAGE.jpg -o view.png --model {folder}": model is None or model.spec.spatial is not None,
+            f"agglo embed YOUR_FOLDER -o embeddings.{suffix} --model {folder}": model is None
+            or model.spec.summary is not None,
+        }
+        return "\n".join(command for command, possible in commands.items() if possible)
 
 
 def objective_kind(recipe: Recipe) -> type[Objective]:

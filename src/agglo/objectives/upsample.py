@@ -195,8 +195,9 @@ class Upsample(Objective):
         return {name for name, parameter in model.named_parameters() if parameter.ndim == 3}
 
     @staticmethod
-    def next_steps(folder: str) -> str:
+    def next_steps(folder: str, model: Any = None) -> str:
         """See :meth:`Objective.next_steps`."""
+        del model
         return f"add to the teacher's keys in a recipe:  upsampler: {{kind: featsharp, weights: {folder}}}"
 
 

@@ -135,13 +135,10 @@ def chosen_models(a: Models, b: Models) -> tuple[str, str]:
         if (a.folder.resolve(), x) != (b.folder.resolve(), y) or (a.wanted and b.wanted)
     ]
     matching = [(x, y) for x, y in pairs if {r.column for r in a.of(x)} & {r.column for r in b.of(y)}]
-    if not any(
-        r.inputs for rows in (*a.results.values(), *b.results.values()) for r in rows
-    ):  # of one name: the newest
-        newest = {
-            (a.name(x), b.name(y)): (x, y) for x, y in sorted(matching, key=lambda p: (a.time(p[0]), b.time(p[1])))
-        }
-        matching = list(newest.values())
+    rows = (*a.results.values(), *b.results.values())
+    if not any(result.inputs for row in rows for result in row):  # of models of one name the newest is meant
+        matching.sort(key=lambda pair: (a.time(pair[0]), b.time(pair[1])))
+        matching = list({(a.name(x), b.name(y)): (x, y) for x, y in matching}.values())
     if len(matching or pairs) == 1:
         return (matching or pairs)[0]
     several = a if not a.wanted else b
