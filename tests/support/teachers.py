@@ -170,6 +170,13 @@ def read_sam(net: Any, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
     return None, torch.stack([torch.stack([hidden[:, y, x] for x in range(4)], -1) for y in range(4)], -2)
 
 
+def read_sam2(net: Any, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The last stage of a pyramid of stride 32, channels last."""
+    hidden = net(pixels).last_hidden_state
+    rows, columns = pixels.shape[-2] // 32, pixels.shape[-1] // 32
+    return None, torch.stack([torch.stack([hidden[:, y, x] for x in range(columns)], -1) for y in range(rows)], -2)
+
+
 def read_radio(net: Any, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
     """The chosen class tokens side by side, and what follows the ten prefix tokens."""
     out = net(pixels).last_hidden_state
@@ -190,6 +197,7 @@ def _clip_model(name: str) -> Callable[[], nn.Module]:
 
 CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64}
 VIT = {**BASE, "image_size": 64, "patch_size": 16}
+HIERA = {"blocks_per_stage": [1, 1, 1, 1], "hidden_size": 8, "embed_dim_per_stage": [8, 16, 32, 64]}
 CROP = {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": {"height": 56, "width": 56}}
 _TRUNK_OF = {
     "sam3_trunk": (lambda: T.Sam3ViTModel(T.Sam3ViTConfig(**TRUNK)), lambda net: net),
@@ -287,6 +295,14 @@ CASES: dict[str, Case] = {
         {"image_mean": [0.0] * 3, "image_std": [1.0] * 3},  # it normalises by itself
         {},
         (64, 96),
+    ),
+    "generic_sam2": Case(
+        lambda: T.Sam2HieraDetModel(T.Sam2HieraDetConfig(**HIERA, image_size=[128, 128])),
+        read_sam2,
+        IMAGENET,
+        _square(128),
+        (128, 192),
+        32,
     ),
     "generic_vit": Case(
         lambda: T.ViTModel(T.ViTConfig(**VIT)),

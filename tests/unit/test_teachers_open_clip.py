@@ -152,15 +152,63 @@ def test_an_architecture_with_a_file(stored: Any, tmp_path: Path) -> None:
     file = tmp_path / "agglo-teacher-test.json"
     file.write_text(json.dumps({"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT}))
     open_clip.add_model_config(file)
-    teacher = make(file.stem, pretrained=str(stored("vit") / "open_clip_model.safetensors"))
-    assert teacher.fill == open_clip.OPENAI_DATASET_MEAN
+    weights = str(stored("vit") / "open_clip_model.safetensors")
+    with pytest.raises(ConfigError, match="mean and std of the file are unknown, because open_clip has no tag of"):
+        make(file.stem, pretrained=weights)
+    teacher = make(file.stem, pretrained=weights, mean=MEAN, std=STD)
+    assert teacher.fill == tuple(MEAN) and teacher.processor["std"] == STD
+    assert torch.equal(teacher(batch(32)).spatial, make(stored("vit"))(batch(32)).spatial)
     state = load_file(stored("vit") / "open_clip_model.safetensors")
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "w.pt")
-    pickled = make(file.stem, pretrained=str(tmp_path / "w.pt"))
+    pickled = make(file.stem, pretrained=str(tmp_path / "w.pt"), mean=MEAN, std=STD)
     assert torch.equal(pickled(batch(32)).spatial, teacher(batch(32)).spatial)
     torch.save({"model": nn.Linear(1, 1)}, tmp_path / "evil.pt")
     with pytest.raises(AssetError, match="never read"):
-        make(file.stem, pretrained=str(tmp_path / "evil.pt"))
+        make(file.stem, pretrained=str(tmp_path / "evil.pt"), mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "mean", "std"),
+    [
+        ("MobileCLIP2-S0", "open_clip_model.safetensors", 0.0, 1.0),
+        ("ViT-B-16-SigLIP2", "open_clip_model.safetensors", 0.5, 0.5),
+        ("ViT-B-32", "mine.safetensors", open_clip.OPENAI_DATASET_MEAN[0], open_clip.OPENAI_DATASET_STD[0]),
+        ("ViT-L-14", "vit_l_14-laion400m_e31-69988bb6.pt", open_clip.OPENAI_DATASET_MEAN[0], None),
+    ],
+)
+def test_file_has_the_pixels_of_its_tags(model: str, file: str, mean: float, std: float | None, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"")
+    pixels = kind._find(model, str(tmp_path / file), None, random=False).pixels
+    assert pixels.mean[0] == mean and std in (None, pixels.std[0])
+
+
+def test_pixels_that_are_not_known_must_be_given(stored: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"the tags of ViT-L-14 have different ones. Set both.*`mean: \[0.5"):
+        make("ViT-L-14", pretrained=str(file))
+    folder = tmp_path / "folder"
+    shutil.copytree(stored("vit"), folder)
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": content["model_cfg"]}))
+    with pytest.raises(ConfigError, match="has no mean and std in `preprocess_cfg`"):
+        make(folder)
+    assert make(folder, mean=MEAN, std=STD).fill == tuple(MEAN)
+    for keys, message in (
+        ({"mean": MEAN}, "std: None is not three numbers"),
+        ({"mean": [0.5], "std": STD}, "mean: .* is not three numbers"),
+        ({"mean": [124, 116, 104], "std": STD}, r"pixels in \[0, 1\]"),
+        ({"mean": MEAN, "std": [0, 1, 1]}, "contains 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(folder, **keys)
+
+
+def test_file_of_a_tag_with_the_other_gelu_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ViT-B-32.pt"  # OpenAI's own name of its file
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"have different GELUs.*model: ViT-B-32-quickgelu"):
+        make("ViT-B-32", pretrained=str(file))
 
 
 def test_nominal_side_not_divisible_by_the_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

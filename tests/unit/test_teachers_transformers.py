@@ -25,6 +25,7 @@ pytestmark = pytest.mark.libraries
 
 CASES = tiny.CASES
 T = tiny.T
+YOLOS = {**tiny.BASE, "model_type": "yolos", "image_size": [64, 64], "patch_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -424,9 +425,55 @@ def test_refuses_weights_of_another_model(stored: Any, tmp_path: Path) -> None:
         make(folder)
 
 
+def test_layer_scales_of_nvidias_names_are_read(stored: Any, tmp_path: Path) -> None:
+    state = load_file(stored("radio") / "model.safetensors")
+    scales = {key: torch.rand_like(value) for key, value in state.items() if "lambda1" in key}
+    assert len(scales) == 4
+    found = []
+    for name, ours in (("own", ".layer_scale{}.lambda1"), ("nvidia", ".ls{}.grandma")):
+        folder = broken(stored("radio"), tmp_path / name)
+        renamed = {key.replace(f".layer_scale{n}.lambda1", ours.format(n)): v for key, v in scales.items() for n in "12"
+                   if f"scale{n}" in key}  # fmt: skip
+        kept = {key: value for key, value in state.items() if key not in scales}
+        save_file({**kept, **renamed}, folder / "model.safetensors", metadata={"format": "pt"})
+        found.append(make(folder)(images("radio")))
+    assert torch.equal(found[0].spatial, found[1].spatial) and torch.equal(found[0].summary, found[1].summary)
+    assert not torch.allclose(found[0].spatial, make(stored("radio"))(images("radio")).spatial, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("dinov2", "encoder.layer.2.norm1.weight"),
+        ("dinov3", "layer.9.layer_scale1.lambda1"),
+        ("siglip_whole", "vision_model.encoder.layers.0.gate"),
+        ("radio", "radio_model.model.blocks.0.mlp.norm.weight"),
+        ("generic_vit", "encoder.layer.0.gate"),
+    ],
+)
+def test_tensors_without_a_place_in_the_network_are_refused(name: str, key: str, stored: Any, tmp_path: Path) -> None:
+    folder = broken(stored(name), tmp_path / "more")
+    state = load_file(folder / "model.safetensors")
+    outside = {"classifier.weight": torch.ones(2), "decoder.layer.0.weight": torch.ones(2)}
+    save_file({**state, **outside}, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = make(stored(name))(images(name))
+    assert torch.equal(make(folder)(images(name)).spatial, expected.spatial)  # other parts of a checkpoint are not read
+    save_file({**state, key: torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssetError, match=r"1 tensors have no place in .*; without them the features are wrong"):
+        make(folder)
+
+
+@pytest.mark.parametrize("side", [32, 64, 512])
+def test_layout_of_a_map_is_measured(side: int) -> None:
+    config = {"model_type": "sam2_hiera_det_model", **tiny.HIERA, "image_size": [side, side]}
+    family = _families.family_of(config, "test")
+    assert (family.channels_last, family.spatial, family.patch) == (True, 64, 32)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (YOLOS, "101 tokens besides the patches"),
         ({"architecture": "vit_base_patch16_224"}, "kind: timm"),
         ({"model_type": "dinov3_vitt"}, "did you mean 'dinov3_vit'"),
         ({"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "images alone"),

@@ -127,7 +127,8 @@ def _licence(source: ModelFiles, config: dict[str, Any]) -> str:
 
 def _patch(net: Any) -> int | None:
     strides = {int(stage["reduction"]) for stage in getattr(net, "feature_info", None) or ()}
-    return strides.pop() if len(strides) == 1 and hasattr(net, "patch_embed") else None
+    embeds = hasattr(net, "patch_embed") or hasattr(net, "embeds")  # NaFlexViT has the latter
+    return strides.pop() if len(strides) == 1 and embeds else None
 
 
 def _create(model: str, pretrained: bool, size: int | None) -> tuple[Any, dict[str, Any]]:

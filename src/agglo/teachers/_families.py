@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,6 +101,12 @@ class Family(ABC):
                 f"{folder}: the weights do not fit its config.json: {len(missing)} tensors of {self.network} are "
                 f"missing ({', '.join(missing[:5])}); fetch the checkpoint again"
             )
+        unused = _unused(net, report["unexpected_keys"])
+        if unused:
+            raise AssetError(
+                f"{folder}: config.json does not describe all of its weights: {len(unused)} tensors have no place in "
+                f"{self.network} ({', '.join(unused[:5])}); without them the features are wrong"
+            )
         return net
 
     def is_optional(self, net: Any, key: str) -> bool:
@@ -144,6 +150,28 @@ def grid(tokens: Tensor, pixels: Tensor, patch: int, prefix: int = 0) -> Tensor:
             "describe these weights"
         )
     return tokens[:, prefix:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def _unused(net: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """The unread tensors that belong inside the network: not those of a text tower, a decoder or a classifier.
+
+    Constants that the network computes itself (position ids, rotary frequencies) may be stored as well.
+    """
+    base = str(getattr(net, "base_model_prefix", ""))
+    parts = [module for module in (net, getattr(net, base, None) if base else None) if isinstance(module, nn.Module)]
+    children = {name for module in parts for name, _ in module.named_children()}
+    computed = {name.rpartition(".")[2] for name, _ in net.named_buffers()} | set(_CONSTANTS)
+    inner = {key: key.removeprefix(f"{base}.") for key in unexpected}
+    return sorted(
+        key
+        for key, name in inner.items()
+        if name.partition(".")[0] in children and name.rpartition(".")[2] not in computed and name not in _NOT_IMAGES
+    )
+
+
+_CONSTANTS = ("position_ids", "inv_freq", "periods", "relative_position_index", "mask_token", "num_batches_tracked")
+_NOT_IMAGES = ("embeddings.video_patch_projection.weight",)
+"""RADIO's projection of stacked video frames."""
 
 
 @contextmanager
@@ -330,6 +358,7 @@ class Radio(Family):
 
     network = "RadioModel"
     conditions = True
+    keys = {r"\.ls(\d)\.(?:grandma|gamma)$": r".layer_scale\1.lambda1"}  # NVIDIA's names, which RadioModel drops
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -347,7 +376,8 @@ class Radio(Family):
 class Generic(Family):
     """Any other vision encoder that AutoModel builds; its layout is measured on the meta device.
 
-    * ``last_hidden_state (B, C, h, w)`` is the map.
+    * ``last_hidden_state (B, C, h, w)`` is the map, and so is ``(B, h, w, C)``: the sides are those that grow with the
+      image.
     * Of ``last_hidden_state (B, N, C)``, the last ``h*w`` tokens, row by row, are the map; those before are a prefix.
       A model with tokens after its patches, or in another order, needs its own family.
     * The summary is ``pooler_output`` if the model has one and the checkpoint its weights; else the first prefix token;
@@ -363,6 +393,7 @@ class Generic(Family):
                 "save the encoder alone with save_pretrained, and use its folder"
             )
         self.network = "AutoModel"
+        self.channels_last = False
         self.native = self.native or 224
         try:
             with torch.device("meta"):
@@ -382,9 +413,7 @@ class Generic(Family):
         size = self.native or 224
         hidden, pooled = self._run(net, torch.zeros(1, 3, size, size, device="meta"))
         if hidden.ndim == 4:
-            self.spatial, self.prefix, self.tokens = int(hidden.shape[1]), 0, False
-            # Strides are powers of two: at 512 pixels no stage rounds its side, so the stride is exact.
-            self.patch = self.step = 512 // int(self._run(net, torch.zeros(1, 3, 512, 512, device="meta"))[0].shape[-1])
+            self._measure_map(net, hidden.shape, size)
         else:
             self.spatial = int(hidden.shape[-1])
             self.prefix = int(hidden.shape[1]) - (size // self.patch) ** 2
@@ -393,6 +422,12 @@ class Generic(Family):
                     f"{hidden.shape[1]} tokens of an image of {size} pixels do not form a grid of patches of "
                     f"{self.patch}"
                 )
+            stated = [int(getattr(self.config, key, 0) or 0) for key in ("num_register_tokens", "n_cls_tokens")]
+            if self.prefix > 2 + sum(stated):  # class and distillation token; YOLOS has detection tokens at the end
+                raise ConfigError(
+                    f"its config.json does not describe the {self.prefix} tokens besides the patches, so that the "
+                    "place of the patches is unknown; use another checkpoint"
+                )
         self.pools = pooled is not None
         self.summary = int(pooled.shape[1]) if pooled is not None else self.spatial if self.prefix else None
         try:
@@ -400,6 +435,21 @@ class Generic(Family):
             self._run(net, torch.zeros(1, 3, other, other, device="meta"))
         except Exception:  # noqa: BLE001 - any failure means that it does not run at that size
             self.rigid = self.fixed = True
+
+    def _measure_map(self, net: Any, shape: torch.Size, size: int) -> None:
+        """Layout, channels and stride of a map ``(B, C, h, w)`` or ``(B, h, w, C)``."""
+        self.prefix, self.tokens = 0, False
+        try:  # strides are powers of two: at 512 pixels no stage rounds its side, so the stride is exact
+            other = self._run(net, torch.zeros(1, 3, 512, 512, device="meta"))[0].shape
+        except Exception:  # noqa: BLE001 - any failure means that it does not run at that size
+            other = shape
+        grows = other[2] != shape[2]
+        channel = next((n for n in (1, 3) if shape[n] == other[n] and (grows or shape[n] != shape[2])), None)
+        if channel is None or shape[2] != shape[4 - channel] or other[2] != other[4 - channel]:
+            raise ConfigError(f"the layout of its map {tuple(shape)} for {size}x{size} pixels is not understood")
+        self.channels_last = channel == 3
+        self.spatial = int(shape[channel])
+        self.patch = self.step = 512 // int(other[2]) if other != shape else size // int(shape[2])
 
     def _run(self, net: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         out = net(pixels, interpolate_pos_encoding=True) if self.interpolates else net(pixels)
@@ -415,7 +465,10 @@ class Generic(Family):
     def read(self, net: Any, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         hidden, pooled = self._run(net, pixels)
         first = hidden[:, 0] if hidden.ndim == 3 and self.prefix else None
-        spatial = hidden if hidden.ndim == 4 else grid(hidden, pixels, self.patch, self.prefix)
+        if hidden.ndim == 3:
+            spatial = grid(hidden, pixels, self.patch, self.prefix)
+        else:
+            spatial = hidden.permute(0, 3, 1, 2) if self.channels_last else hidden
         return (pooled if self.pools else first), spatial
 
 

