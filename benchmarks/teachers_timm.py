@@ -160,7 +160,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         group.setdefault(module_of[row["model"]], []).append(f"`{row['model']}`")
     lines = ["| input sizes | modules (models tried) |", "| --- | --- |"]
     for sizes, modules in groups.items():
-        lines.append(f"| {sizes} | {'; '.join(f'{name} ({", ".join(modules[name])})' for name in sorted(modules))} |")
+        cells = [f"{name} ({', '.join(modules[name])})" for name in sorted(modules)]
+        lines.append(f"| {sizes} | {'; '.join(cells)} |")
     lines += [f"| refused: {row['refused']} | {module_of[row['model']]} |" for row in rows if "refused" in row]
     return f"{len(set(module_of.values()))} modules of timm {timm.__version__}:\n\n" + "\n".join(lines) + "\n"
 

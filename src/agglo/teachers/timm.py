@@ -104,7 +104,8 @@ class TimmTeacher(Teacher):
         except Exception as error:  # each architecture raises its own errors
             raise ConfigError(
                 f"timm's {model} cannot be a teacher with `stage: {self.stage}` and `norm: {self.norm}`: it fails at "
-                f"{side}x{side} pixels ({_reason(error)})"
+                f"{side}x{side} pixels ({_reason(error)}); use another model"
+                + (", or `summary: false`" if summary else "")
             ) from error
         if spatial.ndim != 4 or tuple(spatial.shape[2:]) != (side // stride,) * 2 or side % stride:
             raise ConfigError(
