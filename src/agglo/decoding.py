@@ -267,12 +267,11 @@ def _without_metadata(source: str | os.PathLike[str] | BinaryIO) -> Iterator[byt
     """
     try:
         if isinstance(source, str | os.PathLike):
-            with open(source, "rb") as file:
-                data = file.read()
+            data = read_regular(source, "")
         else:
             source.seek(0)
             data = source.read()
-    except OSError:
+    except (OSError, ImageError):
         return
     strip = next((found for magic, found in _STRIPS.items() if data.startswith(magic)), None)
     for keep_exif in (True, False) if strip is not None else ():

@@ -80,7 +80,7 @@ def left_out(others: Counter[str], of: str, where: str) -> str:
     """A message that counts and names the files or members that are not read; empty if all are read or sidecars.
 
     Args:
-        others: number of files by ending, without the dot, or by a phrase ("pipe or device").
+        others: number of files by ending, without the dot, or by a phrase ("pipes or devices").
         of: what is counted, ``files`` or ``members``.
         where: the folder or the shards.
     """

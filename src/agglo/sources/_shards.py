@@ -92,7 +92,7 @@ def _globbed(path: str, pattern: str) -> list[str]:
 
 def _in_folder(path: str) -> list[str]:
     """The tar files in a folder; compressed ones too, which are named when they are opened."""
-    names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".") and not entry.is_dir())
+    names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".") and entry.is_file())
     return [os.path.join(path, name) for name in names if _TAR.search(name.lower())]
 
 
@@ -237,7 +237,7 @@ def scan(file: BinaryIO, size: int, extensions: frozenset[str], writer: TableWri
 
     Returns:
         A phrase that describes damage to the file, empty for none; and the other members' count by extension, or by
-        "link without a target" and "sparse file".
+        "links without a target" and "sparse file".
 
     Raises:
         ShardError: not a tar file, or a compressed one.
@@ -258,7 +258,7 @@ def scan(file: BinaryIO, size: int, extensions: frozenset[str], writer: TableWri
             if ending not in extensions:
                 others[ending or "no ending"] += 1
             elif member.issparse():
-                others["sparse file"] += 1
+                others["sparse files"] += 1
             elif not missing:
                 writer.add(member.name, offset=member.offset_data, size=member.size)
         return missing > 0
@@ -346,7 +346,7 @@ def _follow(file: BinaryIO, size: int, links: dict[str, str], writer: TableWrite
             writer.add(name, offset=places[target][0], size=places[target][1])
         else:
             lost += 1
-    return Counter({"link without a target": lost} if lost else {})
+    return Counter({"links without a target": lost} if lost else {})
 
 
 def _check_head(head: bytes, size: int) -> None:

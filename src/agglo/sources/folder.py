@@ -188,7 +188,7 @@ class _Walk:
                     elif suffix in self.suffixes and _is_file(entry):
                         names.append(entry.name)
                     elif suffix in self.suffixes:
-                        self.others["pipe or device"] += 1
+                        self.others["pipes or devices"] += 1
                     else:
                         self.others[suffix.removeprefix(".") or "no ending"] += 1
         except OSError as error:
