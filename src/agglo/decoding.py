@@ -121,13 +121,14 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         if image.format == "TIFF":
             _check_tiff(image, name)
+        step = grey_step(image)
         image.load()  # Pillow turns TIFF files here
     except ImageError:
         raise
     except Exception as error:  # PIL's readers raise nearly anything on damaged files
         raise ImageError(name, f"damaged image file ({error})") from error
     method = _TURNS.get(orientation(image))
-    return _rgb(image if method is None else image.transpose(method), name)
+    return _rgb(image if method is None else image.transpose(method), name, step)
 
 
 def _decode(
@@ -145,12 +146,13 @@ def _decode(
             if loads_upright:
                 _check_tiff(image, name)
                 turn = orientation(image)
+            step = grey_step(image)
             image.load()
             turn = turn or orientation(image)
             shape = image.height, image.width
             turned = turns(shape[::-1] if loads_upright and turn > 4 else shape, turn, upright, size)
             method = None if turned == loads_upright else (_TURNS if turned else _BACK).get(turn)
-            return _rgb(image if method is None else image.transpose(method), name)
+            return _rgb(image if method is None else image.transpose(method), name, step)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -218,12 +220,27 @@ def _check_tiff(image: Image.Image, name: str) -> None:
     raise ImageError(name, f"TIFF with {what} is not supported; save it as PNG, or as little-endian, interleaved TIFF")
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def grey_step(image: Image.Image) -> int:
+    """Distance of two stored grey levels in the pixels of an image that is not loaded: Pillow spreads 2 and 4 bits."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+    raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return {"L;2": 85, "L;4": 17}.get(str(raw), 1)
+
+
+def _rgb(image: Image.Image, name: str, step: int) -> Image.Image:
     """Convert a loaded image of any mode to 8-bit "RGB"."""
     if min(image.size) < 1:
         raise ImageError(name, f"has no pixels ({image.width}x{image.height})")
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bits(np.asarray(image), name)).convert("RGB")
+    clear = image.info.get("transparency")
+    if image.mode.startswith(("I", "F")) or (image.mode in ("1", "L") and isinstance(clear, int)):
+        stored = np.asarray(image)
+        grey = stored * np.uint8(255) if stored.dtype == bool else stored
+        grey = grey if grey.dtype == np.uint8 else _eight_bits(grey, name)
+        if isinstance(clear, int):  # Pillow compares this level with the pixels it has spread
+            grey = np.where(stored == clear * step, np.uint8(255), grey)
+        return Image.fromarray(grey).convert("RGB")
+    if isinstance(clear, tuple) and max(clear) > 255:
+        raise ImageError(name, "16-bit PNG with a transparent colour is not supported; save it with an alpha channel")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")

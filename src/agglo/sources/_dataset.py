@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from agglo.decoding import read_regular
+from agglo.decoding import grey_step, read_regular
 from agglo.files import printable
 from agglo.sources._encoded import EncodedSource
 from agglo.sources._paths import expanded, not_found
@@ -205,8 +205,7 @@ def read_mask(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "I", "I;16", "I;16B", "1"):
                 raise ImageError(str(path), f"is a colour picture ({image.mode}); a mask has one channel")
-            raw = image.tile[0][3] if image.tile else ""
-            scale = _SCALED.get(str(raw if isinstance(raw, str) else (raw or ("",))[0]), 1)
+            step = grey_step(image)
             array = np.array(image)
     except ImageError:
         raise
@@ -214,11 +213,7 @@ def read_mask(path: Path) -> np.ndarray:
         raise ImageError(str(path), str(error)) from error
     if array.dtype == bool:
         return array.astype(np.uint8)
-    return (array // scale if scale > 1 else array).astype(array.dtype.newbyteorder("="))
-
-
-_SCALED = {"L;2": 85, "L;4": 17}
-"""Grey levels of 2 and 4 bits, which Pillow spreads over 0 to 255."""
+    return (array // step if step > 1 else array).astype(array.dtype.newbyteorder("="))
 
 
 def read_depth(path: Path) -> np.ndarray:
