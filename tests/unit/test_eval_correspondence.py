@@ -227,7 +227,7 @@ def test_missing_pairs_and_bad_options_raise() -> None:
             found.depth = found.depth[:8]
             return found
 
-    with pytest.raises(ConfigError, match=r"wall/0 is 32x32 pixels and its depth \(8, 32\)"):
+    with pytest.raises(ConfigError, match=r"none of \d+ pairs .* wall/0: is 32x32 pixels and its depth \(8, 32\)"):
         run(Place(), Small())
 
     class Flat(Wall):

@@ -31,7 +31,7 @@ from agglo.evals.retrieval import Retrieval
 from agglo.evals.segmentation import Segmentation
 from agglo.evals.zero_shot import ZeroShot, named_templates
 from agglo.model.model import Model
-from agglo.types import ConfigError, Features, FeatureSpec
+from agglo.types import ConfigError, Features, FeatureSpec, ImageError
 from support.models import Broken, Noise, Oracle, Squares
 
 pytestmark = pytest.mark.evals
@@ -231,11 +231,16 @@ def test_masks_of_another_size_and_classes_out_of_range() -> None:
             found.semantic = found.semantic[:20]
             return found
 
-    with pytest.raises(ConfigError, match=r"squares/0/0 is 32x32 pixels \(HxW\) and its semantic map 20x32"):
+    with pytest.raises(
+        ConfigError, match=r"none of \d+ images .* squares/0/0.*: is 32x32 pixels \(HxW\) and its semantic map 20x32"
+    ):
         splits(Segmentation, Small).run(Oracle())
     for probe in ("logistic", "adamw"):
         slide = {"inference": "slide", "size": 16, "short": 32, "probe": probe}
-        with pytest.raises(ConfigError, match=r"squares/0/0 is 32x32 pixels \(HxW\) and its semantic map 20x32"):
+        with pytest.raises(
+            ConfigError,
+            match=r"none of \d+ images .* squares/0/0.*: is 32x32 pixels \(HxW\) and its semantic map 20x32",
+        ):
             splits(Segmentation, Small, **slide).run(Oracle())
 
     class Many(Squares):
@@ -250,6 +255,24 @@ def test_masks_of_another_size_and_classes_out_of_range() -> None:
     for options, message in (({"probe": "sgd"}, "logistic or adamw"), ({"inference": "tile"}, "whole or slide")):
         with pytest.raises(ConfigError, match=message):
             splits(Segmentation, **options)
+
+
+def test_one_image_with_unusable_masks_is_skipped() -> None:
+    class One(Squares):
+        def annotation(self, index: int) -> Any:
+            found = super().annotation(index)
+            if index == 1:
+                found.semantic = found.semantic[:20]
+            if index == 2:
+                raise ImageError("mask.png", "damaged")
+            return found
+
+    for options in ({}, {"inference": "slide", "size": 16, "short": 32}):
+        with pytest.warns(
+            UserWarning, match=r"skipped \d+ of \d+ images, whose ground truth .*map 20x32.*mask.png: damaged"
+        ):
+            found = splits(Segmentation, One, **options).run(Oracle())
+        assert found["miou"] > 0.5
 
 
 # --- depth ------------------------------------------------------------------------------------------------------------

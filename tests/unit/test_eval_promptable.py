@@ -132,7 +132,7 @@ def test_instances_and_their_boxes() -> None:
     assert large is not None
     assert len(large.boxes) == 1
     assert instances(SimpleNamespace(instances=mask * 0), image, "a", 1) is None
-    with pytest.raises(ConfigError, match=r"a is 6x8 pixels \(HxW\) and its instances \(8, 6\)"):
+    with pytest.raises(ConfigError, match=r"a: is 6x8 pixels \(HxW\) and its instances \(8, 6\)"):
         instances(SimpleNamespace(instances=mask.T), image, "a", 1)
     with pytest.raises(ConfigError, match="a has no instances"):
         instances(SimpleNamespace(), image, "a", 1)
@@ -151,7 +151,7 @@ def test_overlapping_instances_are_whole() -> None:
     large = instances(known, image, "a", 5)
     assert large is not None and large.boxes.tolist() == [[1, 1, 7, 5]]
     assert instances(known, image, "a", 25) is None
-    with pytest.raises(ConfigError, match=r"a is 8x6 pixels \(HxW\) and its masks \(6, 8\)"):
+    with pytest.raises(ConfigError, match=r"a: is 8x6 pixels \(HxW\) and its masks \(6, 8\)"):
         instances(known, Image.new("RGB", (6, 8)), "a", 1)
 
 

@@ -222,7 +222,7 @@ def test_run_lengths_and_polygons() -> None:
     ):
         with pytest.raises(ConfigError, match=r"a: .* is not a mask"):
             decoded(bad, SIZE, "a")
-    with pytest.raises(ConfigError, match=r"a is 20x30 pixels"):
+    with pytest.raises(ConfigError, match=r"a: is 20x30 pixels"):
         decoded(run_lengths(box(0, 0, 1, 1).T), SIZE, "a")
 
 
@@ -260,7 +260,7 @@ def test_inconsistent_files_raise(tmp_path: Path) -> None:
         run([good, annotated(tmp_path / "b.json", {0: [], 1: []}, p1={"text_input": "cow"})])
     with pytest.raises(ConfigError, match=r"result 0 is of pair 7, which is not annotated"):
         run([good], predictions(tmp_path / "other.json", {7: [(0.9, mask)]}))
-    with pytest.raises(ConfigError, match=r"pair 0 \(0.png\) is 20x30"):
+    with pytest.raises(ConfigError, match=r"pair 0 \(0.png\): is 20x30"):
         run([good], predictions(tmp_path / "other.json", {0: [(0.9, mask.T)]}))
     with pytest.raises(ProbeError, match="no pair was marked in full"):
         run([annotated(tmp_path / "b.json", {0: []}, p0={"is_instance_exhaustive": False})])
@@ -454,5 +454,5 @@ def test_missing_images_and_decoders_raise(decoder: str, subset: dict[str, Any],
         SaCo(decoder=decoder, **elsewhere).run(Trunk(32), context := EvalContext())
     assert set(context.records.images["local_f1"]) == {"0: cat", "1: dog", "4: cat", "5: dog"}
     Image.new("RGB", (7, 9)).save(tmp_path / "1.png")
-    with pytest.raises(ConfigError, match=r"1.png is 9x7 pixels \(HxW\), annotated as \(20, 30\)"):
+    with pytest.warns(UserWarning, match=r"2 phrases: 1.png: is 9x7 pixels \(HxW\), annotated as \(20, 30\)"):
         SaCo(decoder=decoder, **elsewhere).run(Trunk(32))

@@ -171,6 +171,26 @@ def whole_view(model: Backbone, image: Image.Image, target: tuple[int, int]) -> 
     return aspect_size(full, target, step_of(model))
 
 
+def report_unusable(errors: Sequence[ImageError], used: int, what: str = "images") -> None:
+    """Warn of the items that were skipped for their ground truth, if any.
+
+    Raises:
+        ConfigError: no item is left.
+    """
+    if not errors:
+        return
+    if not used:
+        raise ConfigError(f"none of {len(errors)} {what} has usable ground truth; the first: {errors[0]}") from errors[
+            0
+        ]
+    each = list(dict.fromkeys(map(str, errors)))  # windows of one image share an error
+    shown = "; ".join(each[:3]) + ("; ..." if len(each) > 3 else "")
+    warnings.warn(
+        f"skipped {len(errors)} of {used + len(errors)} {what}, whose ground truth cannot be used: {shown}",
+        stacklevel=3,
+    )
+
+
 def read_batches(
     source: Source, skipped: list[str], progress: Progress
 ) -> Iterator[tuple[list[int], list[str], list[Image.Image]]]:

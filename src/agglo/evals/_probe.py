@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import encode, required
+from agglo.evals._features import encode, report_unusable, required
 from agglo.evals.base import Backbone, EvalContext, ProbeError, Progress, input_size
 from agglo.preprocess import crop_map
-from agglo.sources.base import Source
-from agglo.types import ConfigError
+from agglo.sources.base import AnnotationError, Source
+from agglo.types import ConfigError, ImageError
 
 PIXELS = 2**22
 """Predictions at full resolution are computed in chunks of about this many elements."""
@@ -45,8 +45,10 @@ def load(
 ) -> Labelled:
     """Encode a source and read ``annotation(index).<field>`` of each of its images.
 
+    Images whose annotation is damaged, or of another size, are skipped with a warning.
+
     Raises:
-        ConfigError: the source has no such annotation, or one of another size than its image.
+        ConfigError: the source has no such annotation, or no image has a usable one.
         FeatureError: the model's spatial map is missing or not finite.
     """
     source = context.sources.open(options)
@@ -55,8 +57,19 @@ def load(
         raise ConfigError(f"{type(source).__name__} has no annotation(): use a source such as {{kind: scenes}}")
     encoded = encode(model, options, size, context, want="spatial")
     view = input_size(model, size)
-    truth = [truth_of(source, i, field, full, view) for i, full in zip(encoded.index, encoded.sizes, strict=True)]
-    return Labelled(required(encoded.spatial, model), truth, encoded.names)
+    truth: list[Tensor] = []
+    kept: list[int] = []
+    unusable: list[ImageError] = []
+    for row, (index, full) in enumerate(zip(encoded.index, encoded.sizes, strict=True)):
+        try:
+            truth.append(truth_of(source, index, field, full, view))
+            kept.append(row)
+        except ImageError as error:
+            unusable.append(error)
+    report_unusable(unusable, len(kept))
+    spatial = required(encoded.spatial, model)
+    whole = len(kept) == len(encoded.index)
+    return Labelled(spatial if whole else spatial[kept], truth, tuple(encoded.names[row] for row in kept))
 
 
 def truth_of(source: Source, index: int, field: str, full: tuple[int, int], view: tuple[int, int]) -> Tensor:
@@ -70,7 +83,9 @@ def truth_of(source: Source, index: int, field: str, full: tuple[int, int], view
         view: ``(H, W)`` of the model's input.
 
     Raises:
-        ConfigError: the annotation is missing, or its size differs from the image's.
+        ConfigError: the annotation is missing.
+        AnnotationError: its size differs from the image's.
+        ImageError: it cannot be read.
     """
     annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
     found = None if annotation is None else getattr(annotation(index), field, None)
@@ -78,9 +93,10 @@ def truth_of(source: Source, index: int, field: str, full: tuple[int, int], view
         raise ConfigError(f"{source.name(index)} has no {field}: use a source such as {{kind: scenes}}")
     shape = tuple(found.shape[-2:])
     if shape != full:
-        raise ConfigError(
-            f"{source.name(index)} is {full[0]}x{full[1]} pixels (HxW) and its {field} map {shape[0]}x{shape[1]}: "
-            "sizes must be equal; resize the map (nearest neighbour) or use the original image"
+        raise AnnotationError(
+            source.name(index),
+            f"is {full[0]}x{full[1]} pixels (HxW) and its {field} map {shape[0]}x{shape[1]}: sizes must be equal; "
+            "resize the map (nearest neighbour) or use the original image",
         )
     planes = found if found.ndim == 3 else found[None]
     cropped = torch.stack([crop_map(plane, view) for plane in planes])

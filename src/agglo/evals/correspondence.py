@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.evals._features import encode, need_spatial, required
+from agglo.evals._features import encode, need_spatial, report_unusable, required
 from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, ProbeError, Records, input_size
 from agglo.preprocess import crop_box
-from agglo.sources.base import Source
-from agglo.types import ConfigError
+from agglo.sources.base import AnnotationError, Source
+from agglo.types import ConfigError, ImageError
 
 REFERENCE = 512
 """Thresholds in pixels refer to an image whose longer side has this length."""
@@ -212,18 +212,23 @@ class _Geometric:
         self.world: list[Tensor] = []
         self.image: list[Tensor] = []
         self.angle: list[float] = []
+        self.unusable: list[ImageError] = []
 
     def add(self, name: str, source: Source, pair: Any, first: View, second: View) -> None:
         annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
         if annotation is None:
             return
-        both = [annotation(pair.first), annotation(pair.second)]
-        if any(getattr(one, key, None) is None for one in both for key in ("depth", "K", "cam_from_world")):
+        try:
+            both = [annotation(pair.first), annotation(pair.second)]
+            if any(getattr(one, key, None) is None for one in both for key in ("depth", "K", "cam_from_world")):
+                return
+            clouds = [
+                _cloud(one, view.frame, source.name(index))
+                for one, view, index in zip(both, (first, second), (pair.first, pair.second), strict=True)
+            ]
+        except ImageError as error:
+            self.unusable.append(error)
             return
-        clouds = [
-            _cloud(one, view.frame, source.name(index))
-            for one, view, index in zip(both, (first, second), (pair.first, pair.second), strict=True)
-        ]
         rows = [cloud.rows for cloud in clouds]
         if not len(rows[0]) or not len(rows[1]):
             return
@@ -237,6 +242,7 @@ class _Geometric:
         self.angle.append(rotation_between(both[0].cam_from_world, both[1].cam_from_world))
 
     def metrics(self) -> dict[str, float]:
+        report_unusable(self.unusable, len(self.names), "pairs")
         if not self.names:
             return {}
         found: dict[str, float] = {}
@@ -312,7 +318,7 @@ class _Cloud(NamedTuple):
 def _cloud(annotation: Any, frame: Frame, name: str) -> _Cloud:
     depth = torch.as_tensor(np.asarray(annotation.depth, np.float64))
     if tuple(depth.shape) != frame.full:
-        raise ConfigError(f"{name} is {frame.full[0]}x{frame.full[1]} pixels and its depth {tuple(depth.shape)}")
+        raise AnnotationError(name, f"is {frame.full[0]}x{frame.full[1]} pixels and its depth {tuple(depth.shape)}")
     points = frame.points()
     column, row = points.long().unbind(1)  # the pixel that holds the point: its centre is at +0.5
     z = depth[row, column]

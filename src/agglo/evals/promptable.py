@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from agglo.evals._features import need_spatial, read_batches
+from agglo.evals._features import need_spatial, read_batches, report_unusable
 from agglo.evals._sam import features_for
 from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
 from agglo.extras import require
 from agglo.preprocess import fit
-from agglo.types import AssetError, ConfigError, Features
+from agglo.sources.base import AnnotationError
+from agglo.types import AssetError, ConfigError, Features, ImageError
 
 _BOXES = 32
 
@@ -82,10 +83,15 @@ class Promptable(Eval):
         names: list[str] = []
         means: list[float] = []
         every: list[Tensor] = []
+        unusable: list[ImageError] = []
         with frozen(model, sam):
             for index, batch, images in read_batches(source, [], context.report):
                 for i, name, image in zip(index, batch, images, strict=True):
-                    truth = instances(annotation(i), image, name, self.least)
+                    try:
+                        truth = instances(annotation(i), image, name, self.least)
+                    except ImageError as error:
+                        unusable.append(error)
+                        continue
                     if truth is None:
                         continue
                     out = model(canvas(image, view, model)[None].to(device_of(model)))
@@ -94,6 +100,7 @@ class Promptable(Eval):
                     names.append(name)
                     means.append(float(iou.mean()))
                     every.append(iou)
+        report_unusable(unusable, len(every))
         if not every:
             raise ProbeError(f"no image has an instance of {self.least} pixels or more: nothing to measure on")
         context.records.add_images("miou", names, means)
@@ -153,7 +160,7 @@ def instances(annotation: Any, image: Image.Image, name: str, least: int) -> Tru
         raise ConfigError(f"{name} has no instances: use a source such as {{kind: scenes}}")
     array = np.asarray(array)
     if array.shape != (image.height, image.width):
-        raise ConfigError(f"{name} is {image.height}x{image.width} pixels (HxW) and its instances {array.shape}")
+        raise AnnotationError(name, f"is {image.height}x{image.width} pixels (HxW) and its instances {array.shape}")
     found, boxes = [], []
     for value in np.unique(array[array > 0]):
         mask = array == value
@@ -169,7 +176,7 @@ def _whole(
 ) -> Truth | None:
     """Instances from masks ``(N, H, W)`` that may overlap, each with its annotated box."""
     if found.shape[1:] != (image.height, image.width):
-        raise ConfigError(f"{name} is {image.height}x{image.width} pixels (HxW) and its masks {found.shape[1:]}")
+        raise AnnotationError(name, f"is {image.height}x{image.width} pixels (HxW) and its masks {found.shape[1:]}")
     keep = [i for i, mask in enumerate(found) if int(mask.sum()) >= least]
     if not keep:
         return None

@@ -136,12 +136,12 @@ class SaCo(Eval):
         for index, (file, own) in enumerate(by_image.items(), 1):
             context.report(f"image {index}/{len(by_image)}")
             try:
-                image = decode(root / file, file)
+                image = decode(root / file, file, upright=False, size=own[0].size)
+                if any(pair.size != (image.height, image.width) for pair in own):
+                    raise ImageError(file, f"is {image.height}x{image.width} pixels (HxW), annotated as {own[0].size}")
             except ImageError as error:
                 warnings.warn(f"skipped an image and its {len(own)} phrases: {error}", stacklevel=2)
                 continue
-            if any(pair.size != (image.height, image.width) for pair in own):
-                raise ConfigError(f"{file} is {image.height}x{image.width} pixels (HxW), annotated as {own[0].size}")
             # Leave inference mode before yielding: collect the masks of one image.
             shown = fit(image, view, "stretch", resample=Image.Resampling.BILINEAR)[None]  # as SAM 3 does it
             with frozen(model, sam):
