@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ from PIL import Image
 from agglo.config import build
 from agglo.evals._probe import truth_of
 from agglo.evals.correspondence import project
-from agglo.sources._dataset import normals_from_depth
+from agglo.sources._dataset import normals_from_depth, read_mask
+from agglo.sources.base import ReadRequest
 from agglo.types import ConfigError, ImageError
 from agglo.weights.bundled import imagenet_classes, imagenet_wnids
 from support import datasets as tiny
@@ -306,3 +311,221 @@ def test_damaged_image_is_named_and_others_are_read(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="2007_03"):
         made.read(0)
     assert isinstance(made.read(1), Image.Image)
+
+
+# --- images and their ground truth ------------------------------------------------------------------------------------
+
+
+def tag_orientation(path: Path, orientation: int) -> None:
+    """Write an EXIF orientation into an image file, whose stored pixels stay."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+        return
+    data, block = path.read_bytes(), exif.tobytes()
+    path.write_bytes(data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:])
+
+
+MAPPED = ("ade20k", "voc", "camvid", "coco", "nyu", "spair")
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_ground_truth_lies_on_the_stored_pixels(kind: str, orientation: int, tmp_path: Path) -> None:
+    made = source(kind, tmp_path)
+    before = [np.asarray(made.read(i)) for i in range(len(made))]
+    for file in [*tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.png")]:
+        if not re.search("annot|SegmentationClass|_depth", str(file.relative_to(tmp_path))):
+            tag_orientation(file, orientation)
+    again = build("sources", {"kind": kind, **keys_of(kind, tmp_path)})
+    for i, pixels in enumerate(before):
+        found = np.asarray(again.read(i))
+        assert found.shape == pixels.shape
+        assert np.abs(found.astype(int) - pixels).max() <= 2
+        if hasattr(again, "annotation"):
+            known = again.annotation(i)
+            for field in ("semantic", "instances", "depth"):
+                if hasattr(known, field):
+                    assert getattr(known, field).shape == pixels.shape[:2]
+
+
+def keys_of(kind: str, root: Path) -> dict[str, str]:
+    return {"path": str(root), "split": "test" if kind in ("nyu", "spair") else "val"}
+
+
+def test_navi_photographs_are_turned_upright_as_their_depth_is(tmp_path: Path) -> None:
+    made = source("navi", tmp_path)
+    plain = np.asarray(made.read(0))
+    Image.fromarray(np.rot90(plain).copy()).save(made.file(0), quality=100, subsampling=0)
+    tag_orientation(made.file(0), 6)  # a phone stores portraits lying on their side
+    assert np.asarray(made.read(0)).shape == plain.shape == (*made.annotation(0).depth.shape, 3)
+    assert np.abs(np.asarray(made.read(0)).astype(int) - plain).mean() < 8
+    upright = np.asarray(made.read(1))
+    tag_orientation(made.file(1), 3)
+    assert np.abs(np.asarray(made.read(1)).astype(int) - upright[::-1, ::-1]).mean() < 8
+
+
+def test_a_mask_drawn_on_the_upright_image_turns_the_image(tmp_path: Path) -> None:
+    made = source("voc", tmp_path)
+    tag_orientation(made.file(0), 6)
+    assert made.read(0).size == (tiny.W, tiny.H)
+    tiny.grey(made._masks[0], np.zeros((tiny.W, tiny.H), np.uint8))
+    assert made.read(0).size == (tiny.H, tiny.W)
+
+
+def test_training_views_of_masked_images_use_the_stored_pixels(tmp_path: Path) -> None:
+    made = source("voc", tmp_path)
+    plain = np.asarray(made.read(0))
+    tag_orientation(made.file(0), 6)
+    part = made.read_part(0, lambda size: ReadRequest(1, size[0]))
+    assert part.size == (tiny.H, tiny.W)
+    assert np.abs(part.array.astype(int) - plain).max() <= 2
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_few_bits_keep_their_class_numbers(bits: int, tmp_path: Path) -> None:
+    made = source("voc", tmp_path)
+    levels = np.arange(tiny.H * tiny.W).reshape(tiny.H, tiny.W) % 2**bits
+    made._masks[0].write_bytes(tiny.small_png(levels, bits))
+    assert (made.annotation(0).semantic == levels).all()
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "voc", "camvid"])
+def test_masks_of_16_bits_keep_their_class_numbers_or_are_named(kind: str, tmp_path: Path) -> None:
+    made = source(kind, tmp_path)
+    expected = made.annotation(0).semantic
+    tiny.grey(made._masks[0], read_mask(made._masks[0]).astype(np.uint16))
+    assert (made.annotation(0).semantic == expected).all()
+    tiny.grey(made._masks[0], np.full((tiny.H, tiny.W), 300, np.uint16))
+    with pytest.raises(ConfigError, match=r"\.png holds class 300; expected 0 to \d+, and 255"):
+        made.annotation(0)
+
+
+@pytest.mark.parametrize("kind", ["nyu", "navi"])
+def test_depth_maps_of_8_bits_are_named(kind: str, tmp_path: Path) -> None:
+    made = source(kind, tmp_path)
+    file = next(tmp_path.rglob("test/00000_depth.png" if kind == "nyu" else "depth/000.png"))
+    tiny.grey(file, np.full((tiny.H, tiny.W), 7, np.uint8))
+    with pytest.raises(ImageError, match=r"\.png: is a depth map of 8 bits, without a unit"):
+        made.annotation(0)
+
+
+@pytest.mark.parametrize("depth", [np.full((8, 9), 1200, np.uint16), np.ones((1, 8, 9), np.float32)])
+def test_nyu_array_depth_in_another_unit_or_shape_is_named(depth: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    np.savez(tmp_path / "test" / "a.npz", image=np.zeros((8, 9, 3), np.float32), depth=depth)
+    made = build("sources", {"kind": "nyu", "path": str(tmp_path)})
+    assert made.read(0).size == (9, 8)
+    with pytest.raises(ImageError, match=r"depth is .*; expected floats \(H, W\) in metres"):
+        made.annotation(0)
+
+
+def test_nyu_reads_the_mat_file_that_is_named(tmp_path: Path) -> None:
+    h5py, scipy_io = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
+    with h5py.File(tmp_path / "mine.mat", "w") as file:
+        file["images"], file["depths"] = np.zeros((2, 3, 12, 8), np.uint8), np.ones((2, 12, 8), np.float32)
+    scipy_io.savemat(tmp_path / "splits.mat", {"trainNdxs": [[1]], "testNdxs": [[2]]})
+    assert len(build("sources", {"kind": "nyu", "path": str(tmp_path / "mine.mat")})) == 1
+
+
+# --- damaged entries --------------------------------------------------------------------------------------------------
+
+
+def coco_file(root: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    tiny.coco(root)
+    file = root / "annotations" / "instances_val2017.json"
+    facts = json.loads(file.read_text())
+    change(facts)
+    file.write_text(json.dumps(facts))
+    return root
+
+
+def test_coco_annotations_of_unlisted_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    coco_file(tmp_path, lambda facts: facts["annotations"].append({**facts["annotations"][0], "image_id": 99}))
+    made = build("sources", {"kind": "coco", "path": str(tmp_path)})
+    assert len(made.annotation(0).objects) == 2
+    assert "left out 1 of 4 annotations, whose images are not listed" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["area", "bbox", "segmentation", "category_id"])
+def test_coco_missing_keys_are_named(key: str, tmp_path: Path) -> None:
+    made = build("sources", {"kind": "coco", "path": str(coco_file(tmp_path, lambda f: f["annotations"][0].pop(key)))})
+    with pytest.raises(ImageError, match=rf"coco/val2017/0.jpg: .*val2017.json: annotation 1 lacks the key '{key}'"):
+        made.annotation(0)
+    assert made.annotation(1).captions == ("A dog in a car.",)  # the other images go on
+    everywhere = tmp_path / "everywhere"
+    everywhere.mkdir()
+    coco_file(everywhere, lambda facts: [each.pop(key) for each in facts["annotations"]])
+    made = build("sources", {"kind": "coco", "path": str(everywhere)})
+    with pytest.raises(ConfigError, match=rf"instances_val2017.json: no annotation has the key '{key}'"):
+        made.annotation(1)
+    assert made.captions(1) == ("A dog in a car.",)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda facts: facts.pop("categories"), "has no list 'categories'"),
+        (lambda facts: facts.pop("images"), "has no list 'images'"),
+        (lambda facts: facts.update(annotations={}), "has no list 'annotations'"),
+        (lambda facts: facts["annotations"][0].update(image_id="7"), r"annotations\[0\] has image_id '7' \(str\)"),
+        (lambda facts: facts["annotations"][0].pop("image_id"), r"annotations\[0\] lacks the key 'image_id'"),
+        (lambda facts: [each.pop("height") for each in facts["images"]], r"images\[0\] lacks the key 'height'"),
+        (lambda facts: facts["images"][0].update(id="7"), "ids of images are text and others numbers"),
+    ],
+)
+def test_coco_files_without_structure_are_named(
+    change: Callable[[dict[str, Any]], None], why: str, tmp_path: Path
+) -> None:
+    coco_file(tmp_path, change)
+    with pytest.raises(ConfigError, match=rf"instances_val2017\.json.*{why}"):
+        build("sources", {"kind": "coco", "path": str(tmp_path)})
+
+
+def test_coco_damaged_annotation_costs_its_image(tmp_path: Path) -> None:
+    for number, entry in enumerate(
+        ({"category_id": 5}, {"bbox": [1, 2]}, {"segmentation": {"counts": [1]}}, {"area": "x"})
+    ):
+        root = tmp_path / str(number)
+        root.mkdir()
+        coco_file(root, lambda facts, entry=entry: facts["annotations"][0].update(entry))
+        made = build("sources", {"kind": "coco", "path": str(root)})
+        with pytest.raises(ImageError, match=r"coco/val2017/0.jpg: .*instances_val2017.json"):
+            made.annotation(0)
+        made.annotation(1)
+
+
+def test_damaged_entries_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.spair(tmp_path)
+    files = sorted((tmp_path / "SPair-71k" / "PairAnnotation" / "test").glob("*.json"))
+    files[0].write_text("{")
+    made = build("sources", {"kind": "spair", "path": str(tmp_path)})
+    assert len(made.pairs()) == len(files) - 1
+    assert f"1 of {len(files)} entries are damaged, first {files[0]}" in caplog.text
+    for file in files:
+        file.write_text('{"category": "cat"}')
+    assert "lacks the key 'src_imname'. Get it from" in refused("spair", path=str(tmp_path))
+    navi = tmp_path / "navi"
+    navi.mkdir()
+    tiny.navi(navi)
+    file = next(navi.rglob("annotations.json"))
+    entries = json.loads(file.read_text())
+    del entries[0]["camera"]["focal_length"]
+    file.write_text(json.dumps(entries))
+    assert len(build("sources", {"kind": "navi", "path": str(navi)})) == 2
+    assert f"1 of 4 entries are damaged, first {file}, entry 0 lacks the key 'focal_length'" in caplog.text
+
+
+def test_lists_in_other_encodings(tmp_path: Path) -> None:
+    tiny.ade20k(tmp_path)
+    names = tmp_path / "ADEChallengeData2016" / "objectInfo150.txt"
+    names.write_bytes(names.read_bytes().replace(b"thing 3", b"caf\xe9"))
+    assert source_classes(tmp_path)[2] == "caf\\udce9"
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes())
+    assert len(source_classes(tmp_path)) == 150
+
+
+def source_classes(root: Path) -> tuple[str, ...]:
+    return build("sources", {"kind": "ade20k", "path": str(root)}).classes

@@ -1,15 +1,19 @@
 """Every kind of image file becomes upright 8-bit RGB, or an ImageError that says why."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile
 
-from agglo.preprocess import decode
+from agglo.decoding import decode
+from agglo.preprocess import fit, load_image, read_image
 from agglo.types import ImageError
+from support.datasets import small_png
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> io.BytesIO:
@@ -211,3 +215,214 @@ def test_missing_files_and_folders(tmp_path):
         decode(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="folder"):
         decode(tmp_path)
+
+
+def upside(orientation: int, stored: np.ndarray, kind: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(Image.fromarray(stored), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {})).getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_stored_pixels_are_read_without_orientation(kind, orientation):
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:8, :16] = 255
+    out = np.asarray(decode(upside(orientation, stored, kind), "x", upright=False))
+    assert out.shape == stored.shape
+    assert np.abs(out.astype(int) - stored).max() < 12
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("upright", [True, False])
+def test_size_of_the_ground_truth_chooses_the_frame_of_a_sideways_image(kind, upright):
+    data = upside(6, np.zeros((16, 32, 3), np.uint8), kind)
+    assert decode(data, "x", upright=upright, size=(16, 32)).size == (32, 16)
+    assert decode(data, "x", upright=upright, size=(32, 16)).size == (16, 32)
+    assert decode(data, "x", upright=upright, size=(9, 9)).size == ((16, 32) if upright else (32, 16))
+
+
+def tag(data: bytes, kind: bytes, content: bytes, *, broken: bool = False) -> bytes:
+    """A PNG with one more chunk behind its header."""
+    check = zlib.crc32(kind + content) + broken
+    return data[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check) + data[33:]
+
+
+def segment(data: bytes, marker: int, content: bytes) -> bytes:
+    """A JPEG with one more segment behind its first marker."""
+    return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + data[2:]
+
+
+def test_damaged_metadata_costs_no_readable_image(colours):
+    png = encoded(Image.fromarray(colours)).getvalue()
+    jpeg = encoded(Image.fromarray(colours), "JPEG").getvalue()
+    plain = np.asarray(decode(jpeg, "x"))
+    for kind, content in ((b"tEXt", b"a"), (b"eXIf", b"MM"), (b"iCCP", b"x"), (b"pHYs", b"1"), (b"gAMA", b"1")):
+        for broken in (False, True):
+            assert (np.asarray(decode(tag(png, kind, content, broken=broken), "x")) == colours).all()
+    long = b"k\0\0" + zlib.compress(bytes(1 << 21))  # Pillow refuses texts above a megabyte
+    assert (np.asarray(decode(tag(png, b"zTXt", long), "x")) == colours).all()
+    for marker, content in (
+        (0xE1, b"Exif\0\0II"),
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xEE, b"Adobe"),
+        (0xE0, b"JFIF\0"),
+        (0xFE, b""),
+    ):
+        assert (np.asarray(decode(segment(jpeg, marker, content), "x")) == plain).all()
+
+
+def test_damaged_comment_leaves_the_orientation():
+    stored = np.zeros((16, 32, 3), np.uint8)
+    assert decode(tag(upside(6, stored, "PNG"), b"tEXt", b"a", broken=True), "x").size == (16, 32)
+    assert decode(segment(upside(6, stored), 0xE2, b"ICC_PROFILE\0"), "x").size == (16, 32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns of corrupt EXIF
+@pytest.mark.parametrize("seed", range(8))
+def test_random_exif_costs_no_readable_image(seed, colours):
+    rng = np.random.default_rng(seed)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
+    image = Image.fromarray(colours)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = bytearray(exif.tobytes())
+        for at in rng.integers(6, len(data), 6):
+            data[at] = rng.integers(256)
+        file = encoded(image, kind, exif=bytes(data)).getvalue()
+        assert decode(file, "x").size == read_image(Image.open(io.BytesIO(file))).size
+
+
+def test_wrong_offset_of_the_exif_directory_of_a_tiff(colours):
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, colours, photometric="rgb", extratags=[(34665, 4, 1, 0x7FFFFFFF, True)])
+    assert (np.asarray(decode(file.getvalue(), "x")) == colours).all()
+
+
+ARRAYS = {
+    "uint8": np.arange(60, dtype=np.uint8).reshape(4, 5, 3),
+    "uint16": np.arange(20, dtype=np.uint16).reshape(4, 5) * 3276,
+    "float32": np.arange(20, dtype=np.float32).reshape(4, 5) / 20,
+}
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", ARRAYS)
+@pytest.mark.parametrize("layout", ["contig", "separate"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dark", [True, False])
+def test_tiff_layouts_are_read_rightly_or_refused(order, dtype, layout, packed, dark):
+    """Each of these is right, or refused by name: Pillow reads several of them as other pixels without an error."""
+    tifffile = pytest.importorskip("tifffile")
+    array = ARRAYS[dtype]
+    for channels in (1, 2, 3):
+        colour = channels == 3
+        if not dark and colour:
+            continue
+        grey = array if array.ndim == 2 else array[..., 0]
+        values = np.stack([grey] * channels, -1) if channels > 1 else grey
+        stored = np.moveaxis(values, -1, 0) if channels > 1 and layout == "separate" else values
+        file = io.BytesIO()
+        tifffile.imwrite(
+            file, stored, byteorder=order, photometric="rgb" if colour else "minisblack" if dark else "miniswhite",
+            planarconfig=layout if channels > 1 else None, compression="deflate" if packed else None,
+            extrasamples=["unspecified"] if channels == 2 else None,
+        )  # fmt: skip
+        scale = {"uint8": 1, "uint16": 1 / 257, "float32": 255}[dtype]
+        expected = grey * scale if dark else 255 - grey * scale
+        try:
+            out = np.asarray(decode(file.getvalue(), "x")).astype(float)
+        except ImageError:
+            continue
+        if channels != 2:  # a second channel may be alpha
+            assert np.abs(out - expected[..., None]).max() <= 1.6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "order", "options", "why"),
+    [
+        ("float32", ">", {"compression": "deflate"}, "compressed big-endian 32-bit"),
+        ("uint16", "<", {"photometric": "miniswhite"}, "16-bit samples in which 0 is white"),
+        ("int8", "<", {}, "signed 8-bit"),
+    ],
+)
+def test_tiff_layouts_that_pillow_reads_wrongly_are_named(dtype, order, options, why):
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((4, 5), dtype), byteorder=order, **options)
+    with pytest.raises(ImageError, match=f"TIFF with {why}.*is not supported; save it as PNG"):
+        decode(file.getvalue(), "x")
+    with pytest.raises(ImageError, match=f"TIFF with {why}"):
+        read_image(Image.open(file))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_with_a_transparent_level(bits):
+    levels = np.arange(2**bits, dtype=np.uint8)[None]
+    file = small_png(levels, bits, transparent=1)
+    expected = np.where(levels == 1, 255, levels * (255 // (2**bits - 1)))
+    assert np.asarray(decode(file, "x"))[..., 0].tolist() == expected.tolist()
+
+
+def test_transparent_level_of_16_bits():
+    file = small_png(np.array([[0, 1000, 65535]]), 16, transparent=1000)
+    assert np.asarray(decode(file, "x"))[0, :, 0].tolist() == [0, 255, 255]
+
+
+ONE_DOOR = np.kron(np.random.default_rng(3).integers(0, 256, (2, 3, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_an_image_has_the_same_pixels_in_every_form(tmp_path, orientation):
+    data = upside(orientation, ONE_DOOR, "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    expected = np.asarray(decode(data, "x"))
+    with (tmp_path / "a.png").open("rb") as file, Image.open(tmp_path / "a.png") as image:
+        forms = [
+            tmp_path / "a.png",
+            str(tmp_path / "a.png"),
+            data,
+            bytearray(data),
+            memoryview(data),
+            io.BytesIO(data),
+            file,
+            image,
+        ]
+        forms += [image.copy(), expected, expected[::-1][::-1], torch.from_numpy(expected.copy()).permute(2, 0, 1)]
+        for form in forms:
+            assert (np.asarray(read_image(form)) == expected).all()
+            assert (load_image(form).mul(255).round().byte().permute(1, 2, 0).numpy() == expected).all()
+            assert image.size == (24, 16)  # the caller's image is not changed
+    assert (
+        np.asarray(fit(Image.open(tmp_path / "a.png"), expected.shape[:2])) * 255 == expected.transpose(2, 0, 1)
+    ).all()
+
+
+def test_sixteen_bits_have_the_same_pixels_in_every_form(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 7)).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    Image.fromarray(deep).save(tmp_path / "a.tif")
+    expected = np.rint(deep / 257)
+    for form in (tmp_path / "a.png", tmp_path / "a.tif", Image.open(tmp_path / "a.png"), deep, deep.astype(">u2")):
+        assert (np.asarray(read_image(form))[..., 0] == expected).all()
+        assert np.abs(load_image(form)[0].numpy() * 255 - expected).max() < 1e-4
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(ImageError, match="pipe or a device"):
+            decode(path)
+
+
+def test_existing_paths_are_taken_literally(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~", "~nobody", "$HOME.png", "a[1]*.png"):
+        Image.new("RGB", (2, 3)).save(name, "PNG")
+        assert read_image(name).size == (2, 3)
+
+
+def test_heic_files_are_named():
+    with pytest.raises(ImageError, match=r"HEIC files cannot be read; convert"):
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")

@@ -232,11 +232,12 @@ def _folder(path: str, split: str, config: str | None) -> tuple[Any, str]:
     kind, files = type(builder).__module__.split(".")[-1], builder.config.data_files or {}
     if kind not in ("parquet", "imagefolder", "arrow"):
         raise ConfigError(_no_data(path))
-    if split not in files:
-        raise _no_split(path, split, files)
+    for name in (part.partition("[")[0].strip() for part in split.split("+")):  # "train[:10%]", "train+test"
+        if name not in files:
+            raise _no_split(path, name, files)
     if config is None:
         _warn_of_others(path, kind, files)
-    if kind == "parquet":
+    if kind == "parquet" and split in files:
         return _parquet(path, [str(file) for file in files[split]], split, builder.info.features), split
     try:
         # All splits at once, for the same class numbers in each.
@@ -257,7 +258,7 @@ def _warn_of_others(path: str, kind: str, files: Mapping[str, Sequence[str]]) ->
             "%s: left out %d files that belong to none of the splits %s, first %s",
             path,
             len(lost),
-            ", ".join(files),
+            ", ".join(map(str, files)),
             lost[0],
         )
 
