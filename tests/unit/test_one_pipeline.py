@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from agglo.cli.main import app
+from agglo.harness.runs import is_measured, measure_run
+from agglo.recipe import load
 from agglo.results.records import read, read_images
 from agglo.results.tables import number
+from agglo.training.run import finish, train
 
 RETRIEVAL = ["--evals", "retrieval", "retrieval.size=64"]
 """The eval of `quickstart --smoke`."""
@@ -101,9 +106,79 @@ def test_report_of_a_run_has_the_sections_of_results_and_its_own(runs: tuple[Pat
     assert all(f">student ({run.name})<" in both for run in runs)
 
 
-def test_run_of_an_older_version_is_recognised(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "evals.json").write_text('{"models": {}}', encoding="utf-8")
-    result = CliRunner().invoke(app, ["compare", str(tmp_path), str(runs[0])])
+def copied(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints", "evals")))
+
+
+def test_run_of_an_older_version_is_recognised_and_measured_anew(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    old = copied(runs[1], tmp_path / "old")
+    (old / "evals.json").write_text('{"models": {}}', encoding="utf-8")
+    result = CliRunner().invoke(app, ["compare", str(old), str(runs[0])])
     assert result.exit_code == 2
-    assert f"measured by an older version (evals.json): `agglo eval {tmp_path}` measures it anew" in result.stderr
+    assert f"measured by an older version (evals.json): `agglo eval {old}` measures it anew" in result.stderr
+    agglo("eval", old, "--no-pictures", "--json", tmp_path / "numbers.json")
+    assert {r.id for r in read(old)} == {r.id for r in read(runs[1])}
+    numbers = json.loads((tmp_path / "numbers.json").read_text())["models"]
+    assert numbers == {r.model["name"]: {r.name: r.metrics} for r in read(old)} | {
+        name: {"skipped": numbers[name]["skipped"]} for name in ("lite2", "hog")
+    }
+    agglo("compare", old, runs[0], "--json", tmp_path / "compared.json")
+    (compared,) = json.loads((tmp_path / "compared.json").read_text())["evals"]
+    assert not compared["why"] and compared["intervals"]
+
+
+def test_run_is_measured_if_its_evals_and_its_student_are(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    assert not is_measured(run)
+    shutil.copytree(runs[0] / "evals", run / "evals")
+    assert is_measured(run)
+    recipe, marker = (run / "recipe.yaml").read_text(), (run / "evals" / "measured.json").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("size: 64", "size: 96"))  # the same name, another protocol
+    assert recipe != (run / "recipe.yaml").read_text() and not is_measured(run)
+    (run / "recipe.yaml").write_text(recipe)
+    (run / "evals" / "measured.json").write_text(json.dumps({**json.loads(marker), "failed": {"student": {"a": "b"}}}))
+    assert not is_measured(run)
+    (run / "evals" / "measured.json").write_text(marker)
+    results = run / "evals" / "results.jsonl"
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[1:]) + "\n")  # a teacher's result is lost
+    assert not is_measured(run)
+    results.write_text("\n".join(lines) + "\n")
+    assert is_measured(run)
+    shutil.rmtree(run / "model")
+    shutil.copytree(runs[1] / "model", run / "model")
+    assert not is_measured(run)
+
+
+def test_run_whose_last_eval_is_left_out_is_measured(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    recipe = load(str(run / "recipe.yaml"), ["teachers={hog: {kind: hog}}", "evals=[{kind: rank}, {kind: zero_shot}]"])
+    recipe.evals[0]["size"] = 64
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    before = measure_run(run, device="cpu")
+    assert "zero_shot" in before["hog"].skipped and is_measured(run)
+
+
+def test_train_warns_of_failed_evals_and_reports_them(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    source = "evals=[{kind: knn, train: {kind: cifar, path: nowhere}}]"
+    recipe = load(str(run / "recipe.yaml"), ["teachers={hog: {kind: hog}}", source])
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    monkeypatch.setattr("agglo.training.run.train_model", lambda *arguments, **options: None)
+    with pytest.warns(UserWarning, match="evals failed; the model is saved in .*\n  student: knn: source cifar"):
+        train(recipe, run, device="cpu")
+    assert "eval knn failed on student: source cifar" in (run / "report.html").read_text(encoding="utf-8")
+    assert not is_measured(run)
+
+
+def test_only_the_main_process_measures(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(runs[0], tmp_path / "run")
+    recipe = load(str(run / "recipe.yaml"))
+    monkeypatch.setattr("agglo.dist.launch_rank", lambda: (1, 2))
+    (run / "report.html").unlink()
+    assert not finish(recipe, run, device="cpu", evals=True, report=True, phase=lambda title: nullcontext())
+    assert not (run / "evals").exists() and not (run / "report.html").exists()

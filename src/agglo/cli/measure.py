@@ -43,7 +43,7 @@ def eval_command(
     device: str | None = DEVICE,
     overwrite: bool = OVERWRITE_JSON,
 ) -> None:
-    """Measure a model. Resumable."""
+    """Measure a model. Resumable. Without options, a training run is measured as `agglo train` does."""
     from agglo.harness.protocols import plan
     from agglo.harness.protocols import protocol as published
 
@@ -55,6 +55,10 @@ def eval_command(
     what = evals if protocol else (evals or suite or "quick")
     entries = plan(what, published=protocol, data=data, sizes=_sides(sizes), changes=changes or [])
     device = chosen_device(device)
+    if not (suite or evals or protocol or data or sizes or changes or out) and _has_evals(Path(model)):
+        return _eval_run(
+            Path(model), device, target, again=again, workers=workers, features=features, pictures=pictures
+        )
     loaded, name, options = load(model, device, heads=_heads(entries))
     folder = out or default_folder(model)
     facts = None
@@ -74,7 +78,7 @@ def eval_command(
         for line in published(protocol).differs:
             typer.echo(f"not as published: {line}", err=True)
     if target is not None:
-        _write_numbers(found, target)
+        _write_numbers([found], target)
     if found.failed or not found.results:
         raise typer.Exit(1)
 
@@ -215,13 +219,16 @@ def _print_outcome(outcome: Outcome, model: str = "") -> None:
         typer.echo(f"  note: {warning}", err=True)
 
 
-def _write_numbers(found: Measured, target: Path) -> None:
+def _write_numbers(measured: Sequence[Measured], target: Path) -> None:
     from agglo.files import write_json
 
-    lower = sorted({metric for result in found.results.values() for metric in result.lower_is_better})
-    metrics: dict[str, Any] = {each: dict(result.metrics) for each, result in found.results.items()}
-    metrics |= {"skipped": found.skipped} if found.skipped else {}
-    write_json(target, {"models": {found.model["name"]: metrics}, "lower_is_better": lower})
+    models: dict[str, dict[str, Any]] = {}
+    lower: set[str] = set()
+    for found in measured:
+        metrics: dict[str, Any] = {each: dict(result.metrics) for each, result in found.results.items()}
+        models[found.model["name"]] = metrics | ({"skipped": found.skipped} if found.skipped else {})
+        lower |= {metric for result in found.results.values() for metric in result.lower_is_better}
+    write_json(target, {"models": models, "lower_is_better": sorted(lower)})
     typer.echo(f"wrote {target}", err=True)
 
 
@@ -260,24 +267,61 @@ def _print_measured(measured: Sequence[Measured], folder: Path) -> None:
         typer.echo(f"nothing was measured on {names}: every eval was left out or failed", err=True)
 
 
-def measure_run(folder: Path, device: str | None = None) -> bool:
-    """Measure a training run and print the table; return False if an eval failed."""
+def print_outcome(model: str, outcome: Outcome) -> None:
+    """Print the outcome of an eval on a model of a run."""
+    _print_outcome(outcome, f"{model}: ")
+
+
+def print_run(found: dict[str, Measured], folder: Path) -> None:
+    """Print the table of a training run."""
+    from agglo.harness.runs import RESULTS
+
+    _print_measured(list(found.values()), folder / RESULTS)
+
+
+def print_page(page: Path) -> None:
+    """Print the path of a report."""
+    typer.echo(f"report: {page}")
+
+
+def measure_run(folder: Path, device: str | None = None, **options: Any) -> dict[str, Measured]:
+    """Measure a training run and print the table."""
     from agglo.cli.terminal import status
     from agglo.harness import runs
 
     with status("evals") as show:
-        found = runs.measure_run(
-            folder, device=device, progress=show, done=lambda model, outcome: _print_outcome(outcome, f"{model}: ")
-        )
-    _print_measured(list(found.values()), folder / runs.RESULTS)
-    return not any(each.failed for each in found.values())
+        found = runs.measure_run(folder, device=device, progress=show, done=print_outcome, **options)
+    print_run(found, folder)
+    return found
+
+
+def _has_evals(folder: Path) -> bool:
+    from agglo.harness.runs import has_evals
+
+    return has_evals(folder)
+
+
+def _eval_run(
+    run: Path, device: str | None, target: Path | None, *, again: bool, workers: int, features: bool, pictures: bool
+) -> None:
+    """Measure a run as training does: student, untrained student and teachers, with the recipe's evals."""
+    from agglo.harness.runs import RESULTS
+    from agglo.results.records import STUDENT
+
+    found = measure_run(run, device, again=again, workers=workers, keep_features=features)
+    if pictures and found[STUDENT].results:
+        _paint(load(str(run), device)[0], found[STUDENT], run / RESULTS)
+    if target is not None:
+        _write_numbers(list(found.values()), target)
+    if any(each.failed for each in found.values()) or not found[STUDENT].results:
+        raise typer.Exit(1)
 
 
 def report_run(run: Path, device: str | None = None) -> None:
     """Write the page of a training run; measure the run first if its results are missing."""
     complete = True
     if (run / "recipe.yaml").is_file() and (run / "model").is_dir() and not _is_measured(run):
-        complete = measure_run(run, device)
+        complete = not any(each.failed for each in measure_run(run, device).values())
     write_report(run)
     if not complete:
         raise typer.Exit(1)
@@ -301,7 +345,7 @@ def write_report(folder: Path) -> None:
 
     with status("report") as show:
         page = write_run(folder, show)
-    typer.echo(f"report: {page}")
+    print_page(page)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

@@ -47,24 +47,24 @@ def train(
 
     device = chosen_device(local_device(device))
 
+    from agglo.cli.terminal import status
     from agglo.objectives.base import objective_kind
     from agglo.training.loop import train_model
-    from agglo.training.run import default_folder
+    from agglo.training.run import default_folder, finish
 
     folder = out or default_folder(resolved, smoke=smoke, source=recipe)
     with contextlib.ExitStack() as held:  # of the folder's lock, until everything is written
         model = train_model(resolved, folder, resume=resume, overwrite=overwrite, device=device, held=held)
         if not is_main_process():  # one process measures
             return
-        kind, complete = objective_kind(resolved), True
-        if kind.trains_student:
-            with _saved(folder):
-                complete = not (evals and resolved.evals) or measure.measure_run(folder, device)
-                if report:
-                    measure.write_report(folder)
-    steps = kind.next_steps(shlex.quote(str(folder)), model).replace("\n", "\n  ")
+        with _saved(folder):
+            found = finish(
+                resolved, folder, device=device, evals=evals, report=report, phase=status, done=measure.print_outcome,
+                measured=lambda found: measure.print_run(found, folder), reported=measure.print_page,
+            )  # fmt: skip
+    steps = objective_kind(resolved).next_steps(shlex.quote(str(folder)), model).replace("\n", "\n  ")
     typer.echo(f"\nNext:\n  {steps}" if steps else "")
-    if not complete:
+    if any(each.failed for each in found.values()):
         raise typer.Exit(1)
 
 

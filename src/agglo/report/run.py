@@ -12,7 +12,7 @@ from typing import Any
 from agglo.files import read_json
 from agglo.recipe import Recipe
 from agglo.recipe import load as load_recipe
-from agglo.results.records import FILE, Result, current, read, results_file
+from agglo.results.records import FILE, MEASURED, Result, current, read, results_file
 from agglo.types import AggloError, ConfigError
 
 
@@ -156,6 +156,13 @@ def _read_metrics(run: TrainingRun) -> None:
 
 def _read_results(run: TrainingRun) -> None:
     folder = run.folder / "evals"
+    try:
+        failed = read_json(folder / MEASURED).get("failed", {})
+        run.notes += [
+            f"eval {name} failed on {model}: {why}" for model in failed for name, why in failed[model].items()
+        ]
+    except AggloError as error:
+        run.notes.append(str(error))
     if not (folder / FILE).is_file() and not (run.folder / "evals.json").is_file():
         return
     with warnings.catch_warnings(record=True) as caught:

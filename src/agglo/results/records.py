@@ -25,6 +25,8 @@ FORMAT = 2
 """Of a line."""
 
 FILE = "results.jsonl"
+MEASURED = "measured.json"
+"""What the last complete evaluation of a run found, beside its results; see :mod:`agglo.harness.runs`."""
 IMAGES = "images"
 
 STUDENT, UNTRAINED, TEACHER = "student", "untrained", "teacher"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from agglo import dist
-from agglo.harness.runs import measure_run
+from agglo.harness import runs
+from agglo.harness.measuring import Measured
+from agglo.harness.running import Outcome
 from agglo.model.model import Model
 from agglo.objectives.base import objective_kind
 from agglo.recipe import Recipe, changed, load, run_of
-from agglo.report.run_page import write_run
+from agglo.report import run_page
 from agglo.training.loop import train_model
 
 
@@ -30,7 +34,7 @@ def train(
     quiet: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Model:
-    """Train a recipe, run its evals and write a report.
+    """Train a recipe, run its evals and write a report. Evals that fail are listed in a warning and on the report.
 
     The run folder gets ``recipe.yaml``, ``versions.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``,
     ``initial/`` (the untrained model), ``model/`` (the averaged weights, with the normalizers folded in), ``evals/``
@@ -67,12 +71,54 @@ def train(
     folder = default_folder(recipe, smoke=smoke, source=source) if folder is None else Path(folder)
     with contextlib.ExitStack() as held:  # of the folder's lock, until everything is written
         model = train_model(recipe, folder, resume=resume, overwrite=overwrite, device=device, quiet=quiet, held=held)
-        if dist.launch_rank()[0] == 0 and objective_kind(recipe).trains_student:
-            if evals and recipe.evals:
-                measure_run(folder, device=device, progress=progress)
-            if report:
-                write_run(folder, progress)
+        found = finish(
+            recipe, folder, device=device, evals=evals, report=report, phase=lambda title: nullcontext(progress)
+        )
+    failed = [f"{model}: {name}: {why}" for model, each in runs.failures(found).items() for name, why in each.items()]
+    if failed:
+        lines = "\n  ".join(failed)
+        warnings.warn(f"evals failed; the model is saved in {folder / 'model'}:\n  {lines}", stacklevel=2)
     return model
+
+
+def finish(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str | None,
+    evals: bool,
+    report: bool,
+    phase: Callable[[str], AbstractContextManager[Callable[[str], None] | None]],
+    done: Callable[[str, Outcome], None] | None = None,
+    measured: Callable[[dict[str, Measured]], None] | None = None,
+    reported: Callable[[Path], None] | None = None,
+) -> dict[str, Measured]:
+    """After training, run the recipe's evals and write the report, on the main process.
+
+    Args:
+        recipe, folder, device, evals, report: as for :func:`train`.
+        phase: opens a phase of this title; gives what is called with short phrases while it lasts.
+        done: called with the model's name and the outcome after each eval.
+        measured: called with what this function returns, before the report is written.
+        reported: called with the path of the report.
+
+    Returns:
+        What was measured, by model; empty on other processes and for an objective that trains no student.
+    """
+    found: dict[str, Measured] = {}
+    if dist.launch_rank()[0] != 0 or not objective_kind(recipe).trains_student:
+        return found
+    if evals and recipe.evals:
+        with phase("evals") as progress:
+            found = runs.measure_run(folder, device=device, progress=progress, done=done)
+        if measured is not None:
+            measured(found)
+    if report:
+        with phase("report") as progress:
+            page = run_page.write_run(folder, progress)
+        if reported is not None:
+            reported(page)
+    return found
 
 
 def default_folder(recipe: Recipe, *, smoke: bool, source: str | Path | None = None) -> Path:
