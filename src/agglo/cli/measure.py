@@ -302,7 +302,7 @@ def _has_evals(folder: Path) -> bool:
 
 
 def _eval_run(
-    run: Path, device: str | None, target: Path | None, *, again: bool, workers: int, features: bool, pictures: bool
+    run: Path, device: str, target: Path | None, *, again: bool, workers: int, features: bool, pictures: bool
 ) -> None:
     """Measure a run as training does: student, untrained student and teachers, with the recipe's evals."""
     from agglo.harness.runs import RESULTS
