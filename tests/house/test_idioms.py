@@ -54,6 +54,28 @@ def hidden_channels(path: Path) -> list[str]:
     return found
 
 
+MODULE_BUFFERS = {
+    "checkpoints/radio.py": "sets buffers of a module by name",
+    "model/artefact.py": "sets buffers of a module by name",
+    "weights/reading.py": "sets parameters and buffers of a module by name",
+}
+"""Files that set attributes of other objects by name, and why."""
+
+
+def set_attributes(path: Path) -> list[int]:
+    """Lines that call ``setattr`` on another object than ``self``."""
+    calls = (node for node in ast.walk(source.tree(path)) if isinstance(node, ast.Call))
+    return [
+        call.lineno for call in calls if ast.unparse(call.func) == "setattr" and ast.unparse(call.args[0]) != "self"
+    ]
+
+
+def test_no_attributes_of_other_objects_are_replaced():
+    found = {source.name(path): set_attributes(path) for path in source.files()}
+    files = {name for name, lines in found.items() if lines}
+    assert files == set(MODULE_BUFFERS), "pass a function to what calls it, instead of replacing a method"
+
+
 def test_no_hidden_channels():
     found = [line for path in source.files() for line in hidden_channels(path)]
     assert not found, "pass a plain argument:\n" + "\n".join(found)
@@ -67,6 +89,8 @@ def test_the_searches_find_each_form(tmp_path, monkeypatch):
         "part.replace(path)\nos.replace(a, b)\nshutil.move(a, b)\nfolder.rename(b)\n"
         "text.replace('a', 'b')\nreplace(x, y=1)\nwhen.replace(tzinfo=None)\n"
         "class Store(dict[str, int]): ...\nclass Plain(TypedDict): ...\nx: ContextVar[int] = ContextVar('x')\n"
+        "setattr(self, name, 1)\nsetattr(other, 'read', f)\n"
     )
+    assert set_attributes(file) == [15]
     assert replacements(file) == [4, 5, 6, 7]
     assert [line.split(": ")[1] for line in hidden_channels(file)] == ["class Store", "ContextVar"]

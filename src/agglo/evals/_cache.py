@@ -49,6 +49,7 @@ class SourcePool:
         self.workers = workers
         self._threads = ThreadPoolExecutor(workers, "agglo-read") if workers else None
         self._sources: dict[str, Source] = {}
+        self._ahead: dict[int, ReadAhead] = {}
 
     def open(self, options: Mapping[str, Any] | Source) -> Source:
         """Build the source of ``options``, or return the one built before; a source is returned as it is."""
@@ -60,10 +61,13 @@ class SourcePool:
             if not isinstance(source, Source):
                 raise ConfigError(f"{dict(options)} is not a source of images")
             if self._threads is not None:
-                # On the object, not in a wrapper: evals read other attributes of a source, and its class.
-                setattr(source, "read", ReadAhead(source, self._threads, 4 * self.workers))  # noqa: B010
+                self._ahead[id(source)] = ReadAhead(source, self._threads, 4 * self.workers)
             self._sources[key] = source
         return self._sources[key]
+
+    def reader(self, source: Source) -> Callable[[int], Image.Image]:
+        """A function that returns image ``index`` of a source; of one opened here, threads read the next ones ahead."""
+        return self._ahead.get(id(source), source.read)
 
     def close(self) -> None:
         """Stop the threads; images that wait to be read are dropped."""

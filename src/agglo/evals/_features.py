@@ -18,7 +18,6 @@ from agglo.evals.base import (
     EvalContext,
     FeatureError,
     Inapplicable,
-    Progress,
     device_of,
     frozen,
     input_size,
@@ -123,7 +122,7 @@ def _encode(
     sizes: list[tuple[int, int]] = []
     summaries, maps = Rows(len(source)), Rows(len(source))
     with frozen(model):
-        for where, batch_names, images in read_batches(source, skipped, context.report):
+        for where, batch_names, images in read_batches(source, skipped, context):
             views = [whole_view(model, image, target) if whole else target for image in images]
             found: dict[int, Tensor] = {}
             for view in dict.fromkeys(views):  # images of one shape are one batch
@@ -192,20 +191,21 @@ def report_unusable(errors: Sequence[ImageError], used: int, what: str = "images
 
 
 def read_batches(
-    source: Source, skipped: list[str], progress: Progress
+    source: Source, skipped: list[str], context: EvalContext
 ) -> Iterator[tuple[list[int], list[str], list[Image.Image]]]:
     """Batches of readable images in order: indices, names, images. Unreadable ones are added to ``skipped``."""
     index: list[int] = []
     images: list[Image.Image] = []
+    read = context.sources.reader(source)
     for i in range(len(source)):
         try:
-            images.append(source.read(i))
+            images.append(read(i))
             index.append(i)
         except ImageError as error:
             skipped.append(error.name)
             warnings.warn(f"skipped an image: {error}", stacklevel=2)
         if images and (len(images) == BATCH or i == len(source) - 1):
-            progress(f"encoding {i + 1}/{len(source)}")
+            context.report(f"encoding {i + 1}/{len(source)}")
             yield index, [source.name(j) for j in index], images
             index, images = [], []
     if images:  # the last image of the source was unreadable

@@ -31,6 +31,10 @@ class Window(NamedTuple):
     full: tuple[int, int]
 
 
+Read = Callable[[int], Image.Image]
+"""Reads an image by its index (:meth:`agglo.sources.base.Source.read`)."""
+
+
 class Windows(Source):
     """Overlapping windows that cover each image after scaling its shorter side to ``short``.
 
@@ -39,22 +43,26 @@ class Windows(Source):
         crop: ``(H, W)`` of a window in pixels.
         stride: in pixels; the last window of a row ends at the border.
         short: shorter side of the scaled image in pixels.
+        read: reads an image of the source by its index; ``source.read`` when None.
 
     Raises:
         ConfigError: windows larger than the scaled image, or with gaps between them.
     """
 
-    def __init__(self, source: Source, crop: tuple[int, int], stride: int, short: int) -> None:
+    def __init__(
+        self, source: Source, crop: tuple[int, int], stride: int, short: int, read: Read | None = None
+    ) -> None:
         if not 1 <= stride <= min(crop):
             raise ConfigError(f"windows of {crop[0]}x{crop[1]} pixels need a stride of 1 to {min(crop)}, got {stride}")
         if short < max(crop):
             raise ConfigError(f"short {short} is less than a window of {crop[0]}x{crop[1]}; use at least {max(crop)}")
         self.source = source
+        self._read = read or source.read
         self.windows: list[Window] = []
         self._last: tuple[int, Image.Image] | None = None
         for i in range(len(source)):
             try:
-                image = source.read(i)
+                image = self._read(i)
             except ImageError:
                 self.windows.append(Window(i, (0, 0, crop[1], crop[0]), crop, crop))  # read() raises and names it
                 continue
@@ -75,7 +83,7 @@ class Windows(Source):
         window = self.windows[index]
         last = self._last
         if last is None or last[0] != window.image:  # windows of one image are read in a row
-            image = self.source.read(window.image)
+            image = self._read(window.image)
             size = window.scaled[1], window.scaled[0]
             last = window.image, image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
             self._last = last
@@ -113,6 +121,7 @@ class Changed(Source):
         change: function of image and index that returns another image; deterministic.
         suffix: appended to names, to tell the images from the originals.
         indices: of the images, in order; all when None.
+        read: reads an image of the source by its index; ``source.read`` when None.
     """
 
     def __init__(
@@ -121,8 +130,10 @@ class Changed(Source):
         change: Callable[[Image.Image, int], Image.Image],
         suffix: str,
         indices: list[int] | None = None,
+        read: Read | None = None,
     ) -> None:
         self.source = source
+        self._read = read or source.read
         self.change = change
         self.suffix = suffix
         self.indices = list(range(len(source))) if indices is None else indices
@@ -139,7 +150,7 @@ class Changed(Source):
         return f"{self.source.name(self.indices[index])}#{self.suffix}"
 
     def read(self, index: int) -> Image.Image:
-        return self.change(self.source.read(self.indices[index]), self.indices[index])
+        return self.change(self._read(self.indices[index]), self.indices[index])
 
     def label(self, index: int) -> int | str | None:
         """Label of the original."""

@@ -73,7 +73,7 @@ class Agreement(Eval):
         self, model: Backbone, options: Mapping[str, Any], pairs: Mapping[str, _Pairs], context: EvalContext
     ) -> None:
         view = input_size(model, self.size)
-        for _, names, images in read_batches(context.sources.open(options), [], context.report):
+        for _, names, images in read_batches(context.sources.open(options), [], context):
             batch = torch.stack([fit(image, view) for image in images])
             heads: Mapping[str, Features] | None = getattr(model(batch.to(device_of(model))), "heads", None)
             if not heads:

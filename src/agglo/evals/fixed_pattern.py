@@ -60,7 +60,7 @@ class FixedPattern(Eval):
         view = input_size(model, self.size)
         energy: Locked | None = None
         with frozen(model):
-            for index, names, images in read_batches(context.sources.open(self.source), [], context.report):
+            for index, names, images in read_batches(context.sources.open(self.source), [], context):
                 for roll in range(self.rolls):
                     batch = torch.stack(
                         [self._rolled(image, view, i, roll) for image, i in zip(images, index, strict=True)]

@@ -73,7 +73,7 @@ class ModeSwitch(Eval):
         need_spatial(model, "mode_switch")
         curves: dict[str, dict[int, Pairs]] = {}
         with frozen(model, *(self.teachers or {}).values()):
-            for _, names, images in read_batches(context.sources.open(self.source), [], context.report):
+            for _, names, images in read_batches(context.sources.open(self.source), [], context):
                 self._add(model, names, images, curves)
         return {key: value for name, curve in curves.items() for key, value in _metrics(name, curve).items()}
 

@@ -85,7 +85,7 @@ class Promptable(Eval):
         every: list[Tensor] = []
         unusable: list[ImageError] = []
         with frozen(model, sam):
-            for index, batch, images in read_batches(source, [], context.report):
+            for index, batch, images in read_batches(source, [], context):
                 for i, name, image in zip(index, batch, images, strict=True):
                     try:
                         truth = instances(annotation(i), image, name, self.least)

@@ -81,7 +81,8 @@ class Rank(Eval):
             stack, source, view = [summary], context.sources.open(self.source), input_size(model, self.size)
             for number in range(1, self.views + 1):
                 context.report(f"view {number}/{self.views}")
-                changed = Changed(source, self._view(view, number), f"view{number}", list(plain.index))
+                change, read = self._view(view, number), context.sources.reader(source)
+                changed = Changed(source, change, f"view{number}", list(plain.index), read)
                 again = encode(model, changed, self.size, context, want="summary", share=False).summary
                 if again is None or len(again) != len(summary):
                     raise FeatureError(f"{type(model).__name__} returned no summary of view {number}")

@@ -98,7 +98,8 @@ class Robustness(Eval):
             hits, cosines = [], []
             for severity in self.severities:
                 context.report(f"{name} {severity}")
-                changed = Changed(source, self._change(model, name, severity), f"{name}{severity}", list(clean.index))
+                change, read = self._change(model, name, severity), context.sources.reader(source)
+                changed = Changed(source, change, f"{name}{severity}", list(clean.index), read)
                 found = encode(model, changed, self.size, context, want="summary", share=False).summary
                 if found is None or len(found) != len(reference):
                     raise FeatureError(f"{type(model).__name__} returned no summary of {name} images")

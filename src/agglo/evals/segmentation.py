@@ -136,7 +136,8 @@ class Segmentation(Eval):
         source = context.sources.open(options)
         stride = min(self.stride or max(1, min(view) * 2 // 3), min(view))
         key = ("windows", id(source), view, stride, self.short)
-        windows: Windows = context.features.once(key, lambda: Windows(source, view, stride, self.short or max(view)))
+        read, short = context.sources.reader(source), self.short or max(view)
+        windows: Windows = context.features.once(key, lambda: Windows(source, view, stride, short, read))
         return Split(load(model, windows, view, "semantic", context), windows)
 
     def _confusions(self, split: Split, probe: Probe, classes: int) -> Iterator[Tensor]:

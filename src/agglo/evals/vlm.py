@@ -124,7 +124,7 @@ class Vlm(Eval):
         shard: dict[str, Tensor] = {}
         lines: list[dict[str, Any]] = []
         with frozen(model):
-            for _, names, images in read_batches(context.sources.open(self.source), [], context.report):
+            for _, names, images in read_batches(context.sources.open(self.source), [], context):
                 for name, image in zip(names, images, strict=True):
                     pixels = padded(image, self.size, model)[None].to(device_of(model))
                     map_ = required(check(model(pixels).spatial, "spatial", [name], 4), model)
