@@ -30,7 +30,7 @@ Kind = dict[str, Any]
 """``{"kind": name, **keys}``, checked against the kind's constructor."""
 
 _STUDENT: dict[str, Any] = {"student": True}
-"""Marks keys about a student: an objective that trains none refuses them (:func:`refuse_student_keys`)."""
+"""Marks keys about a student (:data:`STUDENT_KEYS`), which an objective that trains none does not use."""
 
 
 def ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -402,7 +402,7 @@ class Recipe(Strict):
 
     def _check_student(self) -> None:
         kind = self.objective["kind"]
-        if getattr(find("objectives", kind), "trains_student"):  # noqa: B009
+        if _trains_student(kind):
             _check(self.student, "students", "student")
             return
         for key, value in (("student", self.student), ("stages", self.stages)):
@@ -458,6 +458,11 @@ class Recipe(Strict):
             ]
         return from_dict(override(tree, chosen.set, _ENTRY_KEYS), f"{self.name}, stage {chosen.name}")
 
+    @property
+    def sizes(self) -> list[int]:
+        """The sides of all partitions in pixels, ascending, each once."""
+        return sorted({size for partition in self.partitions for size in partition.sizes})
+
     def to_dict(self) -> dict[str, Any]:
         """The complete recipe as a tree of plain values; :func:`from_dict` is the inverse."""
         data = self.model_dump(mode="json")
@@ -491,6 +496,15 @@ def _restricted(partition: dict[str, Any], teachers: Collection[str]) -> dict[st
     return {**partition, "teachers": kept} if kept else None
 
 
+def _trains_student(objective: str) -> bool:
+    """:attr:`agglo.objectives.base.Objective.trains_student` of a kind, found by its name.
+
+    Not typed: the objectives import this module.
+    """
+    found: Any = find("objectives", objective)
+    return found.trains_student
+
+
 def _check(options: Kind, point: str, where: str) -> None:
     checked = check_options(point, options, where)
     options.clear()
@@ -510,31 +524,41 @@ def from_dict(data: Mapping[str, Any], name: str = "recipe") -> Recipe:
         raise ConfigError(f"{name}:\n" + explain(error, data, "", Recipe)) from None
 
 
-def refuse_student_keys(recipe: Recipe) -> None:
-    """Refuse keys about a student in the recipe of an objective that trains none, instead of ignoring them.
+def refuse_unused_keys(recipe: Recipe, unused: Iterable[str]) -> None:
+    """Refuse keys that the recipe's objective does not use, instead of ignoring them.
 
     A key is refused if its value is not the default: a saved recipe states every key.
+
+    Args:
+        recipe: the run.
+        unused: dotted paths of keys, with ``*`` for every teacher (:attr:`agglo.objectives.base.Objective.unused`).
 
     Raises:
         ConfigError: names the keys.
     """
-    given, tree, paths = recipe.to_dict(), recipe.to_dict(), list(_student_keys(Recipe))
+    given, tree = recipe.to_dict(), recipe.to_dict()
+    names = list(dict.fromkeys(key.replace("*", name) for key in unused for name in recipe.teachers))
+    paths = [name.split(".") for name in names]
     for *above, key in paths:
         reduce(getitem, above, tree).pop(key)
     default = from_dict(tree).to_dict()
     wrong = [".".join(path) for path in paths if reduce(getitem, path, given) != reduce(getitem, path, default)]
     if wrong:
-        kind = recipe.objective["kind"]
-        raise ConfigError(f"{', '.join(wrong)}: for students only; objective {kind} trains none: remove them")
+        them = "it: remove it" if len(wrong) == 1 else "them: remove them"
+        raise ConfigError(f"{', '.join(wrong)}: objective {recipe.objective['kind']} does not use {them}")
 
 
-def _student_keys(model: type[Strict], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _student_keys(model: type[Strict], above: str = "") -> Iterator[str]:
     """Paths of the keys that are marked as keys about a student."""
     for name, field in model.model_fields.items():
         if field.json_schema_extra == _STUDENT:
-            yield *above, name
+            yield above + name
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
-            yield from _student_keys(field.annotation, (*above, name))
+            yield from _student_keys(field.annotation, f"{above}{name}.")
+
+
+STUDENT_KEYS = tuple(_student_keys(Recipe))
+"""Dotted paths of the keys about a student."""
 
 
 def names() -> list[str]:

@@ -494,7 +494,7 @@ def test_unavailable_teacher_is_compared_by_its_keys_only(
 def test_uncacheable_recipes_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.views\.crops=2"):
         precompute(tiny(data, "data.views.crops=0", "data.views.roam=0"), tmp_path / "cache")
-    with pytest.raises(ConfigError, match="train the upsampler first"):
+    with pytest.raises(ConfigError, match="objective upsample trains no student: cache a recipe that trains one"):
         precompute(recipe.load("featsharp_quick", ["data.views.crops=2"], smoke=True), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     for change, message in (

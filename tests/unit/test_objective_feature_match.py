@@ -19,7 +19,7 @@ from support.training import TINY, started, trace, weights, write_images
 
 VIT = "{kind: timm, model: test_vit, weights: random}"
 MATCH = (
-    f"teachers={{vit: {VIT}}}", "objective={kind: feature_match, blocks: [1, 3]}",
+    f"teachers={{vit: {VIT}}}", "heads={}", "objective={kind: feature_match, blocks: [1, 3]}",
     "partitions=[{sizes: [32], batch: 4}]", "train.steps=4", "train.save_every=2",
 )  # fmt: skip
 
@@ -107,12 +107,25 @@ def test_resumed_run_equals_the_straight_one_bit_for_bit(data: Path, tmp_path: P
             "objective={kind: feature_match, blocks: [1], student_blocks: [2]}",
             r"objective\.student_blocks: 2 is not a block.*0 to 1",
         ),
-        ("objective={kind: feature_match, blocks: [1, 2], student_blocks: [1]}", "as many `student_blocks`"),
+        (
+            "objective={kind: feature_match, blocks: [1, 2], student_blocks: [1]}",
+            r"objective\.student_blocks: has 1 entry, objective\.blocks has 2",
+        ),
+        ("objective={kind: feature_match, blocks: []}", r"objective\.blocks: is empty"),
+        ("objective={kind: feature_match, blocks: [1, 1]}", r"objective\.blocks: \[1, 1\] has duplicates"),
         ("objective={kind: feature_match}", r"objective\.blocks: missing"),
         ("objective={kind: feature_match, blocks: [1], blcks: [1]}", "did you mean 'blocks'"),
         ("teachers.more={kind: toy}", "needs one teacher.*vit, more"),
         ("teachers={toy: {kind: toy}}", r"objective\.blocks: teachers\.toy: Toy is not a stack of blocks"),
-        ("losses.mesa={kind: se_mesa}", r"losses\.mesa: objective feature_match has no such term"),
+        ("losses.mesa={kind: se_mesa}", r"losses\.mesa: objective feature_match does not use it: remove it"),
+        ("losses.summary={kind: mse}", r"losses\.summary: objective feature_match does not use it"),
+        ("heads.spatial={kind: mlp, hidden: 8}", r"heads: objective feature_match does not use it"),
+        ("teachers.vit.summary_weight=1", r"teachers\.vit\.summary_weight: objective feature_match does not use it"),
+        ("teachers.vit.spatial_weight=0.5", r"teachers\.vit\.spatial_weight: objective feature_match does not use it"),
+        (
+            "teachers.vit={kind: timm, model: test_vit, spatial_head: {kind: mlp}, summary_head: {kind: mlp}}",
+            r"summary_head, teachers\.vit\.spatial_head: objective feature_match does not use them: remove them",
+        ),
         ("student={kind: timm, model: test_efficientnet, stages: [3]}", "a timm student is not a stack of blocks"),
     ],
 )

@@ -313,7 +313,10 @@ def test_loop_trains_an_upsampler_that_a_recipe_can_use(tmp_path: Path) -> None:
         (["teachers.lite0.upsampler.kind=tiles"], "of a trainable kind: featsharp"),
         (["teachers.lite0.upsampler=null"], r"needs teachers\.lite0\.upsampler"),
         (["teachers.more={kind: toy}"], "one teacher.*lite0, more"),
-        (["train.damp=0.1", "balancer={kind: adaloss}"], r"^balancer, train\.damp: for students only"),
+        (
+            ["train.damp=0.1", "balancer={kind: adaloss}"],
+            r"^balancer, train\.damp: objective upsample does not use them: remove them",
+        ),
         (
             ["data.views.crops=2", "data.feature_cache=somewhere"],
             r"^data\.views\.crops, data\.feature_cache:",

@@ -145,7 +145,6 @@ class FeatureCache:
         Raises:
             ConfigError: the number of missing records, one of them, and the command that adds them.
         """
-        sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
         absent = set(self.manifest["absent"])
         names = [source.name(index) for source in sources for index in range(len(source))]
         check_names(names)
@@ -154,7 +153,7 @@ class FeatureCache:
             for name in names
             if name not in absent
             for crop in range(recipe.data.views.crops)
-            for size in sizes
+            for size in recipe.sizes
         ]
         missing, example = 0, ""
         for name, crop, size in needed:

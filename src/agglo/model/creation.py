@@ -94,6 +94,11 @@ def _nearest(side: int, step: int) -> int:
     return min(legal_sizes_near(side, step), key=lambda legal: abs(side - legal))
 
 
+def preferred_size(recipe: Recipe, step: int) -> int:
+    """The multiple of ``step`` that is nearest to the recipe's largest size."""
+    return _nearest(max(recipe.sizes), step)
+
+
 def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, *, initialize: bool = True) -> Model:
     """Create an untrained model from a recipe.
 
@@ -113,9 +118,8 @@ def create(recipe: Recipe | str, teachers: Mapping[str, Teacher] | None = None, 
         name: spec_of(entry.teacher, f"teachers.{name}") if teachers is None else teachers[name].spec
         for name, entry in recipe.teachers.items()
     }
-    sizes = [size for partition in recipe.partitions for size in partition.sizes]
     model = Model(recipe.student, head_configs(recipe, specs))
-    model.preferred_size = _nearest(max(sizes), model.step())
+    model.preferred_size = preferred_size(recipe, model.step())
     if initialize and teachers is not None:
         model.student.initialize()
         for name, heads in model.heads.items():

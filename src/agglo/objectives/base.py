@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from agglo.nn.placement import Placement
 from agglo.objectives._wrapping import wrap
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
-from agglo.types import ConfigError, Features
+from agglo.types import ConfigError, Features, FeatureSpec
 
 CONSTANT = 1e-6
 """A :func:`spread` below this is rounding: the features are the same everywhere."""
@@ -75,6 +76,24 @@ class StepContext:
     mesa_ramp: float = 1.0
 
 
+@runtime_checkable
+class Trainable(Protocol):
+    """What the training loop needs of the module that learns (:meth:`Objective.build_model`).
+
+    It is an :class:`torch.nn.Module` that can be copied (``copy.deepcopy``). If it is the recipe's student, the loop
+    also uses the interface of :class:`agglo.Model`.
+    """
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """Its ``stride`` is the patch that views and shifts are counted in."""
+        ...
+
+    def save(self, folder: Path, /) -> Path:
+        """Write the module to a folder, as the run's ``initial/`` and ``model/``."""
+        ...
+
+
 class Objective(nn.Module, ABC):
     """What a run minimises. The training loop calls, in this order:
 
@@ -89,20 +108,34 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         trains_student: whether the module that learns is the recipe's student (an :class:`agglo.Model`, measured after
-            training). If not, the recipe may have no ``student:``, no stages and no key about a student.
+            training). If not, the recipe may have no ``student:`` and no stages.
+        unused: keys of the recipe that the objective does not use, as dotted paths with ``*`` for every teacher. They
+            are refused unless they have their default value.
+        untrained_upsampler: whether a teacher may have an upsampler without trained weights, because the run trains it.
         needs_targets: whether :meth:`forward` reads targets; otherwise it gets none, and none are computed.
-        cacheable: whether targets may be read from a feature cache, which holds the teachers' final features.
+        cacheable: whether targets may be read from a feature cache, which holds the teachers' final features. By
+            default: if the class does not override :meth:`compute`.
+        example: changes that turn a small recipe with three teachers into one of this objective, of a few seconds. The
+            contract tests train it.
     """
 
     trains_student: ClassVar[bool] = True
+    unused: ClassVar[Sequence[str]] = ()
+    untrained_upsampler: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
     cacheable: ClassVar[bool] = True
+    example: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "cacheable" not in vars(cls):
+            cls.cacheable = cls.compute is Objective.compute
 
     @classmethod
     def build_model(
         cls, recipe: Recipe, teachers: Mapping[str, Teacher], *, initialize: bool = True
     ) -> tuple[nn.Module, dict[str, Teacher]]:
-        """The untrained module, and the teachers that give its targets.
+        """The untrained module, which is also :class:`Trainable`, and the teachers that give its targets.
 
         Args:
             recipe: the run.
@@ -160,7 +193,7 @@ class Objective(nn.Module, ABC):
 
     @staticmethod
     def no_weight_decay(model: Any) -> set[str]:
-        """Names of parameters without weight decay, besides biases, norms and scalars."""
+        """Names of parameters without weight decay, besides biases, norms and scalars; by default a student's."""
         return {f"student.{name}" for name in model.student.no_weight_decay()}
 
     @staticmethod
@@ -192,7 +225,7 @@ def objective_kind(recipe: Recipe) -> type[Objective]:
 
 def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
     """The recipe's teachers by name, with their mosaics and upsamplers, frozen and in eval mode."""
-    untrained, teachers = not objective_kind(recipe).trains_student, {}
+    untrained, teachers = objective_kind(recipe).untrained_upsampler, {}
     for name, entry in recipe.teachers.items():
         teacher = build("teachers", entry.teacher, where=f"teachers.{name}")
         teachers[name] = wrap(teacher, entry, name, untrained=untrained).requires_grad_(False).eval()

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from agglo.config import build
 from agglo.losses.base import Loss
+from agglo.model.creation import preferred_size
 from agglo.model.model import Model
 from agglo.nn.placement import Placement
 from agglo.normalizers.base import Normalizer
 from agglo.objectives._matching import compare, fit_statistics, weigh_by_positions
 from agglo.objectives.base import Objective, Result, StepContext, Target, Targets, required
-from agglo.preprocess import legal_sizes_near
 from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher, check_blocks
 from agglo.types import ConfigError, Features
@@ -30,9 +30,7 @@ class FeatureMatch(Objective):
         L = balancer({ loss(R_i(s_j), N_i(t_i)) : (i, j) })
 
     ``loss`` is ``losses.spatial``; the terms are ``<teacher>:<i>/spatial``. The exported model is the student without
-    heads: the regressors are part of the checkpoints only. A run of a few
-    seconds: ``agglo train small --smoke "teachers={vit: {kind: timm, model: test_vit, weights: random}}"
-    "objective={kind: feature_match, blocks: [1, 5]}" "losses.mesa=null" "evals=[]"``.
+    heads: the regressors are part of the checkpoints only.
 
     Args:
         recipe: the run; it has one teacher.
@@ -42,10 +40,17 @@ class FeatureMatch(Objective):
         student_blocks: of the student, one for each of ``blocks``. null: spread evenly, ending with the last block.
 
     Raises:
-        ConfigError: several teachers, a student or teacher without blocks, no such block, or a key without effect.
+        ConfigError: several teachers, a student or teacher without blocks, no such block, or keys that do not fit.
     """
 
-    cacheable = False
+    unused = (
+        "heads", "losses.summary", "losses.mesa", "auxiliary", "teachers.*.summary_weight",
+        "teachers.*.spatial_weight", "teachers.*.summary_head", "teachers.*.spatial_head",
+    )  # fmt: skip
+    example = (
+        "teachers={vit: {kind: timm, model: test_vit, weights: random}}", "heads={}",
+        "objective={kind: feature_match, blocks: [1, 5]}",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -59,19 +64,20 @@ class FeatureMatch(Objective):
     ) -> None:
         super().__init__()
         ((name, teacher),) = teachers.items()
-        unused = {"losses.mesa": recipe.losses.mesa, "auxiliary": recipe.auxiliary}
-        for key, value in unused.items():
-            if value:
-                raise ConfigError(f"{key}: objective feature_match has no such term: remove the key")
         depth = model.student.depth
         if depth == 0:
             kind = recipe.student["kind"]
             raise ConfigError(f"student: a {kind} student is not a stack of blocks: use a student of kind vit")
+        if not blocks:
+            raise ConfigError("objective.blocks: is empty; name at least one block of the teacher, e.g. [3]")
+        if len(set(blocks)) != len(blocks):
+            raise ConfigError(f"objective.blocks: {blocks} has duplicates; name each block once")
         if student_blocks is None:
             student_blocks = [max(1, round(depth * (i + 1) / len(blocks))) - 1 for i in range(len(blocks))]
-        if not blocks or len(student_blocks) != len(blocks) or len(set(blocks)) != len(blocks):
+        if len(student_blocks) != len(blocks):
+            given = f"{len(student_blocks)} {'entry' if len(student_blocks) == 1 else 'entries'}"
             raise ConfigError(
-                f"objective: needs different `blocks` and as many `student_blocks`; got {blocks} and {student_blocks}"
+                f"objective.student_blocks: has {given}, objective.blocks has {len(blocks)}; name one for each, or null"
             )
         check_blocks(student_blocks, depth, "objective.student_blocks")
         self.blocks = {f"{name}:{block}": block for block in blocks}
@@ -97,8 +103,7 @@ class FeatureMatch(Objective):
         if len(teachers) != 1:
             raise ConfigError(f"objective feature_match needs one teacher; `teachers:` has {', '.join(teachers)}")
         model = Model(recipe.student, {}, tokens=list(teachers))
-        largest = max(size for partition in recipe.partitions for size in partition.sizes)
-        model.preferred_size = min(legal_sizes_near(largest, model.step()), key=lambda side: abs(side - largest))
+        model.preferred_size = preferred_size(recipe, model.step())
         if initialize:
             model.student.initialize()
         return model, dict(teachers)
@@ -111,7 +116,7 @@ class FeatureMatch(Objective):
         images = torch.zeros(1, 3, *teacher.input_size((side, side), stride), device=tensor.device)
         try:
             found = self.compute(name, teacher, images)
-        except (TypeError, ConfigError) as error:
+        except ConfigError as error:
             raise ConfigError(f"objective.blocks: teachers.{name}: {error}") from None
         return {key: required(features.spatial, key).shape[1] for key, features in found.items()}
 

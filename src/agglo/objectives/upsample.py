@@ -18,7 +18,7 @@ from agglo.objectives._matching import check_count
 from agglo.objectives._wrapping import Upsampled
 from agglo.objectives.base import Objective, Result, StepContext, Targets, check_finite, required, with_teacher_name
 from agglo.preprocess import resize
-from agglo.recipe import Recipe, ordered
+from agglo.recipe import STUDENT_KEYS, Recipe, ordered
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features
 from agglo.upsamplers.featsharp import FeatSharp
@@ -61,7 +61,15 @@ class Upsample(Objective):
     """
 
     trains_student = False
+    unused = STUDENT_KEYS
+    untrained_upsampler = True
     needs_targets = False
+    example = (
+        "student={}", "heads={}", "targets={estimate_images: 16}", "partitions=[{sizes: [64], batch: 2}]",
+        "teachers={lite0: {kind: timm, model: tf_efficientnet_lite0, size: 32, summary: false, "
+        "upsampler: {kind: featsharp, factor: 2}}}",
+        "objective={kind: upsample, views: 2, zoom: [1.5, 2.1]}",
+    )  # fmt: skip
     seams: Tensor
 
     def __init__(

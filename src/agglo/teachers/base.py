@@ -31,6 +31,10 @@ class Vocabulary:
     text: Tensor
 
 
+class NoBlocksError(ConfigError, TypeError):
+    """Features of intermediate blocks were requested of a teacher that is not a stack of blocks."""
+
+
 class Teacher(nn.Module, ABC):
     """A frozen model that normalises its own input and always stays in eval mode.
 
@@ -85,9 +89,9 @@ class Teacher(nn.Module, ABC):
 
         Raises:
             ConfigError: no such block; lists the legal ones.
-            TypeError: this teacher is not a stack of blocks.
+            NoBlocksError: this teacher is not a stack of blocks.
         """
-        raise TypeError(f"{type(self).__name__} is not a stack of blocks: it has no intermediate features")
+        raise NoBlocksError(f"{type(self).__name__} is not a stack of blocks: it has no intermediate features")
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
         """Input ``(H, W)`` of this teacher for a view of ``size`` and a student of ``stride``.

@@ -59,7 +59,7 @@ def check_windows(recipe: Recipe, model: Model) -> list[str]:
         return []
     for window in windows:
         check_window_value(window)
-    sizes = sorted({size for partition in recipe.partitions for size in partition.sizes})
+    sizes = recipe.sizes
     grids = [size // model.spec.stride for size in sizes]
     unused = [window for window in windows if not any(fits(window, (grid, grid)) for grid in grids)]
     if not unused:

@@ -22,7 +22,7 @@ from agglo.model.model import Model
 from agglo.nn.damp import enable_damp
 from agglo.nn.spectral import enable_spectral, materialize
 from agglo.objectives.base import Targets, objective_kind, partition_teachers
-from agglo.recipe import Recipe, refuse_student_keys
+from agglo.recipe import Recipe, refuse_unused_keys
 from agglo.teachers.base import Teacher
 from agglo.training import checkpoint
 from agglo.training.checks import can_be_spectral, check_sizes, check_windows
@@ -158,8 +158,7 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     torch.manual_seed(recipe.train.seed)
     check_batches(recipe, dist.world_size())
     kind = objective_kind(recipe)
-    if not kind.trains_student:
-        refuse_student_keys(recipe)
+    refuse_unused_keys(recipe, kind.unused)
     if recipe.data.feature_cache is not None and not kind.cacheable:
         raise ConfigError(
             f"data.feature_cache: a feature cache does not store the targets of objective {recipe.objective['kind']}: "

@@ -103,7 +103,7 @@ def precompute(
     """
     kind = recipe.objective["kind"]
     if not objective_kind(recipe).trains_student:
-        raise ConfigError(f"objective {kind} trains no student: train the upsampler first, and cache a recipe with it")
+        raise ConfigError(f"objective {kind} trains no student: cache a recipe that trains one")
     if not objective_kind(recipe).cacheable:
         raise ConfigError(f"objective {kind} has targets that a feature cache does not store: train without one")
     if not recipe.data.views.crops:
@@ -136,7 +136,7 @@ class _Job:
             model: Any = objective_kind(recipe).build_model(recipe, self.teachers, initialize=False)[0]
         self.stride: int = model.spec.stride
         self.recipe, self.notes = snap_sizes(recipe, model.step())
-        self.sizes = sorted({size for partition in self.recipe.partitions for size in partition.sizes})
+        self.sizes = self.recipe.sizes
         self.batch = max(1, min(batch, images * self.views.crops))
         self.summary = Summary(images * self.views.crops * len(self.sizes))
         self.inputs = {

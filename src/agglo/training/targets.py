@@ -29,6 +29,11 @@ Compute = Callable[[str, Teacher, Tensor], Mapping[str, Features]]
 """Target features of one teacher for its view, by target name (:meth:`agglo.objectives.base.Objective.compute`)."""
 
 
+def teacher_output(name: str, teacher: Teacher, images: Tensor) -> dict[str, Features]:
+    """The teacher's output as its only target: :data:`Compute` by default."""
+    return {name: teacher(images)}
+
+
 def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
     """The recipe's teachers; with a cache, placeholders for those that cannot be loaded, with a warning."""
     if recipe.data.feature_cache is None:
@@ -75,7 +80,7 @@ class TargetSource:
     ) -> None:  # fmt: skip
         self.recipe, self.stride, self.device = recipe, stride, device
         self.teachers: dict[str, Teacher] = dict(teachers)
-        self.compute: Compute = compute or (lambda name, teacher, images: {name: teacher(images)})
+        self.compute: Compute = compute or teacher_output
         self.cache: FeatureCache | None = None
         if recipe.data.feature_cache is not None:
             self.cache = FeatureCache(recipe.data.feature_cache)
@@ -154,8 +159,7 @@ def whole_crop_features(
         name: of the teacher.
         compute: as in :class:`TargetSource`.
     """
-    compute = compute or (lambda name, teacher, images: {name: teacher(images)})
-    return _computed(compute, name, teacher, resize(images, teacher.input_size(outer, stride)))
+    return _computed(compute or teacher_output, name, teacher, resize(images, teacher.input_size(outer, stride)))
 
 
 def slice_view(features: Features, view: Placement | None) -> Target:
@@ -206,7 +210,7 @@ def build_loader(recipe: Recipe, targets: TargetSource) -> Loader:
     weights = [entry.weight for entry in recipe.data.sources]
     cells: list[float] = []
     if views.shift and not views.crops:
-        for size in {size for partition in recipe.partitions for size in partition.sizes}:
+        for size in recipe.sizes:
             cells += [t.spec.stride * size / min(t.input_size((size, size), stride)) for t in targets.teachers.values()]
     options: dict[str, Any] = {
         "canvas": render_sizes(recipe, stride, targets.teachers) if views.canvas == "auto" else views.canvas,
