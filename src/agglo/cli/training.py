@@ -11,7 +11,7 @@ import typer
 
 from agglo.cli import measure
 from agglo.cli.arguments import DEVICE, chosen_device, is_main_process
-from agglo.types import AggloError, ConfigError
+from agglo.types import AggloError
 
 
 def train(
@@ -40,8 +40,6 @@ def train(
     if show:
         typer.echo(resolved.to_yaml(), nl=False)
         return
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other")
 
     from agglo.dist import local_device
 
