@@ -523,7 +523,7 @@ def test_duplicate_image_names_are_refused(data: Path, tmp_path: Path) -> None:
         precompute(tiny(data, *ONE, sources), tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("fault", "message"), [(float("nan"), "its map is not finite"), (0.0, "the same at all")])
+@pytest.mark.parametrize(("fault", "message"), [(float("nan"), "its map is not finite"), (0.0, "equal at all")])
 def test_broken_teacher_is_named(data: Path, tmp_path: Path, monkeypatch, fault: float, message: str) -> None:
     real = Toy.forward
     monkeypatch.setattr(Toy, "forward", lambda self, x: real(self, x).map(lambda part: part * 0 + fault))

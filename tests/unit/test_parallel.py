@@ -256,14 +256,14 @@ def test_divergence_ends_all_processes_with_one_checkpoint(runs: Path) -> None:
 def test_indivisible_batch_is_refused_before_anything_is_written(runs: Path) -> None:
     one, two = found(runs, "refused")
     assert (one["how"], two["how"]) == ("ConfigError", "OtherRankError")
-    assert "partitions.1.batch" in one["why"] and "4 and 6" in one["why"]
+    assert "partitions.1.batch" in one["why"] and "5 is not divisible by 2 processes; use 4 or 6" in one["why"]
     assert not (runs / "refused").exists()
 
 
 def test_different_folders_are_reported_once(runs: Path) -> None:
     one, two = found(runs, "elsewhere")
     assert (one["how"], two["how"]) == ("ConfigError", "OtherRankError")
-    assert "not the same folder" in one["why"]
+    assert "differs between processes: name a folder that all machines share" in one["why"]
 
 
 @pytest.mark.parametrize("name", ELSE)

@@ -426,8 +426,8 @@ SAME = lambda features: features.map(lambda x: torch.full_like(x, 0.3))  # noqa:
     ("change", "overrides", "message"),
     [
         (NAN, (), r"teachers\.toy: summary features contain NaN or infinity \(pre-pass, batch 0\)"),
-        (SAME, (), r"teachers\.toy: .*same at all \d+ positions"),
-        (SAME, ("targets.normalizer.kind=identity",), r"teachers\.toy: all \d+ targets point the same way"),
+        (SAME, (), r"teachers\.toy: .*equal at all \d+ positions"),
+        (SAME, ("targets.normalizer.kind=identity",), r"teachers\.toy: all \d+ targets have the same direction"),
         (NAN, ("targets.normalizer.kind=identity",), r"teachers\.toy.*NaN"),
     ],
 )
