@@ -14,7 +14,7 @@ from agglo.sources import _index, folder
 from agglo.sources._index import ProgressCounter, Table, TableWriter, index_path, read
 from agglo.sources.base import SourceError
 from agglo.sources.folder import Folder
-from agglo.types import ConfigError
+from agglo.types import ConfigError, ImageError
 from support.datasets import names
 
 
@@ -248,3 +248,72 @@ def test_progress_is_shown_for_slow_counts(caplog, monkeypatch, capsys):
     shown.add(7)
     shown.done()
     assert capsys.readouterr().err.endswith("\rlisting: 7 images\n")
+
+
+def test_common_endings_are_read_and_others_are_counted(tmp_path, caplog):
+    for name in ("a.jpg", "b.JFIF", "c.jpe", "d.jif", "e.heic", "f.heic", "g", "h.txt", "h.json", ".hidden.heic"):
+        touch(tmp_path / "photos" / name)
+    assert len(Folder(path=str(tmp_path / "photos"))) == 4
+    assert "left out 3 other files" in caplog.text
+    assert "2 .heic, 1 no ending; name the endings of images in `extensions`" in caplog.text
+    caplog.clear()
+    assert len(Folder(path=str(tmp_path / "photos"), extensions=(".heic",))) == 2
+    assert not caplog.text
+
+
+def test_left_out_files_are_named_again_from_a_cached_listing(tmp_path, cached, caplog):
+    for name in ("a.jpg", "e.heic"):
+        touch(tmp_path / "photos" / name)
+    age(tmp_path / "photos")
+    for _ in range(2):
+        caplog.clear()
+        Folder(path=str(tmp_path / "photos"))
+        assert "1 .heic" in caplog.text
+
+
+def test_pipes_are_left_out_and_broken_links_are_named(tmp_path, caplog):
+    root = tmp_path / "photos"
+    touch(root / "a.jpg")
+    os.mkfifo(root / "pipe.jpg")
+    (root / "device.jpg").symlink_to("/dev/zero")
+    (root / "broken.jpg").symlink_to("nowhere.jpg")
+    source = Folder(path=str(root))
+    assert names(source) == ["photos/a.jpg", "photos/broken.jpg"]
+    assert "2 pipes or devices" in caplog.text
+    with pytest.raises(ImageError, match=r"photos/broken\.jpg: no such file"):
+        source.read(1)
+    with pytest.raises(ConfigError, match=r"pipe\.jpg is a pipe or a device"):
+        Folder(path=str(root / "pipe.jpg"))
+
+
+def test_existing_paths_are_taken_literally(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~", "~nobody", "${NOT_SET}", "a[1]*", "$HOME"):
+        touch(Path(name) / "1.jpg")
+        assert names(Folder(path=name)) == [f"{name}/1.jpg"]
+    monkeypatch.setenv("PHOTOS", str(tmp_path / "a[1]*"))
+    assert names(Folder(path="${PHOTOS}")) == ["a[1]*/1.jpg"]
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    folder_name = os.fsencode(tmp_path / "photos") + b"/caf\xe9"
+    try:
+        os.makedirs(folder_name)
+        with open(folder_name + b"/\xfc.png", "wb") as file:
+            Image.new("RGB", (3, 2)).save(file, "PNG")
+    except OSError:
+        pytest.skip("this file system stores UTF-8 only")
+    source = Folder(path=str(tmp_path / "photos"))
+    assert names(source) == ["photos/caf\\udce9/\\udcfc.png"]
+    assert source.label(0) == "caf\\udce9"
+    assert source.read(0).size == (3, 2)
+    assert source.file(0).is_file()
+    source.name(0).encode()
+
+
+def test_share_applies_to_a_single_file(tmp_path):
+    touch(tmp_path / "a.jpg")
+    value = folder._hash("a.jpg")
+    assert len(Folder(path=str(tmp_path / "a.jpg"), share=(0.0, value + 0.01))) == 1
+    with pytest.raises(ConfigError, match="selects none of its 1 images"):
+        Folder(path=str(tmp_path / "a.jpg"), share=(0.0, value))

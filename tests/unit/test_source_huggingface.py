@@ -220,3 +220,122 @@ def test_classes_from_the_label_column(tmp_path):
     assert named.read(1).size == (40, 30)
     with pytest.raises(ConfigError, match=r"no column 'colur'; did you mean 'colour'"):
         HuggingFace(dataset=str(tmp_path / "pets"), label="colur")
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A dataset of the hub as `hf download` writes it: three training rows and two test rows."""
+    folder = tmp_path / "pets"
+    (folder / "data").mkdir(parents=True)
+    rows(3).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    rows(5).select([3, 4]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    return folder
+
+
+def images(source):
+    return [source.encoded(i) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("place", ["", "data/*.parquet", "**/*.parquet"])
+def test_split_of_local_parquet_files_is_honoured(copied, place):
+    path = str(copied / place) if place else str(copied)
+    assert images(HuggingFace(dataset=path)) == [jpeg(0), jpeg(1), jpeg(2)]
+    test = HuggingFace(dataset=path, split="test")
+    assert images(test) == [jpeg(3), jpeg(4)]
+    assert test.name(0).endswith("/test/0")
+    with pytest.raises(ConfigError, match=r"has no split 'dev'; choose from: (train, test|test, train)"):
+        HuggingFace(dataset=path, split="dev")
+
+
+def test_split_expressions_of_local_folders(copied):
+    assert images(HuggingFace(dataset=str(copied), split="train[:2]")) == [jpeg(0), jpeg(1)]
+    assert len(HuggingFace(dataset=str(copied), split="train+test")) == 5
+    with pytest.raises(ConfigError, match="has no split 'dev'"):
+        HuggingFace(dataset=str(copied), split="train+dev[:1]")
+
+
+def test_a_file_that_is_named_by_itself_needs_no_split(copied):
+    file = str(copied / "data" / "test-00000-of-00001.parquet")
+    assert HuggingFace(dataset=file).name(0) == "test-00000-of-00001/test/0"
+    assert len(HuggingFace(dataset=file, split="test")) == 2
+    with pytest.raises(ConfigError, match=r"has no split 'train'; choose from: test"):
+        HuggingFace(dataset=file, split="train")
+
+
+def test_splits_in_folder_names(tmp_path, caplog):
+    for name, count in (("train/a", 3), ("validation/a", 1), ("more/a", 2)):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True)
+        rows(count).to_parquet(tmp_path / "pets" / f"{name}.parquet")
+    assert len(HuggingFace(dataset=str(tmp_path / "pets"), split="validation")) == 1
+    assert "left out 1 files that belong to none of the splits train, validation" in caplog.text
+    assert len(HuggingFace(dataset=str(tmp_path / "pets" / "*" / "a.parquet"), split="validation")) == 1
+    assert len(HuggingFace(dataset=str(tmp_path / "pets" / "validation" / "a.parquet"), split="validation")) == 1
+
+
+def test_names_with_the_letters_of_patterns(tmp_path):
+    folder = tmp_path / "my[1]*{a,b}"
+    folder.mkdir()
+    rows(3).to_parquet(folder / "train-[0].parquet")
+    rows(2).to_parquet(folder / "test-[0].parquet")
+    assert len(HuggingFace(dataset=str(folder), split="test")) == 2
+    assert len(HuggingFace(dataset=str(folder / "train-[0].parquet"))) == 3
+    datasets.DatasetDict({"train": rows(2), "test": rows(1)}).save_to_disk(tmp_path / "saved[1]")
+    assert len(HuggingFace(dataset=str(tmp_path / "saved[1]"), split="test")) == 1
+
+
+def test_configs_of_a_local_folder(copied):
+    (copied / "small").mkdir()
+    rows(1).to_parquet(copied / "small" / "x.parquet")
+    (copied / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files: small/*.parquet\n- config_name: all\n  data_files:\n"
+        "  - {split: train, path: data/train*}\n  - {split: test, path: data/test*}\n---\n"
+    )
+    with pytest.raises(ConfigError, match=r"Config name is missing.*'small', 'all'"):
+        HuggingFace(dataset=str(copied))
+    assert len(HuggingFace(dataset=str(copied), config="small")) == 1
+    assert len(HuggingFace(dataset=str(copied), config="all", split="test")) == 2
+    with pytest.raises(ConfigError, match=r"has no config 'large'; choose from: small, all"):
+        HuggingFace(dataset=str(copied), config="large")
+
+
+@pytest.mark.parametrize("option", ["config", "revision"])
+def test_options_that_local_data_cannot_honour_are_refused(copied, option):
+    forms = [copied, copied / "data" / "*.parquet", copied / "data" / "test-00000-of-00001.parquet"]
+    for path in forms:
+        with pytest.raises(ConfigError, match=rf"has no {option} 'other'"):
+            HuggingFace(dataset=str(path), **{option: "other"})
+
+
+def test_options_that_saved_datasets_cannot_honour_are_refused(copied, saved, tmp_path):
+    for option in ("config", "revision"):
+        with pytest.raises(ConfigError, match=rf"has no {option} 'other'"):
+            HuggingFace(dataset=str(saved), **{option: "other"})
+    with pytest.raises(ConfigError, match=r"pets holds one dataset without splits, not 'test'; remove `split`"):
+        HuggingFace(dataset=str(saved), split="test")
+    datasets.load_dataset(str(copied / "data"), split="test").save_to_disk(tmp_path / "kept")
+    assert HuggingFace(dataset=str(tmp_path / "kept")).name(0) == "kept/test/0"
+    with pytest.raises(ConfigError, match=r"holds the split 'test', not 'train'; set `split: test`"):
+        HuggingFace(dataset=str(tmp_path / "kept"), split="train")
+
+
+def test_image_folders_have_splits_and_the_same_class_numbers(tmp_path):
+    for number, name in enumerate(("train/cat/0.jpg", "train/dog/1.jpg", "test/dog/2.jpg")):
+        file = tmp_path / "animals" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(jpeg(number))
+    source = HuggingFace(dataset=str(tmp_path / "animals"), split="test")
+    assert images(source) == [jpeg(2)]
+    assert (source.classes[source.label(0)], source.label(0)) == ("dog", 1)
+    assert len(HuggingFace(dataset=str(tmp_path / "animals"))) == 2
+    with pytest.raises(ConfigError, match=r"has no split 'validation'; choose from: train, test"):
+        HuggingFace(dataset=str(tmp_path / "animals"), split="validation")
+
+
+def test_relative_paths_in_rows_are_relative_to_the_dataset(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(jpeg(5))
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "images/a.jpg"}]}), tmp_path / "t.parquet")
+    assert HuggingFace(dataset=str(tmp_path / "t.parquet")).encoded(0) == jpeg(5)

@@ -244,7 +244,7 @@ def test_missing_package_is_named(monkeypatch):
     _shards._connected.cache_clear()
     with pytest.raises(MissingExtraError, match=r"s3:// shards need .* pip install s3fs"):
         WebDataset(shards="s3://bucket/{0..3}.tar")
-    with pytest.raises(MissingExtraError, match=r"agglo\[data\]"):
+    with pytest.raises(MissingExtraError, match=r'pip install .*\[data\]'):
         WebDataset(shards="https://host/0.tar")
     _shards._connected.cache_clear()
 
@@ -469,3 +469,78 @@ def test_concurrent_reads(shards):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_links_have_the_bytes_of_their_targets(tmp_path, caplog):
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in (("a/1.jpg", jpeg(1)), ("blob", jpeg(2))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        archive.addfile(link("a/hard.jpg", "a/1.jpg", tarfile.LNKTYPE))
+        archive.addfile(link("b/soft.jpg", "../a/1.jpg"))
+        archive.addfile(link("chain.jpg", "step"))
+        archive.addfile(link("step", "blob"))
+        archive.addfile(link("gone.jpg", "/etc/nothing.jpg"))
+        archive.addfile(link("loop.jpg", "loop.jpg"))
+    source = WebDataset(shards=str(path))
+    assert names(source) == ["t/a/1.jpg", "t/a/hard.jpg", "t/b/soft.jpg", "t/chain.jpg"]
+    assert [source.encoded(i) for i in range(4)] == [jpeg(1), jpeg(1), jpeg(1), jpeg(2)]
+    assert "2 links without a target" in caplog.text
+
+
+def test_joined_archives_are_read_to_the_end(shards, tmp_path, caplog):
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(shard.read_bytes() for shard in shards) + bytes(2_000_000))
+    source = WebDataset(shards=str(joined))
+    assert names(source) == [f"joined/{name.partition('/')[2]}" for name in EXPECTED]
+    assert source.encoded(14) == jpeg(25)
+    assert "damaged" not in caplog.text
+    joined.write_bytes(joined.read_bytes() + b"no archive" * 100)
+    assert len(WebDataset(shards=str(joined))) == 15
+    assert "behind its end marker, are not an archive" in caplog.text
+
+
+def test_members_that_are_left_out_are_counted_and_named(tmp_path, caplog):
+    members = {"1.5_cat.jpg": jpeg(0), "1.7_dog.jpg": jpeg(1), "a.jpg": jpeg(2), "a.heic": b"", "a.json": b"{}"}
+    path = write(tmp_path / "t.tar", members)
+    assert names(WebDataset(shards=str(path))) == ["t/a.jpg"]
+    assert "left out 3 other members of 1 shards: 1 .5_cat.jpg, 1 .7_dog.jpg, 1 .heic" in caplog.text
+    caplog.clear()
+    WebDataset(shards=str(path), extensions=("jpg",))  # .heic is left out on purpose, the dots hardly
+    assert "left out 2 other members" in caplog.text
+    caplog.clear()
+    assert len(WebDataset(shards=str(path), extensions=("jpg", "5_cat.jpg", "7_dog.jpg"))) == 3
+    assert not caplog.text
+
+
+def test_existing_shards_are_not_patterns(tmp_path):
+    folder = tmp_path / "set[1]*"
+    path = write(folder / "a{1,2}?.tar", {"a.jpg": jpeg(0)})
+    assert len(WebDataset(shards=str(path))) == 1
+    assert len(WebDataset(shards=str(folder))) == 1
+
+
+def test_folder_of_shards_names_compressed_ones_and_skips_pipes(shards, caplog):
+    folder = shards[0].parent
+    os.mkfifo(folder / "pipe.tar")
+    shards[0].rename(folder / "shard-000.TAR")
+    with tarfile.open(folder / "more.tar.gz", "w:gz"):
+        pass
+    assert len(WebDataset(shards=str(folder))) == 15
+    assert "more.tar.gz is compressed with gzip" in caplog.text
+    with pytest.raises(ConfigError, match=r"pipe\.tar is not a regular file"):
+        WebDataset(shards=str(folder / "pipe.tar"))
+
+
+def test_member_names_that_are_not_utf8_are_escaped(tmp_path):
+    source = WebDataset(shards=str(write(tmp_path / "t.tar", {"caf\udce9.jpg": jpeg(0)}, tarfile.GNU_FORMAT)))
+    assert names(source) == ["t/caf\\udce9.jpg"]
+    assert source.encoded(0) == jpeg(0)
