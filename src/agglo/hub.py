@@ -101,7 +101,7 @@ def fetch(repo: str, files: Sequence[str], revision: str | None = None) -> Path:
         DownloadError: names the files and how to provide them by other means.
     """
     if not files:
-        raise ValueError(f"{repo}: name at least one file to fetch")
+        raise ValueError(f"{repo}: name at least one file to download")
     folder = Path()
     for file in files:
         try:
@@ -193,9 +193,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AssetError(f"{path}: not JSON ({error}); fetch it again") from error
+        raise AssetError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise AssetError(f"{path}: expected a JSON object, got {type(content).__name__}; fetch it again")
+        raise AssetError(f"{path}: expected a JSON object, got {type(content).__name__}; download it again")
     return content
 
 
@@ -207,10 +207,11 @@ def weight_map(content: Mapping[str, Any], index: Path) -> dict[str, str]:
     """
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise AssetError(f"{index}: no weight_map of tensor names to files; fetch it again")
+        raise AssetError(f"{index}: no weight_map of tensor names to files; download it again")
     if outside := sorted({name for name in shards.values() if PurePath(name).name != name or "\\" in name}):
         raise AssetError(
-            f"{index}: weight_map names files outside its folder ({', '.join(outside[:10])}); do not use it"
+            f"{index}: weight_map names files outside its folder ({', '.join(outside[:10])}); download it again from a "
+            "trusted source"
         )
     return shards
 

@@ -1,9 +1,12 @@
 """Preprocessing: from image files, arrays and tensors to model inputs of a legal size.
 
 :func:`read_image` reads any kind of image; :func:`to_tensor` and :func:`load_image` convert to tensors; :func:`fit`
-crops, stretches or pads an image to the model's input, for ``embed``, evals and reports alike; :func:`nearest_size`,
-:func:`aspect_size` and :func:`check_size` compute legal sizes; :class:`Conditioner` normalises inside the model. Views
-in training are made by ``agglo.data``.
+crops, stretches or pads an image to the model's input; :func:`nearest_size`, :func:`aspect_size` and :func:`check_size`
+compute legal sizes; :class:`Conditioner` normalises inside the model. Views in training are made by ``agglo.data``.
+
+``model(image)`` and ``model.encode_image(image)`` keep the image's native size and aspect ratio (:func:`snap`);
+``agglo.embed``, ``agglo search``, the evals and the reports use :func:`fit`, by default the centre crop at the model's
+preferred size.
 """
 
 from __future__ import annotations
@@ -252,6 +255,13 @@ def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
 
 
+def stretch(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Resize a whole image to ``size`` ``(H, W)``; returned as is if it has that size."""
+    return image if image.size == size[::-1] else image.resize(size[::-1], resample)
+
+
 def crop_map(values: object, size: tuple[int, int]) -> Tensor:
     """A mask or depth map ``(H, W)`` cropped as :func:`crop` crops its image, at full resolution."""
     array = np.asarray(values)
@@ -286,12 +296,12 @@ def fit(
     if mode == "crop":
         return to_tensor(crop(image, size))
     height, width = size if mode == "stretch" else aspect_size((image.height, image.width), size, 1, inside=True)
-    pixels = to_tensor(image if image.size == (width, height) else image.resize((width, height), resample))
+    pixels = to_tensor(stretch(image, (height, width), resample))
     if mode == "stretch":
         return pixels
-    canvas = torch.tensor(fill, dtype=torch.float32)[:, None, None].expand(3, *size).clone()
-    canvas[:, :height, :width] = pixels
-    return canvas
+    padded = torch.tensor(fill, dtype=torch.float32)[:, None, None].expand(3, *size).clone()
+    padded[:, :height, :width] = pixels
+    return padded
 
 
 # ---------------------------------------------------------------------------------------------------- batches

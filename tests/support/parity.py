@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from agglo.config import build
 from agglo.model.model import Model
+from agglo.types import ConfigError
 
 LIMIT = 5e-5
 """``max|a - e| / std(e)``, as for the golden vectors."""
@@ -39,7 +43,7 @@ def randomize(module: nn.Module) -> None:
 
 
 def small(heads: dict[str, Any] | None = None, **options: Any) -> Model:
-    """A v4-like model of ours: three class tokens, of which the first two are the summary, and seven registers."""
+    """A v4-like agglo model: three class tokens, of which the first two are the summary, and seven registers."""
     student = {"width": WIDTH, "depth": DEPTH, "heads": 4, "patch": PATCH, "max_grid": GRID, "registers": 7, **options}
     summary = [0] if not options.get("cls_per_teacher", True) else [0, 1]
     model = Model({"kind": "vit", **student}, heads or {}, tokens=TOKENS, summary_slots=summary, preferred_size=36)
@@ -48,6 +52,13 @@ def small(heads: dict[str, Any] | None = None, **options: Any) -> Model:
     model.conditioner.std.copy_(torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1))
     model.provenance = {"license": "Apache-2.0", "teachers": {"sam3": "SAM License"}}
     return model.eval()
+
+
+def check_export_is_refused(kind: str, change: dict[str, Any], why: str, folder: Path) -> None:
+    """The export of a :func:`small` model with ``change`` raises an error that names the reason, and writes nothing."""
+    with pytest.raises(ConfigError, match=why):
+        build("exports", {"kind": kind}).write(small(**change), folder)
+    assert not folder.exists()
 
 
 def images() -> dict[str, Tensor]:

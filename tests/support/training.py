@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -28,6 +33,21 @@ TINY = {
     "partitions": [{"sizes": [32, 48], "batch": 4}, {"sizes": [64], "batch": 2, "weight": 0.3}],
     "train": {"steps": 6, "lr": 3e-3, "ema": 0.9, "log_every": 1, "save_every": 3, "clip": 1.0},
 }
+
+
+COMMAND_RECIPE = """
+name: tiny
+claim: {{summary: a short claim, time: a second}}
+student: {{kind: vit, width: 32, depth: 1, heads: 2, max_grid: 8, registers: 0}}
+teachers: {{toy: {{kind: toy}}}}
+heads: {{summary: {{kind: mlp, hidden: 16}}, spatial: {{kind: mlp, hidden: 16}}}}
+targets: {{normalizer: {{kind: identity}}, estimate_images: 8}}
+losses: {{summary: {{kind: cosine}}}}
+data: {{sources: [{{kind: folder, path: {folder}}}], workers: 0}}
+partitions: [{{sizes: [32], batch: 4}}]
+train: {{steps: 2, ema: 0.5}}
+"""
+"""A recipe file for tests of the commands; ``format`` it with ``folder``, the images."""
 
 
 def picture(path: Path, generator: torch.Generator) -> None:
@@ -66,3 +86,18 @@ def started(data: Path, folder: Path, *overrides: str) -> Run:
     with Progress(folder, 1, quiet=True) as progress:
         loop.start(run, progress, [])
     return run
+
+
+@contextmanager
+def interrupted_in(step: int) -> Iterator[None]:
+    """Send this process SIGINT in a step of the training loop."""
+    real = loop.one_step
+
+    def interrupting(run, batch, watch):
+        if batch.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(run, batch, watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "one_step", interrupting)
+        yield

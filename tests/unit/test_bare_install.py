@@ -1,4 +1,4 @@
-"""A plain ``pip install agglo`` loads, embeds and evaluates; what needs an extra names it."""
+"""A plain ``pip install agglo`` loads, embeds and evaluates; features that need an extra name it in their error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ command("models")
 command("info", home + "/model")
 """
 
-DOORS: dict[str, tuple[str, str]] = {
+OPTIONAL_FEATURES: dict[str, tuple[str, str]] = {
     "a bundled model with a timm student": ("agglo.load('agglo-lite')", "timm"),
     "a timm student": ("build('students', {'kind': 'timm', 'model': 'test_efficientnet'}, ())", "timm"),
     "a timm teacher": ("build('teachers', {'kind': 'timm', 'model': 'tf_efficientnet_lite0'})", "timm"),
@@ -65,9 +65,9 @@ DOORS: dict[str, tuple[str, str]] = {
         "quickstart",
     ),
 }
-"""What a user does → the Python that does it, and the extra that its error has to name."""
+"""Feature → Python that uses it, and the extra that its error names."""
 
-KNOCK = """
+RUN_FEATURES = """
 import traceback
 import agglo
 from agglo.cli.main import app
@@ -112,8 +112,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def errors(home: Path) -> dict[str, list[str]]:
-    """The error behind each door; one process tries them all."""
-    result = run_bare(KNOCK, str(home), json.dumps([code for code, _ in DOORS.values()]))
+    """Feature → its error without optional packages; one process runs all of them."""
+    result = run_bare(RUN_FEATURES, str(home), json.dumps([code for code, _ in OPTIONAL_FEATURES.values()]))
     assert "FOUND" in result.stdout, result.stdout + result.stderr
     return json.loads(result.stdout.rsplit("FOUND", 1)[1])
 
@@ -134,9 +134,9 @@ def test_load_embed_evaluate_and_train_need_no_extra(home: Path) -> None:
     assert (home / "run" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_what_needs_an_extra_names_it(door: str, errors: dict[str, Any]) -> None:
-    code, extra = DOORS[door]
+@pytest.mark.parametrize("feature", OPTIONAL_FEATURES)
+def test_missing_extras_are_named(feature: str, errors: dict[str, Any]) -> None:
+    code, extra = OPTIONAL_FEATURES[feature]
     kind, message, trace = errors[code]
     assert kind == "MissingExtraError", trace or f"{code}: {kind}"
     assert re.search(rf'pip install (-e )?"[^"]+\[{extra}\]"', message), message

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,11 +81,11 @@ def opened(made: recipe.Recipe) -> TargetSource:
 
 
 def entries(folder: Path, name: str = "toy") -> dict[int, tuple[int, bytes]]:
-    """Every record by key: the canvas's CRC and the payload."""
+    """Every record by key: the checksum of its crop and the payload."""
     shelf, found = ShardReader(folder / name), {}
     for key, place in shelf.locations.items():
         into = bytearray(place.bytes)
-        found[key] = shelf.read(key, memoryview(into)).canvas, bytes(into)
+        found[key] = shelf.read(key, memoryview(into)).checksum, bytes(into)
     return found
 
 
@@ -132,21 +131,12 @@ def test_cached_run_frees_teachers_and_does_not_depend_on_the_seed(data: Path, t
                 assert a is None or torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_cached_run_resumes_like_the_straight_one(data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_cached_run_resumes_like_the_straight_one(data: Path, tmp_path: Path) -> None:
     precompute(tiny(data), tmp_path / "cache")
     cached = (f"data.feature_cache={tmp_path / 'cache'}",)
     straight = trained(data, tmp_path / "straight", *cached)
-    real = loop.one_step
-
-    def interrupting(run, batch, watch):
-        if batch.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(run, batch, watch)
-
-    monkeypatch.setattr(loop, "one_step", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with training.interrupted_in(1), pytest.raises(KeyboardInterrupt):
         loop.train_model(tiny(data, *cached), tmp_path / "broken", quiet=True)
-    monkeypatch.setattr(loop, "one_step", real)
     loop.train_model(tiny(data, *cached), tmp_path / "broken", resume=True, quiet=True)
     assert worst(straight, trace(tmp_path / "broken")) < 1e-5
 
@@ -264,7 +254,7 @@ def test_coding_error_is_as_measured(dtype: str, bound: float) -> None:
 
 
 def test_int8_keeps_small_channels() -> None:
-    """What PHI-S is for: a step width for all channels would otherwise erase the channels of scale 0.01."""
+    """PHI-S makes one step width suit all channels; without it, channels of scale 0.01 would be erased."""
     features = skewed(64)
     coding = Coding(FeatureSpec(6, 20), "int8")
     coding.update(features)
@@ -597,7 +587,9 @@ def test_full_disk_stops_cleanly_and_names_the_missing_bytes(
     monkeypatch.setattr(os, "pwrite", real)
     assert precompute(tiny(data, *ONE), tmp_path / "cache", batch=4).records == 12 - whole
     again = entries(tmp_path / "cache")
-    assert {key: canvas for key, (canvas, _) in again.items()} == {key: canvas for key, (canvas, _) in one.items()}
+    assert {key: checksum for key, (checksum, _) in again.items()} == {
+        key: checksum for key, (checksum, _) in one.items()
+    }
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "teacher.json", "statistics.safetensors", ".lock"])

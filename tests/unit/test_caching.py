@@ -14,21 +14,10 @@ from agglo.cli import cache as caching
 from agglo.cli.cache import Pace
 from agglo.training import precompute
 from support.commands import agglo
+from support.training import COMMAND_RECIPE
 
 pytestmark = pytest.mark.processes
 
-RECIPE = """
-name: tiny
-claim: {{summary: nothing}}
-student: {{kind: vit, width: 32, depth: 1, heads: 2, max_grid: 8, registers: 0}}
-teachers: {{toy: {{kind: toy}}}}
-heads: {{summary: {{kind: mlp, hidden: 16}}, spatial: {{kind: mlp, hidden: 16}}}}
-targets: {{normalizer: {{kind: identity}}, estimate_images: 8}}
-losses: {{summary: {{kind: cosine}}}}
-data: {{sources: [{{kind: folder, path: {folder}}}], workers: 0}}
-partitions: [{{sizes: [32], batch: 4}}]
-train: {{steps: 2, ema: 0.5}}
-"""
 CROPS = "data.views.crops=2"
 
 
@@ -39,7 +28,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     noise = np.random.default_rng(0)
     for index in range(6):
         Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder=folder))
+    (tmp_path / "tiny.yaml").write_text(COMMAND_RECIPE.format(folder=folder))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "tiny.yaml"
 

@@ -119,7 +119,7 @@ def test_foreign_objects_are_all_named_and_the_conversion_works(tmp_path, monkey
     message = str(caught.value)
     assert all(name in message for name in (f"{__name__}.Other", "multiarray._reconstruct", "numpy.ndarray"))
     assert "argparse.Namespace" not in message
-    # Whoever follows the advice gets a file that we read.
+    # The code in the message writes a file that can be read.
     monkeypatch.chdir(tmp_path)
     code = "\n".join(line[4:] for line in message.splitlines() if line.startswith("    "))
     exec(code, {})
@@ -168,7 +168,7 @@ def test_truncated_pickles_are_refused(tmp_path, archive, share):
     state = {f"x{i}": torch.zeros(100) for i in range(10)}
     data = save_hub(tmp_path / "x.pth.tar", {"state_dict": state}, archive).read_bytes()
     (tmp_path / "x.pth.tar").write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(AssetError, match=r"x\.pth\.tar is damaged or truncated.*fetch it again") as caught:
+    with pytest.raises(AssetError, match=r"x\.pth\.tar is damaged or truncated.*download it again") as caught:
         read_hub(tmp_path / "x.pth.tar")
     assert "weights_only" not in str(caught.value)  # torch would have the user trust the file
 
@@ -303,7 +303,7 @@ def test_index_that_does_not_match_is_refused(tmp_path):
 
 
 def test_folders_without_weights(tmp_path):
-    with pytest.raises(AssetError, match=r"is empty: fetch config\.json and model\.safetensors"):
+    with pytest.raises(AssetError, match=r"is empty: download config\.json and model\.safetensors"):
         read_folder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AssetError, match=r"holds no weights \(config\.json\)"):
@@ -330,7 +330,7 @@ def test_sha256_mismatch_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     right = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert verify_sha256(tmp_path / "x", right) == tmp_path / "x"
-    with pytest.raises(AssetError, match=f"{right}, expected 00; fetch it again"):
+    with pytest.raises(AssetError, match=f"{right}, expected 00; download it again"):
         verify_sha256(tmp_path / "x", "00")
 
 

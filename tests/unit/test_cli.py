@@ -21,23 +21,17 @@ from agglo import config, recipe
 from agglo.model.model import HeadConfig, Model
 from agglo.results.records import read
 from support.commands import agglo
+from support.training import COMMAND_RECIPE
 
 pytestmark = pytest.mark.processes
 
-RECIPE = """
-name: tiny
-claim: {{summary: two steps of nothing, time: a second}}
-student: {{kind: vit, width: 32, depth: 1, heads: 2, max_grid: 8, registers: 0}}
-teachers: {{toy: {{kind: toy}}}}
-heads: {{summary: {{kind: mlp, hidden: 16}}, spatial: {{kind: mlp, hidden: 16}}}}
-targets: {{normalizer: {{kind: identity}}, estimate_images: 8}}
-losses: {{summary: {{kind: cosine}}}}
-data: {{sources: [{{kind: folder, path: {folder}}}], workers: 0}}
-partitions: [{{sizes: [32], batch: 4}}]
-train: {{steps: 2, ema: 0.5}}
+RECIPE = (
+    COMMAND_RECIPE
+    + """\
 evals: [{{kind: agreement, sources: [{{kind: folder, path: {folder}}}]}}]
 smoke: [train.steps=1]
 """
+)
 
 
 def refused(*arguments: object) -> str:
@@ -81,7 +75,7 @@ def yaml(tmp_path: Path, folder: Path) -> Path:
     return path
 
 
-# --- at the door ------------------------------------------------------------------------------------------------------
+# --- help and refused commands ----------------------------------------------------------------------------------------
 
 
 def test_help_lists_every_command_without_importing_torch() -> None:

@@ -1,4 +1,4 @@
-"""Every kind of image file becomes upright 8-bit RGB, or an ImageError that says why."""
+"""Every kind of image file becomes upright 8-bit RGB, or an ImageError with the reason."""
 
 import io
 import os

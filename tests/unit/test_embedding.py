@@ -21,7 +21,7 @@ VIT = {"kind": "vit", "width": 32, "depth": 1, "heads": 2, "max_grid": 8}
 
 
 class Echo(nn.Module):
-    """A text tower that knows one vector for each text."""
+    """A text tower with one fixed vector per text."""
 
     def __init__(self, known: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Echo(nn.Module):
 def make_model(*, text: bool = True) -> Model:
     torch.manual_seed(0)
     head = HeadConfig({"kind": "mlp", "hidden": 16}, None, 8, None, text={"kind": "minilm"} if text else None)
-    return Model(VIT, {"say": head}, preferred_size=64).eval()
+    return Model(VIT, {"words": head}, preferred_size=64).eval()
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_non_finite_features_are_skipped(folder: Path) -> None:
 def test_search_finds_the_matching_image(folder: Path) -> None:
     model = make_model()
     found = embed(folder, model)
-    model._towers["say"] = Echo({"that one": torch.from_numpy(found.aligned[3])})
+    model._towers["words"] = Echo({"that one": torch.from_numpy(found.aligned[3])})
     hits = search(found, model, "that one", 3)
     assert hits[0] == Hit(found.names[3], pytest.approx(1, abs=1e-5))
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
@@ -166,7 +166,7 @@ def test_search_needs_a_text_tower(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no text tower"):
         search(found, model, "cat")
     with pytest.raises(ConfigError, match="no text tower"):
-        embed(folder, model, head="say")
+        embed(folder, model, head="words")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_search_needs_a_text_tower(folder: Path) -> None:
         ({"size": 65}, r"multiple of 16.*64 or 80"),
         ({"size": 0}, "multiple of 16"),
         ({"batch": 0}, "at least 1"),
-        ({"head": "sey"}, "those that do: say"),
+        ({"head": "word"}, "those that do: words"),
     ],
 )
 def test_bad_options_name_legal_values(model: Model, folder: Path, options: dict, message: str) -> None:
@@ -212,19 +212,19 @@ def test_saved_files_round_trip(model: Model, folder: Path, tmp_path: Path, endi
     if ending == "parquet":
         parquet = pytest.importorskip("pyarrow.parquet")
         table = parquet.read_table(path)
-        assert table.column_names == ["path", "summary", "say"]
+        assert table.column_names == ["path", "summary", "words"]
         assert str(table.schema.field("summary").type) == "fixed_size_list<element: float>[32]"
-        columns = {name: np.array(table[name].to_pylist(), np.float32) for name in ("summary", "say")}
+        columns = {name: np.array(table[name].to_pylist(), np.float32) for name in ("summary", "words")}
         names, facts = table["path"].to_pylist(), {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
     else:
         with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in ("summary", "say")}
+            columns = {name: file[name] for name in ("summary", "words")}
             names, facts = file["path"].tolist(), json.loads(str(file["metadata"]))
     assert tuple(names) == found.names
     np.testing.assert_array_equal(columns["summary"], found.summary)
-    np.testing.assert_array_equal(columns["say"], found.aligned)
+    np.testing.assert_array_equal(columns["words"], found.aligned)
     assert facts["agglo.size"] == "64x64"
-    assert facts["agglo.head"] == "say"
+    assert facts["agglo.head"] == "words"
     assert set(facts) == {"agglo.model", "agglo.size", "agglo.version", "agglo.head"}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

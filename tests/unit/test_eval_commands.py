@@ -65,7 +65,7 @@ def test_eval_prints_stores_and_resumes(home: Path, tmp_path: Path) -> None:
     assert "agglo report" in first.stdout
     assert json.loads(numbers.read_text())["models"][str(home / "one")]["knn"] == dict(kept.metrics)
     second = agglo("eval", home / "one", *knn(home, "-o", str(out), "--no-pictures"))
-    assert "already measured: knn (--again measures anew)" in second.stderr
+    assert "already measured: knn (use --again to repeat)" in second.stderr
     assert "--overwrite" in refused("eval", home / "one", *knn(home, "--json", str(numbers)))
 
 
@@ -222,7 +222,7 @@ def test_failures_show_the_worst_images(measured: dict[str, Path]) -> None:
 
 
 def test_values_under_worst_images_wrap(measured: dict[str, Path], tmp_path: Path) -> None:
-    """Each on a line of its own that wraps: a cell of three is too narrow for a model's path and its number."""
+    """Model paths have separate lines that wrap: a cell is too narrow for the path and its number."""
     out = tmp_path / "page.html"
     assert agglo("report", *measured.values(), "-o", out).exit_code == 0
     text = out.read_text()
@@ -291,7 +291,7 @@ def test_compare_names_other_settings_and_other_evals(home: Path, measured: dict
     assert agglo("eval", home / "two", *arguments, "knn.k=1").exit_code == 0
     result = agglo("compare", measured["one"], tmp_path)
     assert "knn@32: not compared, measured differently: k: 3, 1" in result.stdout
-    assert "on one of them only: knn@48" in result.stderr
+    assert "evaluated for one model only: knn@48" in result.stderr
     folder = tmp_path / "other"
     assert agglo("eval", home / "two", "--evals", "rank", "rank.size=32", "-o", folder, "--no-pictures").exit_code == 0
     assert "no eval was run on both: knn@32, knn@48 and rank" in refused("compare", measured["one"], folder)

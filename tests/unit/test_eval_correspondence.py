@@ -33,9 +33,9 @@ STEP = DISTANCE / FOCAL
 
 
 class Wall(Source):
-    """A wall two metres away whose colour tells the place, before cameras that move sideways by whole pixels.
+    """Views of a wall at two metres from cameras that move sideways by whole pixels.
 
-    Red and green are where on the wall, so a model that returns them knows the world.
+    Red and green encode the position on the wall.
     """
 
     def __init__(self, shifts: tuple[int, ...] = (0, 4, 8), points: bool = True, turn: float = 0.0) -> None:
@@ -73,7 +73,7 @@ class Wall(Source):
 
 
 class Place(nn.Module):
-    """The pixel's colour as a direction that no other colour has."""
+    """Maps the colour of a pixel to a unit vector, different for every colour."""
 
     spec = FeatureSpec(summary=None, spatial=3, stride=1)
 
@@ -83,7 +83,7 @@ class Place(nn.Module):
 
 
 class Shifted(Place):
-    """Says of each pixel what is ``by`` pixels to its right, in every second image of a batch."""
+    """Shifts the features by ``by`` pixels to the left in every second image of a batch."""
 
     def __init__(self, by: int) -> None:
         super().__init__()

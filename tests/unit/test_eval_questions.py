@@ -142,7 +142,7 @@ def test_pope_answers_of_one_category(tmp_path: Path) -> None:
     alone = [{"question_id": i, "text": text} for i, text in enumerate(GIVEN["adversarial"], 1)]
     assert pope.run("adversarial", alone) == 0.5
     listed = [{**answer, "image": asked["image"]} for answer, asked in zip(pope.answers, pope.asked, strict=True)]
-    assert pope.run("random", listed[4:]) == 1  # numbers 4 and 5: image and words tell
+    assert pope.run("random", listed[4:]) == 1  # numbers 4 and 5: matched by image and words
     assert pope.run("random", listed[:3:-1]) == 1
     for strangers in (listed, listed[2:4]):
         with pytest.raises(ConfigError, match="number"):

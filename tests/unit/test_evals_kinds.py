@@ -37,12 +37,12 @@ pytestmark = pytest.mark.evals
 
 
 def squares(kind: type[Eval], count: int = 12, **options: Any) -> Any:
-    """An eval over the fake source, one object a split."""
+    """An eval over the fake source, with one object per split."""
     names = {ZeroShot: ("source",), Retrieval: ("source",), Knn: ("train", "test")}.get(kind, ("train", "val", "test"))
     return kind(size=32, **{name: Squares(count, seed) for seed, name in enumerate(names)}, **options)
 
 
-# --- what a model that knows the answer gets --------------------------------------------------------------------------
+# --- metrics of a perfect model ---------------------------------------------------------------------------------------
 
 
 def test_oracle_is_perfect() -> None:
@@ -188,7 +188,7 @@ def test_batches_do_not_change_features(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Tracked(Noise):
-    """Knows how many of its batches are still held by anybody."""
+    """Counts how many of its earlier batches are still referenced."""
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__(spatial=False)
@@ -295,7 +295,7 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     for colour in COLOURS:
         for split in ("train", "test"):
             paint(tmp_path, f"{split}/{colour}/one.png", colour)
-    paint(tmp_path, "test/purple/one.png", "red")  # a class the bank lacks: wrong by definition
+    paint(tmp_path, "test/purple/one.png", "red")  # a class that the training images lack: always wrong
     knn = Knn(
         k=1,
         size=20,
@@ -428,7 +428,7 @@ class Captioned(Squares):
 
 
 def test_captions_replace_missing_queries() -> None:
-    """COCO's way: each caption asks for its image; one that several images share may find any of them."""
+    """As in COCO, each caption is a query for its image; for a caption of several images, any of them is correct."""
     answers = {a.query: a for a in Retrieval(size=32, source=Captioned(7)).rank(Oracle())}  # type: ignore[arg-type]
     assert set(answers) == {
         "it is red", "it is green", "it is blue", "number 1, green", "number 3, red", "number 5, blue",

@@ -103,7 +103,7 @@ def test_logistic_probe_reaches_the_optimum(decay: float) -> None:
 
 
 def test_logistic_probe_takes_soft_and_weighted_labels() -> None:
-    # Without features that tell, the bias alone must give the weighted class frequencies.
+    # With uninformative features, the bias alone must give the weighted class frequencies.
     y = torch.tensor([[0.5, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.25]])
     weight, bias = fit_logistic(torch.zeros(3, 2), y, 0.01, steps=100)
     assert weight.abs().max() == 0
@@ -125,7 +125,7 @@ def test_ridge_equals_scikit_learn(ridge: float) -> None:
     x = RNG.standard_normal((500, 12)) * np.linspace(0.1, 3, 12) + 5
     y = x @ RNG.standard_normal(12) + 0.3 * RNG.standard_normal(500) + 4
     w = RNG.random(500) * (RNG.random(500) < 0.8)
-    y_holes = np.where(w > 0, y, np.nan)  # a cell without depth must not be looked at
+    y_holes = np.where(w > 0, y, np.nan)  # a cell without depth must have no effect
     ((weight, bias),) = fit_ridge(*(torch.tensor(t) for t in (x, y_holes, w)), [ridge])
     reference = Ridge(alpha=ridge * w.sum()).fit(x, y, sample_weight=w)
     np.testing.assert_allclose(weight[0].numpy(), reference.coef_, atol=1e-6)
@@ -190,7 +190,7 @@ def test_standardising() -> None:
     out = Standard.of(x)(x).double()
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=2e-3, rtol=0)
     torch.testing.assert_close(out[:, :2].std((0, 2, 3), correction=0), torch.ones(2).double(), atol=1e-3, rtol=0)
-    assert out[:, 2].abs().max() == 0  # a constant channel says nothing, and is not blown up
+    assert out[:, 2].abs().max() == 0  # a constant channel becomes 0 and is not divided by its variance
 
 
 def test_predictions_have_the_size_of_the_truth() -> None:

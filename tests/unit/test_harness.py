@@ -139,7 +139,7 @@ def test_result_records_settings_data_and_versions(images: Path) -> None:
 
 
 def test_view_is_none_for_whole_images_except_fixed_size_teachers(images: Path) -> None:
-    """But where a teacher has one canvas: that is what it sees, and its result says that the images were cropped."""
+    """A teacher with a fixed input size encodes crops, and its result states the crop."""
 
     def run(model: Any, **keys: Any) -> Any:
         return measure(model, "toy", [pets(images, **keys)], images / type(model).__name__).results["knn"]

@@ -123,7 +123,7 @@ def test_upsampled_maps_are_laid_out_by_cell(version: str, formula: Callable[...
 
 
 def test_upsampled_cells_are_row_major_with_channels_last() -> None:
-    """Closed form: with no weight but the bias, each output tells which of the last linear's channels it is."""
+    """Closed form: with all weights zero, each output equals its channel number in the last linear."""
     head = Mlp(4, 3, hidden=4, upsample=2)
     with torch.no_grad():
         head.fc2.weight.zero_()
@@ -191,14 +191,14 @@ def test_impossible_attention_is_refused() -> None:
 
 
 class Shape:
-    """All that may be asked of a tensor that has not been read."""
+    """A tensor that has not been read: its shape alone."""
 
     def __init__(self, *shape: int) -> None:
         self.shape = torch.Size(shape)
 
 
 def official(prefix: str, **modules: tuple[int, ...]) -> dict[str, Any]:
-    """Weights of these shapes and their biases; ``__`` stands for a dot."""
+    """Weights of these shapes and their biases; ``__`` for a dot."""
     names = {f"{prefix}{name.replace('__', '.')}": shape for name, shape in modules.items()}
     return {f"{n}.weight": Shape(*s) for n, s in names.items()} | {f"{n}.bias": Shape(s[0]) for n, s in names.items()}
 

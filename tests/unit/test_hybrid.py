@@ -174,7 +174,7 @@ def test_a_block_is_dense_attention_under_a_mask(shifted: bool) -> None:
     t = 2 * x.flatten(2).transpose(1, 2)  # without pre-convolution the block begins by doubling
     ys, xs = (a.flatten() for a in torch.meshgrid(torch.arange(8), torch.arange(12), indexing="ij"))
     half = 2 if shifted else 0
-    regions = torch.stack([(ys + half) // 4, (xs + half) // 4], dim=1)  # the cut-off windows stand alone
+    regions = torch.stack([(ys + half) // 4, (xs + half) // 4], dim=1)  # the cut-off windows are separate regions
     together = (regions[:, None] == regions[None]).all(-1)
     with torch.no_grad():
         table = block.attn.pos_emb_funct()[0]

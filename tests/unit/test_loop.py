@@ -23,7 +23,7 @@ from agglo.training.ema import Ema
 from agglo.training.optim import build_optimizer, learning_rate, set_learning_rate, student_factor
 from agglo.training.step import draw_window
 from agglo.types import AssetError, ConfigError, StorageError
-from support.training import TINY, tiny, trace, weights
+from support.training import TINY, interrupted_in, tiny, trace, weights
 
 pytestmark = pytest.mark.training
 
@@ -90,20 +90,11 @@ def test_losses_depend_on_the_seed_only(data: Path, tmp_path: Path) -> None:
     assert terms[0] != terms[2]
 
 
-def test_resumed_run_equals_the_straight_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_equals_the_straight_one(data: Path, tmp_path: Path) -> None:
     loop.train_model(tiny(data), tmp_path / "straight", quiet=True)
-    real = loop.one_step
-
-    def interrupting(run, batch, watch):
-        if batch.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(run, batch, watch)
-
-    monkeypatch.setattr(loop, "one_step", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_in(3), pytest.raises(KeyboardInterrupt):
         loop.train_model(tiny(data), tmp_path / "broken", quiet=True)
     assert checkpoints(tmp_path / "broken" / "checkpoints")[-1].name == "step_00000004"  # the step was finished
-    monkeypatch.setattr(loop, "one_step", real)
     loop.train_model(tiny(data), tmp_path / "broken", resume=True, quiet=True)
     straight, resumed = trace(tmp_path / "straight"), trace(tmp_path / "broken")
     assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]

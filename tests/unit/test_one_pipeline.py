@@ -63,7 +63,7 @@ def test_training_writes_the_records_of_eval(runs: tuple[Path, Path], tmp_path: 
 def test_eval_finds_what_training_measured(runs: tuple[Path, Path]) -> None:
     before = (runs[0] / "evals" / "results.jsonl").read_bytes()
     result = agglo("eval", runs[0], *RETRIEVAL, "--no-pictures")
-    assert "already measured: retrieval (--again measures anew)" in result.stderr
+    assert "already measured: retrieval (use --again to repeat)" in result.stderr
     assert (runs[0] / "evals" / "results.jsonl").read_bytes() == before
     (student,) = (each for each in read(runs[0]) if each.model["name"] == "student")
     assert all(number(value) in result.stdout for value in student.metrics.values())
@@ -115,7 +115,7 @@ def test_run_of_an_older_version_is_recognised_and_measured_anew(runs: tuple[Pat
     (old / "evals.json").write_text('{"models": {}}', encoding="utf-8")
     result = CliRunner().invoke(app, ["compare", str(old), str(runs[0])])
     assert result.exit_code == 2
-    assert f"measured by an older version (evals.json): `agglo eval {old}` measures it anew" in result.stderr
+    assert f"measured by an older version (evals.json): measure it again with `agglo eval {old}`" in result.stderr
     agglo("eval", old, "--no-pictures", "--json", tmp_path / "numbers.json")
     assert {r.id for r in read(old)} == {r.id for r in read(runs[1])}
     numbers = json.loads((tmp_path / "numbers.json").read_text())["models"]

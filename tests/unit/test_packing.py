@@ -1,4 +1,4 @@
-"""Several images in one pass: each gets what it would get alone."""
+"""Several images in one pass: each output equals that of a separate pass."""
 
 import pytest
 import torch

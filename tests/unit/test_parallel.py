@@ -76,7 +76,7 @@ def train(
     nan: int = -1,
     elsewhere: bool = False,
 ) -> dict[str, Any]:
-    """A run; process 1 gets Ctrl-C in step ``stop``, sees NaN in step ``nan``, and may have a folder of its own."""
+    """A run; process 1 receives Ctrl-C in step ``stop`` and NaN in step ``nan``, and may have a separate folder."""
     run = run / "own" if elsewhere and os.environ["RANK"] == "1" else run
     real, found = loop.one_step, {"sizes": [], "good": [], "names": []}
     held: list[loop.Run] = []
@@ -108,8 +108,8 @@ def train(
     return {"how": how, "state": state, "noise": noise, **found}
 
 
-def tell() -> dict[str, Any]:
-    """What the processes tell each other."""
+def run_collectives() -> dict[str, Any]:
+    """The collectives of :mod:`agglo.dist`."""
     with dist.process_group("cpu"):
         here = dist.rank()
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ def tell() -> dict[str, Any]:
 def work(folder: Path, images: Path, ports: list[int]) -> None:
     """All jobs; what came of each is saved."""
     torch.set_num_threads(1)
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {"tell": tell}
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {"run_collectives": run_collectives}
     for name, job in JOBS.items():
         options = {key: value for key, value in job.items() if key != "run"}
         jobs[name] = lambda name=name, job=job, options=options: train(images, folder / job.get("run", name), **options)
@@ -280,7 +280,7 @@ def test_other_ingredients_work_with_two_processes(runs: Path, tmp_path: Path, n
 
 
 def test_collectives(runs: Path) -> None:
-    one, two = found(runs, "tell")
+    one, two = found(runs, "run_collectives")
     torch.manual_seed(0)
     assert torch.equal(torch.cat([one["drawn"], two["drawn"]]), torch.rand(4, 3))
     # Stochastic depth drops other images in the other process, and what is drawn afterwards is one process's.

@@ -52,7 +52,7 @@ def test_coinciding_views_on_other_grids_equal_plain_resampling(fine: tuple[int,
 
 
 def test_a_ramp_keeps_its_value_at_every_valid_cell() -> None:
-    """What a cell holds after the warp is the source's value at the cell's centre, whatever scale and offset."""
+    """A cell of the warped map has the source's value at the cell's centre, for every scale and offset."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         cells = rng.uniform(0.5, 2.0, 2)

@@ -1,4 +1,4 @@
-"""The fast products are PyTorch's, to rounding, and step aside wherever somebody needs PyTorch's own operators."""
+"""The fast products are PyTorch's, to rounding, and are off wherever PyTorch's own operators are needed."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.m
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every product that goes to oneDNN, which is taken to be faster here."""
+    """One entry for every product that goes to oneDNN, which is assumed to be faster here."""
     if not HAS_ONEDNN:
         pytest.skip("this PyTorch has no oneDNN")
     made: list[int] = []

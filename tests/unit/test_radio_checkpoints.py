@@ -106,7 +106,7 @@ def test_exported_release_is_a_teacher(folder: Path, tmp_path: Path) -> None:
             refused()
     model = agglo.load(folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the layout has no place for
+        warnings.simplefilter("ignore")  # parts that the layout does not support
         agglo.export(model, "transformers", tmp_path / "native")
     made = build("teachers", {**teacher, "model": str(tmp_path / "native")})
     images = torch.rand(2, 3, 64, 96)
@@ -152,7 +152,7 @@ def test_download_with_aligned_corners_is_converted_without(version: str, folder
     call = str(caught.value).split("`")[1].replace("FOLDER", str(tmp_path / "native"))
     assert call.startswith("agglo.export(agglo.load(")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the layout has no place for
+        warnings.simplefilter("ignore")  # parts that the layout does not support
         eval(call, {"agglo": agglo})
     assert build("teachers", {"kind": "transformers", "model": str(tmp_path / "native")}).spec.summary == 2 * WIDTH
 
@@ -224,7 +224,7 @@ def test_repository_in_transformers_layout_is_read(
             build("teachers", {**teacher, "model": name})
     snapshot = tmp_path / "snapshots" / "abc123"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the layout has no place for
+        warnings.simplefilter("ignore")  # parts that the layout does not support
         agglo.export(agglo.load(folder), "transformers", snapshot)
 
     def download(repo: str, file: str, revision: str | None = None) -> str:
@@ -430,7 +430,7 @@ def test_repository_name_identifies_the_release(folder: Path, tmp_path: Path, mo
 @pytest.mark.parametrize("kind", ["transformers", "timm"])
 def test_export_warns_about_heads(pickle: Path, kind: str, tmp_path: Path) -> None:
     """Even if none of them is loaded."""
-    with pytest.warns(UserWarning, match=r"no place for the heads \(siglip2-g, dino_v3, sam3\): left out"):
+    with pytest.warns(UserWarning, match=r"does not support the heads \(siglip2-g, dino_v3, sam3\); omitted"):
         agglo.export(pickle, kind, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Left out, because" in card

@@ -163,7 +163,7 @@ def test_page_has_every_section(html: str) -> None:
     for column in ("untrained", "student", "both", "student as both", "dense", "student as dense"):
         assert sum(alt.endswith(f": {column}") for alt in alts) == 6
     assert "agglo train" in page.text and "agglo search" in page.text and "agglo view" in page.text
-    assert "has no text tower" in page.text  # the text search says why it is not there
+    assert "has no text tower" in page.text  # the reason for the missing text search
 
 
 def test_names_are_escaped(html: str) -> None:
@@ -280,7 +280,7 @@ def test_numbers() -> None:
 
 
 class Oracle:
-    """Knows the photos: image i and its query share a direction, except that queries in ``wrong`` point elsewhere."""
+    """Image i and its query have equal embeddings, except for queries in ``wrong``."""
 
     def __init__(self, wrong: int) -> None:
         self.wrong, self.preferred_size, self.heads = wrong, 64, {"words": None}
@@ -340,7 +340,7 @@ def test_gallery_uses_one_basis_for_teacher_and_head() -> None:
     ]
     side = (visuals.SHOWN, visuals.SHOWN)
     assert all(p is not None and p.size == side for column in shown.columns for p in column.pictures)
-    batch = torch.stack([visuals.to_tensor(visuals.square(image, 64)) for _, image in images])
+    batch = torch.stack([visuals.fit(image, (64, 64)) for _, image in images])
     with torch.inference_mode():
         basis = visuals.pca_basis(teachers["both"](batch).spatial)
         answer = visuals.pca_picture(model(batch).heads["both"].spatial[1], basis, side)

@@ -68,7 +68,7 @@ def test_damaged_line_is_left_out_alone(tmp_path: Path) -> None:
 
 
 def test_nan_is_not_a_result(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match="top1 is not a finite number"):
+    with pytest.raises(ResultError, match="metric top1 is not finite; result not stored"):
         append(tmp_path, result(top1=float("nan")))
     assert not (tmp_path / FILE).exists()
 
@@ -84,9 +84,11 @@ def test_other_formats_are_refused_with_the_next_step(tmp_path: Path) -> None:
         read(old)
     (old / FILE).unlink()
     (old / "evals.json").write_text('{"models": {}}')
-    with pytest.raises(ResultError, match=rf"older version \(evals.json\): `agglo eval {old}` measures it anew"):
+    with pytest.raises(ResultError, match=rf"older version \(evals.json\): measure it again with `agglo eval {old}`"):
         read(old)
-    with pytest.raises(ResultError, match=r"is not a results\.jsonl: make one with `agglo eval MODEL"):
+    with pytest.raises(
+        ResultError, match=r"one JSON document, a results file one per line: .* `agglo eval MODEL --out"
+    ):
         read(old / "evals.json")
     with pytest.raises(ResultError, match="agglo eval MODEL"):
         read(tmp_path / "nowhere")
@@ -186,7 +188,7 @@ TRUTHS = {
     "coco": ("instances_*.json", "[6, 6,"),
     "coco#captions": ("captions_*.json", "A dog"),
 }
-"""Kind → a file of what is known beside the images, and words in it that may be others."""
+"""Kind → a ground-truth file, and a word in it to replace."""
 
 
 @pytest.mark.parametrize("kind", TRUTHS)

@@ -43,7 +43,7 @@ def siglip2(request, tmp_path_factory):
         ("it's (so-called) 50% O.K.", "its socalled 50 ok"),
         ("snow__on_a__mountain", "snow on a mountain"),
         (string.punctuation, ""),
-        ("ÉCOLE — «été»…", "école — «été»…"),  # only ASCII punctuation goes
+        ("ÉCOLE — «été»…", "école — «été»…"),  # only ASCII punctuation is removed
         ("", ""),
     ],
 )
@@ -193,7 +193,7 @@ def test_siglip2_refuses_bad_input(tmp_path: Path) -> None:
     refuses(ConfigError, "cannot be built", text_config=config["text_config"] | {"num_attention_heads": 5})
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
-    with pytest.raises(AssetError, match="fetch it again"):
+    with pytest.raises(AssetError, match="download it again"):
         SigLIP2(repo=str(tmp_path))
     weights.unlink()
     with pytest.raises(AssetError, match=r"model\.safetensors"):
@@ -386,7 +386,7 @@ def test_open_clip_refuses_bad_input(clip, tmp_path: Path) -> None:
     with pytest.raises(AssetError, match="left over"):
         OpenCLIP(model=name, pretrained=str(other))
     other.write_bytes(weights.read_bytes()[:-64])
-    with pytest.raises(AssetError, match="fetch it again"):
+    with pytest.raises(AssetError, match="download it again"):
         OpenCLIP(model=name, pretrained=str(other))
 
 

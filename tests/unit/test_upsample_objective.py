@@ -164,7 +164,7 @@ def test_seams_are_the_cells_on_both_sides_of_a_border_between_tiles() -> None:
 
 
 def test_loss_is_zero_if_the_finer_map_matches_every_view() -> None:
-    """An upsampler that is the teacher on the larger image, and views that stand still: nothing is left."""
+    """With the teacher on the larger image as the upsampler and identical views, the loss is 0."""
     teacher, images = Smooth(), blobs(2)
     upsampler, objective = parts(teacher, uncertainty=False, **STILL)
     fine = upsampler.normalizer(torch.einsum("cd,bdhw->bchw", teacher.matrix, F.avg_pool2d(images, 4)))
@@ -204,7 +204,7 @@ def test_loss_equals_the_documented_formula() -> None:
 
 
 def test_cells_outside_the_image_do_not_count() -> None:
-    """Views twice as large as the image: only their middle counts, whatever stands around it."""
+    """Views twice as large as the image: only their centre affects the loss."""
     teacher, images = Smooth(), blobs(2)
     upsampler, objective = parts(teacher, uncertainty=False, seam=1.0, **{**STILL, "zoom": (0.5, 0.5)})
     objective.eval()

@@ -1,4 +1,4 @@
-"""Features to bytes and back: float32 unchanged; float16, bfloat16 and int8 in PHI-S space (arXiv:2410.01680, eq. 7).
+"""Features to bytes and back: float32 unchanged; float16, bfloat16 and int8 in PHI-S space (arXiv:2410.01680).
 
 PHI-S rotates a map so that every channel has variance 1, so one quantisation step per cell suits all its channels: int8
 stores ``round(z / s)`` with ``s = max|z| / 127`` over a cell's channels. PHI-S is a rotation times a scalar, so an

@@ -201,7 +201,7 @@ class FeatureCache:
                 rows = np.empty((len(keys), reader.locations[key].bytes), dtype=np.uint8)
             record = reader.read(key, rows[sample].data)
             first = first or record
-            if record.canvas != checksums[sample]:
+            if record.checksum != checksums[sample]:
                 raise ConfigError(
                     f"{batch.names[sample]} is not the image that teachers.{name} saw: the file, or how it is decoded "
                     f"and resized, changed since {self.folder} was written; restore the image, or write a new cache "

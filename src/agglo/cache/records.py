@@ -59,12 +59,12 @@ class Record:
 
     Args:
         key: see :func:`key_of`.
-        canvas: CRC-32 of the crop's pixels.
+        checksum: CRC-32 of the crop's pixels.
         grid: ``(h, w)`` of the map; (0, 0) if the teacher has none.
     """
 
     key: int
-    canvas: int
+    checksum: int
     grid: tuple[int, int]
 
 
@@ -94,11 +94,11 @@ def scan(file: int, start: int = 0, *, verify: bool) -> Iterator[tuple[int, Reco
     offset, end = start, os.fstat(file).st_size
     while offset + HEADER.size <= end:
         header = os.pread(file, HEADER.size, offset)
-        magic, crc, key, length, canvas, height, width = HEADER.unpack(header)
+        magic, crc, key, length, checksum, height, width = HEADER.unpack(header)
         if magic != MAGIC or offset + HEADER.size + length > end:
             return
         intact = not verify or _crc_of(file, header, offset, length) == crc
-        yield offset, Record(key, canvas, (height, width)), length, intact
+        yield offset, Record(key, checksum, (height, width)), length, intact
         offset += HEADER.size + length
 
 
@@ -167,11 +167,11 @@ class ShardReader:
         got = os.preadv(file, [header, into], location.offset)
         if got != HEADER.size + location.bytes:  # a read may return less than requested; of a truncated file it must
             got = _read_rest(file, location.offset, header, into)
-        magic, crc, found, _, canvas, height, width = HEADER.unpack(header)
+        magic, crc, found, _, checksum, height, width = HEADER.unpack(header)
         intact = got == HEADER.size + location.bytes and magic == MAGIC and found == key
         if not intact or zlib.crc32(into, zlib.crc32(header[_UNCHECKED:])) != crc:
             raise self._damaged(location, "is damaged")
-        return Record(key, canvas, (height, width))
+        return Record(key, checksum, (height, width))
 
     def _damaged(self, location: Location, what: str) -> AssetError:
         return AssetError(
@@ -250,7 +250,7 @@ class ShardWriter:
             OSError: the disk is full, or similar; earlier records are intact.
         """
         length = sum(memoryview(part).nbytes for part in parts)
-        fields = struct.pack("<QQIHH", record.key, length, record.canvas, *record.grid)
+        fields = struct.pack("<QQIHH", record.key, length, record.checksum, *record.grid)
         crc = zlib.crc32(fields)
         for part in parts:
             crc = zlib.crc32(part, crc)

@@ -1,1 +1,1 @@
-"""Checkpoints of other projects (NVIDIA, transformers, timm) as models of ours, without running their code."""
+"""Checkpoints of other projects (NVIDIA, transformers, timm) as agglo models, without running their code."""

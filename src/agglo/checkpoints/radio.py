@@ -1,4 +1,4 @@
-"""Official RADIO and C-RADIO checkpoints, in torch.hub and Hugging Face layout, as models of ours.
+"""Official RADIO and C-RADIO checkpoints, in torch.hub and Hugging Face layout, as agglo models.
 
 Widths and depths are read off the tensors' shapes; token layout, heads and teachers off the training arguments; other
 facts come from the release table (:mod:`agglo.zoo.releases`).
@@ -78,7 +78,7 @@ def from_checkpoint(
     fill: bool = True,
     **student: Any,
 ) -> Model:
-    """An official checkpoint as a model of ours.
+    """An official checkpoint as an agglo model.
 
     Args:
         checkpoint: of :func:`read`, with ``args``.

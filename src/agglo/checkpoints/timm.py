@@ -1,4 +1,4 @@
-"""timm's ports of RADIO (``naflexvit_*_radio_*`` and ``vit_*_radio_*``), as models of ours."""
+"""timm's ports of RADIO (``naflexvit_*_radio_*`` and ``vit_*_radio_*``), as agglo models."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def from_timm(
     device: torch.device | str = "cpu",
     **student: Any,
 ) -> Model:
-    """A folder of timm's hub layout as a model of ours, without heads.
+    """A folder of timm's hub layout as an agglo model, without heads.
 
     timm counts all class tokens but the first as registers. Their number is known for our own exports and the released
     generations; else there is one. timm's pooled output is the first one; our summary is all that the generation uses.

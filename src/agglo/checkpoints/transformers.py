@@ -1,4 +1,4 @@
-"""transformers' own ``RadioModel`` (model type ``radio``), as a model of ours.
+"""transformers' own ``RadioModel`` (model type ``radio``), as an agglo model.
 
 Files have one of two sets of names: those of ``save_pretrained``, which are NVIDIA's but for layer scales and gated
 MLPs, or the module's own (``save_original_format=False``), with separate query, key and value.
@@ -67,7 +67,7 @@ def from_native(
     device: torch.device | str = "cpu",
     **student: Any,
 ) -> Model:
-    """A folder of ``RadioModel.save_pretrained`` as a model of ours, without heads.
+    """A folder of ``RadioModel.save_pretrained`` as an agglo model, without heads.
 
     Args:
         checkpoint: of :func:`agglo.weights.reading.read_folder`.

@@ -27,10 +27,10 @@ def eval_command(
     changes: list[str] | None = typer.Argument(
         None, metavar="[eval.key=value]...", help="Changes, e.g. knn.k=10 or segmentation.size=224."
     ),
-    suite: str = typer.Option("", "--suite", "-s", help="quick (the default), dense, full or demo."),
-    evals: str = typer.Option("", "--evals", help="Kinds instead: knn,zero_shot; with --protocol, names of its evals."),
+    suite: str = typer.Option("", "--suite", "-s", help="quick (default), dense, full or demo."),
+    evals: str = typer.Option("", "--evals", help="Comma-separated kinds, instead of --suite: knn,zero_shot."),
     protocol: str | None = typer.Option(None, help="A published protocol: nvidia, siglino, eupe or probe3d."),
-    data: Path | None = typer.Option(None, help="The folder of data sets; AGGLO_DATA by default."),
+    data: Path | None = typer.Option(None, help="Folder of data sets; AGGLO_DATA by default."),
     sizes: str = typer.Option("", "--sizes", help="Run each eval at several sides, in pixels: 128,224,448."),
     out: Path | None = typer.Option(
         None, "--out", "-o", help="Folder of results.jsonl; RUN/evals or evals/<model> by default."
@@ -84,8 +84,8 @@ def eval_command(
 
 
 def report(
-    runs: list[Path] = typer.Argument(metavar="RUN...", help="A run of agglo train, or folders of results."),
-    out: Path | None = typer.Option(None, "--out", "-o", help="The page of results, .html."),
+    runs: list[Path] = typer.Argument(metavar="RUN...", help="Run folder or results folders."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Page to write, .html."),
     device: str | None = DEVICE,
 ) -> None:
     """Write an HTML page of a training run, or of all results of some folders."""
@@ -101,8 +101,8 @@ def report(
 
 
 def compare(
-    a: str = typer.Argument(metavar="A", help="A run, or a folder of results; FOLDER#MODEL if it holds several."),
-    b: str = typer.Argument(metavar="B", help="The other."),
+    a: str = typer.Argument(metavar="A", help="First run or results folder; FOLDER#MODEL if it has several models."),
+    b: str = typer.Argument(metavar="B", help="Second run or results folder."),
     most: int = typer.Option(5, help="Number of classes and images to show per metric."),
     seed: int = typer.Option(0, help="Seed of the bootstrap."),
     numbers: Path | None = JSON,
@@ -129,7 +129,7 @@ def compare(
     names = {name for x, y in pairs for name in (x.name, y.name)}
     only = [name for name in dict.fromkeys(r.name for r in (*a_results, *b_results)) if name not in names]
     if only:
-        typer.echo(f"on one of them only: {', '.join(only)}", err=True)
+        typer.echo(f"evaluated for one model only: {', '.join(only)}", err=True)
     if target is not None:
         from dataclasses import asdict
 
@@ -255,7 +255,7 @@ def _print_measured(measured: Sequence[Measured], folder: Path) -> None:
             typer.echo(f"note: {note}", err=True)
         name = f"{found.model['name']}: " if len(measured) > 1 else ""
         if found.known:
-            typer.echo(f"{name}already measured: {', '.join(found.known)} (--again measures anew)", err=True)
+            typer.echo(f"{name}already measured: {', '.join(found.known)} (use --again to repeat)", err=True)
         for each, why in found.skipped.items() if found.model.get("role") != "teacher" else ():
             typer.echo(f"{name}{each} left out: {why}", err=True)
         for each, why in found.failed.items():

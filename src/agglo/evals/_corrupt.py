@@ -21,25 +21,25 @@ Corruption = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def gaussian_noise(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Gaussian sensor noise."""
+    """Add Gaussian noise."""
     return x + draw.normal(0, (0.08, 0.12, 0.18, 0.26, 0.38)[s], x.shape)
 
 
 def shot_noise(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Poisson noise."""
+    """Sample Poisson noise."""
     photons = (60, 25, 12, 5, 3)[s]
     return draw.poisson(x * photons) / photons
 
 
 def impulse_noise(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Salt and pepper."""
+    """Set random values to 0 or 1 (salt and pepper)."""
     hit = draw.random(x.shape)
     share = (0.03, 0.06, 0.09, 0.17, 0.27)[s]
     return np.where(hit < share / 2, 0.0, np.where(hit < share, 1.0, x))
 
 
 def defocus_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Convolution with an antialiased disc."""
+    """Convolve with an antialiased disc."""
     radius = (3, 4, 6, 8, 10)[s] * _scale(x)
     reach = max(1, math.ceil(radius))
     yy, xx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -47,7 +47,7 @@ def defocus_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray
 
 
 def motion_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Convolution with a line at a random angle of at most 45 degrees."""
+    """Convolve with a line at a random angle of at most 45 degrees."""
     length = (10, 15, 15, 20, 25)[s] * _scale(x)
     angle = math.radians(draw.uniform(-45, 45))
     reach = max(1, math.ceil(length / 2))
@@ -59,7 +59,7 @@ def motion_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def zoom_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """The mean of enlarged copies."""
+    """Average enlarged copies."""
     last, step = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))[s]
     image, (h, w) = _image(x), x.shape[:2]
     zooms = np.arange(1, last, step)
@@ -71,20 +71,20 @@ def zoom_blur(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def brightness(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Added to the value of HSV."""
+    """Add to the value of HSV."""
     top = x.max(2, keepdims=True)
     lit = np.clip(top + (0.1, 0.2, 0.3, 0.4, 0.5)[s], 0, 1)
     return np.where(top > 0, x * lit / np.maximum(top, 1e-12), lit)
 
 
 def contrast(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Towards the mean colour."""
+    """Blend with the mean colour of the image."""
     mean = x.mean((0, 1), keepdims=True)
     return mean + (x - mean) * (0.4, 0.3, 0.2, 0.1, 0.05)[s]
 
 
 def saturate(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Factor on, and addition to, the saturation of HSV."""
+    """Scale and shift the saturation of HSV."""
     factor, shift = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))[s]
     top = x.max(2, keepdims=True)
     saturation = (top - x.min(2, keepdims=True)) / np.maximum(top, 1e-12)
@@ -96,14 +96,14 @@ def saturate(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def pixelate(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """Downsampling by a box filter, upsampling by nearest neighbours."""
+    """Downsample by a box filter, upsample by nearest neighbours."""
     share, (h, w) = (0.6, 0.5, 0.4, 0.3, 0.25)[s], x.shape[:2]
     small = _image(x).resize((max(1, int(w * share)), max(1, int(h * share))), Image.Resampling.BOX)
     return _array(small.resize((w, h), Image.Resampling.NEAREST))
 
 
 def jpeg(x: np.ndarray, s: int, draw: np.random.Generator) -> np.ndarray:
-    """JPEG compression at low quality."""
+    """Compress as JPEG at low quality."""
     file = io.BytesIO()
     _image(x).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[s])
     return _array(Image.open(file).convert("RGB"))

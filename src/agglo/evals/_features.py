@@ -310,14 +310,16 @@ def encode_texts(model: object, texts: Sequence[str], eval_name: str) -> Tensor:
         FeatureError: an embedding is not finite.
     """
     tower: Callable[[list[str]], Tensor] | None = getattr(model, "encode_text", None)
-    hint = "train it with a text-aligned teacher (conse, open_clip, ...), or measure it with knn"
     if tower is None:
-        raise Inapplicable(f"{eval_name} compares images with text and {_called(model)} has no encode_text: {hint}")
+        raise Inapplicable(
+            f"{eval_name} compares images with text and {_called(model)} has no encode_text: train it with a "
+            "text-aligned teacher (conse, open_clip, ...), or measure it with knn"
+        )
     try:
         with frozen(model):
             chunks = [tower(list(texts[i : i + 256])) for i in range(0, len(texts), 256)]
     except (TypeError, NotImplementedError) as error:
-        raise Inapplicable(f"{eval_name} compares images with text: {error}; {hint}") from error
+        raise Inapplicable(f"{eval_name} compares images with text: {error}; or measure it with knn") from error
     found = check(torch.cat(chunks), "text", list(texts), 2)
     if found is None:
         raise FeatureError(f"{_called(model)} returned no text embeddings")

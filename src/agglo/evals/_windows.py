@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from agglo.evals._probe import truth_of
+from agglo.preprocess import stretch
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
 
@@ -83,9 +84,7 @@ class Windows(Source):
         window = self.windows[index]
         last = self._last
         if last is None or last[0] != window.image:  # windows of one image are read in a row
-            image = self._read(window.image)
-            size = window.scaled[1], window.scaled[0]
-            last = window.image, image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+            last = window.image, stretch(self._read(window.image), window.scaled)
             self._last = last
         return last[1].crop(window.box)
 

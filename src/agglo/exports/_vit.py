@@ -64,7 +64,7 @@ def left_out(model: Model, where: str) -> list[str]:
     if model.intermediate_normalizer is not None:
         parts.append("the normalizers of intermediate features")
     if parts:
-        warnings.warn(f"{where} has no place for {' and '.join(parts)}: left out", stacklevel=3)
+        warnings.warn(f"{where} does not support {' and '.join(parts)}; omitted", stacklevel=3)
     return parts
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from agglo.config import build
-from agglo.evals.base import Backbone, frozen, input_size
+from agglo.evals.base import SCENES_TEST, Backbone, frozen, input_size
 from agglo.evals.correspondence import Frame, View, project, ratio_matches
 from agglo.files import write_json
 from agglo.preprocess import fit
@@ -66,7 +66,7 @@ def _gallery(model: Backbone, target: Path) -> list[dict[str, str]]:
 def _matches(model: Backbone, target: Path) -> list[dict[str, Any]]:
     """Pairs of ``scenes`` with the most certain matches: green if correct, else red."""
     try:
-        source = build("sources", {"kind": "scenes", "split": "test"})
+        source = build("sources", SCENES_TEST)
         pairs = source.pairs()
     except AggloError:  # the archive is not installed
         return []

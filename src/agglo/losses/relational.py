@@ -20,7 +20,7 @@ class Relational(Relation):
     Asymmetric relational knowledge distillation of SigLino (arXiv:2512.20157; docs/method.md, 8.2).
 
     With ``T_ij`` and ``S_ij`` the pairwise distances of the teacher's and the student's vectors, each divided by its
-    mean over the pairs ``i != j`` (Park et al. 2019, Relational Knowledge Distillation, arXiv:1904.05068, eq. 4-6),
+    mean over the pairs ``i != j`` (Park et al. 2019, Relational Knowledge Distillation, arXiv:1904.05068),
     ``m`` the median of ``T`` and ``h`` smooth L1::
 
         L = 1 / (N (N - 1)) sum_{i != j} [ T_ij < m ] h(max(S_ij - T_ij, 0)) + [ T_ij >= m ] h(max(T_ij - S_ij, 0))

@@ -301,7 +301,7 @@ class Model(nn.Module):
             return aligned[0]
         if head in aligned:
             return str(head)
-        advice = "load it with heads='text', or train with a text-aligned teacher (kind conse)"
+        advice = "load it with heads='text', or train it with a text-aligned teacher (conse, open_clip, ...)"
         known = f"those that do: {', '.join(aligned)}" if aligned else advice
         raise TypeError(f"{head or 'this model'} has no text tower; {known}")
 

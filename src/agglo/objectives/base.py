@@ -95,7 +95,7 @@ class Trainable(Protocol):
 
 
 class Objective(nn.Module, ABC):
-    """What a run minimises. The training loop calls, in this order:
+    """Base class of training objectives. The training loop calls, in this order:
 
     1. :meth:`build_model`: the module that learns;
     2. the constructor, with ``(recipe, model, teachers, /)`` and the keys of the recipe's ``objective:`` as

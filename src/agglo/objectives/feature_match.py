@@ -1,4 +1,4 @@
-"""Feature matching: blocks of a student against blocks of one teacher (FitNets, arXiv:1412.6550, eq. 3)."""
+"""Feature matching: blocks of a student against blocks of one teacher (FitNets, arXiv:1412.6550)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agglo.config import build
 from agglo.model.model import Model
-from agglo.preprocess import crop, nearest_size, resize, to_tensor
+from agglo.preprocess import crop, fit, nearest_size
 from agglo.recipe import Recipe
 from agglo.report.picture import pca_basis, pca_picture
 from agglo.sources.base import Source
@@ -96,7 +96,7 @@ class Models:
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """The central square of an image, resampled to ``side`` pixels."""
+    """The central square of an image, resampled to ``side`` pixels, for display; models get :func:`fit`."""
     return crop(image.convert("RGB"), (side, side))
 
 
@@ -163,7 +163,7 @@ def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, I
     guide = models.student or models.untrained
     side = PIXELS if guide is None else _legal(guide, min(PIXELS, 2 * guide.preferred_size))
     stride = 16 if guide is None else guide.spec.stride
-    batch = torch.stack([to_tensor(square(image, side), name) for name, image in images])
+    batch = _batch(images, (side, side))
     wanted = _dense_teachers(models, recipe)
     outputs: dict[str, Tensor] = {}
     for title, note, model in (
@@ -178,13 +178,17 @@ def gallery(models: Models, recipe: Recipe | None, images: Sequence[tuple[str, I
         outputs |= {name: f.spatial for name, f in output.heads.items() if f.spatial is not None}
     for name in wanted:
         teacher = models.teachers[name]
-        spatial = teacher(resize(batch, teacher.input_size((side, side), stride))).spatial
+        spatial = teacher(_batch(images, teacher.input_size((side, side), stride))).spatial
         columns.append(_column(name, "teacher", spatial))
         if name in outputs and len(wanted) <= IMITATED:
             columns.append(_column(f"student as {name}", "in the same basis", outputs[name], basis=spatial))
     if len(columns) == 1:
         raise ValueError("no student and no teacher with a spatial map")
     return Gallery(names, columns)
+
+
+def _batch(images: Sequence[tuple[str, Image.Image]], size: tuple[int, int]) -> Tensor:
+    return torch.stack([fit(image, size) for _, image in images])
 
 
 def _dense_teachers(models: Models, recipe: Recipe | None) -> list[str]:
@@ -220,7 +224,7 @@ def search(models: Models, recipe: Recipe | None, *, top: int = 3, limit: int = 
     queried = [photos.query(i) for i in range(len(photos))]
     images = [photos.read(i) for i in range(len(photos))]
     side = search_size(models.student, recipe)
-    batch = torch.stack([to_tensor(square(image, side)) for image in images])
+    batch = torch.stack([fit(image, (side, side)) for image in images])
     queries = list(dict.fromkeys(queried))[:limit]
     evals = recipe.evals if recipe else []
     template = next((str(each.get("template")) for each in evals if each.get("kind") == "retrieval"), "{}")

@@ -22,7 +22,7 @@ from agglo.files import write_bytes
 from agglo.types import AggloError, StorageError
 
 FORMAT = 2
-"""Of a line."""
+"""Format version of a line in ``results.jsonl``."""
 
 FILE = "results.jsonl"
 MEASURED = "measured.json"
@@ -146,7 +146,7 @@ def append(folder: Path, result: Result, images: PerImage | None = None) -> Path
     """
     bad = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if bad:
-        raise ResultError(f"{result.name}: {', '.join(bad)} is not a finite number, so it is not kept as a result")
+        raise ResultError(f"{result.name}: metric {', '.join(bad)} is not finite; result not stored")
     line = json.dumps({"format": FORMAT, "id": result.id, **asdict(result)}, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def append(folder: Path, result: Result, images: PerImage | None = None) -> Path
 
 def _add_line(path: Path, line: str) -> None:
     """Append the whole line or nothing."""
-    # A line cut off by a killed process must not swallow this one.
+    # A killed process may have left an incomplete last line: begin a new one.
     size = path.stat().st_size if path.is_file() else 0
     content = (("\n" if size and _last_byte(path) != b"\n" else "") + line).encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -232,13 +232,16 @@ def results_file(place: str | Path) -> Path:
         if (path / "evals.json").is_file():
             run = shlex.quote(str(path))
             raise ResultError(
-                f"{path} was measured by an older version (evals.json): `agglo eval {run}` measures it anew"
+                f"{path} was measured by an older version (evals.json): measure it again with `agglo eval {run}`"
             )
         raise ResultError(f"{path} holds no {FILE}: make one with `agglo eval MODEL --out {path}`")
     if not path.exists():
         raise ResultError(f"no results at {path}: make some with `agglo eval MODEL --out FOLDER`")
     if path.suffix == ".json":
-        raise ResultError(f"{path} is not a {FILE}: make one with `agglo eval MODEL --out FOLDER`")
+        raise ResultError(
+            f"{path} has one JSON document, a results file one per line: pass a {FILE} or its folder (write one with "
+            "`agglo eval MODEL --out FOLDER`)"
+        )
     return path
 
 

@@ -99,7 +99,7 @@ class Family(ABC):
         if missing:
             raise AssetError(
                 f"{folder}: the weights do not fit its config.json: {len(missing)} tensors of {self.network} are "
-                f"missing ({', '.join(missing[:5])}); fetch the checkpoint again"
+                f"missing ({', '.join(missing[:5])}); download the checkpoint again"
             )
         unused = _unused(net, report["unexpected_keys"])
         if unused:

@@ -103,7 +103,7 @@ def _rgb(value: Any, where: str, key: str) -> RGB:
     if isinstance(value, int | float):
         value = [value] * 3
     if not isinstance(value, Sequence) or len(value) != 3:
-        raise AssetError(f"{where}: {key} is {value!r}, not three numbers; fetch it again")
+        raise AssetError(f"{where}: {key} is {value!r}, not three numbers; download it again")
     return float(value[0]), float(value[1]), float(value[2])
 
 

@@ -156,7 +156,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         state = state.get("state_dict", state)
         return {key.removeprefix("module."): state[key].float() for key in _text_keys(list(state))}
     except (SafetensorError, OSError) as error:
-        raise AssetError(f"{file}: cannot be read ({error}); fetch it again") from error
+        raise AssetError(f"{file}: cannot be read ({error}); download it again") from error
     except Exception as error:  # a pickle with foreign objects, TorchScript, another kind of file
         raise AssetError(
             f"{file}: holds more than tensors, and is not read ({error}). Save its state_dict() with "

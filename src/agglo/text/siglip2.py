@@ -175,7 +175,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             chosen = [key for key in keys if key.startswith(_PREFIX)] or keys  # a file may hold only the text model
             state = {key.removeprefix(_PREFIX): tensors.get_tensor(key).float() for key in chosen}
     except (SafetensorError, OSError) as error:
-        raise AssetError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
+        raise AssetError(f"{file}: cannot be read as safetensors ({error}); download it again") from error
     state.pop("embeddings.position_ids", None)  # a constant that old versions of transformers wrote
     return state
 
@@ -195,7 +195,7 @@ def _tokenizer(source: _Files, length: int) -> Any:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise AssetError(f"{file}: cannot be read as a tokenizer ({error}); fetch it again") from error
+        raise AssetError(f"{file}: cannot be read as a tokenizer ({error}); download it again") from error
     options = source.json("tokenizer_config.json")
 
     def special(role: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""The run folder: may it be used, its first files, and what --overwrite removes."""
+"""The run folder: check whether it may be used, write its first files, remove an earlier run (``--overwrite``)."""
 
 from __future__ import annotations
 

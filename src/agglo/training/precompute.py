@@ -107,7 +107,7 @@ def precompute(
     if not objective_kind(recipe).cacheable:
         raise ConfigError(f"objective {kind} has targets that a feature cache does not store: train without one")
     if not recipe.data.views.crops:
-        raise ConfigError("a feature cache needs fixed crops: set data.views.crops=2, say, here and for training")
+        raise ConfigError("a feature cache needs fixed crops: set e.g. data.views.crops=2 for both commands")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     job = _Job(recipe, Path(folder).expanduser(), dtype, batch, torch.device(device), shard_bytes)

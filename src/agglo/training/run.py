@@ -55,7 +55,7 @@ def train(
         evals: run the recipe's evals after training.
         report: write ``report.html`` after training.
         quiet: print no progress.
-        progress: called with short phrases while measuring.
+        progress: called with progress messages while measuring.
 
     Returns:
         The trained model in eval mode; what the objective trains, if that is not a student.

@@ -32,22 +32,24 @@ def _verdict(path: Path, expected: str, error: object) -> str:
     with path.open("rb") as stream:
         start = stream.read(512)
     if not start:
-        return "is empty: fetch it again"
+        return "is empty: download it again"
     if start.startswith(LFS):
-        return "is a git-lfs pointer, not the weights: run `git lfs pull` in its repository, or fetch the file itself"
+        return (
+            "is a git-lfs pointer, not the weights: run `git lfs pull` in its repository, or download the file itself"
+        )
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"is a web page, not {expected}: the download was a login or error page; fetch it again"
+        return f"is a web page, not {expected}: the download was a login or error page; download it again"
     if start.startswith(ZIP) and "safetensors" in expected:
         return f"is a zip archive, not {expected}; if it is a torch checkpoint, rename it to .pth.tar"
     needed = _safetensors_size(path)
     if needed is not None and size < needed:
-        return f"is truncated: {size:,} of {needed:,} bytes; fetch it again"
+        return f"is truncated: {size:,} of {needed:,} bytes; download it again"
     if needed is not None and "safetensors" not in expected:
         return f"is a safetensors file, not {expected}: rename it to model.safetensors"
     if _is_text(start):
-        return f"is text, not {expected}: it begins with {start[:40].decode(errors='replace')!r}; fetch it again"
+        return f"is text, not {expected}: it begins with {start[:40].decode(errors='replace')!r}; download it again"
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"is damaged or truncated, not a readable {expected.removeprefix('a ')} ({first[:200]}): fetch it again"
+    return f"is damaged or truncated, not a readable {expected.removeprefix('a ')} ({first[:200]}): download it again"
 
 
 def _is_text(start: bytes) -> bool:

@@ -71,7 +71,7 @@ def read_hub(path: str | Path) -> Checkpoint:
     try:
         args = _pickle.plain({} if args is None else args)
     except RecursionError:
-        raise AssetError(f"{path} is damaged: recursive args; fetch it again") from None
+        raise AssetError(f"{path} is damaged: recursive args; download it again") from None
     if not isinstance(args, dict):
         raise AssetError(f"{path} is not an official checkpoint: its args are {type(args).__name__}, not a namespace")
     if isinstance(args.get("dtype"), str):
@@ -118,7 +118,7 @@ def read_folder(path: str | Path) -> Checkpoint:
 
 def verify_sha256(path: str | Path, sha256: str) -> Path:
     """As :func:`agglo.weights.bundled.verify`, for a download."""
-    return bundled.verify(Path(path).expanduser(), sha256, "fetch it again")
+    return bundled.verify(Path(path).expanduser(), sha256, "download it again")
 
 
 def assign(
@@ -184,8 +184,8 @@ def assign(
         raise AssetError(f"{source} is of another size: {len(wrong)} shapes differ ({_first(wrong, '; ')})")
     if broken:
         warnings.warn(
-            f"{source}: NaN or infinity in {len(broken)} of {len(slots)} tensors ({_first(broken)}): fetch it again, "
-            "or use a checkpoint from before its training diverged",
+            f"{source}: NaN or infinity in {len(broken)} of {len(slots)} tensors ({_first(broken)}): download it "
+            "again, or use a checkpoint from before its training diverged",
             stacklevel=2,
         )
     _fill_buffers(module, device)
@@ -314,7 +314,7 @@ def _map_shards(folder: Path) -> Joined:
     shards = sorted(set(homes.values()))
     if absent := [name for name in shards if not (folder / name).is_file()]:
         raise AssetError(
-            f"{folder}: {len(absent)} of {len(shards)} shards are missing ({_first(absent)}): fetch them into it"
+            f"{folder}: {len(absent)} of {len(shards)} shards are missing ({_first(absent)}): download them into it"
         )
     files = {name: _map_safetensors(folder / name) for name in shards}
     if lost := [key for key, name in homes.items() if key not in files[name]]:
@@ -328,14 +328,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, "a JSON file", error) from None
     if not isinstance(content, dict):
-        raise AssetError(f"{path} holds a {type(content).__name__}, not an object: fetch it again")
+        raise AssetError(f"{path} holds a {type(content).__name__}, not an object: download it again")
     return content
 
 
 def _no_weights(folder: Path) -> str:
     held = sorted(file.name for file in folder.iterdir())
     if not held:
-        return f"{folder} is empty: fetch {CONFIG} and {WEIGHTS} into it"
+        return f"{folder} is empty: download {CONFIG} and {WEIGHTS} into it"
     if other := [name for name in held if name.endswith((".safetensors", ".pth.tar", ".pth", ".pt", ".bin"))]:
         return f"{folder} holds no {WEIGHTS} and no {INDEX}, but {_first(other)}: use the path of that file"
-    return f"{folder} holds no weights ({_first(held)}): fetch {WEIGHTS} into it"
+    return f"{folder} holds no weights ({_first(held)}): download {WEIGHTS} into it"

@@ -298,7 +298,7 @@ def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
         private: whether a new repository is private.
 
     Raises:
-        ConfigError: not a complete model of ours, or not a name of a repository.
+        ConfigError: not a complete agglo model, or not a name of a repository.
         AssetError: no network, or no write access.
     """
     with tempfile.TemporaryDirectory() as temporary:
