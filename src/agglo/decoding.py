@@ -98,7 +98,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def turns(stored: tuple[int, int], turn: int, upright: bool, size: tuple[int, int] | None) -> bool:
-    """Whether an image is turned upright: as ``upright`` says, unless only the other frame has the ground truth's size.
+    """Whether an image is turned upright: ``upright``, unless only the other frame has the ground truth's size.
 
     Args:
         stored: ``(H, W)`` of the stored pixels.

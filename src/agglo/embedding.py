@@ -135,17 +135,17 @@ def embed(
     model = load(model, heads="text") if isinstance(model, str | Path) else model
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, got {batch}")
-    canvas, head = legal_size(model, size), _aligned_head(model, head)
+    view, head = legal_size(model, size), _aligned_head(model, head)
     source = _as_source(images_or_dir)
-    check_memory(model, canvas, min(batch, len(source)))
-    kept = _Journal(Path(journal), model, canvas, head) if journal is not None else None
+    check_memory(model, view, min(batch, len(source)))
+    kept = _Journal(Path(journal), model, view, head) if journal is not None else None
     done = {} if kept is None else kept.read(source)
     skipped: dict[str, str] = {}
     was_training = model.training
     model.eval()
     try:
         rest = _Rest(source, [index for index in range(len(source)) if index not in done])
-        for found in evaluation_batches(rest, canvas, batch) if rest.has_images(skipped, needed=not done) else ():
+        for found in evaluation_batches(rest, view, batch) if rest.has_images(skipped, needed=not done) else ():
             skipped |= found.skipped
             rows = _encode(model, found.images, head)
             good = np.isfinite(np.concatenate(rows, axis=1)).all(axis=1)
@@ -170,7 +170,7 @@ def embed(
     order = sorted(done)
     summary, vectors = (np.stack([done[index][part] for index in order]) for part in (0, 1))
     names = tuple(source.name(index) for index in order)
-    return Embeddings(names, summary, vectors if head is not None else None, skipped, called, canvas, head)
+    return Embeddings(names, summary, vectors if head is not None else None, skipped, called, view, head)
 
 
 def search(embeddings: Embeddings, model: str | Path | Model, text: str, k: int = 5) -> list[Hit]:
@@ -367,12 +367,12 @@ class _Journal:
 
     Args:
         path: of the file; continued if it belongs to the same model, size and head.
-        model, canvas, head: of the rows.
+        model, view, head: of the rows.
     """
 
-    def __init__(self, path: Path, model: Model, canvas: tuple[int, int], head: str | None) -> None:
+    def __init__(self, path: Path, model: Model, view: tuple[int, int], head: str | None) -> None:
         self.path = path
-        self._first = {"format": 1, "model": model_hash(model), "size": list(canvas), "head": head}
+        self._first = {"format": 1, "model": model_hash(model), "size": list(view), "head": head}
         self._file: Any = None
 
     def read(self, source: Source) -> _Rows:

@@ -45,7 +45,7 @@ def ordered(value: tuple[float, float]) -> tuple[float, float]:
 
 
 class Claim(Strict):
-    """What a run of the recipe costs and reaches, for the reader."""
+    """Cost and expected results of a run, shown by ``agglo recipes``."""
 
     summary: str = ""
     hardware: str = ""

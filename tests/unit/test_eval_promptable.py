@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agglo.evals.base import EvalContext, ProbeError
-from agglo.evals.promptable import Promptable, canvas, instances, load, masks, overlap
+from agglo.evals.promptable import Promptable, instances, load, masks, overlap, padded
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 from support.checkpoints import tiny_sam
 from support.models import Squares, Student
@@ -105,7 +105,7 @@ def test_heads_are_chosen_by_width(decoder: str) -> None:
 
 def test_wide_image_is_padded_at_the_bottom(decoder: str) -> None:
     image = Image.new("RGB", (40, 20), (255, 0, 0))
-    full = canvas(image, (64, 64), SimpleNamespace(fill=(0.1, 0.2, 0.3)))
+    full = padded(image, (64, 64), SimpleNamespace(fill=(0.1, 0.2, 0.3)))
     assert full.shape == (3, 64, 64)
     assert full[:, 0, 0].tolist() == full[:, 31, 63].tolist() == [1, 0, 0]
     torch.testing.assert_close(full[:, 32, 0], torch.tensor([0.1, 0.2, 0.3]))

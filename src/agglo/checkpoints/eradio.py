@@ -1,4 +1,4 @@
-"""Published E-RADIO networks, and the arguments of the released constructor as our options."""
+"""Published E-RADIO networks, and the arguments of the released constructor as options of the student."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def options_from_official(model_kwargs: Mapping[str, Any], variant: str | None =
 
 
 def _converted(key: str, value: Any) -> Any:
-    """The value of our option; of four stages, only the last two have attention."""
+    """The value of the student's option; of four stages, only the last two have attention."""
     try:
         if key == "num_heads":
             return tuple(int(count) for count in _last_two(value))

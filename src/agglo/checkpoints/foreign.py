@@ -14,7 +14,7 @@ from agglo.types import ConfigError
 from agglo.weights.reading import Checkpoint, assign
 
 NOTES = "agglo"
-"""Key of a foreign ``config.json`` with the metadata of our exports that the foreign layout lacks."""
+"""Key of a foreign ``config.json`` with the metadata of agglo's exports that the foreign layout lacks."""
 
 KEPT = ("pos_dropout", "num_global", "num_windowed")
 """Student options without effect in a foreign port, kept for loading the model again."""
@@ -24,7 +24,7 @@ OPTIONS = ("window", "align_corners", "num_global", "num_windowed")
 
 
 def notes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of our exports in a configuration; empty for other files."""
+    """The metadata of agglo's exports in a configuration; empty for other files."""
     found = config.get(NOTES)
     return dict(found) if isinstance(found, Mapping) else {}
 
@@ -55,7 +55,7 @@ def build(
     Args:
         checkpoint: for its notes and for messages.
         options: of the ``vit`` student, without its kind.
-        tensors: by our names.
+        tensors: by agglo's names.
         tokens: names for the class tokens, unless the notes have them.
         summary_slots: indices of those in the summary.
         preferred_size: in pixels, unless the notes have it.

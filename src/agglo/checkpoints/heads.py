@@ -26,7 +26,7 @@ class _Layout(NamedTuple):
         mlp: prefix of the MLP.
         last: the MLP's last linear.
         inner: name and stride of the index of the MLP's inner blocks.
-        rename: our key to the official one.
+        rename: agglo's key to the official one.
     """
 
     mlp: str

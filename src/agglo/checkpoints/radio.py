@@ -312,7 +312,7 @@ def _wanted(heads: Iterable[str] | None, tensors: Mapping[str, Tensor], args: Ma
 def _head(
     tensors: Mapping[str, Tensor], checkpoint: Checkpoint, args: Mapping[str, Any], name: str, slots: int
 ) -> tuple[HeadConfig, dict[str, str]]:
-    """A teacher's pair of heads, and ``our key → official key`` below ``heads.<name>.``."""
+    """A teacher's pair of heads, and ``agglo's key → official key`` below ``heads.<name>.``."""
     index = _index(args, name)
     teacher = args["teachers"][index]
     adaptor = (checkpoint.config.get("adaptor_configs") or {}).get(name) or {}

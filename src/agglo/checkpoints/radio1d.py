@@ -87,7 +87,7 @@ def options_from_official(
 
 
 def weights_from_official(state: Mapping[str, Tensor], *, final_norm: bool) -> dict[str, Tensor]:
-    """Rename official keys, without ``base_model.``, to ours; drop tensors of training and an unused final norm."""
+    """Rename official keys, without ``base_model.``, to agglo's; drop tensors of training and an unused final norm."""
     unused = _TRAINING_ONLY if final_norm else (*_TRAINING_ONLY, "norm")
     kept = {key: tensor for key, tensor in state.items() if key.split(".")[0] not in unused}
     return {key.replace("patch_generator.cls_token.", "patch_generator."): tensor for key, tensor in kept.items()}

@@ -65,8 +65,8 @@ def from_timm(
 ) -> Model:
     """A folder of timm's hub layout as an agglo model, without heads.
 
-    timm counts all class tokens but the first as registers. Their number is known for our own exports and the released
-    generations; else there is one. timm's pooled output is the first one; our summary is all that the generation uses.
+    timm counts all class tokens but the first as registers. Their number is known for agglo's exports and the released
+    generations; else it is 1. timm's pooled output is the first one; agglo's summary is all that the generation uses.
 
     Args:
         checkpoint: of :func:`agglo.weights.reading.read_folder`.
@@ -237,7 +237,7 @@ class _Keys:
 
 
 def _projection(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Weights in our order (channel, y, x), as in a kernel; a linear projection has (y, x, channel)."""
+    """Weights in agglo's order (channel, y, x), as in a kernel; a linear projection has (y, x, channel)."""
     weight = tensors[key]
     if weight.ndim == 4:
         return weight.flatten(1)

@@ -149,7 +149,7 @@ def gated_width(hidden: int) -> int:
 
 
 def _ours(key: str, *, scaled: bool) -> str | None:
-    """Our name of a tensor; None if it is unused, or a part of one of our matrices."""
+    """The name of a tensor in agglo; None if it is unused, or a part of one of agglo's matrices."""
     if key.endswith("summary_idxs") or _VIDEO.fullmatch(key) or _ADAPTOR.fullmatch(key) or _PART.fullmatch(key):
         return None
     for stored, ours in _PREFIXES:

@@ -28,9 +28,9 @@ class Trunk:
 
     Args:
         options: ``{kind, **keys}``.
-        names: official key, including ``base_model.``, to our key without ``student.``; None if unused.
+        names: official key, including ``base_model.``, to agglo's key without ``student.``; None if unused.
         tokens: names of the class tokens.
-        derived: our key (without ``student.``) to the function that computes it.
+        derived: agglo's key (without ``student.``) to the function that computes it.
     """
 
     options: dict[str, Any]

@@ -161,7 +161,7 @@ def load(model: str, device: str, heads: str = "text") -> tuple[Any, str, dict[s
         return teacher, " ".join([str(options.get("kind")), *rest]), options
     from agglo.zoo import loading as zoo
 
-    # Heads of our models are small; loading all of them gives the model one hash for every eval.
+    # Heads of agglo models are small; loading all of them gives the model one hash for every eval.
     return zoo.load(model, heads=None if zoo.is_ours(model) else heads, device=device), model, None
 
 

@@ -53,7 +53,7 @@ class Batch:
 
 
 class _StoppedError(Exception):
-    """The consumer has stopped; abandon unfinished batches."""
+    """Raised in loader threads after the consumer stopped."""
 
 
 class Loader:

@@ -17,7 +17,7 @@ _FINEST = 64
 """Minimum number of grid cells along the shorter side of an image."""
 _SPARE = 1.0
 """Minimum number of decoded pixels per view pixel when an image is shrunk while decoding. Near 1 the view shows the
-JPEG decoder's low pass, which is slightly sharper than ours: by 0.9/255 on average over photographs at 1, by 0.4 at
+JPEG decoder's low pass, which is slightly sharper than this one: by 0.9/255 on average over photographs at 1, by 0.4 at
 1.25. The difference between the bilinear and the bicubic kernel is 1.1."""
 _WHITE = np.float32(255)
 _TOGETHER = 8

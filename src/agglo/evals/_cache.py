@@ -119,7 +119,7 @@ def source_key(options: Mapping[str, Any] | Source) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An encoded set of images. All tensors are on the CPU; float32, the summary in the precision asked of ``encode``.
+    """An encoded set of images. All tensors are on the CPU; float32, the summary in ``encode``'s ``precision``.
 
     Args:
         names: the N readable images, in the source's order.

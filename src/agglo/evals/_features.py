@@ -57,7 +57,7 @@ def encode(
         want: ``"summary"``, ``"spatial"``, or ``"text"`` (``encode_image``, unit norm, returned as the summary).
         aspect: ``crop``: the centre of each image at the aspect of ``size``. ``keep``, for summaries: the whole image,
             scaled to cover ``size``, each side to the nearest multiple of the model's step
-            (:func:`agglo.preprocess.aspect_size`). A teacher with one fixed canvas gets crops, and a warning.
+            (:func:`agglo.preprocess.aspect_size`). A teacher with a fixed input size gets crops, and a warning.
         share: keep the features for the other evals of a suite; False for images that no other eval uses.
         precision: of the summaries. They are rounded batch by batch and never held twice; in another precision than
             float32 no maps are kept.
@@ -67,11 +67,11 @@ def encode(
         ImageError: no image of the source could be read.
     """
     view = input_size(model, size)
-    canvas: int | None = getattr(model, "canvas", None)
-    whole = aspect == "keep" and canvas is None
-    if aspect == "keep" and canvas is not None:
+    fixed: int | None = getattr(model, "fixed_size", None)
+    whole = aspect == "keep" and fixed is None
+    if aspect == "keep" and fixed is not None:
         warnings.warn(
-            f"aspect: keep had no effect: {type(model).__name__} takes {canvas}x{canvas} pixels only and encoded the "
+            f"aspect: keep had no effect: {type(model).__name__} takes {fixed}x{fixed} pixels only and encoded the "
             "centre of each image, not the whole",
             stacklevel=2,
         )

@@ -118,7 +118,7 @@ class Changed(Source):
     Args:
         source: the images.
         change: function of image and index that returns another image; deterministic.
-        suffix: appended to names, to tell the images from the originals.
+        suffix: appended to names, to distinguish the images from the originals.
         indices: of the images, in order; all when None.
         read: reads an image of the source by its index; ``source.read`` when None.
     """

@@ -24,10 +24,10 @@ SCENES_VAL: dict[str, Any] = {"kind": "scenes", "split": "val"}
 SCENES_TEST: dict[str, Any] = {"kind": "scenes", "split": "test"}
 
 Progress = Callable[[str], None]
-"""Called with a short phrase as long work moves on."""
+"""Called with a progress message during long work."""
 
 Place = Literal["data", "answers", "weights", "output"]
-"""What a file or folder is to the eval whose key names it.
+"""Role of a file or folder in the eval whose key names it.
 
 - ``data``: ground truth (a benchmark's own file); its content is part of the data's hash.
 - ``answers``: another program's output for the model; its content is part of a measurement's identity, and the answers

@@ -41,7 +41,7 @@ class Knn(Eval):
             float32 either way.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
         aspect: ``crop``: the centre of each image at the aspect of ``size``; ``keep``: the whole image, scaled to cover
-            ``size``, as RADIO does. A teacher with one fixed canvas gets crops either way, with a warning.
+            ``size``, as RADIO does. A teacher with a fixed input size gets crops either way, with a warning.
         train: a labelled source, for the bank.
         test: a labelled source, for the queries.
     """

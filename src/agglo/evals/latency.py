@@ -17,7 +17,7 @@ _LEAST = 3
 class Latency(Eval):
     """Time of a forward pass on the model's device, for a batch that is already there.
 
-    Each pass is timed on its own, with a GPU synchronised. Decoding and resizing are excluded; the model's
+    Each pass is timed separately, with a GPU synchronised. Decoding and resizing are excluded; the model's
     normalisation and heads are included. Timings depend on the machine, its load and its number of threads: compare
     only models measured side by side.
 

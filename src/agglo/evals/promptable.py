@@ -94,7 +94,7 @@ class Promptable(Eval):
                         continue
                     if truth is None:
                         continue
-                    out = model(canvas(image, view, model)[None].to(device_of(model)))
+                    out = model(padded(image, view, model)[None].to(device_of(model)))
                     found = masks(sam, self._features(out, sam, name), truth.boxes, (image.height, image.width))
                     iou = overlap(found.cpu(), truth.masks)
                     names.append(name)
@@ -183,8 +183,8 @@ def _whole(
     return Truth(torch.from_numpy(found[keep]), torch.tensor([boxes[i] for i in keep], dtype=torch.float32))
 
 
-def canvas(image: Image.Image, view: tuple[int, int], model: object) -> Tensor:
-    """An image scaled into the upper left corner of a canvas of ``view`` ``(H, W)``: ``(3, H, W)`` in [0, 1]."""
+def padded(image: Image.Image, view: tuple[int, int], model: object) -> Tensor:
+    """An image scaled and padded, in the upper left corner, to ``view`` ``(H, W)``: ``(3, H, W)`` in [0, 1]."""
     return fit(image, view, "pad", fill=getattr(model, "fill", (0.5, 0.5, 0.5)))
 
 

@@ -149,7 +149,7 @@ def padded(image: Image.Image, size: int, model: Backbone) -> Tensor:
     """An image with its longer side scaled to the legal length nearest to ``size``: ``(3, H, W)`` in [0, 1].
 
     The shorter side is padded at its end to the next legal length, with the colour that the model's normalisation maps
-    to zero. A model with one fixed canvas gets that canvas.
+    to zero. A model with a fixed input size gets that size.
     """
     view, step = input_size(model, size), step_of(model)
     pixels = fit(image, view, "pad", fill=getattr(model, "fill", (0.5, 0.5, 0.5)))

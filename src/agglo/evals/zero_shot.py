@@ -42,7 +42,7 @@ class ZeroShot(Eval):
             that includes every label of the source.
         size: pixels, side or ``(H, W)``; snapped to what the model can take.
         aspect: ``crop``: the centre of each image at the aspect of ``size``; ``keep``: the whole image, scaled to cover
-            ``size``, as RADIO does. A teacher with one fixed canvas gets crops either way, with a warning.
+            ``size``, as RADIO does. A teacher with a fixed input size gets crops either way, with a warning.
         source: the images.
     """
 

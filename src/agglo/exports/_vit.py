@@ -69,7 +69,7 @@ def left_out(model: Model, where: str) -> list[str]:
 
 
 def notes(model: Model) -> dict[str, Any]:
-    """Configuration that only our importer reads; the foreign library ignores it."""
+    """Configuration that only agglo's importer reads; the foreign library ignores it."""
     config = model.student_config
     return {
         NOTES: {

@@ -68,7 +68,7 @@ class Protocol:
 
     Args:
         source: the paper or code.
-        differs: differences of our evals from the authors'.
+        differs: differences from the authors' procedure.
         evals: as in a recipe, each with a ``name``.
     """
 

@@ -146,7 +146,7 @@ def run_each(
 
 
 def error_text(error: Exception) -> str:
-    """One line on an error; its type is named unless it is one of ours."""
+    """The message of an error in one line; prefixed with its type unless it is an ``AggloError``."""
     if isinstance(error, AggloError):
         return str(error)
     first = next(iter(str(error).strip().splitlines()), "")

@@ -106,7 +106,7 @@ def enable_damp(module: nn.Module, sigma: float, /, *, seed: int, rank: int | No
         A handle, with the noise of step 0 drawn; call its ``set_step`` before every step.
 
     Raises:
-        ValueError: ``sigma`` is negative or infinite, there is no such layer, or one is perturbed already.
+        ValueError: ``sigma`` is negative or infinite, no layer can be perturbed, or one is perturbed already.
     """
     if not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma must be finite and at least 0, got {sigma}")

@@ -125,7 +125,7 @@ def _onednn_is_faster() -> bool:
 
 
 def _vendor() -> str:
-    """Such as ``AuthenticAMD`` or ``GenuineIntel``; empty if unknown."""
+    """The processor's vendor, e.g. ``AuthenticAMD``; empty if unknown."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()

@@ -28,7 +28,7 @@ _PROBES = (64, 224, 1024)
 
 
 def wrap(teacher: Teacher, entry: TeacherEntry, name: str, *, untrained: bool = False) -> Teacher:
-    """The teacher, in the wrapper that its entry asks for, if any.
+    """The teacher, in the wrapper that its entry configures, if any.
 
     Args:
         teacher: built from the entry.
@@ -79,10 +79,10 @@ class _Wrapper(Teacher):
 
 
 class Mosaic(_Wrapper):
-    """Packs many small views into one canvas of a teacher with one size, and cuts its map back (docs/method.md, 3.4).
+    """Packs small views into one input of a teacher with a fixed size, and cuts its map back (docs/method.md, 3.4).
 
     Each view is scaled so that a teacher cell covers as much of it as a student cell, whatever the student's size. A
-    view that fills the canvas gives the plain forward pass, bit for bit. Uncovered pixels have the teacher's mean
+    view that fills the input gives the plain forward pass, bit for bit. Uncovered pixels have the teacher's mean
     colour. The layout is drawn per step (:meth:`begin_step`); each process packs its own views.
 
     Args:
@@ -116,7 +116,7 @@ class Mosaic(_Wrapper):
         self._seed, self._step = seed, step
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
-        """As many cells as the student has for the view, at most the whole canvas.
+        """As many cells as the student has for the view, at most the whole input.
 
         ``r_T = P_T round(r_S / P_S)``: 224 pixels of a student with patches of 16 are 196 of a teacher with 14.
         """
@@ -127,7 +127,7 @@ class Mosaic(_Wrapper):
         return height, width
 
     def forward(self, images: Tensor) -> Features:
-        """Encode RGB views ``(B, 3, h, w)`` in [0, 1]: whole cells, at most the canvas."""
+        """Encode RGB views ``(B, 3, h, w)`` in [0, 1]: whole cells, at most the whole input."""
         cell = self.spec.stride
         height, width = images.shape[-2:]
         if height % cell or width % cell or height > self.whole[0] or width > self.whole[1]:

@@ -42,7 +42,7 @@ class Distill(Objective):
     def __init__(self, recipe: Recipe, model: Model, teachers: Mapping[str, Teacher], /) -> None:
         super().__init__()
         weights: dict[str, float] = {}
-        # Module dictionaries, typed as plain ones: pyright does not know what a ModuleDict holds.
+        # Module dictionaries, typed as plain ones: pyright has no value type for a ModuleDict.
         self.normalizers: dict[str, Normalizer] = nn.ModuleDict()  # type: ignore[assignment]
         self.summary_losses: dict[str, Loss] = nn.ModuleDict()  # type: ignore[assignment]
         self.spatial_losses: dict[str, Loss] = nn.ModuleDict()  # type: ignore[assignment]

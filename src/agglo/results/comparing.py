@@ -92,7 +92,7 @@ class Models:
         return self.results[row]
 
     def name(self, row: str) -> str:
-        """The model's name, without what tells models of one name apart."""
+        """The model's name, without the suffix that distinguishes models of one name."""
         return str(self.results[row][-1].model["name"])
 
     def time(self, row: str) -> str:

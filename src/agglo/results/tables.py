@@ -76,7 +76,7 @@ class Column:
 
     @property
     def title(self) -> str:
-        """As in ``knn top1 ↓ (a)``."""
+        """Title of the column, e.g. ``knn top1 ↓ (a)``."""
         arrow = " ↓" if self.lower else ""
         return f"{self.name} {self.metric}{arrow}" + (f" ({self.mark})" if self.mark else "")
 

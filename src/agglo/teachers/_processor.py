@@ -79,7 +79,7 @@ def pixels_of(content: Mapping[str, Any], where: str) -> Pixels:
     def value(key: str) -> Any:
         return content[key] if key in content else getattr(defaults, key, None)
 
-    # The processor scales bytes; ours are already in [0, 1]. The remaining factor is 1 for every released checkpoint.
+    # The processor scales bytes; images here are in [0, 1]. The remaining factor is 1 for every released checkpoint.
     scale = 255 * float(value("rescale_factor") or 1 / 255) if value("do_rescale") in (None, True) else 255.0
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

@@ -45,9 +45,9 @@ class Teacher(nn.Module, ABC):
         patch: side of a token in pixels of the teacher's input; None for teachers without tokens of one scale
             (pyramids, histograms, pooled vectors), which get views at the student's own size.
         native: side in pixels of the square images its weights were made for, or None if unknown.
-        canvas: side in pixels of the square canvas for every view, whatever the student's size; None for teachers that
-            follow the student.
-        fill: RGB colour in [0, 1] that its normalisation maps to zero, used to paint empty canvas.
+        canvas: side in pixels of the fixed square input for every view, whatever the student's size; None for teachers
+            that follow the student.
+        fill: RGB colour in [0, 1] that its normalisation maps to zero, used for padding.
         processor: preprocessing stated by the files beside its weights: ``mean`` and ``std`` for pixels in [0, 1],
             ``size`` in pixels or None; empty without such files.
         text_options: kind and keys of the text tower that belongs to the summary, or None.
@@ -65,7 +65,7 @@ class Teacher(nn.Module, ABC):
 
     @property
     def fixed(self) -> bool:
-        """Whether every view is placed on a square canvas of one size."""
+        """Whether every view is placed in a square input of one size."""
         return self.canvas is not None
 
     @abstractmethod
@@ -96,17 +96,17 @@ class Teacher(nn.Module, ABC):
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
         """Input ``(H, W)`` of this teacher for a view of ``size`` and a student of ``stride``.
 
-        The canvas, if it is fixed; else :meth:`matched_size`, snapped to its step.
+        The fixed size, if there is one; else :meth:`matched_size`, snapped to its step.
         """
         if self.canvas is not None:
             return self.canvas, self.canvas
         return snap(self.matched_size(size, stride), self.spec.step)
 
     def matched_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
-        """The ``(H, W)`` at which teacher and student have equally many tokens, fixed canvas or not.
+        """The ``(H, W)`` at which teacher and student have equally many tokens, of fixed size or not.
 
         ``r_T = r_S P_T / P_S``, in whole tokens (docs/method.md, 3.2): 432 pixels at patch 16 are 378 at patch 14. It
-        is also the side of one tile if several views share a fixed canvas. Without tokens: the student's own size.
+        is also the side of one tile if several views share a fixed input. Without tokens: the student's own size.
         """
         if self.patch is None:
             return snap(size, self.spec.step)

@@ -131,7 +131,7 @@ class TransformersTeacher(Teacher):
         return [_to_map(found[block], grid) for block in blocks]
 
     def input_size(self, size: tuple[int, int], stride: int) -> tuple[int, int]:
-        """Its canvas; the view scaled to the key ``size``; or the size with equally many tokens."""
+        """Its fixed size; the view scaled to the key ``size``; or the size with equally many tokens."""
         if self.canvas is None and self.size is not None:
             return scaled_size(size, self.size, self.spec.step)
         return super().input_size(size, stride)
@@ -200,7 +200,7 @@ def _native(family: Family, pixels: Pixels, model: str) -> int | None:
 
 
 def _canvas(family: Family, native: int | None, size: int | None, model: str) -> int | None:
-    """The side of a fixed canvas, or None for a model that follows the student."""
+    """The side of the fixed input, or None for a model that follows the student."""
     if size is not None and family.rigid and size != native:
         raise ConfigError(f"{_WHERE}.size: {model} runs at {native} pixels only, not at {size}")
     check_size(size, family.step, _WHERE, model)

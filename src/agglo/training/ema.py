@@ -21,13 +21,13 @@ class Ema:
 
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
-        """Become a copy of ``model``."""
+        """Copy the state of ``model``."""
         if self.decay:
             self.model.load_state_dict(model.state_dict())
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, good: Tensor | None = None) -> None:
-        """Move towards ``model`` after optimiser step ``step`` (from 0).
+        """Update from ``model`` after optimiser step ``step`` (from 0).
 
         Args:
             model: the trained model.

@@ -322,7 +322,7 @@ def save(run: Run, done: int) -> None:
 
 
 def skipped_images(run: Run) -> dict[str, str]:
-    """Reason by name of every unreadable image that any process has met; a collective call."""
+    """Reason by name of every unreadable image of any process; a collective call."""
     # The copy is made at once, as the loader's threads write to the dictionary.
     new = {name: why for name, why in dict(run.loader.skipped).items() if name not in run.skipped}
     for part in dist.gather(new):
@@ -356,7 +356,7 @@ def exportable(run: Run, model: Any) -> Any:
 
 
 def provenance(recipe: Recipe, teachers: dict[str, Teacher]) -> dict[str, Any]:
-    """What a saved model records of its training."""
+    """The provenance of a saved model: its recipe, teachers and training."""
     return {
         "recipe": recipe.name,
         "teachers": {name: f"{recipe.teachers[name].teacher['kind']} ({t.licence})" for name, t in teachers.items()},

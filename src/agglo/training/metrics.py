@@ -135,7 +135,7 @@ def _part(values: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 def _diagnose(values: Mapping[str, float], half: Collection[str]) -> tuple[str, str]:
-    """What was not finite, closest to the cause (a teacher, a term, the sum, the gradient), and the remedy."""
+    """Describe the first non-finite value (of a teacher, a term, the sum, the gradient), and the remedy."""
     targets = [name for name, spread in _part(values, "target:").items() if math.isnan(spread)]
     if targets:
         pairs = [target.split("/") for target in targets]

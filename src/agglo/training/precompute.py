@@ -343,7 +343,7 @@ class _Job:
         return writing_to(self.folder, self._state)
 
     def _state(self) -> str:
-        """How much is written and how much is missing."""
+        """Numbers of written and missing crops."""
         if not self.writers:  # nothing has been counted yet
             with contextlib.suppress(OSError):
                 self.summary.done = self._count()

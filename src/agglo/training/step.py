@@ -42,7 +42,7 @@ class Run:
         adopted: teachers whose heads were copied from ``train.start_from``.
         start: first step.
         reported: targets that were reported as constant.
-        skipped: reason by name of every unreadable image that any process has met.
+        skipped: reason by name of every unreadable image of any process.
         notes: lines for the user, printed when the run starts.
     """
 

@@ -76,8 +76,8 @@ def load(
         name_or_path: a released name (``"agglo-lite"``, ``"c-radio_v4-so400m"``; :func:`list_models`); a folder that
             :meth:`agglo.Model.save` wrote, or a run folder; a folder of a Hugging Face repository (C-RADIO,
             transformers' ``RadioModel``, timm); an official ``.pth.tar``; or ``"owner/name"`` on the Hugging Face hub.
-        heads: teachers whose heads to load, ``"all"``, or ``"text"`` for those with a text tower. None: all of a model
-            of ours; none of an official checkpoint, where they are large.
+        heads: teachers whose heads to load, ``"all"``, or ``"text"`` for those with a text tower. None: all heads
+            of an agglo model; no heads of an official checkpoint, where they are large.
         dtype: of weights and arithmetic: float32, bfloat16 or float16.
         device: target.
         compile: compile the student with ``torch.compile``; the first call at a new size is slow.
@@ -143,7 +143,7 @@ def _read(
     if timm.is_timm(config):
         return _without_heads(heads, path) or timm.from_timm(checkpoint, dtype=dtype, device=device, **given)
     raise ConfigError(
-        f"{path / CONFIG} has an unknown layout; known are ours, NVIDIA's, transformers' RadioModel and timm's"
+        f"{path / CONFIG} has an unknown layout; known are agglo's, NVIDIA's, transformers' RadioModel and timm's"
     )
 
 
@@ -293,12 +293,12 @@ def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
     """Upload weights, configuration and card to the Hugging Face hub, for loading as ``load(repo)``; return the URL.
 
     Args:
-        model: a model, or the name or folder of one of ours; a saved folder is uploaded unchanged.
+        model: an agglo model, its name, or its folder; a saved folder is uploaded unchanged.
         repo: ``owner/name``; created if needed.
         private: whether a new repository is private.
 
     Raises:
-        ConfigError: not a complete agglo model, or not a name of a repository.
+        ConfigError: not a complete agglo model, or ``repo`` is not ``owner/name``.
         AssetError: no network, or no write access.
     """
     with tempfile.TemporaryDirectory() as temporary:
