@@ -277,6 +277,18 @@ def override(
     return root
 
 
+def merge(base: Any, own: Any, keep: Collection[str] = ()) -> Any:
+    """``own`` over ``base``: mappings are merged key by key, other values replaced.
+
+    Another ``kind`` drops the keys of the base's kind, except those in ``keep``.
+    """
+    if not isinstance(base, Mapping) or not isinstance(own, Mapping):
+        return own
+    if "kind" in own and own["kind"] != base.get("kind"):
+        base = {key: value for key, value in base.items() if key in keep}
+    return {**base, **{key: merge(base.get(key), value, keep) for key, value in own.items()}}
+
+
 def _assign(root: Any, keys: list[str], value: Any, assignment: str, keep: Collection[str]) -> None:
     node: Any = root
     for position, key in enumerate(keys):

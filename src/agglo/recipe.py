@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import reduce
-from operator import getitem
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from agglo.config import (
     check_options,
     explain,
     find,
+    merge,
     nearest,
     override,
     read_yaml,
@@ -29,8 +28,8 @@ RECIPES = Path(__file__).parent / "recipes"
 Kind = dict[str, Any]
 """``{"kind": name, **keys}``, checked against the kind's constructor."""
 
-_STUDENT: dict[str, Any] = {"student": True}
-"""Marks keys about a student (:data:`STUDENT_KEYS`), which an objective that trains none does not use."""
+STUDENT: dict[str, Any] = {"student": True}
+"""Marks keys about a student (:data:`agglo.objectives.base.STUDENT_KEYS`)."""
 
 
 def ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -108,7 +107,7 @@ class Targets(Strict):
         estimate_images: images of the pre-pass that estimates its statistics before the first step.
     """
 
-    normalizer: Kind = Field(default={"kind": "phi_s"}, json_schema_extra=_STUDENT)
+    normalizer: Kind = Field(default={"kind": "phi_s"}, json_schema_extra=STUDENT)
     estimate_images: int = Field(default=1024, gt=0)
 
 
@@ -182,10 +181,10 @@ class Views(Strict):
     aspect: tuple[float, float] = (0.75, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)
     mixup: float = Field(default=0.0, ge=0, le=1)
-    shift: float = Field(default=0.0, ge=0, json_schema_extra=_STUDENT)
+    shift: float = Field(default=0.0, ge=0, json_schema_extra=STUDENT)
     canvas: int | Literal["auto"] | None = None
-    crops: int = Field(default=0, ge=0, json_schema_extra=_STUDENT)
-    roam: int = Field(default=0, ge=0, json_schema_extra=_STUDENT)
+    crops: int = Field(default=0, ge=0, json_schema_extra=STUDENT)
+    roam: int = Field(default=0, ge=0, json_schema_extra=STUDENT)
 
     @model_validator(mode="after")
     def _check_crops(self) -> Views:
@@ -225,7 +224,7 @@ class Data(Strict):
     views: Views = Views()
     workers: int = Field(default=1, ge=0, le=1024)
     cache_mb: int = Field(default=1024, ge=0)
-    feature_cache: str | None = Field(default=None, json_schema_extra=_STUDENT)
+    feature_cache: str | None = Field(default=None, json_schema_extra=STUDENT)
 
     @model_validator(mode="after")
     def _check_cache(self) -> Data:
@@ -286,21 +285,21 @@ class Train(Strict):
 
     steps: int = Field(gt=0)
     lr: float = Field(default=1e-3, gt=0)
-    backbone_lr: float = Field(default=1.0, ge=0, json_schema_extra=_STUDENT)
+    backbone_lr: float = Field(default=1.0, ge=0, json_schema_extra=STUDENT)
     final_lr: float = Field(default=0.01, ge=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
-    head_steps: int = Field(default=0, ge=0, json_schema_extra=_STUDENT)
+    head_steps: int = Field(default=0, ge=0, json_schema_extra=STUDENT)
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     ema: float = Field(default=0.9996, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    freeze_norm_statistics: bool = Field(default=False, json_schema_extra=_STUDENT)
-    damp: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=_STUDENT)
-    spectral: bool = Field(default=False, json_schema_extra=_STUDENT)
-    windows: list[int] = Field(default=[], json_schema_extra=_STUDENT)
-    window_share: float = Field(default=0.5, ge=0, le=1, json_schema_extra=_STUDENT)
-    start_from: str | None = Field(default=None, json_schema_extra=_STUDENT)
+    freeze_norm_statistics: bool = Field(default=False, json_schema_extra=STUDENT)
+    damp: float = Field(default=0.0, ge=0, lt=1, json_schema_extra=STUDENT)
+    spectral: bool = Field(default=False, json_schema_extra=STUDENT)
+    windows: list[int] = Field(default=[], json_schema_extra=STUDENT)
+    window_share: float = Field(default=0.5, ge=0, le=1, json_schema_extra=STUDENT)
+    start_from: str | None = Field(default=None, json_schema_extra=STUDENT)
     patience: int = Field(default=5, ge=0)
     seed: int = 0
     log_every: int = Field(default=10, gt=0)
@@ -355,16 +354,16 @@ class Recipe(Strict):
     objective: Kind = {"kind": "distill"}
     student: Kind = {}
     teachers: dict[str, TeacherEntry] = Field(min_length=1)
-    heads: Heads = Field(default=Heads(), json_schema_extra=_STUDENT)
+    heads: Heads = Field(default=Heads(), json_schema_extra=STUDENT)
     targets: Targets = Targets()
-    losses: Losses = Field(default=Losses(), json_schema_extra=_STUDENT)
-    balancer: Kind = Field(default={"kind": "fixed"}, json_schema_extra=_STUDENT)
-    auxiliary: dict[str, Auxiliary] = Field(default={}, json_schema_extra=_STUDENT)
+    losses: Losses = Field(default=Losses(), json_schema_extra=STUDENT)
+    balancer: Kind = Field(default={"kind": "fixed"}, json_schema_extra=STUDENT)
+    auxiliary: dict[str, Auxiliary] = Field(default={}, json_schema_extra=STUDENT)
     data: Data
     partitions: list[Partition] = Field(min_length=1)
     train: Train
     stages: list[Stage] = []
-    evals: list[Kind] = Field(default=[], json_schema_extra=_STUDENT)
+    evals: list[Kind] = Field(default=[], json_schema_extra=STUDENT)
     smoke: list[str] = []
 
     @model_validator(mode="after")
@@ -524,43 +523,6 @@ def from_dict(data: Mapping[str, Any], name: str = "recipe") -> Recipe:
         raise ConfigError(f"{name}:\n" + explain(error, data, "", Recipe)) from None
 
 
-def refuse_unused_keys(recipe: Recipe, unused: Iterable[str]) -> None:
-    """Refuse keys that the recipe's objective does not use, instead of ignoring them.
-
-    A key is refused if its value is not the default: a saved recipe states every key.
-
-    Args:
-        recipe: the run.
-        unused: dotted paths of keys, with ``*`` for every teacher (:attr:`agglo.objectives.base.Objective.unused`).
-
-    Raises:
-        ConfigError: names the keys.
-    """
-    given, tree = recipe.to_dict(), recipe.to_dict()
-    names = list(dict.fromkeys(key.replace("*", name) for key in unused for name in recipe.teachers))
-    paths = [name.split(".") for name in names]
-    for *above, key in paths:
-        reduce(getitem, above, tree).pop(key)
-    default = from_dict(tree).to_dict()
-    wrong = [".".join(path) for path in paths if reduce(getitem, path, given) != reduce(getitem, path, default)]
-    if wrong:
-        them = "it: remove it" if len(wrong) == 1 else "them: remove them"
-        raise ConfigError(f"{', '.join(wrong)}: objective {recipe.objective['kind']} does not use {them}")
-
-
-def _student_keys(model: type[Strict], above: str = "") -> Iterator[str]:
-    """Paths of the keys that are marked as keys about a student."""
-    for name, field in model.model_fields.items():
-        if field.json_schema_extra == _STUDENT:
-            yield above + name
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
-            yield from _student_keys(field.annotation, f"{above}{name}.")
-
-
-STUDENT_KEYS = tuple(_student_keys(Recipe))
-"""Dotted paths of the keys about a student."""
-
-
 def names() -> list[str]:
     """Names of the bundled recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -631,20 +593,8 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         circle = " -> ".join(each.name for each in (*chain[chain.index(parent.resolve()) :], parent))
         raise ConfigError(f"{path.name}, base: the recipes inherit from each other ({circle}): remove one `base:`")
     inherited = {key: value for key, value in _read(parent, chain).items() if key not in ("name", "claim")}
-    tree = _merged(inherited, data)
+    tree = merge(inherited, data, _ENTRY_KEYS)
     for key in ("teachers", "auxiliary"):  # null leaves out an entry of the base
         if isinstance(tree.get(key), dict):
             tree[key] = {name: entry for name, entry in tree[key].items() if entry is not None}
     return tree
-
-
-def _merged(base: Any, own: Any) -> Any:
-    """``own`` over ``base``: mappings are merged key by key, other values replaced.
-
-    Another ``kind`` drops the keys of the base's kind.
-    """
-    if not isinstance(base, Mapping) or not isinstance(own, Mapping):
-        return own
-    if "kind" in own and own["kind"] != base.get("kind"):
-        base = {key: value for key, value in base.items() if key in _ENTRY_KEYS}
-    return {**base, **{key: _merged(base.get(key), value) for key, value in own.items()}}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib.util import find_spec
+from operator import getitem
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from agglo.config import build, find
+from agglo.config import Strict, build, find
 from agglo.model.creation import create
 from agglo.nn.placement import Placement
 from agglo.objectives._wrapping import wrap
-from agglo.recipe import Recipe
+from agglo.recipe import STUDENT, Recipe, from_dict
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features, FeatureSpec
 
@@ -218,6 +220,46 @@ class Objective(nn.Module, ABC):
 def objective_kind(recipe: Recipe) -> type[Objective]:
     """The class of a recipe's objective."""
     return find("objectives", recipe.objective["kind"])
+
+
+# --- keys of a recipe -------------------------------------------------------------------------------------------------
+
+
+def _student_keys(model: type[Strict], above: str = "") -> Iterator[str]:
+    """Paths of the keys that are marked as keys about a student."""
+    for name, field in model.model_fields.items():
+        if field.json_schema_extra == STUDENT:
+            yield above + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
+            yield from _student_keys(field.annotation, f"{above}{name}.")
+
+
+STUDENT_KEYS = tuple(_student_keys(Recipe))
+"""Dotted paths of the keys about a student."""
+
+
+def refuse_unused_keys(recipe: Recipe, unused: Iterable[str]) -> None:
+    """Refuse keys that the recipe's objective does not use, instead of ignoring them.
+
+    A key is refused if its value is not the default: a saved recipe states every key.
+
+    Args:
+        recipe: the run.
+        unused: dotted paths of keys, with ``*`` for every teacher (:attr:`Objective.unused`).
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    given, tree = recipe.to_dict(), recipe.to_dict()
+    names = list(dict.fromkeys(key.replace("*", name) for key in unused for name in recipe.teachers))
+    paths = [name.split(".") for name in names]
+    for *above, key in paths:
+        reduce(getitem, above, tree).pop(key)
+    default = from_dict(tree).to_dict()
+    wrong = [".".join(path) for path in paths if reduce(getitem, path, given) != reduce(getitem, path, default)]
+    if wrong:
+        them = "it: remove it" if len(wrong) == 1 else "them: remove them"
+        raise ConfigError(f"{', '.join(wrong)}: objective {recipe.objective['kind']} does not use {them}")
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------

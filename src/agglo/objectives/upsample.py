@@ -16,9 +16,18 @@ from agglo.data.views import generator
 from agglo.nn.homography import CORNERS, from_corners, inside_mask, warp
 from agglo.objectives._matching import check_count
 from agglo.objectives._wrapping import Upsampled
-from agglo.objectives.base import Objective, Result, StepContext, Targets, check_finite, required, with_teacher_name
+from agglo.objectives.base import (
+    STUDENT_KEYS,
+    Objective,
+    Result,
+    StepContext,
+    Targets,
+    check_finite,
+    required,
+    with_teacher_name,
+)  # fmt: skip
 from agglo.preprocess import resize
-from agglo.recipe import STUDENT_KEYS, Recipe, ordered
+from agglo.recipe import Recipe, ordered
 from agglo.teachers.base import Teacher
 from agglo.types import ConfigError, Features
 from agglo.upsamplers.featsharp import FeatSharp

@@ -21,8 +21,8 @@ from agglo.model.creation import snap_sizes
 from agglo.model.model import Model
 from agglo.nn.damp import enable_damp
 from agglo.nn.spectral import enable_spectral, materialize
-from agglo.objectives.base import Targets, objective_kind, partition_teachers
-from agglo.recipe import Recipe, refuse_unused_keys
+from agglo.objectives.base import Targets, objective_kind, partition_teachers, refuse_unused_keys
+from agglo.recipe import Recipe
 from agglo.teachers.base import Teacher
 from agglo.training import checkpoint
 from agglo.training.checks import can_be_spectral, check_sizes, check_windows
