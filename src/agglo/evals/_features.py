@@ -67,7 +67,7 @@ def encode(
         ImageError: no image of the source could be read.
     """
     view = input_size(model, size)
-    fixed: int | None = getattr(model, "fixed_size", None)
+    fixed: int | None = getattr(model, "canvas", None)
     whole = aspect == "keep" and fixed is None
     if aspect == "keep" and fixed is not None:
         warnings.warn(
