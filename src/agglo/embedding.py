@@ -148,11 +148,11 @@ def embed(
         for found in evaluation_batches(rest, view, batch) if rest.has_images(skipped, needed=not done) else ():
             skipped |= found.skipped
             rows = _encode(model, found.images, head)
-            good = np.isfinite(np.concatenate(rows, axis=1)).all(axis=1)
-            for at, fine in zip(found.indices, good, strict=True):
+            good = np.asarray(np.isfinite(np.concatenate(rows, axis=1)).all(axis=1))
+            for at, fine in zip(found.indices, good.tolist(), strict=True):
                 if not fine:
                     skipped[rest.name(at)] = "its features are not finite"
-            indices = [rest.indices[at] for at, fine in zip(found.indices, good, strict=True) if fine]
+            indices = [rest.indices[at] for at, fine in zip(found.indices, good.tolist(), strict=True) if fine]
             summary, vectors = (np.ascontiguousarray(part[good], np.float32) for part in rows)
             if kept is not None:
                 kept.append(source, indices, summary, vectors)

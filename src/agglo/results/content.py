@@ -57,12 +57,9 @@ def read_or_mark(file: Path) -> bytes:
     """Hash of a file's content, or a constant if it cannot be read."""
     try:
         with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest() if _HAS_FILE_DIGEST else _digest(stream)
+            return _digest(stream)
     except OSError:
         return b"unreadable"
-
-
-_HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # from Python 3.11 on
 
 
 def _digest(stream: Any) -> bytes:
