@@ -291,7 +291,9 @@ def _without_metadata(source: str | os.PathLike[str] | BinaryIO) -> Iterator[byt
     except (OSError, ImageError):
         return
     strip = next((found for magic, found in _STRIPS.items() if data.startswith(magic)), None)
-    for keep_exif in (True, False) if strip is not None else ():
+    if strip is None:
+        return
+    for keep_exif in (True, False):
         try:
             bare = strip(data, keep_exif)
         except (struct.error, IndexError):

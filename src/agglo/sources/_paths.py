@@ -92,7 +92,8 @@ def left_out(others: Counter[str], of: str, where: str) -> str:
         for ending, count in lost.most_common(_NAMED)
     )
     more = f", and {len(lost) - _NAMED} more endings" if len(lost) > _NAMED else ""
-    return f"left out {lost.total()} other {of} of {where}: {shown}{more}; name the endings of images in `extensions`"
+    message = f"left out {lost.total()} other {of} of {printable(where)}: {shown}{more}"
+    return f"{message}; name the endings of images in `extensions`"
 
 
 def not_found(path: str, resolved: Path) -> str:

@@ -80,7 +80,7 @@ class Folder(EncodedSource):
                     writer.add(root.name)
                 self._table = writer.finish({"images": 1}, None)
         else:
-            suffixes = {"." + e.lower().removeprefix(".") for e in extensions or EXTENSIONS}
+            suffixes = {"." + e.lower().removeprefix(".") for e in (EXTENSIONS if extensions is None else extensions)}
             self._table, walk = _listing(root, recursive, suffixes, share)
             if walk is not None and not walk.images:
                 raise ConfigError(_empty(path, recursive, walk))

@@ -77,7 +77,9 @@ class WebDataset(EncodedSource):
     ) -> None:
         super().__init__(min_side, skip_uniform, min_pixels, max_aspect)
         found = locate([shards] if isinstance(shards, str) else shards)
-        self._extensions = frozenset(e.lower().removeprefix(".") for e in extensions or EXTENSIONS)
+        self._extensions = frozenset(
+            e.lower().removeprefix(".") for e in (EXTENSIONS if extensions is None else extensions)
+        )
         self.damaged: dict[str, str] = {}
         tables = self._open(found, keep_gb * 1e9)
         used = [(shard, table) for shard, table in zip(found, tables, strict=True) if table is not None and len(table)]
