@@ -259,6 +259,15 @@ def test_data_hash_of_a_large_folder_covers_sizes_and_times(tmp_path: Path, monk
     assert hashed() != base
 
 
+def test_sources_name_the_files_that_hold_their_data(tmp_path: Path) -> None:
+    from support import datasets as tiny
+
+    for kind in ("cifar", "coco", "nyu"):
+        (tmp_path / kind).mkdir()
+        found = build("sources", {"kind": kind, **tiny.MAKERS[kind](tmp_path / kind)}).data_files()
+        assert found and all(file.is_file() for file in found), kind
+
+
 class Loose(Squares):
     """Images without files; the pixels of image ``odd`` are replaced. The data lie in ``archive``."""
 

@@ -85,6 +85,7 @@ class Source(ABC):
       ``(3, H, W)`` (NaN unknown), ``K`` and ``cam_from_world`` (x right, y down, z forward; metres), ``captions``; maps
       have the size of the image;
     - ``annotation_files(index)``: the local files of the annotation, for hashes;
+    - ``data_files()``: local files that hold many images or annotations (archives, tables), for hashes;
     - ``query(index)`` or ``captions(index)``: a text query for the image, or sentences about it;
     - ``pairs()``: pairs of images, ``first`` and ``second``, with ``points`` ``(N, 2, 2)``, ``box`` and ``category``
       where known;

@@ -46,14 +46,20 @@ class Cifar(Source):
         base = Path(expanded(path))
         if base.suffix == ".npz":
             images, labels, names = _npz(base, split)
+            self._files = [base]
         else:
             root = LAYOUT.root(path)
             images, labels, names = (_binary if list(root.glob("*.txt")) else _python)(root, split)
+            self._files = sorted(file for file in root.iterdir() if file.is_file())
         if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
             wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
             raise ConfigError(f"source cifar: {path} holds label {wrong} but only {len(names)} class names")
         self._images, self._labels, self._split = images, labels, split
         self.classes = names
+
+    def data_files(self) -> list[Path]:
+        """Local files that hold the images or annotations, for hashes."""
+        return self._files
 
     def __len__(self) -> int:
         return len(self._images)

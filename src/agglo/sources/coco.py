@@ -81,12 +81,16 @@ class Coco(FileSource):
         self._objects = _by_image(self._file, facts["annotations"], index)
         known = {key for each in facts["annotations"] for key in each} if facts["annotations"] else set(_KEYS)
         self._absent = [key for key in _KEYS if key not in known]
-        captions = root / "annotations" / f"captions_{part}.json"
+        self._captions_file = captions = root / "annotations" / f"captions_{part}.json"
         found = _json(captions, "annotations")["annotations"] if captions.is_file() else []
         self._captions = [
             [str(each["caption"]).strip() for each in group if each.get("caption")]
             for group in _by_image(captions, found, index)
         ]
+
+    def data_files(self) -> list[Path]:
+        """Local files that hold the images or annotations, for hashes."""
+        return [file for file in (self._file, self._captions_file) if file.is_file()]
 
     def truth_size(self, index: int) -> tuple[int, int]:
         """Size that the annotations state."""

@@ -97,6 +97,10 @@ class HuggingFace(EncodedSource):
         self._base = path if os.path.isdir(path) else os.path.dirname(path)
         self._prefix = printable(f"{path.rstrip('/').rpartition('/')[2].removesuffix('.parquet')}/{split}")
 
+    def data_files(self) -> list[Path]:
+        """Local files that hold the images or annotations, for hashes."""
+        return sorted({Path(file["filename"]) for file in self._rows.cache_files})
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -63,9 +63,14 @@ class Nyu(Source):
         root = base.parent if given else LAYOUT.root(path)
         mat = base if given else root / "nyu_depth_v2_labeled.mat"
         self._entries = _labelled(mat, split) if mat.is_file() else _files(root / split)
+        self._files = [mat] if mat.is_file() else sorted(file for file in (root / split).iterdir() if file.is_file())
         if not self._entries:
             raise LAYOUT.no_images(root / split)
         self._split = split
+
+    def data_files(self) -> list[Path]:
+        """Local files that hold the images or annotations, for hashes."""
+        return self._files
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -142,6 +142,10 @@ class WebDataset(EncodedSource):
                 more = f"; and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
                 _log.warning("%d of %d shards %s: %s%s", len(paths), len(found), what, each, more)
 
+    def data_files(self) -> list[Path]:
+        """Local files that hold the images or annotations, for hashes."""
+        return [Path(shard.local) for shard in self.shards if shard.local]
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
