@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from agglo.nn.damp import Damp, enable_damp
-from agglo.nn.products import Linear
 from agglo.students.vit import ViT
 
 
@@ -24,7 +23,7 @@ class Doubled(nn.Linear):
 
 def _net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), Linear(8, 8, bias=False), nn.GELU(), Doubled(8, 4, bias=False))
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8, bias=False), nn.GELU(), Doubled(8, 4, bias=False))
 
 
 def _factors(net: nn.Module) -> list[Tensor]:
@@ -145,7 +144,7 @@ def test_drawing_between_forward_and_backward_raises() -> None:
 
 
 def test_compiled_step_uses_new_noise_without_recompiling() -> None:
-    net, x = nn.Sequential(nn.Linear(6, 8), nn.GELU(), Linear(8, 4)), torch.randn(5, 6)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)), torch.randn(5, 6)
     damp = enable_damp(net, 0.3, seed=0)
     count = 0
 

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from agglo.checkpoints.spectral import materialized
 from agglo.nn.damp import enable_damp
-from agglo.nn.products import Linear
 from agglo.nn.spectral import enable_spectral, materialize
 from agglo.students.vit import ViT
 
@@ -27,7 +26,7 @@ def _vit(mlp: Any = "swiglu") -> ViT:
 
 def _linear() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), Linear(8, 5))
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5))
 
 
 def test_keys_are_the_official_ones() -> None:

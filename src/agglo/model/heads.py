@@ -57,4 +57,4 @@ class Heads(nn.Module):
 
 
 def _to_dtype_of(head: nn.Module, x: Tensor) -> Tensor:
-    return x.to(next(head.parameters()).dtype)
+    return x.to(next(head.parameters(), x).dtype)  # a quantised head has no parameters

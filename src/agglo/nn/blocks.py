@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agglo.nn.products import Linear, attend, gelu
-
 if TYPE_CHECKING:
     from agglo.nn.packing import Packing
 
@@ -37,14 +35,14 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; with a packing ``(1, N, C)``, each token attends to its own sequence."""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = attend(q, k, v) if packing is None else packing.attend(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v) if packing is None else packing.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -53,14 +51,13 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, norm: bool = False) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
+        self.fc1 = nn.Linear(width, hidden)
         self.norm = nn.LayerNorm(hidden) if norm else None
-        self.fc2 = Linear(hidden, width)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
-        x = self.fc1(x)
-        x = F.gelu(x) if self.fc1._forward_hooks else gelu(x)  # a hook may hold x: not in place
+        x = F.gelu(self.fc1(x))
         return self.fc2(x if self.norm is None else self.norm(x))
 
 
@@ -69,8 +66,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = Linear(width, 2 * hidden)
-        self.w3 = Linear(hidden, width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""

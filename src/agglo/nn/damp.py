@@ -20,10 +20,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from agglo import dist
-from agglo.nn.products import Linear
-
-# Forwards that are one matrix product and can be recomputed with another weight.
-_PRODUCTS = (nn.Linear.forward, Linear.forward)
 
 Layer = nn.Linear | nn.Conv2d
 """Perturbed layers: those that are linear in their input."""
@@ -149,7 +145,7 @@ def _forward(self: Layer, input: Tensor) -> Tensor:
             f"noise on {factors.device}, weight on {weight.device}: call set_step after moving the model"
         )
     perturbed = weight * factors.to(weight.dtype)
-    if own in _PRODUCTS:
+    if own is nn.Linear.forward:  # one matrix product, computed with the other weight
         return F.linear(input, perturbed, self.bias)
     if parametrize.is_parametrized(self, "weight"):
         raise RuntimeError(

@@ -42,14 +42,14 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     else:
         found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0)
     # (B, blocks, heads, BLOCK^2, e) back to a map.
-    found = found.view(len(q), *blocks, q.shape[1], BLOCK, BLOCK, v.shape[-1]).permute(0, 3, 1, 4, 2, 5, 6)
-    return found.reshape(len(q), q.shape[1], blocks[0] * BLOCK, blocks[1] * BLOCK, -1)[:, :, :height, :width]
+    found = found.view(q.shape[0], *blocks, q.shape[1], BLOCK, BLOCK, v.shape[-1]).permute(0, 3, 1, 4, 2, 5, 6)
+    return found.reshape(q.shape[0], q.shape[1], blocks[0] * BLOCK, blocks[1] * BLOCK, -1)[:, :, :height, :width]
 
 
 def _windows(x: Tensor, side: int) -> Tensor:
     """``(B, heads, H, W, d)`` to ``(B, blocks, heads, side^2, d)``: windows at a stride of :data:`BLOCK` cells."""
     found = x.unfold(2, side, BLOCK).unfold(3, side, BLOCK)  # (B, heads, rows, columns, d, side, side)
-    return found.permute(0, 2, 3, 1, 5, 6, 4).reshape(len(x), -1, x.shape[1], side * side, x.shape[-1])
+    return found.permute(0, 2, 3, 1, 5, 6, 4).reshape(x.shape[0], -1, x.shape[1], side * side, x.shape[-1])
 
 
 def _bias(bias: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,14 +7,12 @@ splits the patches into windows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglo.nn.products import attend
 from agglo.nn.windows import from_windows, to_windows
 
 
@@ -27,11 +25,8 @@ class Packing:
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self.lengths = lengths
-
-    @cached_property
-    def runs(self) -> list[tuple[int, int]]:
+        self.runs = [(len(list(run)), length) for length, run in groupby(lengths)]
         """``(count, length)`` of each run of adjacent sequences of equal length."""
-        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``(1, heads, N, d)`` each, ``N`` the sum of the lengths, to ``(1, heads, N, d)``."""
@@ -46,7 +41,7 @@ class Packing:
             stop = start + count * length
             # (1, heads, count * length, d) -> (count, heads, length, d), and back
             several = [t[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v)]
-            part = attend(*several)
+            part = F.scaled_dot_product_attention(*several)
             parts.append(part.permute(0, 2, 1, 3).reshape(count * length, heads, width))
             start = stop
         return torch.cat(parts).transpose(0, 1)[None]
@@ -84,7 +79,6 @@ class Layout:
         """Tokens of each image, prefix included."""
         return tuple(self.prefix + height * width for height, width in self.grids)
 
-    @cached_property
     def packing(self) -> Packing | None:
         """The packing that separates the images in attention; None for a batch."""
         return Packing(self.lengths) if self.packed else None
@@ -105,7 +99,7 @@ class Layout:
 
     def join_windows(self, prefixes: list[Tensor], windows: Tensor, window: int) -> Tensor:
         """The inverse of :meth:`split_windows`."""
-        counts = [len(p) * g[0] * g[1] // (window * window) for p, g in zip(prefixes, self.grids, strict=True)]
+        counts = [p.shape[0] * g[0] * g[1] // (window * window) for p, g in zip(prefixes, self.grids, strict=True)]
         parts: list[Tensor] = []
         for prefix, part, grid in zip(prefixes, windows.split(counts), self.grids, strict=True):
             parts += [prefix, from_windows(part, grid, window)]

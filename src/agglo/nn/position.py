@@ -22,11 +22,11 @@ def eval_embedding(table: Tensor, grid: tuple[int, int], align_corners: bool = F
     Returns:
         ``(1, C, h, w)`` in the table's dtype.
     """
-    if grid == tuple(table.shape[-2:]):
-        return table
+    # The table's own size is no special case (resizing to it changes no value), and the crop selects indices:
+    # `torch.export` would otherwise restrict a program to sizes that branch, or are strided, like its example.
     side = max(grid)
     resized = F.interpolate(table.float(), size=(side, side), mode="bilinear", align_corners=align_corners)
-    return resized[..., : grid[0], : grid[1]].to(table.dtype)
+    return _corner(resized, grid).to(table.dtype)
 
 
 def corner_embedding(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -34,10 +34,16 @@ def corner_embedding(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
     For models whose table is as large as their nominal image (docs/checkpoints.md, 2).
     """
-    corner = table[..., : grid[0], : grid[1]]
-    if tuple(corner.shape[-2:]) == grid:
-        return corner
+    side = table.shape[-1]
+    corner = _corner(table, (min(grid[0], side), min(grid[1], side)))
+    # No special case for a table that is large enough, see eval_embedding.
     return F.interpolate(corner.float(), size=grid, mode="bilinear", align_corners=False).to(table.dtype)
+
+
+def _corner(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``(1, C, R, R)`` to its top-left ``(1, C, h, w)``."""
+    rows, columns = (torch.arange(length, device=table.device) for length in grid)
+    return table.flatten(2)[..., (rows[:, None] * table.shape[-1] + columns).flatten()].unflatten(2, grid)
 
 
 def train_embedding(table: Tensor, grid: tuple[int, int], batch: int, drop: float = 0.1) -> Tensor:

@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from agglo.nn.products import Linear
-
 FLOOR = 0.05
 """Added to ``softplus(scale)``: the smallest gain of a layer."""
 
@@ -155,9 +153,6 @@ def enable_spectral(
     for name, layer in layers.items():
         found = parts[name]
         parametrize.register_parametrization(layer, "weight", found[0] if len(found) == 1 else FusedSpectral(found))
-        if type(layer).forward is Linear.forward:
-            # Linear.forward reads the weight twice, which would compute it twice. The class is not shared.
-            type(layer).forward = nn.Linear.forward
     module.register_forward_pre_hook(_advance)
     return tuple(layers)
 

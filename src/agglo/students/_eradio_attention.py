@@ -54,7 +54,7 @@ class RelativeBias(nn.Module):
         return self._compute() if self.frozen is None else self.frozen
 
     def _compute(self) -> Tensor:
-        window, weight = self.window, next(self.cpb_mlp.parameters())
+        window, weight = self.window, next(self.cpb_mlp.parameters(), torch.empty(0))  # quantised: no parameters
         offsets = torch.arange(1 - window, window, device=weight.device, dtype=torch.float32) * (8 / (self.trained - 1))
         scaled = offsets.sign() * (offsets.abs() + 1).log2() / 3
         coords = torch.stack(torch.meshgrid(scaled, scaled, indexing="ij"), dim=-1)
@@ -162,7 +162,7 @@ class AttentionBlock(nn.Module):
         grid = (t.shape[-2], t.shape[-1])
         half = window // 2 if self.shifted else 0
         tokens = to_windows(t.roll((-half, -half), (2, 3)) if half else t, window)
-        mask = shift_mask(grid, window, tokens).repeat(len(x), 1, 1, 1) if half else None
+        mask = shift_mask(grid, window, tokens).repeat(x.shape[0], 1, 1, 1) if half else None
         y = self.attn(self.norm1(tokens), mask)
         tokens = tokens + (y if self.gamma1 is None else y * self.gamma1)
         y = self.mlp(self.norm2(tokens))

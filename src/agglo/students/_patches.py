@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from agglo.nn.position import corner_embedding, eval_embedding, train_embedding
-from agglo.nn.products import Linear
 
 Position = Literal["cropped", "corner"]
 
@@ -45,7 +44,7 @@ class PatchGenerator(nn.Module):
         super().__init__()
         self.patch, self.drop, self.tokens = patch, drop, tokens
         self.align_corners, self.position = align_corners, position
-        self.embedder = Linear(3 * patch * patch, width, bias=bias)
+        self.embedder = nn.Linear(3 * patch * patch, width, bias=bias)
         self.pos_embed = nn.Parameter(torch.empty(1, max_grid * max_grid, width))
         self.token = nn.Parameter(torch.empty(tokens, width))
         for parameter in (self.pos_embed, self.token):
@@ -58,9 +57,9 @@ class PatchGenerator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, tokens + H W / patch^2, C)``."""
-        grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
-        x = self.embedder(self.patchify(images)) + self.positions(grid, len(images))
-        return torch.cat([self.token.to(x.dtype).expand(len(images), -1, -1), x], dim=1)
+        batch, grid = images.shape[0], (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
+        x = self.embedder(self.patchify(images)) + self.positions(grid, batch)
+        return torch.cat([self.token.to(x.dtype).expand(batch, -1, -1), x], dim=1)
 
     def pack(self, images: list[Tensor]) -> Tensor:
         """Images ``(1, 3, H_i, W_i)`` to one sequence ``(1, sum(tokens + L_i), C)``, image after image."""
@@ -74,10 +73,9 @@ class PatchGenerator(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, H W / patch^2, 3 patch^2)``, row-major."""
-        batch, channels, height, width = images.shape
-        p = self.patch
-        patches = images.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        return patches.reshape(batch, (height // p) * (width // p), channels * p * p)
+        cells = images.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))  # (B, 3, h, p, w, p)
+        cells = cells.permute(0, 2, 4, 1, 3, 5).clone(memory_format=torch.contiguous_format)
+        return cells.flatten(3).flatten(1, 2)
 
     def positions(self, grid: tuple[int, int], batch: int) -> Tensor:
         """Position embeddings of a grid, ``(1 or batch, h w, C)``."""
@@ -92,4 +90,4 @@ class PatchGenerator(nn.Module):
             window = train_embedding(table, grid, batch // self.clip_length, self.drop)
             if self.clip_length > 1 and len(window) > 1:
                 window = window.repeat_interleave(self.clip_length, dim=0)
-        return window.flatten(2).transpose(1, 2).to(self.embedder.weight.dtype)
+        return window.flatten(2).transpose(1, 2)

@@ -63,7 +63,7 @@ class Merge(nn.Module):
         cells = F.pad(x.unflatten(1, grid), (0, 0, 0, width % 2, 0, height % 2))
         rows, columns = merged(grid)
         cells = cells.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))  # (B, rows, dy, columns, dx, C)
-        cells = cells.permute(0, 1, 3, 4, 2, 5).reshape(len(x), rows * columns, -1)
+        cells = cells.permute(0, 1, 3, 4, 2, 5).reshape(x.shape[0], rows * columns, -1)
         return self.reduction(self.norm(cells))
 
 
@@ -85,8 +85,8 @@ class Split(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """``(B, h w, C)`` to ``(B, 2h 2w, C / 2)``, both row-major."""
         height, width = grid
-        cells = self.expansion(x).view(len(x), height, width, 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
-        return self.norm(cells.reshape(len(x), 4 * height * width, -1))
+        cells = self.expansion(x).view(x.shape[0], height, width, 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
+        return self.norm(cells.reshape(x.shape[0], 4 * height * width, -1))
 
 
 class Decoder(nn.Module):
@@ -143,8 +143,8 @@ class Decoder(nn.Module):
         """
         grid_now = merged(grid, len(self.levels))
         filler = self._filler(grid_now)[tokens.shape[1] :].to(tokens.dtype)
-        prefix = self.prefix_tokens.to(tokens.dtype).expand(len(tokens), -1, -1)
-        x = torch.cat([prefix, tokens, filler.expand(len(tokens), -1, -1)], dim=1)
+        prefix = self.prefix_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        x = torch.cat([prefix, tokens, filler.expand(tokens.shape[0], -1, -1)], dim=1)
         count = prefix.shape[1]
         for index, block in enumerate(self.blocks):
             if index in self.levels:

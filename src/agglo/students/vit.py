@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from agglo.nn.blocks import NORM_EPS, Block, MlpKind
 from agglo.nn.packing import Layout
-from agglo.nn.products import tokens_per_pass
 from agglo.nn.windows import check_window_divides, check_window_value, windowed_blocks
 from agglo.preprocess import check_size
 from agglo.students._patches import PatchGenerator, Position
@@ -100,7 +98,6 @@ class ViT(Student):
             bias=patch_bias, position=position, align_corners=align_corners,
         )  # fmt: skip
         hidden = mlp_hidden or int(width * mlp_ratio)
-        self.widest = max(3 * width, 2 * hidden if mlp == "swiglu" else hidden)
         self.blocks = nn.ModuleList(
             Block(width, heads, hidden, qkv_bias=qkv_bias, layer_scale=layer_scale, mlp=mlp, mlp_norm=mlp_norm)
             for _ in range(depth)
@@ -125,18 +122,14 @@ class ViT(Student):
             self.visit(images, {*blocks, last}, into.__setitem__, norm=True, window=window)
             return into[last]
         layout = Layout(self.patch_generator.tokens, (self._grid(images),), packed=False)
-        limit = None if self.training else tokens_per_pass(images, self.widest)
-        count = max(1, limit // layout.lengths[0]) if limit else len(images)
-        parts = [self.norm(self._run(self.patch_generator(part), layout, window)) for part in images.split(count)]
-        return self._features(parts[0] if len(parts) == 1 else torch.cat(parts), layout.grids[0])
+        return self._features(self.norm(self._run(self.patch_generator(images), layout, window)), layout.grids[0])
 
     def forward_list(self, images: Sequence[Tensor], *, window: int | None = None) -> list[Features]:
         """See :meth:`Student.forward_list`; images are packed into passes of at most :data:`PACK_TOKENS` tokens."""
         grids = [self._grid(image) for image in images]
         order = sorted(range(len(images)), key=lambda index: grids[index][0] * grids[index][1])
         result: dict[int, Features] = {}
-        limit = tokens_per_pass(images[0], self.widest) if images else None
-        for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids], limit):
+        for members in _passes(order, [self.patch_generator.tokens + h * w for h, w in grids]):
             layout = Layout(self.patch_generator.tokens, tuple(grids[m] for m in members), packed=True)
             x = self.patch_generator.pack([images[m] for m in members])
             parts = layout.images(self.norm(self._run(x, layout, window)))
@@ -174,7 +167,7 @@ class ViT(Student):
         for grid in layout.grids if window else ():
             check_window_divides(grid, window or 0, self.spec.stride)
         last = max(visited) if visited else len(self.blocks) - 1
-        prefixes = None
+        prefixes, packing = None, layout.packing()
         for index, block in enumerate(self.blocks[: last + 1]):
             if window and self.windowed[index]:
                 if prefixes is None:
@@ -183,7 +176,7 @@ class ViT(Student):
             else:
                 if prefixes is not None:
                     prefixes, x = None, layout.join_windows(prefixes, x, window or 0)
-                x = block(x, layout.packing)
+                x = block(x, packing)
             if after_block is not None and index in visited:
                 after_block(index, x if prefixes is None else layout.join_windows(prefixes, x, window or 0))
         return x
@@ -232,14 +225,14 @@ class ViT(Student):
         return {"patch_generator.pos_embed", "patch_generator.token"}
 
 
-def _passes(order: Sequence[int], lengths: Sequence[int], limit: int | None = None) -> list[list[int]]:
-    """Group images, in order, into passes of at most ``PACK_TOKENS`` or ``limit`` tokens, with at least one image."""
+def _passes(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Group images, in order, into passes of at most :data:`PACK_TOKENS` tokens, with at least one image."""
     passes: list[list[int]] = []
     room = 0
     for index in order:
         if not passes or lengths[index] > room:
             passes.append([])
-            room = min(PACK_TOKENS, limit or PACK_TOKENS)
+            room = PACK_TOKENS
         passes[-1].append(index)
         room -= lengths[index]
     return passes
