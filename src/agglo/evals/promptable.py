@@ -134,7 +134,9 @@ def load(decoder: str) -> Any:
     """
     transformers = require("transformers", "teachers")
     try:
-        sam, info = transformers.SamModel.from_pretrained(decoder, output_loading_info=True, use_safetensors=True)
+        sam, info = transformers.SamModel.from_pretrained(
+            decoder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise AssetError(
             f"evals.promptable: no SAM in {decoder!r} ({error}); use a folder or a hub checkpoint with "

@@ -36,7 +36,7 @@ from transformers import AutoImageProcessor, AutoModel
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = AutoModel.from_pretrained("{name}").eval()
 with torch.inference_mode():
-    out = model(**processor(images=image, return_tensors="pt"))
+    out = model(**processor(images=image, return_tensors="pt").to(model.dtype))
 out.summary   # (1, {summary})
 out.features  # (1, patches, {width})
 """
