@@ -175,7 +175,7 @@ def _unit_range(values: Tensor, name: str) -> Tensor:
         hint = "use uint8 (0..255), uint16 or floats in [0, 1]; cast to uint8 if values are 0..255"
         raise ImageError(name, f"dtype {str(values.dtype).removeprefix('torch.')} is not supported: {hint}")
     values = values.float()
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.detach().min()), float(values.detach().max())
     if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN
         raise ImageError(name, "contains NaN or infinity")
     if low < -_ROUNDING:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MODEL = typer.Option("agglo-lite", "--model", "-m", help="A released name, a saved model, or a run folder.")
 SIZE = typer.Option(None, help="Side of the square input, in pixels; the model's preferred size by default.")
+DTYPE = typer.Option("float32", help="float32, bfloat16 or float16; auto: bfloat16 where it is native.")
 SHOWN = 448
 """Longer side, in pixels, of an image in the picture that `view` writes."""
 
@@ -29,6 +30,7 @@ def embed(
     head: str | None = typer.Option(None, help="The text-aligned head to write; the first by default."),
     device: str | None = DEVICE,
     overwrite: bool = OVERWRITE,
+    dtype: str = DTYPE,
 ) -> None:
     """Write the path, summary and text-aligned embedding of every image of a folder."""
     from agglo.cli.terminal import embed_with_bar
@@ -40,7 +42,7 @@ def embed(
 
         require("pyarrow.parquet", "quickstart")  # before encoding, not after it
     source = as_files(folder)
-    loaded = _load(model, device, text=True)
+    loaded = _load(model, device, dtype, text=True)
     journal = target.with_name(f"{target.name}.partial")
     try:
         embeddings = embed_with_bar(source, loaded, model, size=size, batch=batch, head=head, journal=journal)
@@ -62,6 +64,7 @@ def search(
     model: str = MODEL,
     size: int | None = SIZE,
     device: str | None = DEVICE,
+    dtype: str = DTYPE,
 ) -> None:
     """Rank images by a text: agglo search DIR "a cup of coffee"."""
     from agglo.cli.terminal import embed_with_bar
@@ -79,7 +82,7 @@ def search(
     if k < 1:
         raise ConfigError(f"-k must be at least 1, got {k}")
     source = build("sources", {"kind": "photos", "split": "all"}) if photos else as_files(words[0])
-    loaded = _load(model, device, text=True)
+    loaded = _load(model, device, dtype, text=True)
     try:
         loaded.text_head()
     except TypeError as error:
@@ -100,6 +103,7 @@ def view(
     blocks: bool = typer.Option(False, "--blocks", help="Draw each cell of the map as a block, not interpolated."),
     device: str | None = DEVICE,
     overwrite: bool = OVERWRITE,
+    dtype: str = DTYPE,
 ) -> None:
     """Write each image beside its spatial features, three principal components as RGB."""
     from agglo.embedding import check_output, image_features
@@ -110,7 +114,7 @@ def view(
     target = check_output(name, overwrite=overwrite, endings=(".png", ".jpg", ".jpeg", ".webp"))
     if any(target.resolve() == image.expanduser().resolve() for image in images):
         raise ConfigError(f"{target} is one of the images: name another file with -o")
-    loaded = _load(model, device)
+    loaded = _load(model, device, dtype=dtype)
     looks, skipped = image_features(images, loaded, size=size)
     basis = pca_basis([each.spatial for each in looks])
     rows = []
@@ -155,10 +159,10 @@ def push(
     typer.echo(upload(model, repo, private=private))
 
 
-def _load(model: str, device: str | None = None, *, text: bool = False) -> Model:
+def _load(model: str, device: str | None = None, dtype: str = "float32", *, text: bool = False) -> Model:
     from agglo.zoo.loading import load
 
-    return load(model, heads="text" if text else None, device=chosen_device(device))
+    return load(model, heads="text" if text else None, dtype=dtype, device=chosen_device(device))
 
 
 def _print_skipped(skipped: dict[str, str], most: int = 10) -> None:

@@ -305,15 +305,17 @@ class Model(nn.Module):
         known = f"those that do: {', '.join(aligned)}" if aligned else advice
         raise TypeError(f"{head or 'this model'} has no text tower; {known}")
 
+    @torch.no_grad()
     def encode_text(self, texts: list[str], head: str | None = None) -> Tensor:
-        """Unit-norm ``(N, D)`` embeddings of sentences, comparable with :meth:`encode_image`."""
+        """Unit-norm ``(N, D)`` embeddings of sentences, comparable with :meth:`encode_image`, without gradients."""
         name = self.text_head(head)
         if name not in self._towers:
             self._towers[name] = build("text", self.head_configs[name].text or {}, installed=False)
         return self._towers[name].encode(texts).to(next(self.student.parameters()).device)
 
+    @torch.no_grad()
     def encode_image(self, images: ImageLike | Sequence[ImageLike], head: str | None = None) -> Tensor:
-        """Unit-norm ``(B, D)`` embeddings of images in the text tower's space."""
+        """Unit-norm ``(B, D)`` embeddings of images in the text tower's space, without gradients."""
         name = self.text_head(head)
         outputs = self(images, heads=[name])
         found = [out.heads[name].summary for out in (outputs if isinstance(outputs, list) else [outputs])]
@@ -375,7 +377,7 @@ class Model(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Model:
-        """Load a folder written by :meth:`save`, in eval mode.
+        """Load a folder written by :meth:`save`: in eval mode, parameters without gradients, as :func:`agglo.load`.
 
         Args:
             folder: written by :meth:`save`.
@@ -402,7 +404,7 @@ class Model(nn.Module):
             heads = [name for name, head in model.head_configs.items() if head.text is not None]
         if heads is not None:
             model.keep_heads(heads)
-        return model.eval()
+        return model.eval().requires_grad_(False)
 
     def keep_heads(self, heads: Iterable[str]) -> None:
         """Remove the other heads. Class tokens and the summary are unchanged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from agglo.checkpoints import radio
 from agglo.checkpoints.trunks import published
 from agglo.files import read_json
 from agglo.hub import CONFIG, INDEX, WEIGHTS, cached
 from agglo.model.model import Model
+from agglo.students.base import Student
 from agglo.types import ConfigError
 from agglo.zoo.loading import Location, find
 from agglo.zoo.loading import load as load_model
@@ -188,6 +190,10 @@ def _count(module: torch.nn.Module) -> int:
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+"""Operators that PyTorch's counter does not know."""
+
+
 class _FusedAttention(TorchFunctionMode):
     """Attention as in fused kernels: only its result takes memory, not the attention matrix."""
 
@@ -233,14 +239,26 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _cost(model: Model, size: tuple[int, int], window: int | None) -> tuple[int, int, int]:
-    """FLOPs of one image, bytes of the student's weights, and peak bytes that one image adds."""
-    student = model.student
-    device = next(student.parameters()).device
-    images = torch.zeros(1, 3, *size, device=device)
+    """FLOPs of one image, bytes of the student's weights, and peak bytes that one image adds.
+
+    Measured on the meta device; on the CPU if the architecture cannot run there.
+    """
     options = {"window": window} if window is not None else {}
-    if options and not student.windows:
+    if options and not model.student.windows:
         raise ConfigError(f"a {model.student_config['kind']} student has no windowed attention")
-    live, counter = _LiveBytes([*student.parameters(), *student.buffers(), images]), FlopCounterMode(display=False)
+    student = copy.deepcopy(model.student).to("meta")
+    try:
+        return _measured(student, size, options)
+    except (NotImplementedError, RuntimeError):
+        if next(model.student.parameters()).is_meta:
+            raise
+        return _measured(model.student, size, options)
+
+
+def _measured(student: Student, size: tuple[int, int], options: Mapping[str, int]) -> tuple[int, int, int]:
+    images = torch.zeros(1, 3, *size, device=next(student.parameters()).device)
+    live = _LiveBytes([*student.parameters(), *student.buffers(), images])
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     with torch.no_grad(), counter:
         student(images, **options)
     with torch.no_grad(), _FusedAttention(), live:

@@ -70,7 +70,9 @@ def load(
     revision: str | None = None,
     sha256: str | None = None,
 ) -> Model:
-    """Load a trained model, in eval mode.
+    """Load a trained model for inference: in eval mode, its parameters without gradients.
+
+    To fine-tune it, call ``model.requires_grad_(True)`` and ``model.train()``.
 
     Args:
         name_or_path: a released name (``"agglo-lite"``, ``"c-radio_v4-so400m"``; :func:`list_models`); a folder that
@@ -78,7 +80,8 @@ def load(
             transformers' ``RadioModel``, timm); an official ``.pth.tar``; or ``"owner/name"`` on the Hugging Face hub.
         heads: teachers whose heads to load, ``"all"``, or ``"text"`` for those with a text tower. None: all heads
             of an agglo model; no heads of an official checkpoint, where they are large.
-        dtype: of weights and arithmetic: float32, bfloat16 or float16.
+        dtype: of weights and arithmetic: float32, bfloat16 or float16; ``"auto"``: bfloat16 where the device computes
+            it natively (:func:`fastest_dtype`), else float32. NumPy has no bfloat16: convert outputs by ``.float()``.
         device: target.
         compile: compile the student with ``torch.compile``; the first call at a new size is slow.
         window: side of the attention windows of most blocks, in patches (ViTDet); also an option of each call.
@@ -94,13 +97,14 @@ def load(
         ConfigError: no such model, head or option.
         AssetError: files are missing, damaged or of another architecture.
     """
-    dtype, device = _dtype(dtype), _device(device)
+    device = _device(device)
+    dtype = fastest_dtype(device) if dtype == "auto" else _dtype(dtype)
     options = {"window": window, "align_corners": align_corners, "neck": neck, "num_tokens": num_tokens}
     heads = _names(heads)
     found = find(name_or_path, revision)
     if sha256 is not None:
         _verify_sha256(found.path, sha256.lower())
-    model = _read(found, heads, dtype, device, options)
+    model = _read(found, heads, dtype, device, options).requires_grad_(False)
     if compile:
         # Per block: one graph for all blocks, and lists and intermediates use it too.
         for part in getattr(model.student, "blocks", None) or [model.student]:
@@ -168,8 +172,24 @@ def _verify_sha256(path: Path, sha256: str) -> None:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype: must be float32, bfloat16 or float16, got {dtype}")
+        raise ConfigError(f"dtype: must be auto, float32, bfloat16 or float16, got {dtype}")
     return found
+
+
+def fastest_dtype(device: str | torch.device) -> torch.dtype:
+    """The dtype of ``dtype="auto"``: bfloat16 where the device multiplies it natively, else float32.
+
+    Native are CPUs with AMX or AVX512_BF16, and GPUs of compute capability 8.0 (Ampere) and later.
+    """
+    device = torch.device(device)
+    native = False
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, name, bool)() for name in names)
+    return torch.bfloat16 if native else torch.float32
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -293,7 +313,8 @@ def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
     """Upload weights, configuration and card to the Hugging Face hub, for loading as ``load(repo)``; return the URL.
 
     Args:
-        model: an agglo model, its name, or its folder; a saved folder is uploaded unchanged.
+        model: an agglo model, its name, or its folder; of a saved folder only the card is changed: its usage code
+            names the repository.
         repo: ``owner/name``; created if needed.
         private: whether a new repository is private.
 
@@ -307,4 +328,15 @@ def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
         missing = [name for name in (CONFIG, WEIGHTS, CARD) if not (folder / name).is_file()]
         if missing:
             raise ConfigError(f"{folder}: {', '.join(missing)} missing; write the model with Model.save")
+        card = (folder / CARD).read_text(encoding="utf-8")
+        named = card.replace(f'agglo.load("{folder.name}")', f'agglo.load("{repo}")')
+        if saved:
+            (folder / CARD).write_text(named, encoding="utf-8")
+        elif named != card:  # the user's folder stays as it is
+            whole, folder = folder, Path(temporary) / folder.name
+            folder.mkdir()
+            for file in whole.iterdir():
+                (folder / file.name).symlink_to(file.resolve())
+            (folder / CARD).unlink()
+            (folder / CARD).write_text(named, encoding="utf-8")
         return push_folder(folder, repo, private=private)
