@@ -140,7 +140,8 @@ class Timm(Student):
         images = images.contiguous(memory_format=self.memory_format)
         # Otherwise timm's dropout and stochastic depth would be equal on all ranks.
         with dist.forked_rng(images.device) if self.training else contextlib.nullcontext():
-            final, maps = self.backbone.forward_intermediates(images, indices=list(self.stages))
+            # Hiera and HieraDet stop early by default: the first output is then the last chosen stage.
+            final, maps = self.backbone.forward_intermediates(images, indices=list(self.stages), stop_early=False)
             summary = self.backbone.forward_head(final, pre_logits=True)
         grid = (height // self.spec.stride, width // self.spec.stride)
         spatial = torch.cat([_to_grid(level, grid) for level in maps], dim=1)
