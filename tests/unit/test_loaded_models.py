@@ -37,7 +37,7 @@ def test_outputs_of_a_loaded_model_convert_to_numpy(load: Callable[..., Model], 
 
 @pytest.mark.parametrize("layout", ["transformers", "timm"])
 def test_imported_models_have_no_gradients(layout: str, folder: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="omitted"):
         agglo.export(folder, layout, tmp_path / layout)
     assert agglo.load(tmp_path / layout)(torch.rand(1, 3, 64, 64)).summary.numpy().shape == (1, 32)
 
