@@ -22,7 +22,7 @@ def eval_embedding(table: Tensor, grid: tuple[int, int], align_corners: bool = F
     Returns:
         ``(1, C, h, w)`` in the table's dtype.
     """
-    # The table's own size is no special case (resizing to it changes no value), and the crop selects indices:
+    # The table's own size needs no special case (resizing to it changes no value), and the crop selects indices:
     # `torch.export` would otherwise restrict a program to sizes that branch, or are strided, like its example.
     side = max(grid)
     resized = F.interpolate(table.float(), size=(side, side), mode="bilinear", align_corners=align_corners)
