@@ -244,7 +244,7 @@ def test_missing_package_is_named(monkeypatch):
     _shards._connected.cache_clear()
     with pytest.raises(MissingExtraError, match=r"s3:// shards need .* pip install s3fs"):
         WebDataset(shards="s3://bucket/{0..3}.tar")
-    with pytest.raises(MissingExtraError, match=r'pip install .*\[data\]'):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[data\]"):
         WebDataset(shards="https://host/0.tar")
     _shards._connected.cache_clear()
 
