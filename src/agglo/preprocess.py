@@ -259,7 +259,8 @@ def stretch(
     image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
     """Resize a whole image to ``size`` ``(H, W)``; returned as is if it has that size."""
-    return image if image.size == size[::-1] else image.resize(size[::-1], resample)
+    width_height = size[1], size[0]
+    return image if image.size == width_height else image.resize(width_height, resample)
 
 
 def crop_map(values: object, size: tuple[int, int]) -> Tensor:

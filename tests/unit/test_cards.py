@@ -16,6 +16,8 @@ from agglo.model.model import Model
 from agglo.zoo import loading as zoo
 from agglo.zoo.releases import RELEASED
 
+pytestmark = pytest.mark.weights
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 

@@ -18,6 +18,8 @@ from agglo.results.records import read, read_images
 from agglo.results.tables import number
 from agglo.training.run import finish, train
 
+pytestmark = pytest.mark.training
+
 RETRIEVAL = ["--evals", "retrieval", "retrieval.size=64"]
 """The eval of `quickstart --smoke`."""
 

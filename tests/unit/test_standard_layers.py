@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from agglo.model.model import HeadConfig, Model
 
+pytestmark = pytest.mark.libraries
+
 VIT: dict[str, Any] = {"kind": "vit", "width": 32, "depth": 2, "heads": 2, "max_grid": 8}
 STUDENTS: list[dict[str, Any]] = [
     VIT,

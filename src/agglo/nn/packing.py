@@ -40,8 +40,8 @@ class Packing:
         for count, length in self.runs:
             stop = start + count * length
             # (1, heads, count * length, d) -> (count, heads, length, d), and back
-            several = [t[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v)]
-            part = F.scaled_dot_product_attention(*several)
+            query, key, value = (t[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
+            part = F.scaled_dot_product_attention(query, key, value)
             parts.append(part.permute(0, 2, 1, 3).reshape(count * length, heads, width))
             start = stop
         return torch.cat(parts).transpose(0, 1)[None]

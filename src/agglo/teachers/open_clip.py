@@ -213,7 +213,8 @@ def _given(mean: list[float] | None, std: list[float] | None) -> Pixels | None:
             raise ConfigError(f"{_WHERE}.{key}: {values} is not three numbers for pixels in [0, 1]. {_GIVE}")
     if 0 in (std or ()):
         raise ConfigError(f"{_WHERE}.std: {std} contains 0")
-    return Pixels(*((float(v[0]), float(v[1]), float(v[2])) for v in (mean or [], std or [])))
+    first, second = ((float(v[0]), float(v[1]), float(v[2])) for v in (mean or [], std or []))
+    return Pixels(first, second)
 
 
 def _stored(source: ModelFiles, given: Pixels | None, *, random: bool) -> _Location:
