@@ -17,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo check test fast lint bench docs setup clean
+.PHONY: help demo check test fast fast-unit fast-rest lint bench docs setup clean
 
 # The markers say why a test is slow; pyproject.toml describes them.
 SLOW := training or evals or weights or libraries or processes
@@ -39,13 +39,18 @@ demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and 
 	@echo "agglo: open runs/quickstart/report.html in a browser; 'source $(VENV)/bin/activate' gives you the agglo command"
 
 check: $(DEV)  ## lint, types and the fast tests, side by side: run it before each commit (about 2 minutes)
-	@$(MAKE) --no-print-directory -j2 fast lint
+	@$(MAKE) --no-print-directory -j2 fast-unit lint fast-rest
 
 test: $(DEV)  ## run all tests
 	@$(VENV)/bin/python -m pytest -q
 
-fast: $(DEV)  ## run the tests that are not marked as slow
-	@$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))"
+fast: fast-unit fast-rest  ## run the tests that are not marked as slow
+
+# Two parts, so that both cores work: `check` runs the second one beside the type checker.
+fast-unit: $(DEV)
+	@$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))" tests/unit
+fast-rest: $(DEV)
+	@$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))" --ignore=tests/unit
 
 lint: $(DEV)  ## check style, layers and types
 	@echo "== ruff check";   $(VENV)/bin/ruff check .

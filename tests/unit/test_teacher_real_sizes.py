@@ -13,6 +13,8 @@ from agglo.teachers._published import OPEN_CLIP, PUBLISHED
 from agglo.teachers.base import spec_of
 from agglo.types import FeatureSpec
 
+pytestmark = pytest.mark.weights
+
 REAL = {
     # name: millions of parameters, summary, channels, patch, side, grid
     "google/siglip2-giant-opt-patch16-384": (1163.7, 1536, 1536, 16, 384, 24),
