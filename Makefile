@@ -5,9 +5,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 
-# One stamp per set of dependencies; both depend on pyproject.toml, so a second run starts at once.
+# One stamp per set of dependencies; all depend on pyproject.toml, so a second run starts at once.
 QUICKSTART := $(VENV)/.quickstart-stamp
 DEV        := $(VENV)/.dev-stamp
+FIFTYONE   := $(VENV)/.fiftyone-stamp
 
 AGGLO := $(VENV)/bin/python -m agglo
 
@@ -17,13 +18,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo check test fast fast-unit fast-rest lint bench docs setup clean
+.PHONY: help demo check test test-fiftyone fast fast-unit fast-rest lint bench docs setup clean
 
 # The markers say why a test is slow; pyproject.toml describes them.
 SLOW := training or evals or weights or libraries or processes
 
 help:  ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and write a report (about 7 minutes)
 	@if [ -f runs/quickstart/recipe.yaml ] && [ ! -d runs/quickstart/model ]; then \
@@ -41,8 +42,11 @@ demo: $(QUICKSTART)  ## distil a student from real teachers on this machine and 
 check: $(DEV)  ## lint, types and the fast tests, side by side: run it before each commit (about 2 minutes)
 	@$(MAKE) --no-print-directory -j2 fast-unit lint fast-rest
 
-test: $(DEV)  ## run all tests
-	@$(VENV)/bin/python -m pytest -q
+test: $(DEV)  ## run all tests but those of the FiftyOne integration
+	@$(VENV)/bin/python -m pytest -q --ignore=tests/fiftyone
+
+test-fiftyone: $(FIFTYONE)  ## run the tests of the FiftyOne integration: database, App in Chromium, notebook
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q tests/fiftyone
 
 fast: fast-unit fast-rest  ## run the tests that are not marked as slow
 
@@ -50,7 +54,7 @@ fast: fast-unit fast-rest  ## run the tests that are not marked as slow
 fast-unit: $(DEV)
 	@$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))" tests/unit
 fast-rest: $(DEV)
-	@$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))" --ignore=tests/unit
+	@$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))" --ignore=tests/unit --ignore=tests/fiftyone
 
 lint: $(DEV)  ## check style, layers and types
 	@echo "== ruff check";   $(VENV)/bin/ruff check .
@@ -97,3 +101,8 @@ $(QUICKSTART): pyproject.toml | $(VENV)/bin/python
 $(DEV): pyproject.toml | $(VENV)/bin/python
 	$(call install,quickstart$(comma)dev)
 	@touch $(QUICKSTART) $@
+
+# FiftyOne moves no package that the other tests need, so it shares their environment.
+$(FIFTYONE): pyproject.toml | $(DEV)
+	$(call install,quickstart$(comma)dev$(comma)test-fiftyone)
+	@touch $(QUICKSTART) $(DEV) $@

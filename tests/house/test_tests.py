@@ -47,5 +47,10 @@ def test_every_declared_marker_is_used():
 def test_ci_runs_the_targets_of_the_makefile(repository):
     """One list of commands: CI and a contributor run the same ones."""
     script = (repository / ".ci" / "run").read_text(encoding="utf-8")
-    assert re.findall(r"^make --no-print-directory (\w+)$", script, re.M) == ["setup", "lint", "test"]
+    assert re.findall(r"make --no-print-directory ([\w-]+)$", script, re.M) == [
+        "setup",
+        "lint",
+        "test",
+        "test-fiftyone",
+    ]
     assert not re.search(r"ruff|lint-imports|pyright|pytest", script)
