@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from agglo.cli import cache as caching
-from agglo.cli import catalogue, measure, models, training
+from agglo.cli import catalogue, measure, models, process, training
 from agglo.cli.arguments import is_main_process
 from agglo.types import AggloError, ConfigError
 
@@ -89,8 +89,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``agglo`` command."""
-    # By default OpenMP's threads spin while they wait and take the cores from the loader's: 10 x slower on two cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    process.configure()
     if not os.environ.get("AGGLO_TRACEBACK"):  # without the line of code that raised it
         warnings.formatwarning = lambda message, *_, **__: f"note: {' '.join(str(message).split())}\n"
     app()

@@ -15,6 +15,7 @@ from agglo.config import build
 from agglo.data.crops import CropBatch, CropLoader, margin, outer_size
 from agglo.data.loader import Batch, Loader
 from agglo.data.shifts import RenderedBatch
+from agglo.nn.folding import fold_batch_norms
 from agglo.nn.placement import Placement, resample_to
 from agglo.objectives.base import Target, build_teachers, partition_teachers
 from agglo.preprocess import resize
@@ -24,6 +25,8 @@ from agglo.types import AggloError, Features
 
 _TOLERANCE = 1e-6
 """Distance of a view's border from a cell's, in cells, that counts as rounding."""
+
+_PARTS = ("summary", "spatial")
 
 Compute = Callable[[str, Teacher, Tensor], Mapping[str, Features]]
 """Target features of one teacher for its view, by target name (:meth:`agglo.objectives.base.Objective.compute`)."""
@@ -89,6 +92,9 @@ class TargetSource:
                 self.cache.check_teacher(recipe, name, teacher, stride, device)
                 self.cache.coding(name).to(device)
             self.teachers = {name: self.cache.placeholder(name) for name in teachers}
+        else:
+            for name in teachers:
+                self._fold(name)
 
     def __call__(
         self,
@@ -123,6 +129,22 @@ class TargetSource:
             found = _computed(self.compute, name, teacher, images)
             targets |= {key: Target(features, placement) for key, features in found.items()}
         return targets
+
+    def _fold(self, name: str) -> None:
+        """Fold a float32 teacher's BatchNorm layers; in half precision the folded weights would be rounded."""
+        teacher = self.teachers[name]
+        if getattr(teacher, "dtype", "float32") != "float32":
+            return
+        side = min(self.recipe.sizes)
+        size = teacher.input_size((side, side), self.stride)
+        images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+        def run() -> dict[str, Tensor]:
+            found = _computed(self.compute, name, teacher, images)
+            parts = [(f"{key}.{part}", getattr(value, part)) for key, value in found.items() for part in _PARTS]
+            return {key: value for key, value in parts if value is not None}
+
+        fold_batch_norms(teacher, run)
 
     def _read(self, cache: FeatureCache, batch: Batch) -> dict[str, Features]:
         if not isinstance(batch, CropBatch):
