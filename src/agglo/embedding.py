@@ -147,7 +147,7 @@ def embed(
         rest = _Rest(source, [index for index in range(len(source)) if index not in done])
         for found in evaluation_batches(rest, view, batch) if rest.has_images(skipped, needed=not done) else ():
             skipped |= found.skipped
-            rows = _encode(model, found.images, head)
+            rows = encode(model, found.images, head)
             good = np.asarray(np.isfinite(np.concatenate(rows, axis=1)).all(axis=1))
             for at, fine in zip(found.indices, good.tolist(), strict=True):
                 if not fine:
@@ -489,8 +489,20 @@ def _aligned_head(model: Model, head: str | None, *, needed: bool = False) -> st
         raise ConfigError(str(error)) from None
 
 
-def _encode(model: Model, images: torch.Tensor, head: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Summaries ``(B, D)`` and text-aligned embeddings ``(B, E)``; E is 0 without a head."""
+def encode(model: Model, images: torch.Tensor, head: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Summaries and text-aligned embeddings of a batch, as :func:`embed` computes them.
+
+    Args:
+        model: in eval mode.
+        images: RGB ``(B, 3, H, W)`` in [0, 1], of a legal size.
+        head: the text-aligned head, or None.
+
+    Returns:
+        ``(B, D)`` float32, and ``(B, E)`` float32 of unit norm; E is 0 without a head.
+
+    Raises:
+        ConfigError: the model has no summary.
+    """
     with torch.inference_mode():
         out = model(images, heads=[] if head is None else [head], resize=False)
     if out.summary is None:

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"training/progress.py"},
     "skimage": set(),  # its photographs are read from its folder
     "sklearn": set(),
-    "scipy": {"evals/_concepts.py", "sources/nyu.py"},
+    "scipy": {"evals/_concepts.py", "integrations/fiftyone/maps.py", "sources/nyu.py"},
     "h5py": {"sources/nyu.py"},
     "pyarrow": {"cli/models.py", "embedding.py"},
     "pandas": set(),
@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "webdataset": set(),  # shards have an index of our own; only tests use it
     "mitsuba": set(),  # only benchmarks/scenes renders
     "huggingface_hub": {"hub.py"},
+    "fiftyone": {f"integrations/fiftyone/{name}.py" for name in ("form", "maps", "model", "reading", "records", "zoo")},
+    "bson": {"integrations/fiftyone/records.py"},
 }
 """Optional package → the files that may import it, always inside a function."""
 

@@ -289,7 +289,7 @@ class Counting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = 10**9, error: BaseException | None = None) -> None:
         from agglo import embedding
 
-        self.images, self.calls, real = 0, 0, embedding._encode
+        self.images, self.calls, real = 0, 0, embedding.encode
 
         def encode_some(model: Model, images: torch.Tensor, head: str | None):
             self.calls += 1
@@ -298,7 +298,7 @@ class Counting:
             self.images += len(images)
             return real(model, images, head)
 
-        monkeypatch.setattr(embedding, "_encode", encode_some)
+        monkeypatch.setattr(embedding, "encode", encode_some)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "no device"), RuntimeError("no memory")])

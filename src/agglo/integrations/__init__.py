@@ -1,0 +1,1 @@
+"""agglo inside other applications, one folder for each."""

@@ -1,0 +1,40 @@
+"""agglo in FiftyOne: a zoo of models, embeddings, heatmaps, text search, and the scores that FiftyOne gets wrong.
+
+>>> from agglo.integrations.fiftyone import load_model
+>>> model = load_model("agglo-lite")
+>>> dataset.compute_embeddings(model, embeddings_field="agglo")
+
+Names are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agglo.integrations.fiftyone.model import AggloModel
+    from agglo.integrations.fiftyone.zoo import check_database, load_model, manifest, register, write_source
+
+__all__ = ["AggloModel", "check_database", "load_model", "manifest", "register", "write_source"]
+
+_HOME = {
+    "AggloModel": "model",
+    "check_database": "zoo",
+    "load_model": "zoo",
+    "manifest": "zoo",
+    "register": "zoo",
+    "write_source": "zoo",
+}
+"""Public name → the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
