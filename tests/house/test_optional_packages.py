@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "tensorboard": {"training/progress.py"},
     "torch.utils.tensorboard": {"training/progress.py"},
     "skimage": set(),  # its photographs are read from its folder
-    "sklearn": set(),
+    "sklearn": {"integrations/fiftyone/neighbours.py", "integrations/fiftyone/scores.py"},
     "scipy": {"evals/_concepts.py", "integrations/fiftyone/maps.py", "sources/nyu.py"},
     "h5py": {"sources/nyu.py"},
     "pyarrow": {"cli/models.py", "embedding.py"},
@@ -42,7 +42,14 @@ ALLOWED: dict[str, set[str]] = {
     "webdataset": set(),  # shards have an index of our own; only tests use it
     "mitsuba": set(),  # only benchmarks/scenes renders
     "huggingface_hub": {"hub.py"},
-    "fiftyone": {f"integrations/fiftyone/{name}.py" for name in ("form", "maps", "model", "reading", "records", "zoo")},
+    "fiftyone": {
+        f"integrations/fiftyone/{name}.py"
+        for name in (
+            *("duplicates", "form", "index", "layout", "maps", "model", "reading", "records", "scores", "vectors"),
+            "zoo",
+        )
+    },
+    "umap": {"integrations/fiftyone/layout.py"},
     "bson": {"integrations/fiftyone/records.py"},
 }
 """Optional package → the files that may import it, always inside a function."""

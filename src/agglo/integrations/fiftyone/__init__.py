@@ -13,17 +13,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agglo.integrations.fiftyone.duplicates import leaky_splits, near_duplicates
+    from agglo.integrations.fiftyone.index import similarity
+    from agglo.integrations.fiftyone.layout import visualization
     from agglo.integrations.fiftyone.model import AggloModel
+    from agglo.integrations.fiftyone.scores import representativeness, uniqueness
     from agglo.integrations.fiftyone.zoo import check_database, load_model, manifest, register, write_source
 
-__all__ = ["AggloModel", "check_database", "load_model", "manifest", "register", "write_source"]
+__all__ = [
+    "AggloModel",
+    "check_database",
+    "leaky_splits",
+    "load_model",
+    "manifest",
+    "near_duplicates",
+    "register",
+    "representativeness",
+    "similarity",
+    "uniqueness",
+    "visualization",
+    "write_source",
+]
 
 _HOME = {
     "AggloModel": "model",
     "check_database": "zoo",
+    "leaky_splits": "duplicates",
     "load_model": "zoo",
     "manifest": "zoo",
+    "near_duplicates": "duplicates",
     "register": "zoo",
+    "representativeness": "scores",
+    "similarity": "index",
+    "uniqueness": "scores",
+    "visualization": "layout",
     "write_source": "zoo",
 }
 """Public name → the module that defines it."""
