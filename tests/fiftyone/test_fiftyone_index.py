@@ -290,3 +290,39 @@ def test_one_sample_can_be_indexed(dataset):
     assert dataset.sort_by_similarity(ids[0], k=3, brain_key="radio").values("id") == ids
     index.find_duplicates(thresh=1)
     assert index.duplicate_ids == []
+
+
+# --- agglo's models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.weights
+def test_a_loaded_model_is_stored_by_its_zoo_name(dataset, tmp_path):
+    """The index of a model object answers text in later sessions, and a field keeps to one model."""
+    from agglo.integrations.fiftyone import load_model
+    from agglo.integrations.fiftyone.records import field_record
+
+    paint(dataset, tmp_path, leaf=(20, 200, 40), sky=(40, 60, 220))
+    model = load_model("agglo-lite", text=True)
+    index = similarity(dataset, embeddings="text", brain_key="text", model=model)
+    config = dataset.get_brain_info("text").config
+    assert (config.model, config.model_kwargs, config.supports_prompts) == ("agglo-lite", {"text": True}, True)
+    found = dataset.sort_by_similarity("a green leaf", brain_key="text").values("id")
+    again = dataset.load_brain_results("text", cache=False)
+    assert again is not index and again.supports_prompts
+    assert again.sort_by_similarity("a green leaf").values("id") == found
+    assert again.get_model() is not model
+    assert field_record(dataset, "text")["model"] == "agglo-lite"
+    with pytest.raises(
+        ConfigError, match=r"field 'text' has vectors of agglo-lite, head \w+, text True; this model is agglo-lite, "
+    ):
+        similarity(dataset, embeddings="text", model=load_model("agglo-lite"))
+
+
+def test_text_with_an_unknown_model_object_is_for_this_session(dataset, colours, tmp_path):
+    import fiftyone.zoo as zoo
+
+    paint(dataset, tmp_path, leaf=(20, 200, 40), sky=(40, 60, 220))
+    with pytest.warns(UserWarning, match="brain key 'text': text queries work in this session only"):
+        index = similarity(dataset, embeddings="c", brain_key="text", model=zoo.load_zoo_model(colours, gain=1))
+    assert names(index.sort_by_similarity("blue", k=1)) == ["sky"]
+    assert not dataset.load_brain_results("text", cache=False).supports_prompts

@@ -14,7 +14,7 @@ from agglo.types import ConfigError
 
 def near_duplicates(
     samples: Any,
-    threshold: float = 0.05,
+    threshold: float = 0.15,
     *,
     embeddings: Any = None,
     similarity_index: Any = None,
@@ -23,6 +23,11 @@ def near_duplicates(
     **options: Any,
 ) -> Any:
     """Find near-duplicates within a collection.
+
+    By summaries of agglo-lite, copies of 120 photographs that were recompressed (JPEG, quality 30), halved, mirrored,
+    or cropped by a tenth on each side lie below 0.12 in nine of ten cases and below 0.19 in all; 400 different
+    photographs are at least 0.26 apart. Other models need their own threshold: ``index.plot_distances()`` shows the
+    distances. Text-aligned vectors are not suited: different photographs of one kind of thing have almost the same.
 
     Args:
         samples: dataset or view; samples outside a view are not compared.
@@ -50,7 +55,7 @@ def near_duplicates(
 def leaky_splits(
     samples: Any,
     splits: Any,
-    threshold: float = 0.05,
+    threshold: float = 0.15,
     *,
     embeddings: Any = None,
     similarity_index: Any = None,

@@ -8,6 +8,7 @@ class path contains ``similarity``, and finds its other classes by the name of `
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from agglo.integrations.fiftyone.vectors import (
     checked,
     collection_name,
     fill,
+    load,
     read_vectors,
 )
 from agglo.types import ConfigError
@@ -48,9 +50,9 @@ def similarity(
         embeddings: name of the field with the vectors, which stay there; or an array ``(N, D)``, a list with None for
             samples without a vector, or a mapping of ids, stored with the run.
         brain_key: key of the run; None for an index of this session only.
-        model: name of a zoo model, which enables text queries, in the App too: the field must hold the vectors that
-            this model, loaded with ``model_kwargs``, compares with text. Samples without a vector are embedded. A
-            model object enables text queries in this session only.
+        model: name of a zoo model, or a model of :func:`agglo.integrations.fiftyone.load_model`. It embeds the samples
+            that have no vector and, if it can embed text, enables text queries, in later sessions and in the App too.
+            Other model objects enable them in this session only.
         model_kwargs: arguments of the zoo model, stored with the run.
         patches_field: label field whose labels have the vectors, in their attribute ``embeddings``.
         options: arguments of ``compute_embeddings`` (``batch_size``, ``num_workers``, ``progress``).
@@ -64,11 +66,11 @@ def similarity(
     """
     brain = require("fiftyone.brain", "fiftyone")
     field = embeddings if isinstance(embeddings, str) else None
+    check_samples(samples)
     if patches_field is None:
         loaded = fill(samples, embeddings, model, model_kwargs, **options)
     else:
-        loaded = model
-        check_samples(samples)
+        loaded = load(model, model_kwargs)
     vectors = read_vectors(samples, embeddings, patches_field=patches_field)
     dataset = samples._base_view if samples._is_frames else samples._root_dataset
     if brain_key is not None and brain_key in dataset.list_brain_runs():
@@ -82,16 +84,35 @@ def similarity(
             embeddings=False,  # the index reads the field itself; None would load a default model
             embeddings_field=field,
             brain_key=brain_key,
-            model=model,
-            model_kwargs=None if model_kwargs is None else dict(model_kwargs),
             backend=_classes()["CosineSimilarityConfig"],
         )
         if field is None:
             index.add_to_index(vectors.values, vectors.sample_ids, label_ids=vectors.label_ids)
-    if loaded is not None and not isinstance(loaded, str):
-        index._model = loaded
+    if loaded is not None:
+        _set_model(index, model, model_kwargs, loaded)
     index.reload()
     return index
+
+
+def _set_model(index: Any, model: Any, model_kwargs: Mapping[str, Any] | None, loaded: Any) -> None:
+    """Store the model with the run, by its zoo name, so that it embeds text in other processes."""
+    from agglo.integrations.fiftyone.reference import zoo_reference  # imports torch, which the App's server avoids
+
+    index._model = loaded
+    index._supports_prompts = bool(getattr(loaded, "can_embed_prompts", False))
+    name, options = (model, dict(model_kwargs or {})) if isinstance(model, str) else zoo_reference(loaded) or (None, {})
+    if name is None:
+        if index._supports_prompts and index.key is not None:
+            warnings.warn(
+                f"brain key {index.key!r}: text queries work in this session only; pass the model's zoo name, so that "
+                "the App can load it",
+                stacklevel=3,
+            )
+        return
+    index.config.model, index.config.model_kwargs = name, options
+    index.config.supports_prompts = index._supports_prompts
+    if index.key is not None:
+        index.save_config()
 
 
 def _stored(dataset: Any, key: str, field: str | None, patches_field: str | None) -> Any:
