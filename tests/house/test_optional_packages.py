@@ -45,8 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "fiftyone": {
         f"integrations/fiftyone/{name}.py"
         for name in (
-            *("duplicates", "form", "index", "layout", "maps", "model", "reading", "records", "scores", "vectors"),
-            "zoo",
+            *("duplicates", "encoding", "form", "index", "layout", "maps", "model", "reading", "records", "scores"),
+            *("vectors", "zoo"),
         )
     },
     "umap": {"integrations/fiftyone/layout.py"},

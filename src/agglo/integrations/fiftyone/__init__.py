@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agglo.integrations.fiftyone.duplicates import leaky_splits, near_duplicates
+    from agglo.integrations.fiftyone.encoding import Report, apply_model, compute_embeddings, compute_patch_embeddings
     from agglo.integrations.fiftyone.index import similarity
     from agglo.integrations.fiftyone.layout import visualization
     from agglo.integrations.fiftyone.model import AggloModel
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AggloModel",
+    "Report",
+    "apply_model",
     "check_database",
+    "compute_embeddings",
+    "compute_patch_embeddings",
     "leaky_splits",
     "load_model",
     "manifest",
@@ -37,7 +42,11 @@ __all__ = [
 
 _HOME = {
     "AggloModel": "model",
+    "Report": "encoding",
+    "apply_model": "encoding",
     "check_database": "zoo",
+    "compute_embeddings": "encoding",
+    "compute_patch_embeddings": "encoding",
     "leaky_splits": "duplicates",
     "load_model": "zoo",
     "manifest": "zoo",

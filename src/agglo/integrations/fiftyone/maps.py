@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agglo.extras import require
-from agglo.integrations.fiftyone.options import Options
+from agglo.integrations.fiftyone.options import Options, field_name
 from agglo.report.picture import pca_basis
 
 _CELLS = 512
@@ -165,17 +164,26 @@ def draw(options: Options, image: Layers, scales: Mapping[str, Scale]) -> list[D
     return found
 
 
+def map_keys(options: Options, heads: Sequence[str]) -> list[str]:
+    """Names of the heatmaps of an image, in the order of :func:`draw`.
+
+    Args:
+        options: which heatmaps to draw.
+        heads: those of ``options.heads`` that have spatial features.
+    """
+    found = [*(["pca"] if "pca" in options.maps else []), *(_RGB if "rgb" in options.maps else [])]
+    found += ["norm"] if "norm" in options.maps else []
+    found += [field_name(name) for name in heads] if "heads" in options.maps else []
+    found += ["patch"] if options.patch is not None else []
+    return found + [field_name(prompt) for prompt in options.prompts]
+
+
 def _bytes(options: Options, values: np.ndarray, low: float, high: float) -> np.ndarray:
     if options.apply_smoothing:
         values = require("scipy.ndimage", "fiftyone").gaussian_filter(values, options.smoothing_sigma, mode="nearest")
     if high <= low:  # a constant
         return np.zeros(values.shape, np.uint8)
     return np.rint(((values - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
-
-
-def field_name(text: str) -> str:
-    """A name or prompt as part of a field's name."""
-    return re.sub(r"\W+", "_", text.lower()).strip("_") or "map"
 
 
 def heatmap(drawn: Drawn) -> Any:

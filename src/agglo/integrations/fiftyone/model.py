@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from torch import Tensor
 from agglo.embedding import MIN_SIDE, encode, legal_size
 from agglo.evals.base import device_of
 from agglo.extras import require
-from agglo.integrations.fiftyone.maps import Layers, Scale, draw, field_name, fit_scales, heatmap, layers
-from agglo.integrations.fiftyone.options import Options
+from agglo.integrations.fiftyone.maps import Layers, Scale, draw, fit_scales, heatmap, layers, map_keys
+from agglo.integrations.fiftyone.options import Options, field_name
 from agglo.integrations.fiftyone.reading import FitPatch, InputSize, Read, ReadSample, base, collate, read
 from agglo.integrations.fiftyone.records import Failures, Scales
 from agglo.model.cells import text_cells
@@ -25,6 +26,8 @@ from agglo.results.identity import model_hash
 from agglo.types import ConfigError, Output
 
 _log = logging.getLogger(__name__)
+_CPU_PIXELS = 2**20
+"""Number of pixels of a batch of whole images on the CPU."""
 SCALE_IMAGES = 32
 """Number of images, spread over a dataset, that its scales are fitted on."""
 
@@ -138,7 +141,7 @@ class AggloModel(_Base):
     def embed_all(self, args: Iterable[Any]) -> list[np.ndarray | None]:
         """The embeddings of images of any kind and size, in order; None for those that cannot be read."""
         found: list[np.ndarray | None] = [None] * len(items := self._items(args))
-        for indices, images in _groups(items, device_of(self.model)):
+        for indices, images in self._groups(items):
             vectors = self._vectors(images)
             fine = np.asarray(np.isfinite(vectors).all(axis=1))
             for row, index in enumerate(indices):
@@ -212,7 +215,7 @@ class AggloModel(_Base):
         items = self._items(args)
         results: list[Any] = [None] * len(items)
         passed: list[tuple[int, dict[str, np.ndarray], Layers]] = []
-        for indices, images in _groups(items, device_of(self.model)):
+        for indices, images in self._groups(items):
             passed += zip(indices, *self._pass(images), strict=True)
         scales = self._scales_of(list(samples or ()), [image for _, _, image in passed]) if passed else {}
         for index, vectors, image in passed:
@@ -235,7 +238,7 @@ class AggloModel(_Base):
         """
         items = self._items(args)
         found: list[dict[str, np.ndarray]] = [{} for _ in items]
-        for indices, images in _groups(items, device_of(self.model)):
+        for indices, images in self._groups(items):
             with torch.inference_mode():
                 out = self.model(images, heads=(), resize=False, window=self.config.window)
             spatial = None if out.spatial is None else out.spatial
@@ -246,6 +249,53 @@ class AggloModel(_Base):
             for row, index in enumerate(indices):
                 found[index] = {name: array[row] for name, array in arrays.items()}
         return found
+
+    @property
+    def whole_size(self) -> InputSize:
+        """The size at which whole images are read, for boxes."""
+        if not self.size.square:
+            return self.size
+        return _input_size(self.model, replace(self.config, output_type="spatial"))
+
+    def spatial(self, items: Sequence[Read]) -> list[np.ndarray]:
+        """Spatial features of read images, ``(D, H, W)`` float32 each; text-aligned with ``text=True``."""
+        found: dict[int, np.ndarray] = {}
+        for indices, images in self._groups(items):
+            with torch.inference_mode():
+                if self.config.text is True:
+                    maps = text_cells(self.model, images, self._embedding_head, window=self.config.window)[1]
+                else:
+                    maps = self.model(images, heads=(), resize=False, window=self.config.window).spatial
+            if maps is None:
+                raise ConfigError(f"{self.name} has no spatial features")
+            found |= dict(zip(indices, maps.float().cpu().numpy(), strict=True))
+        return [found[index] for index in range(len(items))]
+
+    def result_keys(self) -> list[str] | None:
+        """Names of the results of :meth:`predict` in the order of its dictionary; None for a single result."""
+        options = self.config
+        if options.output_type == "summary":
+            return None
+        found = map_keys(options, [n for n in options.heads if self.model.head_configs[n].spatial is not None])
+        if options.output_type == "spatial":
+            return found if len(found) > 1 else None
+        named = [n for n in options.heads if self.model.head_configs[n].summary is not None]
+        return ["summary", *(f"{field_name(n)}_summary" for n in named), *found]
+
+    def _groups(self, items: Sequence[Read]) -> Iterable[tuple[list[int], Tensor]]:
+        """Batches ``(indices, images)`` of equal size, images as floats ``(B, 3, H, W)`` in [0, 1] on the device."""
+        device = device_of(self.model)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, item in enumerate(items):
+            if item.pixels is not None:
+                groups.setdefault(tuple(item.pixels.shape), []).append(index)
+        for (_, height, width), indices in groups.items():
+            # On the CPU, large batches of large images are slower (caches) and take more memory.
+            most = max(1, _CPU_PIXELS // (height * width)) if device.type == "cpu" and not self.size.square else 1 << 20
+            for start in range(0, len(indices), most):
+                part = indices[start : start + most]
+                stacked = torch.stack([pixels for i in part if (pixels := items[i].pixels) is not None])
+                yield part, to_batch(stacked.to(device)).contiguous()
 
     def _pass(self, images: Tensor) -> tuple[list[dict[str, np.ndarray]], list[Layers]]:
         """Vectors and layers of a batch, from one forward pass."""
@@ -285,7 +335,7 @@ class AggloModel(_Base):
             paths = dataset.values("filepath")
             chosen = [paths[i * len(paths) // SCALE_IMAGES] for i in range(SCALE_IMAGES)]
             items = [read(path, self.size) for path in dict.fromkeys(chosen)]
-            for _, images in _groups(items, device_of(self.model)):
+            for _, images in self._groups(items):
                 found += self._pass(images)[1]
         finite = [one for one in found or batch if all(np.isfinite(each).all() for each in one.values())]
         if not finite:
@@ -312,19 +362,9 @@ class AggloModel(_Base):
             "text": options.text is True,
             "window": options.window,
             "output_type": options.output_type,
+            "maps": self.result_keys(),
             "agglo": agglo.__version__,
         }
-
-
-def _groups(items: Sequence[Read], device: torch.device) -> Iterable[tuple[list[int], Tensor]]:
-    """Batches ``(indices, images)`` of equal size, images as floats ``(B, 3, H, W)`` in [0, 1] on the device."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, item in enumerate(items):
-        if item.pixels is not None:
-            groups.setdefault(tuple(item.pixels.shape), []).append(index)
-    for indices in groups.values():
-        stacked = torch.stack([pixels for i in indices if (pixels := items[i].pixels) is not None])
-        yield indices, to_batch(stacked.to(device)).contiguous()
 
 
 def _input_size(model: Model, options: Options) -> InputSize:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,6 +14,9 @@ OUTPUTS = ("summary", "spatial", "all")
 FORMATS = ("NCHW", "NLC")
 MAPS = ("pca", "rgb", "norm", "heads")
 """Heatmaps of ``maps``; those of ``text`` and ``patch`` are drawn whenever these are given."""
+
+
+_KEYS = ("pca", "red", "green", "blue", "norm", "patch", "summary")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +117,17 @@ def parse(given: Mapping[str, Any]) -> Options:
     return options
 
 
+def field_name(text: str) -> str:
+    """A teacher's name or a prompt as part of a field's name."""
+    return re.sub(r"\W+", "_", text.lower()).strip("_") or "map"
+
+
 def _check_together(options: Options) -> None:
     if options.output_type != "summary":
+        named = [field_name(each) for each in (*options.heads, *options.prompts)]
+        repeated = next((each for each in named if named.count(each) > 1 or each in _KEYS), None)
+        if repeated is not None:
+            raise ConfigError(f"heads and text: two results would have the name {repeated!r}")
         if options.output_type == "spatial" and not (options.maps or options.prompts or options.patch):
             raise ConfigError(f"maps: is empty; choose from {', '.join(MAPS)}, or give text or patch")
         return

@@ -42,7 +42,7 @@ def load_model(name_or_path: str | Path = "agglo-lite", **options: Any) -> Agglo
         MissingExtraError: FiftyOne is not installed.
         AssetError: the weights cannot be downloaded or are damaged.
     """
-    require("fiftyone.core.models", "fiftyone")
+    require("fiftyone", "fiftyone")
     checked = parse(options)
     name = PLUGIN_NAMES.get(str(name_or_path), name_or_path)
     if str(name_or_path).startswith("nv_labs/") and name == name_or_path:
