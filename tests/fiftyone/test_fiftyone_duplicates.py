@@ -51,6 +51,7 @@ def test_only_the_samples_of_a_view_are_compared(dataset):
     for source in ({"embeddings": "radio"}, {"similarity_index": "radio"}):
         assert near_duplicates(dataset[:3], 0.01, **source).duplicate_ids == []
         assert near_duplicates(dataset[1:4], 0.01, **source).duplicate_ids == [ids[3]]
+    assert not dataset.load_brain_results("radio").has_view
     assert len(near_duplicates(dataset, 0.01, similarity_index="radio").duplicates_view()) == 4
 
 

@@ -152,6 +152,35 @@ def test_patches_are_indexed_by_label(fo, dataset):
     assert index.duplicate_ids == []
 
 
+def test_all_slices_of_groups_are_indexed(fo, dataset):
+    dataset.add_group_field("group", default="left")
+    samples = []
+    for i in range(3):
+        group = fo.Group()
+        for j, side in enumerate(("left", "right")):
+            path = f"/{i}{side}.jpg"
+            samples.append(fo.Sample(filepath=path, group=group.element(side), radio=VECTORS[2 * i + j]))
+    ids = dataset.add_samples(samples)
+    index = similarity(dataset, embeddings="radio", brain_key="radio")
+    assert sorted(index.sample_ids) == sorted(ids)
+    view = dataset.select_group_slices(["left", "right"]).sort_by_similarity(ids[0], k=4, brain_key="radio")
+    assert view.values("id") == [ids[i] for i in order(VECTORS[0], VECTORS[:6])[:4]]
+    assert index.total_index_size == 6  # the slice that is not shown is not taken for deleted
+
+
+def test_frames_are_indexed(fo, dataset):
+    for video in range(2):
+        sample = fo.Sample(filepath=f"/{video}.mp4")
+        for number in range(1, 4):
+            sample.frames[number] = fo.Frame(filepath=f"/{video}-{number}.jpg", radio=VECTORS[3 * video + number - 1])
+        dataset.add_sample(sample)
+    frames = dataset.to_frames(sample_frames=False)
+    ids = frames.values("id")
+    similarity(frames, embeddings="radio", brain_key="frames")
+    found = frames.sort_by_similarity(ids[1], k=3, brain_key="frames").values("id")
+    assert found == [ids[i] for i in order(VECTORS[1], VECTORS[:6])[:3]]
+
+
 # --- text -------------------------------------------------------------------------------------------------------------
 
 ZOO = """
@@ -240,6 +269,8 @@ def test_what_cannot_be_indexed_is_refused(dataset):
     plant(dataset, VECTORS)
     with pytest.raises(ConfigError, match=r"^give either embeddings"):
         similarity(dataset)
+    with pytest.raises(ConfigError, match="unknown option 'metric'; choose from: batch_size"):
+        similarity(dataset, embeddings="radio", metric="euclidean")
     with pytest.raises(ConfigError, match="has no field 'radios'; did you mean 'radio'"):
         similarity(dataset, embeddings="radios")
     with pytest.raises(ConfigError, match=r"^name the field for the model's vectors: embeddings='radio'"):

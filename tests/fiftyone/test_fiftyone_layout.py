@@ -94,6 +94,8 @@ def test_bad_input_is_named(dataset):
         visualization(dataset, embeddings="radio", method="tnse")
     with pytest.raises(ConfigError, match="9 dimensions of vectors with 8 values"):
         visualization(dataset, embeddings="radio", method="pca", num_dims=9)
+    with pytest.raises(ConfigError, match="unknown option 'perplexty'; did you mean 'perplexity'"):
+        visualization(dataset, embeddings="radio", method="tsne", perplexty=3)
     with pytest.raises(ConfigError, match="has no field 'radios'"):
         visualization(dataset, embeddings="radios", method="pca")
     assert dataset.list_brain_runs() == []

@@ -8,7 +8,7 @@ from typing import Any
 from agglo.config import nearest
 from agglo.extras import require
 from agglo.integrations.fiftyone.index import check_limits, similarity
-from agglo.integrations.fiftyone.vectors import collection_name, load_index
+from agglo.integrations.fiftyone.vectors import check_options, collection_name, load_index
 from agglo.types import ConfigError
 
 
@@ -83,7 +83,6 @@ def leaky_splits(
     check_limits(threshold, None)
     views = split_views(samples, splits)
     index = _index(samples, embeddings, similarity_index, model, model_kwargs, options)
-    index.use_view(samples)
     result = LeakySplits(samples, index, views)
     result.find_leaks(threshold)
     return result
@@ -117,6 +116,7 @@ class LeakySplits:
 
     def find_leaks(self, thresh: float) -> None:
         """Find the pairs of different splits within a cosine distance."""
+        self._index.use_view(self.samples)
         rows, distances = self._index._radius_neighbors(thresh=thresh, return_dists=True)
         ids = self._index.current_sample_ids
         pairs = [(each, each, 0.0) for each, names in self._splits.items() if len(names) > 1]
@@ -192,9 +192,12 @@ def _index(
     """The given index, or a new one over the vectors."""
     if similarity_index is None:
         return similarity(samples, embeddings=embeddings, model=model, model_kwargs=model_kwargs, **options)
+    check_options(options)
     if embeddings is not None or model is not None:
         raise ConfigError("give either similarity_index or embeddings and model")
-    index = load_index(samples, similarity_index) if isinstance(similarity_index, str) else similarity_index
+    index = similarity_index
+    if isinstance(index, str):  # a copy: the one that FiftyOne keeps would stay restricted to these samples
+        index = load_index(samples, index, cache=False)
     if getattr(index.config, "method", None) != "cosine":
         raise ConfigError(
             f"index {index.key!r} ({index.config.method}) does not measure cosine distances; "

@@ -18,6 +18,7 @@ from agglo.extras import require
 from agglo.integrations.fiftyone.neighbours import Neighbours
 from agglo.integrations.fiftyone.vectors import (
     Vectors,
+    check_options,
     check_samples,
     checked,
     collection_name,
@@ -70,6 +71,7 @@ def similarity(
     if patches_field is None:
         loaded = fill(samples, embeddings, model, model_kwargs, **options)
     else:
+        check_options(options)
         loaded = load(model, model_kwargs)
     vectors = read_vectors(samples, embeddings, patches_field=patches_field)
     dataset = samples._base_view if samples._is_frames else samples._root_dataset
@@ -168,6 +170,7 @@ class _Index:
     current_label_ids: Any
     _current_inds: Any
     key: Any
+    samples: Any
     save: Any
 
     def __init__(
@@ -322,7 +325,7 @@ class _Index:
             return
         options = {"embeddings": self.config.embeddings_field, "patches_field": self.config.patches_field}
         try:
-            found = read_vectors(self._dataset, report=False, **options)
+            found = read_vectors(self._all_samples, report=False, **options)
         except ConfigError:
             if self._has_vectors():
                 raise
@@ -331,12 +334,19 @@ class _Index:
         labels = None if found.label_ids is None else found.label_ids[stay]
         self._set(found.values[stay], found.sample_ids[stay], labels)
 
+    @property
+    def _all_samples(self) -> Any:
+        """The dataset; of a grouped one, all slices."""
+        if self._dataset.media_type == "group":
+            return self._dataset.select_group_slices(_allow_mixed=True)
+        return self._dataset
+
     def _has_vectors(self) -> bool:
         """Whether an index that cannot be read is wrong; a field that is still empty is not."""
         field = self.config.embeddings_field
         if self.config.patches_field is not None:
             return True
-        return self._dataset.has_field(field) and len(self._dataset.exists(field)) > 0
+        return self._all_samples.has_field(field) and len(self._all_samples.exists(field)) > 0
 
     def _write_field(self, ids: np.ndarray, values: np.ndarray) -> None:
         if self.is_external:
@@ -357,7 +367,7 @@ class _Index:
 
     def _keep(self) -> None:
         """Store a change with the run, and recompute the current view."""
-        if self.key is not None and self.key in self._dataset.list_brain_runs():
+        if self.key is not None and self.key in self.samples.list_brain_runs():
             self.save()
         _bases().SimilarityIndex.reload(self)
 
@@ -474,7 +484,7 @@ class _Index:
         unique = np.unique(sample_ids)
         if not len(unique):
             return False
-        alive = self._dataset.select(unique.tolist()).values("id")
+        alive = self._all_samples.select(unique.tolist()).values("id")
         gone = np.setdiff1d(unique, np.array(alive, dtype=str))
         if len(gone):
             self._drop(~np.isin(self.sample_ids, gone))

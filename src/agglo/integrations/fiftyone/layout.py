@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from agglo.config import nearest
 from agglo.extras import require
-from agglo.integrations.fiftyone.vectors import fill, read_vectors
+from agglo.integrations.fiftyone.vectors import COMPUTE, check_options, fill, read_vectors
 from agglo.types import ConfigError
 
 METHODS = ("umap", "tsne", "pca")
@@ -50,7 +51,7 @@ def visualization(
         FiftyOne's ``VisualizationResults``.
 
     Raises:
-        ConfigError: unknown method, too few samples for it, or vectors that cannot be used
+        ConfigError: unknown method or option, too few samples for it, or vectors that cannot be used
             (:func:`~agglo.integrations.fiftyone.vectors.read_vectors`).
     """
     if method not in METHODS:
@@ -59,8 +60,9 @@ def visualization(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImportWarning)  # umap: no TensorFlow, no ParametricUMAP
             require("umap", "fiftyone")
+    check_options(options, _known(method))
     if patches_field is None:
-        fill(samples, embeddings, model, model_kwargs, **{k: options[k] for k in _COMPUTE if k in options})
+        fill(samples, embeddings, model, model_kwargs, **{k: options[k] for k in COMPUTE if k in options})
     vectors = read_vectors(samples, embeddings, similarity_index=similarity_index, patches_field=patches_field)
     limits = _limits(method, len(vectors.values), vectors.values.shape[1], num_dims)
     if isinstance(embeddings, str):
@@ -84,7 +86,12 @@ def visualization(
         )
 
 
-_COMPUTE = ("batch_size", "num_workers", "progress")
+def _known(method: str) -> set[str]:
+    """Options of a method. FiftyOne's configurations accept any keyword and ignore it."""
+    configs = require("fiftyone.brain.visualization", "fiftyone")
+    config = {"umap": "UMAP", "tsne": "TSNE", "pca": "PCA"}[method] + "VisualizationConfig"
+    own = set(inspect.signature(getattr(configs, config)).parameters)
+    return (own | {*COMPUTE, "create_index", "force_square", "alpha"}) - {"kwargs", "similarity_index", "model"}
 
 
 def _limits(method: str, samples: int, width: int, num_dims: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from agglo.extras import require
 
 _MARGIN = 8
 """Candidates beyond k: float32 may order equally distant vectors in any way."""
-_SLACK = 2e-6
+_SLACK = 1e-5
 """Added to a radius in float32, so that no vector at exactly the threshold is lost."""
 _CHUNK = 2**23
 """Values of float64 that are compared at a time: 64 MiB."""
@@ -18,7 +18,7 @@ class Neighbours:
     """Cosine neighbours among fixed vectors. The distance is ``1 - cos``, in [0, 2]; 0 between equal vectors, exactly.
 
     It is computed as half the squared distance of the unit vectors, which does not cancel for near-duplicates. Equal
-    distances are ordered by row.
+    distances are ordered by row; of more than 8 at the end of the k nearest, any may be returned.
 
     Args:
         values: ``(N, D)`` floats, finite, no row of zeros.

@@ -17,6 +17,8 @@ from agglo.config import nearest
 from agglo.extras import require
 from agglo.types import ConfigError
 
+COMPUTE = ("batch_size", "num_workers", "skip_failures", "progress")
+"""Options of ``compute_embeddings`` that functions pass on."""
 _LISTS = {"Detections": "detections", "Polylines": "polylines"}
 """Label types that hold a list → the name of that list."""
 
@@ -146,16 +148,17 @@ def fill(samples: Any, field: Any, model: Any, model_kwargs: Mapping[str, Any] |
         field: name of the field; created if necessary.
         model: a FiftyOne model, the name of a zoo model, or None.
         model_kwargs: arguments of the zoo model.
-        options: arguments of ``compute_embeddings`` (``batch_size``, ``num_workers``, ``progress``).
+        options: arguments of ``compute_embeddings``, of :data:`COMPUTE`.
 
     Returns:
         The model, loaded, or None.
 
     Raises:
-        ConfigError: the collection is empty, the field has no name, or has vectors of another agglo model, size or
-            head.
+        ConfigError: the collection is empty, an option is unknown, the field has no name, or it has vectors of another
+            agglo model, size or head.
     """
     check_samples(samples)
+    check_options(options)
     if model is None:
         return None
     if not isinstance(field, str):
@@ -172,6 +175,17 @@ def fill(samples: Any, field: Any, model: Any, model_kwargs: Mapping[str, Any] |
 
             record_field(samples._dataset, field, record)
     return model
+
+
+def check_options(options: Iterable[str], known: Iterable[str] = COMPUTE) -> None:
+    """Raise for an unknown option, with the nearest name.
+
+    Raises:
+        ConfigError: as above.
+    """
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
 
 
 def load(model: Any, model_kwargs: Mapping[str, Any] | None = None) -> Any:
