@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -87,6 +90,23 @@ def test_heatmaps_are_drawn_where_they_are_missing(dataset, photographs, tmp_pat
     second = apply_model(add(dataset, files[2:4]), model, "heat", num_workers=0)
     assert (second.computed, second.reused) == (2, 2)
     assert {each is not None for each in dataset.exists("heat_pca").values("heat_norm")} == {True}
+
+
+@pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffmpeg and ffprobe are not installed")
+def test_only_missing_frames_are_embedded(fo, dataset, tmp_path, monkeypatch):
+    for index, seconds in enumerate((1, 2)):
+        source = f"testsrc=size=96x64:rate=3:duration={seconds}"
+        command = ["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", source, str(tmp_path / f"{index}.mp4")]
+        subprocess.run(command, check=True)
+    model = load_model("agglo-lite")
+    counted = Counted(model, monkeypatch)
+    compute_embeddings(add(dataset, [tmp_path / "0.mp4"]), model, "e")
+    report = compute_embeddings(add(dataset, [tmp_path / "1.mp4"]), model, "e")
+    assert (report.computed, report.reused, counted.images) == (1, 1, 9)
+    assert field_record(dataset, "e")["model"] == "agglo-lite"
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match="ffmpeg and ffprobe"):
+        compute_embeddings(dataset, model, "e")
 
 
 def test_wrong_collections_are_refused(fo, dataset, photographs, tmp_path):

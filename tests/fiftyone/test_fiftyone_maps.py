@@ -12,7 +12,7 @@ from agglo.config import build
 from agglo.integrations.fiftyone import load_model
 from agglo.integrations.fiftyone.model import AggloModel
 from agglo.integrations.fiftyone.options import parse
-from agglo.types import FeatureSpec, Output
+from agglo.types import ConfigError, FeatureSpec, Output
 
 
 class Averages(nn.Module):
@@ -20,6 +20,7 @@ class Averages(nn.Module):
 
     preferred_size = 512
     head_configs: dict = {}
+    student = nn.Identity()
 
     def __init__(self):
         super().__init__()
@@ -58,7 +59,7 @@ def test_a_ramp_of_any_aspect_ratio_is_drawn_as_a_ramp(options):
     model = AggloModel(Averages().eval(), "averages", parse({"output_type": "spatial", **options}))
     rng = np.random.default_rng(0)
     worst = 1.0
-    for _ in range(250):
+    for _ in range(250 if options else 1000):
         height, width = (int(n) for n in rng.integers(150, 600, 2))
         truth = ramp(height, width, rng.uniform(0, np.pi / 2))
         pixels = np.repeat((truth * 255).astype(np.uint8)[..., None], 3, 2)
@@ -140,6 +141,31 @@ def test_a_patch_is_most_similar_to_itself():
     assert found.map[int(0.1 * height), int(0.9 * width)] == 255
     assert found.high == pytest.approx(1, abs=1e-5)
     assert found.map[:, width * 3 // 4 :].mean() > found.map[:, : width // 4].mean() + 50
+
+
+def test_a_patch_of_one_photograph_is_looked_for_in_others(tmp_path):
+    """A red patch of one image is found at the red half of another."""
+    one, other = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 128, 3), np.uint8)
+    one[:, :32] = other[:, 64:] = (220, 30, 20)
+    one[:, 32:] = other[:, :64] = (20, 40, 210)
+    Image.fromarray(one).save(tmp_path / "one.png")
+    options = {"output_type": "spatial", "maps": [], "patch": (0.25, 0.5), "patch_image": tmp_path / "one.png"}
+    found = AggloModel(Averages().eval(), "averages", parse(options)).predict(other).map
+    width = found.shape[1]
+    assert found[:, width // 2 + 1 :].min() > 200 > 50 > found[:, : width // 2 - 1].max()
+    with pytest.raises(ConfigError, match=r"patch_image: .*none\.png: .*no such file"):
+        AggloModel(Averages().eval(), "averages", parse({**options, "patch_image": tmp_path / "none.png"}))
+
+
+def test_maps_written_to_a_folder_keep_their_values(ramps, tmp_path):
+    """FiftyOne drops the range of maps that it writes as PNG; ``low`` and ``high`` remain."""
+    model = AggloModel(Averages().eval(), "averages", parse({"output_type": "spatial"}))
+    ramps.apply_model(model, "inside", num_workers=0)
+    ramps.apply_model(model, "outside", num_workers=0, output_dir=str(tmp_path / "maps"))
+    for sample in ramps:
+        assert sample["outside"].map is None
+        assert np.array_equal(np.asarray(Image.open(sample["outside"].map_path)), sample["inside"].map)
+        assert (sample["outside"].low, sample["outside"].high) == (sample["inside"].low, sample["inside"].high)
 
 
 def test_features_that_are_not_finite_cost_one_sample(ramps):

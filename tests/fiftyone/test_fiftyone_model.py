@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ import agglo
 from agglo.integrations.fiftyone import load_model
 from agglo.integrations.fiftyone.reading import InputSize, ReadSample, read
 from agglo.types import ConfigError
+from support.checkpoints import ARGS, TEACHERS, official_state, tiny_siglip2
+
+TEXT_WIDTH = 40
 
 
 def add(dataset, paths):
@@ -201,6 +205,40 @@ def test_the_published_processor_keeps_the_whole_image():
     model = load_model("agglo-lite", use_external_preprocessor=True)
     item = read(np.zeros((100, 200, 3), np.uint8), model.size)
     assert item.pixels.shape == (3, 224, 448)
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A small C-RADIOv4 in NVIDIA's layout, whose first teacher has a text tower in a local folder."""
+    folder = tmp_path_factory.mktemp("official")
+    (folder / "tower").mkdir()
+    tiny_siglip2(folder / "tower", "siglip")
+    state = official_state()
+    torch.manual_seed(1)
+    for key in ("weight", "bias"):
+        name = f"_heads.0.final.2.{key}"
+        state[name] = torch.randn(TEXT_WIDTH, *state[name].shape[1:])
+    teachers = [{**TEACHERS[0], "model": str(folder / "tower")}, *TEACHERS[1:]]
+    torch.save(
+        {"state_dict": state, "args": argparse.Namespace(**{**ARGS, "teachers": teachers})}, folder / "c.pth.tar"
+    )
+    return folder / "c.pth.tar"
+
+
+def test_an_official_checkpoint_has_text_and_heads(dataset, photographs, official):
+    files = sorted(photographs.iterdir())[:4]
+    add(dataset, files)
+    text = load_model(official, text=True, max_size=64)
+    dataset.compute_embeddings(text, embeddings_field="t", num_workers=0)
+    assert np.array_equal(np.stack(dataset.values("t")), agglo.embed(files, official, size=64).aligned)
+    assert text.embed_prompt("a cat").shape == (TEXT_WIDTH,)
+    names = [each["name"] for each in TEACHERS]
+    every = load_model(official, output_type="all", heads=names, maps=["pca", "heads"], text="a cat", max_size=96)
+    dataset.apply_model(every, "m", num_workers=0)
+    assert dataset.first()["m_a_cat"].map.shape == dataset.first()["m_pca"].map.shape
+    assert {f"m_{key}" for key in every.result_keys()} <= set(dataset.first().field_names)
+    plain = load_model(official, max_size=64)
+    assert plain.hash == load_model(official, output_type="spatial", heads=names[:1]).hash
 
 
 @pytest.mark.skipif(not shutil.which("ffprobe"), reason="ffmpeg and ffprobe are not installed")

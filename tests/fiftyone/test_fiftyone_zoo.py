@@ -14,7 +14,7 @@ from agglo.integrations import fiftyone as integration
 from agglo.integrations.fiftyone.form import parse_parameters, resolve_input
 from agglo.integrations.fiftyone.options import parse
 from agglo.integrations.fiftyone.zoo import ANY, SOURCE
-from agglo.types import ConfigError, MissingExtraError
+from agglo.types import AssetError, ConfigError, MissingExtraError
 
 
 def test_the_folder_of_the_repository_is_generated(repository, tmp_path):
@@ -51,6 +51,15 @@ def test_fiftyone_lists_and_loads_the_models(zoo, tmp_path):
     folder = agglo.load("agglo-lite").save(tmp_path / "exported")
     assert zoo.load_zoo_model(ANY, model=str(folder)).record()["hash"] == model.record()["hash"]
     assert sys.modules["agglo"] is agglo, f"the source {SOURCE} must not take the name of this package"
+
+
+def test_a_release_that_cannot_be_downloaded_is_not_marked_as_present(zoo, fo):
+    from pathlib import Path
+
+    with pytest.raises(AssetError, match="nvidia/C-RADIOv4-SO400M"):
+        zoo.load_zoo_model("nv_labs/c-radio_v4-so400m", output_type="summary", use_mixed_precision=True)
+    folder = Path(fo.config.model_zoo_dir) / SOURCE
+    assert not list(folder.glob("*so400m*"))
 
 
 def test_wrong_uses_of_the_zoo_are_refused(zoo):

@@ -38,6 +38,7 @@ def test_the_options_of_the_plugin_keep_their_names():
         ({"patch": "middle", "output_type": "spatial"}, r"patch: 'middle' is not a point"),
         ({"heads": ["a", "b"]}, r"heads: a, b: an embedding has one head; output_type='all' gives several"),
         ({"heads": "a", "text": True}, r"heads and text: give one of them"),
+        ({"patch_image": "a.jpg", "output_type": "spatial"}, r"patch_image: needs patch=\(x, y\)"),
         ({"maps": [], "output_type": "spatial"}, r"maps: is empty"),
         ({"maps": "attention", "output_type": "spatial"}, r"maps: 'attention' is not allowed"),
         ({"text": ["a cup", "A cup!"], "output_type": "spatial"}, r"two results would have the name 'a_cup'"),

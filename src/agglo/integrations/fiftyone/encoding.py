@@ -16,7 +16,7 @@ from agglo.integrations.fiftyone.reading import Read, read
 from agglo.integrations.fiftyone.records import ERROR_FIELD, Failures, field_record, record_field
 from agglo.types import ConfigError
 
-_DEPENDS = ("hash", "size", "dtype", "head", "text", "window", "output_type", "maps")
+_DEPENDS = ("hash", "size", "dtype", "head", "text", "window")
 """Entries of a record whose change makes a field's values incomparable."""
 
 _SELECTED = 100_000
@@ -44,7 +44,7 @@ def compute_embeddings(
     """Embed the samples that have no embedding yet. A stopped call continues where it stopped.
 
     The values are those of ``samples.compute_embeddings(model, embeddings_field=...)``. Model, size, dtype and head are
-    recorded in ``dataset.info["agglo"]``, and embeddings of another model are not mixed with them.
+    recorded in the ``info`` of the field, and embeddings of another model are not mixed with them.
 
     Args:
         samples: dataset or view of images or videos.
@@ -56,14 +56,11 @@ def compute_embeddings(
     Raises:
         ConfigError: no samples, samples of several media types, no readable image, or a field of another model.
     """
-    names = embeddings_field, embeddings_field
-    return _run(
-        samples,
-        model,
-        names,
-        overwrite,
-        lambda view: view.compute_embeddings(model, embeddings_field=embeddings_field, **options),
-    )
+
+    def work(view: Any) -> None:
+        view.compute_embeddings(model, embeddings_field=embeddings_field, **options)
+
+    return _run(samples, model, [embeddings_field], [], overwrite, work)
 
 
 def apply_model(
@@ -82,9 +79,17 @@ def apply_model(
     Raises:
         ConfigError: as :func:`compute_embeddings`.
     """
+
+    def work(view: Any) -> None:
+        view.apply_model(model, label_field, **options)
+
     keys = model.result_keys()
-    names = label_field if keys is None else f"{label_field}_{keys[-1]}", label_field
-    return _run(samples, model, names, overwrite, lambda view: view.apply_model(model, label_field, **options))
+    if keys is None:
+        only_vector = model.config.output_type == "summary"
+        return _run(samples, model, [label_field] * only_vector, [label_field] * (not only_vector), overwrite, work)
+    vectors = [f"{label_field}_{key}" for key in keys if key.endswith("summary")]
+    heatmaps = [f"{label_field}_{key}" for key in keys if not key.endswith("summary")]
+    return _run(samples, model, vectors, heatmaps, overwrite, work)
 
 
 def compute_patch_embeddings(
@@ -222,22 +227,33 @@ def _check_samples(samples: Any) -> None:
 
 
 def _run(
-    samples: Any, model: AggloModel, names: tuple[str, str], overwrite: bool, work: Callable[[Any], None]
+    samples: Any,
+    model: AggloModel,
+    vectors: Sequence[str],
+    heatmaps: Sequence[str],
+    overwrite: bool,
+    work: Callable[[Any], None],
 ) -> Report:
     """Apply ``work`` to the samples without a value.
 
     Args:
         samples, model, overwrite: as for :func:`compute_embeddings`.
-        names: of the field that shows what is done, and of the field as the caller gave it.
+        vectors, heatmaps: names of the fields that are filled together.
         work: computes the values of a view.
     """
     _check_samples(samples)
-    _check_record(samples._dataset, names[1], model.record(), overwrite)
+    names, record = [*vectors, *heatmaps], model.record()
+    for name in names:
+        if not overwrite:
+            _check_record(samples._dataset, name, record)
+    _declare(samples, vectors, heatmaps)
+    for name in names:
+        record_field(samples._dataset, name, record)
     ids = samples.values("id")
-    todo = ids if overwrite else _missing(samples, names[0])
+    todo = ids if overwrite else _missing(samples, names[-1])
     # Fixed ids: a view of what is missing would change while it is filled. A selection must fit into 16 MB.
     for start in range(0, len(todo), _SELECTED):
-        work(samples.select(todo[start : start + _SELECTED], ordered=False))
+        work(samples.select(todo[start : start + _SELECTED]))
     skipped = _skipped(samples, todo) if samples.media_type == "image" else {}
     if todo and len(skipped) == len(ids):
         path, why = next(iter(skipped.items()))
@@ -248,18 +264,34 @@ def _run(
     return Report(len(todo) - len(skipped), len(ids) - len(todo), skipped)
 
 
-def _check_record(dataset: Any, field: str, record: dict[str, Any], overwrite: bool) -> None:
+def _declare(samples: Any, vectors: Sequence[str], heatmaps: Sequence[str]) -> None:
+    """Add the fields that do not exist."""
+    fields: Any = require("fiftyone.core.fields", "fiftyone")
+    labels: Any = require("fiftyone.core.labels", "fiftyone")
+    dataset = samples._dataset
+    is_video = samples.media_type == "video"
+    has, add = (
+        (dataset.has_frame_field, dataset.add_frame_field)
+        if is_video
+        else (dataset.has_sample_field, dataset.add_sample_field)
+    )
+    for name in vectors:
+        if not has(name):
+            add(name, fields.VectorField)
+    for name in heatmaps:
+        if not has(name):
+            add(name, fields.EmbeddedDocumentField, embedded_doc_type=labels.Heatmap)
+
+
+def _check_record(dataset: Any, field: str, record: dict[str, Any]) -> None:
     before = field_record(dataset, field)
-    if before is not None and not overwrite:
-        changed = [key for key in _DEPENDS if before.get(key) != record.get(key)]
-        if changed:
-            what = ", ".join(f"{key} {before.get(key)} (now {record.get(key)})" for key in changed)
-            raise ConfigError(
-                f"field {field!r} was computed by {before['model']} with another {what}: use another field, or "
-                "overwrite=True"
-            )
-    if before != record:
-        record_field(dataset, field, record)
+    changed = [key for key in _DEPENDS if before is not None and before.get(key) != record.get(key)]
+    if before is not None and changed:
+        what = ", ".join(f"{key} {before.get(key)} (now {record.get(key)})" for key in changed)
+        raise ConfigError(
+            f"field {field!r} was computed by {before['model']} with another {what}: use another field, or "
+            "overwrite=True"
+        )
 
 
 def _missing(samples: Any, field: str) -> list[str]:

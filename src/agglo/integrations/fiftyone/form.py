@@ -8,7 +8,10 @@ from agglo.extras import require
 from agglo.integrations.fiftyone.options import FORMATS, MAPS, OUTPUTS
 from agglo.integrations.fiftyone.zoo import ANY
 
-_SUMMARY_ONLY, _MAPS_ONLY = ("text_search",), ("maps", "prompts", "patch", "apply_smoothing", "smoothing_sigma")
+_SUMMARY_ONLY, _MAPS_ONLY = (
+    ("text_search",),
+    ("maps", "prompts", "patch", "patch_image", "apply_smoothing", "smoothing_sigma"),
+)
 
 
 def resolve_input(model_name: str, ctx: Any) -> Any:
@@ -34,6 +37,7 @@ def resolve_input(model_name: str, ctx: Any) -> Any:
         inputs.list("maps", types.String(), default=["pca"], label="Heatmaps", description=f"Of {', '.join(MAPS)}")
         inputs.str("prompts", label="Texts", description="One heatmap per text; separate them by semicolons")
         inputs.str("patch", label="Patch", description="x,y in [0, 1]: similarity to this place")
+        inputs.str("patch_image", label="Image of the patch", description="Path; empty for each image's own")
         inputs.bool("apply_smoothing", default=False, label="Smooth heatmaps")
         if chosen.get("apply_smoothing"):
             inputs.float("smoothing_sigma", default=1.51, label="Sigma", description="In cells of the map")

@@ -82,7 +82,13 @@ class Drawn:
     high: float
 
 
-def layers(options: Options, spatial: Tensor, heads: Mapping[str, Tensor], text: Tensor | None) -> Iterator[Layers]:
+def layers(
+    options: Options,
+    spatial: Tensor,
+    heads: Mapping[str, Tensor],
+    text: Tensor | None = None,
+    patch: Tensor | None = None,
+) -> Iterator[Layers]:
     """The layers of each image of a batch.
 
     Args:
@@ -90,6 +96,7 @@ def layers(options: Options, spatial: Tensor, heads: Mapping[str, Tensor], text:
         spatial: ``(B, D, H, W)`` of the backbone.
         heads: ``(B, D', H', W')`` by teacher.
         text: ``(B, prompts, H', W')`` cosine similarities, or None.
+        patch: ``(D,)`` features of the chosen patch, or None for the cell at ``options.patch`` in each image.
     """
     found: dict[str, Tensor] = {}
     if {"pca", "rgb"} & set(options.maps):
@@ -99,7 +106,8 @@ def layers(options: Options, spatial: Tensor, heads: Mapping[str, Tensor], text:
     if "heads" in options.maps:
         found |= {f"head:{name}": each for name, each in heads.items()}
     if options.patch is not None:
-        found["patch"] = _similar_to(spatial, options.patch)
+        chosen = cell_at(spatial, options.patch) if patch is None else patch[None].to(spatial)
+        found["patch"] = F.cosine_similarity(spatial.float(), chosen.float()[:, :, None, None], dim=1)[:, None]
     if text is not None:
         found |= {f"text:{prompt}": text[:, i : i + 1] for i, prompt in enumerate(options.prompts)}
     arrays = {name: each.float().cpu().numpy() for name, each in found.items()}
@@ -107,12 +115,10 @@ def layers(options: Options, spatial: Tensor, heads: Mapping[str, Tensor], text:
         yield {name: array[index] for name, array in arrays.items()}
 
 
-def _similar_to(spatial: Tensor, point: tuple[float, float]) -> Tensor:
-    """Cosine similarity of all cells to the one at ``point``, ``(B, 1, H, W)``."""
+def cell_at(spatial: Tensor, point: tuple[float, float]) -> Tensor:
+    """The features ``(B, D)`` of the cell at ``(x, y)`` in [0, 1] of maps ``(B, D, H, W)``."""
     height, width = spatial.shape[-2:]
-    unit = F.normalize(spatial.float(), dim=1)
-    row, column = min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)
-    return (unit * unit[:, :, row, column, None, None]).sum(1, keepdim=True)
+    return spatial[:, :, min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)]
 
 
 def fit_scales(images: Sequence[Layers]) -> dict[str, Scale]:

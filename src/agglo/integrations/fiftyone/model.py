@@ -15,7 +15,7 @@ from torch import Tensor
 from agglo.embedding import MIN_SIDE, encode, legal_size
 from agglo.evals.base import device_of
 from agglo.extras import require
-from agglo.integrations.fiftyone.maps import Layers, Scale, draw, fit_scales, heatmap, layers, map_keys
+from agglo.integrations.fiftyone.maps import Layers, Scale, cell_at, draw, fit_scales, heatmap, layers, map_keys
 from agglo.integrations.fiftyone.options import Options, field_name
 from agglo.integrations.fiftyone.reading import FitPatch, InputSize, Read, ReadSample, base, collate, read
 from agglo.integrations.fiftyone.records import Failures, Scales
@@ -65,6 +65,7 @@ class AggloModel(_Base):
         self.size = _input_size(model, options)
         self._embedding_head = _check(model, options)
         self._text = model.encode_text(list(options.prompts)) if options.prompts else None
+        self._patch = self._patch_of(options)
         self._preprocess, self._fields = True, {}
         self._scales, self._failures = Scales(), Failures()
         self._hash: str | None = None
@@ -317,7 +318,16 @@ class AggloModel(_Base):
                 if (summary := out.heads[name].summary) is not None:
                     columns[f"{field_name(name)}_summary"] = summary.float().cpu().numpy()
             vectors = [{name: column[row] for name, column in columns.items()} for row in range(len(images))]
-        return vectors, list(layers(options, out.spatial, dense, text))
+        return vectors, list(layers(options, out.spatial, dense, text, self._patch))
+
+    def _patch_of(self, options: Options) -> Tensor | None:
+        """The features of the cell at ``patch`` in ``patch_image``."""
+        if options.patch_image is None or options.patch is None:
+            return None
+        item = read(options.patch_image, self.size)
+        if item.pixels is None:
+            raise ConfigError(f"patch_image: {options.patch_image}: {item.why}")
+        return cell_at(torch.from_numpy(self.spatial([item])[0])[None], options.patch)[0]
 
     def _scales_of(self, samples: Sequence[Any], batch: Sequence[Layers]) -> dict[str, Scale]:
         """The scales of the samples' dataset, fitted at its first batch."""
@@ -325,8 +335,16 @@ class AggloModel(_Base):
         return self._scales.get(dataset, self._key(), tuple(batch[0]), lambda: self._fit(dataset, batch))
 
     def _key(self) -> str:
-        self._hash = self._hash or model_hash(self.model)
-        return f"{self._hash} {self.size} window {self.config.window} patch {self.config.patch}"
+        options = self.config
+        return f"{self.hash} {self.size} window {options.window} patch {options.patch} {options.patch_image or ''}"
+
+    @property
+    def hash(self) -> str:
+        """Hash of the weights behind the embedding: of the student, and of the embedding's head."""
+        if self._hash is None:
+            head = None if self._embedding_head is None else self.model.heads[self._embedding_head]
+            self._hash = model_hash(self.model.student, None if head is None else model_hash(head))
+        return self._hash
 
     def _fit(self, dataset: Any, batch: Sequence[Layers]) -> dict[str, Scale]:
         """Scales from images spread over the dataset; without one, or for videos, from the first batch."""
@@ -351,18 +369,15 @@ class AggloModel(_Base):
         """What the outputs depend on, as JSON data: model, hash of its weights, input size, dtype, head, version."""
         import agglo
 
-        self._hash = self._hash or model_hash(self.model)
         head, options = self._embedding_head, self.config
         return {
             "model": self.name,
-            "hash": self._hash,
+            "hash": self.hash,
             "size": str(self.size),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "head": head,
             "text": options.text is True,
             "window": options.window,
-            "output_type": options.output_type,
-            "maps": self.result_keys(),
             "agglo": agglo.__version__,
         }
 

@@ -50,6 +50,7 @@ class Options:
         maps: heatmaps to draw, of :data:`MAPS`: the first principal component (``pca``), the first three (``rgb``),
             the cells' L2 norm (``norm``), the first component of every teacher in ``heads``.
         patch: ``(x, y)`` in [0, 1] of the image: heatmap of the cosine similarity to the cell there.
+        patch_image: path of the image that ``patch`` is in; None for each image's own.
     """
 
     output_type: str = "summary"
@@ -67,6 +68,7 @@ class Options:
     text: bool | tuple[str, ...] = False
     maps: tuple[str, ...] = ("pca",)
     patch: tuple[float, float] | None = None
+    patch_image: str | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -106,6 +108,10 @@ def parse(given: Mapping[str, Any]) -> Options:
         _check_type(values, "use_mixed_precision", bool)
     for name, least in (("batch_size", 1), ("num_workers", 0), ("window", 1), ("max_size", 1)):
         _check_number(values, name, least)
+    if values.get("patch_image") is not None:
+        if values.get("patch") is None:
+            raise ConfigError("patch_image: needs patch=(x, y), a place in it")
+        values["patch_image"] = str(values["patch_image"])
     options = Options(**values)
     _check_choice("output_type", options.output_type, OUTPUTS)
     _check_choice("feature_format", options.feature_format, FORMATS)

@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 ERROR_FIELD = "agglo_error"
 """Field of a sample with the reason why its image was skipped."""
 INFO = "agglo"
-"""Key of ``dataset.info``: ``fields``, by name, and ``scales``."""
+"""Key of what agglo stores: in ``dataset.info`` the scales of heatmaps, in the ``info`` of a field its record."""
 
 
 class Failures:
@@ -106,17 +106,23 @@ def _store(dataset: Any, key: str, scales: Mapping[str, Scale]) -> None:
 
 def field_record(dataset: Any, field: str) -> dict[str, Any] | None:
     """How a field was computed (``AggloModel.record``), or None if agglo did not record it."""
-    found = (dataset.info.get(INFO) or {}).get("fields") or []
-    return next((each["record"] for each in found if each["field"] == field), None)
+    found = _field(dataset, field)
+    return None if found is None else (found.info or {}).get(INFO)
 
 
 def record_field(dataset: Any, field: str, record: Mapping[str, Any]) -> None:
-    """Store how a field is computed."""
-    info = dict(dataset.info.get(INFO) or {})
-    others = [each for each in info.get("fields") or [] if each["field"] != field]
-    info["fields"] = [*others, {"field": field, "record": dict(record)}]
-    dataset.info[INFO] = info
-    dataset.save()
+    """Store how a field is computed with the field itself, where the App shows it; deleted with the field."""
+    found = _field(dataset, field)
+    if found is None:
+        return
+    found.info = {**(found.info or {}), INFO: dict(record)}
+    found.description = f"{record['model']}, {record['size']}, {record['dtype']}"
+    found.save()
+
+
+def _field(dataset: Any, field: str) -> Any:
+    is_frames = dataset.media_type == "video" and dataset.has_frame_field(field)
+    return dataset.get_field(f"frames.{field}" if is_frames else field)
 
 
 def find_dataset(dataset_id: str) -> Any:
