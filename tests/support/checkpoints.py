@@ -131,8 +131,11 @@ def tiny_sam(folder: Path, channels: int = 12, side: int = 64, seed: int = 0) ->
     return str(folder / "sam")
 
 
-def tiny_sam3(folder: Path, seed: int = 0) -> str:
-    """A random SAM 3 in a folder, with a tokenizer of single letters: a trunk of 32 channels on an 8 x 8 grid."""
+def tiny_sam3(folder: Path, seed: int = 0, positions: int = 16) -> str:
+    """A random SAM 3 in a folder, with a tokenizer of single letters: a trunk of 32 channels on an 8 x 8 grid.
+
+    Its processor pads phrases to 32 tokens, as many as the released text encoder has positions.
+    """
     transformers = pytest.importorskip("transformers")
     from support.teachers import HALF, SAM3
 
@@ -141,7 +144,8 @@ def tiny_sam3(folder: Path, seed: int = 0) -> str:
     words = {word: i for i, word in enumerate([*marks, *letters, *(letter + "</w>" for letter in letters)])}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.Sam3Model(transformers.Sam3Config(**SAM3))
+        text = {**SAM3["text_config"], "max_position_embeddings": positions}
+        model = transformers.Sam3Model(transformers.Sam3Config(**{**SAM3, "text_config": text}))
         with torch.no_grad():  # as initialised, features and phrases hardly change anything
             for parameter in model.parameters():
                 if parameter.ndim > 1:

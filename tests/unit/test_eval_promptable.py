@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from agglo.decoders.sam import load, masks
 from agglo.evals.base import EvalContext, ProbeError
-from agglo.evals.promptable import Promptable, instances, load, masks, overlap, padded
+from agglo.evals.promptable import Promptable, instances, overlap, padded
 from agglo.types import AssetError, ConfigError, Features, FeatureSpec
 from support.checkpoints import tiny_sam
 from support.models import Squares, Student
@@ -62,7 +63,7 @@ def test_decoder_equals_the_original_model(decoder: str, width: int) -> None:
     context = EvalContext()
     found = Promptable(decoder=decoder, least=2, source=source).run(model, context)  # type: ignore[arg-type]
     assert model.shapes == [(1, 3, 64, 64)] * 5  # the decoder's own size
-    sam = load(decoder)
+    sam = load(decoder, "test")
     own = []
     for i in range(5):
         image = source.read(i).resize((64, 64), Image.Resampling.BICUBIC)
@@ -109,7 +110,7 @@ def test_wide_image_is_padded_at_the_bottom(decoder: str) -> None:
     assert full.shape == (3, 64, 64)
     assert full[:, 0, 0].tolist() == full[:, 31, 63].tolist() == [1, 0, 0]
     torch.testing.assert_close(full[:, 32, 0], torch.tensor([0.1, 0.2, 0.3]))
-    sam = load(decoder)
+    sam = load(decoder, "test")
     draw = torch.Generator().manual_seed(0)
     features = torch.randn(1, 16, 4, 4, generator=draw)
     boxes = torch.rand(40, 4, generator=draw) * 10 + torch.tensor([0.0, 0.0, 20.0, 10.0])
@@ -183,4 +184,4 @@ def test_promptable_refuses_bad_input(decoder: str, tmp_path: Path) -> None:
     )
     (broken / "config.json").write_text(json.dumps(json.loads((Path(decoder) / "config.json").read_text())))
     with pytest.raises(AssetError, match=r"lacks \d+ weights of a SAM, such as mask_decoder"):
-        load(str(broken))
+        load(str(broken), "test")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from agglo.config import build
-from agglo.evals import _sam
+from agglo.decoders.sam3 import Sam3
 from agglo.evals._concepts import THRESHOLDS, count, decoded, favourable, measures, overlaps, read_pairs, runs
 from agglo.evals.base import EvalContext, ProbeError
 from agglo.evals.sa_co import SaCo
@@ -363,8 +363,14 @@ def test_teacher_trunk_reproduces_original_masks(
     """Bit for bit: nothing on the way from the trunk's features to the masks is different."""
     transformers = pytest.importorskip("transformers")
     answers: list[list[np.ndarray]] = []
-    own = _sam.Sam3.segment
-    monkeypatch.setattr(_sam.Sam3, "segment", lambda *a: answers.append(own(*a)) or answers[-1])
+    own = Sam3.segment
+
+    def segment(*given: Any) -> Any:
+        found = own(*given)
+        answers.append(list(found.masks.numpy()))
+        return found
+
+    monkeypatch.setattr(Sam3, "segment", segment)
     teacher = build("teachers", {"kind": "transformers", "model": decoder}).eval()
     seen: list[tuple[int, ...]] = []
     teacher.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
@@ -393,7 +399,7 @@ def test_teacher_trunk_reproduces_original_masks(
 
 
 def test_different_features_change_masks(decoder: str) -> None:
-    sam = _sam.Sam3(decoder)
+    sam = Sam3(decoder)
     assert (sam.width, sam.side) == (32, 8)
     assert sum(p.numel() for p in sam.model.vision_encoder.backbone.parameters()) == 0
     draw = torch.Generator().manual_seed(0)

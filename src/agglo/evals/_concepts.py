@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from agglo.decoders.sam3 import LEAST_SCORE
 from agglo.extras import require
 from agglo.sources.coco import mask_of
 from agglo.types import ConfigError
 
 THRESHOLDS = np.arange(50, 100, 5) / 100
 """IoU thresholds of a match: 0.50, 0.55, ..., 0.95."""
-
-LEAST_SCORE = 0.5
-"""Predictions with lower scores are ignored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,19 +8,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from agglo.decoders.sam import embeddings, grid_side, load, masks, on_grid, widths
 from agglo.evals._features import need_spatial, read_batches, report_unusable
 from agglo.evals._sam import features_for
 from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
-from agglo.extras import require
 from agglo.preprocess import fit
 from agglo.sources.base import AnnotationError
-from agglo.types import AssetError, ConfigError, Features, ImageError
-
-_BOXES = 32
+from agglo.types import ConfigError, Features, ImageError
 
 
 class Promptable(Eval):
@@ -77,7 +74,7 @@ class Promptable(Eval):
         annotation: Callable[[int], Any] | None = getattr(source, "annotation", None)
         if annotation is None:
             raise ConfigError(f"{type(source).__name__} has no annotation(): use a source such as scenes")
-        sam = load(self.decoder).to(device_of(model))
+        sam = load(self.decoder, "evals.promptable").to(device_of(model))
         inside = int(sam.config.prompt_encoder_config.image_size)
         view = input_size(model, self.size or inside)
         names: list[str] = []
@@ -109,14 +106,8 @@ class Promptable(Eval):
 
     def _features(self, out: Features, sam: Any, name: str) -> Tensor:
         """Image embeddings of SAM's decoder, ``(1, D, h, w)`` on its grid."""
-        widths = {int(sam.config.vision_config.hidden_size), int(sam.config.prompt_encoder_config.hidden_size)}
-        features = features_for(out, self.head, widths, "promptable", name)
-        side = int(sam.config.prompt_encoder_config.image_embedding_size)
-        if features.shape[-2:] != (side, side):
-            features = F.interpolate(features, size=(side, side), mode="bilinear", align_corners=False)
-        if features.shape[1] == int(sam.config.prompt_encoder_config.hidden_size):
-            return features
-        return sam.vision_encoder.neck(features.permute(0, 2, 3, 1))
+        features = features_for(out, self.head, set(widths(sam.config)), "promptable", name)
+        return embeddings(on_grid(features, grid_side(sam.config)), sam.vision_encoder.neck, widths(sam.config)[1])
 
 
 class Truth(NamedTuple):
@@ -124,28 +115,6 @@ class Truth(NamedTuple):
 
     masks: Tensor
     boxes: Tensor
-
-
-def load(decoder: str) -> Any:
-    """Load a SAM of transformers, in eval mode.
-
-    Raises:
-        AssetError: it cannot be read, or weights are missing.
-    """
-    transformers = require("transformers", "teachers")
-    try:
-        sam, info = transformers.SamModel.from_pretrained(
-            decoder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise AssetError(
-            f"evals.promptable: no SAM in {decoder!r} ({error}); use a folder or a hub checkpoint with "
-            "model.safetensors, such as facebook/sam-vit-huge"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise AssetError(f"{decoder} lacks {len(missing)} weights of a SAM, such as {missing[0]}")
-    return sam.eval().requires_grad_(False)
 
 
 def instances(annotation: Any, image: Image.Image, name: str, least: int) -> Truth | None:
@@ -188,20 +157,6 @@ def _whole(
 def padded(image: Image.Image, view: tuple[int, int], model: object) -> Tensor:
     """An image scaled and padded, in the upper left corner, to ``view`` ``(H, W)``: ``(3, H, W)`` in [0, 1]."""
     return fit(image, view, "pad", fill=getattr(model, "fill", (0.5, 0.5, 0.5)))
-
-
-def masks(sam: Any, features: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks ``(N, H, W)`` bool for boxes ``xyxy`` in pixels of an image of ``size`` ``(H, W)``."""
-    side = int(sam.config.prompt_encoder_config.image_size)
-    scale = side / max(size)
-    h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    found = []
-    for part in boxes.split(_BOXES):
-        prompts = (part * scale)[None].to(features.device)
-        low = sam(image_embeddings=features, input_boxes=prompts, multimask_output=False).pred_masks[0]
-        full = F.interpolate(low.float(), size=(side, side), mode="bilinear", align_corners=False)[..., :h, :w]
-        found.append(F.interpolate(full, size=size, mode="bilinear", align_corners=False)[:, 0] > 0)
-    return torch.cat(found)
 
 
 def overlap(found: Tensor, truth: Tensor) -> Tensor:

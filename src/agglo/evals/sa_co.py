@@ -12,10 +12,11 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from agglo.decoders.sam3 import Sam3
 from agglo.decoding import decode
 from agglo.evals._concepts import Count, Pair, favourable, measures, read_pairs, read_predictions
 from agglo.evals._features import need_spatial
-from agglo.evals._sam import Sam3, features_for
+from agglo.evals._sam import features_for
 from agglo.evals.base import Backbone, Eval, EvalContext, Place, ProbeError, device_of, frozen, input_size
 from agglo.preprocess import fit
 from agglo.types import ConfigError, ImageError
@@ -131,7 +132,7 @@ class SaCo(Eval):
                 f"evals.sa_co: {len(absent)} of {len(by_image)} annotated images are not in {root}, such as "
                 f"{absent[0]}: set images to the folder that file_name is relative to, or download the rest"
             )
-        sam = Sam3(decoder).to(device_of(model))
+        sam = Sam3(decoder, "evals.sa_co").to(device_of(model))
         view = input_size(model, self.size or sam.side * model.spec.stride)
         for index, (file, own) in enumerate(by_image.items(), 1):
             context.report(f"image {index}/{len(by_image)}")
@@ -147,5 +148,5 @@ class SaCo(Eval):
             with frozen(model, sam):
                 out = model(shown.to(device_of(model)))
                 embeddings = sam.embed(features_for(out, self.head, {sam.width}, "sa_co", file, usual="sam3"))
-                found = [sam.segment(embeddings, pair.phrase, pair.size) for pair in own]
+                found = [list(sam.segment(embeddings, pair.phrase, pair.size).masks.cpu().numpy()) for pair in own]
             yield from zip(own, found, strict=True)
