@@ -36,11 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "sklearn": {"integrations/fiftyone/neighbours.py", "integrations/fiftyone/scores.py"},
     "scipy": {"evals/_concepts.py", "integrations/fiftyone/maps.py", "sources/nyu.py"},
     "h5py": {"sources/nyu.py"},
-    "pyarrow": {"cli/models.py", "embedding.py"},
+    "pyarrow": {"cli/models.py", "embedding.py", "sources/huggingface.py"},
     "pandas": set(),
     "matplotlib": set(),
     "datasets": {"sources/huggingface.py"},
-    "fsspec": {"sources/_shards.py"},
+    "fsspec": {"sources/_shards.py", "sources/huggingface.py"},
     "simplejpeg": {"sources/_jpeg.py"},
     "webdataset": set(),  # shards have an index of our own; only tests use it
     "mitsuba": set(),  # only benchmarks/scenes renders

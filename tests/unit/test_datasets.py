@@ -486,7 +486,14 @@ def test_coco_files_without_structure_are_named(
 
 def test_coco_damaged_annotation_costs_its_image(tmp_path: Path) -> None:
     for number, entry in enumerate(
-        ({"category_id": 5}, {"bbox": [1, 2]}, {"segmentation": {"counts": [1]}}, {"area": "x"})
+        (
+            {"category_id": 5},
+            {"bbox": [1, 2]},
+            {"bbox": [5, 5, -3, 4]},
+            {"segmentation": {"counts": [1]}},
+            {"segmentation": [[2, 3, float("nan"), 3, 9, 9]]},
+            {"area": "x"},
+        )
     ):
         root = tmp_path / str(number)
         root.mkdir()
@@ -495,6 +502,33 @@ def test_coco_damaged_annotation_costs_its_image(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=r"coco/val2017/0.jpg: .*instances_val2017.json"):
             made.annotation(0)
         made.annotation(1)
+
+
+@pytest.mark.parametrize("what", ["images", "categories"])
+def test_coco_repeated_ids_are_left_out_and_counted(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second entry of an id would shift the images or classes after it."""
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+    tiny.coco(tmp_path / "once")
+    made = build("sources", {"kind": "coco", "path": str(tmp_path / "once")})
+    coco_file(tmp_path / "twice", lambda facts: facts[what].insert(1, facts[what][0]))
+    again = build("sources", {"kind": "coco", "path": str(tmp_path / "twice")})
+    assert f"{what}[1] (repeats the id" in caplog.text
+    assert (len(again), again.classes) == (len(made), made.classes)
+    for i in range(len(made)):
+        assert np.array_equal(again.annotation(i).semantic, made.annotation(i).semantic)
+
+
+def test_coco_captions_without_text_are_no_queries(tmp_path: Path) -> None:
+    tiny.coco(tmp_path)
+    file = tmp_path / "annotations" / "captions_val2017.json"
+    facts = json.loads(file.read_text())
+    before = build("sources", {"kind": "coco", "path": str(tmp_path)}).captions(1)
+    facts["annotations"] += [{**facts["annotations"][-1], "id": 90 + i, "caption": t} for i, t in enumerate(("  ", ""))]
+    file.write_text(json.dumps(facts))
+    assert build("sources", {"kind": "coco", "path": str(tmp_path)}).captions(1) == before
 
 
 def test_damaged_entries_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -357,6 +357,21 @@ def test_model_hash_depends_on_every_weight_and_setting() -> None:
     assert identity.model_hash(hogs[0]) != identity.model_hash(hogs[1])
 
 
+def test_model_hash_depends_on_the_files_beside_the_weights(tmp_path: Path) -> None:
+    """Another mean, or another activation, in the folder of a teacher gives other features of the same weights."""
+    teacher, options = build("teachers", {"kind": "hog", "cell": 8}), {"model": str(tmp_path)}
+    hashes = [identity.model_hash(teacher)]
+    teacher.processor = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "size": 64}
+    hashes.append(identity.model_hash(teacher))
+    teacher.processor = {"mean": [0.1, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "size": 64}
+    hashes += [identity.model_hash(teacher), identity.model_hash(teacher, options)]
+    for activation in ("gelu", "relu"):
+        (tmp_path / "config.json").write_text(json.dumps({"hidden_act": activation}))
+        hashes.append(identity.model_hash(teacher, options))
+    assert len(set(hashes)) == len(hashes)
+    assert identity.model_hash(teacher, options) == hashes[-1]
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,9 @@
 """Hugging Face datasets: on disk, as parquet files, on the hub; the image column is detected or configured."""
 
+import json
+import os
 import pickle
+import zipfile
 
 import pytest
 
@@ -339,3 +342,74 @@ def test_relative_paths_in_rows_are_relative_to_the_dataset(tmp_path):
     (tmp_path / "images" / "a.jpg").write_bytes(jpeg(5))
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "images/a.jpg"}]}), tmp_path / "t.parquet")
     assert HuggingFace(dataset=str(tmp_path / "t.parquet")).encoded(0) == jpeg(5)
+
+
+def test_splits_that_were_saved_together(tmp_path):
+    saved = {"train": rows(4), "test": rows(2)}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "both")
+
+    def read(split, folder="both"):
+        source = HuggingFace(dataset=str(tmp_path / folder), split=split)
+        return [source.encoded(i) for i in range(len(source))]
+
+    assert read("train[1:3]+test[:50%]") == [jpeg(1), jpeg(2), jpeg(0)]  # as of files and of the hub
+    with pytest.raises(ConfigError, match=r"no split 'val'; choose from: train, test"):
+        read("train+val")
+    with pytest.raises(ConfigError, match=r"train\[1:x\]"):
+        read("train[1:x]")
+    assert len(read(None, "both/test")) == 2
+    with pytest.raises(ConfigError, match=r"holds the split 'test', not 'train'"):
+        read("train", "both/test")
+
+
+def test_images_that_metadata_does_not_list_are_counted(tmp_path, caplog):
+    folder = tmp_path / "pets" / "train"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": "a"}) for i in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert len(HuggingFace(dataset=str(tmp_path / "pets"))) == 2
+    assert f"left out 1 images that its metadata does not list, first {folder / '2.jpg'}" in caplog.text
+    caplog.clear()
+    (folder / "2.jpg").unlink()
+    HuggingFace(dataset=str(tmp_path / "pets"))
+    assert not caplog.text
+
+
+def test_zipped_images(tmp_path):
+    folder = tmp_path / "zipped"
+    folder.mkdir()
+    for split, count in (("train", 2), ("test", 1)):
+        with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
+            for i in range(count):
+                archive.writestr(f"cat/{i}.jpg", jpeg(i + count))
+    source = HuggingFace(dataset=str(folder), split="test")
+    assert [source.encoded(i) for i in range(len(source))] == [jpeg(1)]
+    assert folder / "test.zip" in source.data_files()
+    (folder / "test.zip").unlink()
+    with pytest.raises(ImageError, match=r"test\.zip cannot be read"):
+        source.read(0)
+
+
+def test_image_files_are_data_files(tmp_path):
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    found = HuggingFace(dataset=str(folder)).data_files()
+    assert {folder / "0.jpg", folder / "1.jpg"} < set(found)
+    rows().to_parquet(tmp_path / "p.parquet")
+    assert all(file.suffix == ".arrow" for file in HuggingFace(dataset=str(tmp_path / "p.parquet")).data_files())
+
+
+def test_replaced_parquet_file_of_the_same_time_is_read(tmp_path, monkeypatch):
+    file = tmp_path / "p.parquet"
+    for whole in (huggingface._WHOLE, 0):
+        monkeypatch.setattr(huggingface, "_WHOLE", whole)
+        rows(3).to_parquet(file)
+        facts = file.stat()
+        assert len(HuggingFace(dataset=str(file))) == 3
+        rows(5).to_parquet(file)
+        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        assert len(HuggingFace(dataset=str(file))) == 5

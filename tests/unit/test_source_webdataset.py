@@ -519,6 +519,13 @@ def test_members_that_are_left_out_are_counted_and_named(tmp_path, caplog):
     caplog.clear()
     assert len(WebDataset(shards=str(path), extensions=("jpg", "5_cat.jpg", "7_dog.jpg"))) == 3
     assert not caplog.text
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (("b.jpg", tarfile.FIFOTYPE), ("c.jpg", tarfile.CHRTYPE), ("d.jpg", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            archive.addfile(member)
+    assert len(WebDataset(shards=str(path), extensions=("jpg", "5_cat.jpg", "7_dog.jpg"))) == 3
+    assert "left out 2 other members of 1 shards: 2 pipes or devices" in caplog.text
 
 
 def test_existing_shards_are_not_patterns(tmp_path):

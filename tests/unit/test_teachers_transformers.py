@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from agglo.config import build
 from agglo.teachers import _families
-from agglo.teachers._processor import pixels_of
+from agglo.teachers._processor import Conditioner, pixels_of
 from agglo.teachers._published import PUBLISHED
 from agglo.teachers.base import spec_of
 from agglo.types import AssetError, ConfigError
@@ -330,6 +330,8 @@ def test_a_nested_processor_file(stored: Any, tmp_path: Path) -> None:
     file.unlink()
     (tmp_path / "new" / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
     check(make(tmp_path / "new"), "sam3", stored("sam3"))
+    file.write_text(json.dumps({**inner, "image_mean": [0.1, 0.2, 0.3]}))  # transformers reads the nested one
+    check(make(tmp_path / "new"), "sam3", stored("sam3"))
 
 
 def test_side_is_the_crop_of_a_cropping_processor() -> None:
@@ -338,6 +340,35 @@ def test_side_is_the_crop_of_a_cropping_processor() -> None:
     crop = {"crop_size": {"height": 48, "width": 48}}
     assert pixels_of({**stated, **crop, "do_center_crop": True}, "here").side == 48
     assert pixels_of({**stated, **crop, "do_center_crop": False}, "here").side == 64
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"image_processor_type": "MobileViTImageProcessor"},
+        {"feature_extractor_type": "MobileViTFeatureExtractor"},  # as apple/mobilevit-small has it
+        {"image_processor_type": "EfficientNetImageProcessor", "image_std": [0.47, 0.48, 0.49]},
+        {"image_processor_type": "EfficientNetImageProcessor", "include_top": False},
+        {"image_processor_type": "EfficientNetImageProcessor", "rescale_factor": 1 / 127.5, "rescale_offset": True},
+        {"image_processor_type": "ViTImageProcessor", "do_normalize": False},
+    ],
+)
+def test_pixels_are_those_of_the_processor(stated: dict[str, Any]) -> None:
+    """Channels in the order blue, green, red, an offset and a second division count, and so does a step left out."""
+    kind = stated.get("image_processor_type", "MobileViTImageProcessor")
+    options = {key: value for key, value in stated.items() if not key.endswith("type")}
+    own = getattr(T, kind)(**options, do_resize=False, do_center_crop=False)
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    want = torch.as_tensor(own(image, return_tensors="pt")["pixel_values"])
+    found = Conditioner(pixels_of(stated, "here"))(image[None] / 255)
+    assert torch.allclose(found, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(("key", "value"), [("image_mean", ["a", 0, 0]), ("image_std", [0, 1, 1]), ("image_mean", [1])])
+def test_damaged_normalisation_is_named(key: str, value: list[Any]) -> None:
+    stated = {"image_processor_type": "ViTImageProcessor", key: value}
+    with pytest.raises(AssetError, match=rf"here: {key} is \["):
+        pixels_of(stated, "here")
 
 
 def test_normalisation_is_read_from_the_processor(stored: Any, tmp_path: Path) -> None:
@@ -578,7 +609,7 @@ def test_repository_without_weights(stored: Any, monkeypatch: pytest.MonkeyPatch
 
     def download(repo: str, file: str, revision: str | None = None) -> str:
         requested.append((file, revision))
-        if not file.endswith("config.json"):
+        if file not in ("config.json", "preprocessor_config.json"):
             raise errors.EntryNotFoundError("no")
         return str(shutil.copy(stored("dinov3") / file, snapshot))
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from agglo.config import NESTED, check_options, find
-from agglo.results.content import CHEAP_BYTES, SAMPLE, data_files, feed_files, spread
+from agglo.results.content import CHEAP_BYTES, SAMPLE, data_files, feed_files, read_or_mark, spread
 from agglo.results.places import without_places
 from agglo.results.truth import truth_hash
 from agglo.sources.base import Source
@@ -135,13 +135,19 @@ def _bytes(source: Source, index: int) -> bytes:
 def model_hash(model: object, *more: Any) -> str:
     """Hash of a model's configuration and of all its tensors.
 
+    Of a teacher, the mean, standard deviation and size of its processor count too; of a folder that the options name,
+    its JSON files.
+
     Args:
         model: a Model, a Teacher, anything that encodes images.
         more: the options that it was built from, JSON data.
     """
     config: Callable[[], Mapping[str, Any]] | None = getattr(model, "config", None)
     known = {k: v for k, v in config().items() if k != "provenance"} if callable(config) else _plain(model)
-    digest = hashlib.sha256(json.dumps([type(model).__qualname__, known, *more], sort_keys=True, default=str).encode())
+    processor = getattr(model, "processor", None)
+    beside = [dict(processor)] if isinstance(processor, Mapping) and processor else []
+    facts = [type(model).__qualname__, known, *more, *beside, *_configurations(more)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     tensors = model.state_dict() if isinstance(model, nn.Module) else {}
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -149,6 +155,21 @@ def model_hash(model: object, *more: Any) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _configurations(options: Any) -> list[tuple[str, str]]:
+    """Name and hash of each JSON file in the local folders that options name."""
+    if isinstance(options, Mapping | list | tuple):
+        values = options.values() if isinstance(options, Mapping) else options
+        return [found for value in values for found in _configurations(value)]
+    if not isinstance(options, str) or not options:
+        return []
+    folder = Path(options).expanduser()
+    try:
+        files = sorted(file for file in folder.glob("*.json") if file.is_file()) if folder.is_dir() else []
+    except (OSError, ValueError):
+        return []
+    return [(file.name, read_or_mark(file).hex()) for file in files]
 
 
 def _plain(model: object) -> dict[str, Any]:

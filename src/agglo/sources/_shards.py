@@ -261,6 +261,8 @@ def scan(file: BinaryIO, size: int, extensions: frozenset[str], writer: TableWri
                 others["sparse files"] += 1
             elif not missing:
                 writer.add(member.name, offset=member.offset_data, size=member.size)
+        elif not member.isdir():
+            others["pipes or devices"] += 1
         return missing > 0
 
     damage = _walk(file, size, visit)

@@ -84,7 +84,7 @@ class Coco(FileSource):
         self._captions_file = captions = root / "annotations" / f"captions_{part}.json"
         found = _json(captions, "annotations")["annotations"] if captions.is_file() else []
         self._captions = [
-            [str(each["caption"]).strip() for each in group if each.get("caption")]
+            [caption for each in group if (caption := str(each.get("caption") or "").strip())]
             for group in _by_image(captions, found, index)
         ]
 
@@ -142,7 +142,9 @@ class Coco(FileSource):
                 continue
             number = self._number[each["category_id"]]
             semantic[where] = number + 1
-            x, y, w, h = each["bbox"]
+            x, y, w, h = (float(value) for value in each["bbox"])
+            if not (w >= 0 and h >= 0):
+                raise ValueError(f"the box {each['bbox']} has a negative width or height")
             objects.append(
                 CocoObject(len(objects) + 1, self.classes[number], (x, y, x + w, y + h), float(each["area"]))
             )
@@ -173,9 +175,13 @@ def mask_of(segmentation: Any, size: tuple[int, int], name: str) -> np.ndarray:
         raise ConfigError(
             f"{name}: compressed run lengths are not supported; use the official files: {LAYOUT.download}"
         )
-    if tuple(segmentation["size"]) != size or sum(counts) != size[0] * size[1]:
+    if tuple(segmentation["size"]) != size:
         raise AnnotationError(
             name, f"is {size[0]}x{size[1]} pixels (HxW), but its run lengths are for {segmentation['size']}"
+        )
+    if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+        raise AnnotationError(
+            name, f"its run lengths are for {sum(counts)} pixels, but it has {size[0] * size[1]} ({size[0]}x{size[1]})"
         )
     values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return values.reshape(size[1], size[0]).T
@@ -183,6 +189,8 @@ def mask_of(segmentation: Any, size: tuple[int, int], name: str) -> np.ndarray:
 
 def _fill(mask: np.ndarray, corners: np.ndarray) -> None:
     """Set the pixels whose centres (at +0.5) lie inside a polygon of corners ``(x, y)``, ``(N, 2)``."""
+    if not np.isfinite(corners).all():
+        raise ValueError("a polygon has a corner that is not finite")
     x0, y0 = corners.T
     x1, y1 = np.roll(corners, -1, 0).T
     height, width = mask.shape
@@ -208,11 +216,15 @@ def _json(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def _checked(path: Path, facts: dict[str, Any], what: str, *keys: str) -> list[dict[str, Any]]:
-    """The entries of a list that have all of these keys, sorted by their ids."""
+    """The entries of a list that have all of these keys, sorted by their ids; of one id the first entry."""
+    seen: set[Any] = set()
 
     def check(entry: dict[str, Any]) -> dict[str, Any]:
         for key in keys:
             _ = entry[key]
+        if entry["id"] in seen:
+            raise ValueError(f"repeats the id {entry['id']!r}")
+        seen.add(entry["id"])
         return entry
 
     found = LAYOUT.valid({f"{path}: {what}[{i}]": entry for i, entry in enumerate(facts[what])}, check)

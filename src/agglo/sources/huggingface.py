@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ _SPLIT_WORDS = {
     "test": "test|testing|eval|evaluation",
 }
 """Words in file names that mean a split, as in ``datasets.data_files``."""
+_WHOLE, _FOOTER = 64 * 2**20, 2**16
+"""Bytes of parquet files that are hashed whole, and of the end of each one in a larger set."""
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -99,7 +102,8 @@ class HuggingFace(EncodedSource):
 
     def data_files(self) -> list[Path]:
         """Local files that hold the images or annotations, for hashes."""
-        return sorted({Path(file["filename"]) for file in self._rows.cache_files})
+        images = (_archive(path) or self._place(path) for path in _stored_paths(self._rows, self.column))
+        return sorted({Path(file["filename"]) for file in self._rows.cache_files} | {Path(image) for image in images})
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -129,12 +133,41 @@ class HuggingFace(EncodedSource):
             return value
         return int(value) if self.classes else str(value)
 
-    def _file(self, index: int, path: str) -> bytes:
+    def _place(self, path: str) -> str:
         beside = os.path.join(self._base, path)
+        return beside if os.path.exists(beside) else path
+
+    def _file(self, index: int, path: str) -> bytes:
+        if _archive(path) is not None:
+            try:
+                with require("fsspec", "data").open(path, "rb") as member:
+                    return member.read()
+            except Exception as error:  # damaged archives raise many exception types
+                raise ImageError(self.name(index), f"{printable(path)} cannot be read ({error})") from error
         try:
-            return read_regular(beside if os.path.exists(beside) else path, self.name(index))
+            return read_regular(self._place(path), self.name(index))
         except ImageError as error:
             raise ImageError(error.name, f"{printable(path)} cannot be read ({error.why})") from None
+
+
+def _archive(path: str) -> str | None:
+    """The local archive in a path such as ``zip://cat/1.jpg::/data/train.zip``; None for any other path."""
+    inner, chained, archive = path.rpartition("::")
+    return archive if chained and "://" in inner and "://" not in archive else None
+
+
+def _stored_paths(rows: Any, column: str) -> list[str]:
+    """Paths in a column of images whose rows do not hold the bytes themselves."""
+    pa, pc = require("pyarrow", "data"), require("pyarrow.compute", "data")
+    cells = rows.data.column(column)
+    if pa.types.is_struct(cells.type):
+        names = {cells.type.field(i).name for i in range(cells.type.num_fields)}
+        if not {"bytes", "path"} <= names:
+            return []
+        cells = pc.struct_field(cells, "path").filter(pc.is_null(pc.struct_field(cells, "bytes")))
+    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+        return []
+    return [path for path in cells.to_pylist() if path]
 
 
 def _is_local(path: str) -> bool:
@@ -196,12 +229,10 @@ def _saved(path: str, split: str | None, config: str | None) -> tuple[Any, str]:
         ) from error
     if isinstance(found, Mapping):
         split = split or "train"
-        if split not in found:
-            raise _no_split(path, split, found)
-        found = found[split]
+        found = _part(path, found, split)
     else:
         # One split was saved: datasets keeps its name, unless the rows were made in memory.
-        known = str(found.split) if found.split is not None else None
+        known = str(found.split) if found.split is not None else _inside(path)
         names = {known} if known else {"train", os.path.basename(path.rstrip("/"))}
         if split is not None and split not in names:
             what = f"the split {known!r}" if known else "one dataset without splits"
@@ -214,6 +245,39 @@ def _saved(path: str, split: str | None, config: str | None) -> tuple[Any, str]:
     if config is not None and config != known_config:
         raise _no_config(path, config, [known_config] if known_config else [])
     return found, split
+
+
+def _part(path: str, saved: Mapping[str, Any], split: str) -> Any:
+    """The rows of one of the splits that were saved together, or of an expression such as ``train[:10%]+test``."""
+    datasets = require("datasets", "data")
+    for name in _split_names(split):
+        if name not in saved:
+            raise _no_split(path, name, saved)
+    if split in saved:
+        return saved[split]
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(saved[name]) for name in saved})
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"source huggingface: {path}, split {split!r}: {error}") from error
+    return datasets.concatenate_datasets(
+        [
+            saved[part.splitname].select(
+                range(part.from_ or 0, len(saved[part.splitname]) if part.to is None else part.to)
+            )
+            for part in parts
+        ]
+    )
+
+
+def _split_names(split: str) -> list[str]:
+    """Names of the splits in an expression such as ``train[:10%]+test``."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def _inside(path: str) -> str | None:
+    """Name of the split that a folder inside ``save_to_disk`` output of several splits holds."""
+    real = os.path.realpath(path)
+    return os.path.basename(real) if os.path.isfile(os.path.join(os.path.dirname(real), "dataset_dict.json")) else None
 
 
 def _folder(path: str, split: str, config: str | None) -> tuple[Any, str]:
@@ -236,7 +300,7 @@ def _folder(path: str, split: str, config: str | None) -> tuple[Any, str]:
     kind, files = type(builder).__module__.split(".")[-1], builder.config.data_files or {}
     if kind not in ("parquet", "imagefolder", "arrow"):
         raise ConfigError(_no_data(path))
-    for name in (part.partition("[")[0].strip() for part in split.split("+")):  # "train[:10%]", "train+test"
+    for name in _split_names(split):
         if name not in files:
             raise _no_split(path, name, files)
     if config is None:
@@ -245,10 +309,24 @@ def _folder(path: str, split: str, config: str | None) -> tuple[Any, str]:
         return _parquet(path, [str(file) for file in files[split]], split, builder.info.features), split
     try:
         # All splits at once, for the same class numbers in each.
-        return datasets.load_dataset(path, config, split=split, verification_mode="no_checks"), split
+        rows = datasets.load_dataset(path, config, split=split, verification_mode="no_checks")
     except Exception as error:
         first = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"source huggingface: {path}, split {split!r}: {first}") from error
+    if kind == "imagefolder" and split in files:
+        _warn_of_unlisted(path, files[split], rows)
+    return rows, split
+
+
+def _warn_of_unlisted(path: str, files: Sequence[str], rows: Any) -> None:
+    """Name the images that ``metadata.csv`` or its like does not list: datasets leaves them out."""
+    if not any(os.path.basename(file).startswith("metadata.") for file in files):
+        return
+    columns = [name for name, feature in rows.features.items() if type(feature).__name__ == "Image"]
+    used = {os.path.realpath(found) for column in columns for found in _stored_paths(rows, column)}
+    images = [file for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS]
+    if lost := sorted(file for file in images if os.path.realpath(file) not in used):
+        _log.warning("%s: left out %d images that its metadata does not list, first %s", path, len(lost), lost[0])
 
 
 def _warn_of_others(path: str, kind: str, files: Mapping[str, Sequence[str]]) -> None:
@@ -271,6 +349,8 @@ def _parquet(path: str, files: Sequence[str], split: str, features: Any) -> Any:
     datasets = require("datasets", "data")
     options = {"features": features} if features else {}
     try:
+        # The cache of datasets knows a file by its path and time alone; the configuration's name adds its content.
+        options["name"] = f"{split}-{_version(files)}"
         # Names are patterns to datasets.
         return datasets.load_dataset(
             "parquet", data_files={split: [glob.escape(f) for f in files]}, split=split, **options
@@ -280,6 +360,18 @@ def _parquet(path: str, files: Sequence[str], split: str, features: Any) -> Any:
             raise ConfigError(f"source huggingface: {path} has no rows") from error
         cause = error.__cause__ or error
         raise ConfigError(f"source huggingface: {path} cannot be read as parquet ({cause})") from error
+
+
+def _version(files: Sequence[str]) -> str:
+    """Hash of parquet files: of their content up to :data:`_WHOLE` bytes, else of their sizes and footers."""
+    sizes = [os.path.getsize(file) for file in files]
+    tail = None if sum(sizes) <= _WHOLE else _FOOTER
+    digest = hashlib.sha256(repr(sizes).encode())
+    for file, size in zip(files, sizes, strict=True):
+        with open(file, "rb") as stream:
+            stream.seek(0 if tail is None else max(0, size - tail))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
 
 
 def _no_split(path: str, split: str, known: Iterable[str]) -> ConfigError:
