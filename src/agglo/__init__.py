@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from agglo.model.creation import create
     from agglo.model.model import Model
     from agglo.recipe import Recipe
+    from agglo.segmentation.run import segment
     from agglo.training.run import train
     from agglo.types import Features, FeatureSpec, Output, View
     from agglo.zoo.info import describe
@@ -42,6 +43,7 @@ __all__ = [
     "list_models",
     "load",
     "push",
+    "segment",
     "train",
 ]
 
@@ -60,6 +62,7 @@ _HOME = {
     "list_models": "agglo.zoo.loading",
     "load": "agglo.zoo.loading",
     "push": "agglo.zoo.loading",
+    "segment": "agglo.segmentation.run",
     "train": "agglo.training.run",
 }
 """Public name → the module that defines it."""

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
         "integrations/_trunk.py",
         "integrations/sam.py",
         "integrations/sam3.py",
+        "segmentation/run.py",
         "teachers/_families.py",
         "text/minilm.py",
         "text/siglip2.py",

@@ -28,6 +28,7 @@ PUBLIC = {
     "list_models",
     "load",
     "push",
+    "segment",
 }
 """Adding or removing a name needs an entry in CHANGELOG.md."""
 
@@ -39,7 +40,7 @@ def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_public_names_are_unchanged():
     assert set(agglo.__all__) == PUBLIC
-    assert len(agglo.__all__) == len(set(agglo.__all__)) <= 16
+    assert len(agglo.__all__) == len(set(agglo.__all__)) <= 18
     assert set(dir(agglo)) >= PUBLIC
 
 

@@ -54,7 +54,7 @@ def embed(
     journal.unlink(missing_ok=True)
     shapes = ", ".join(f"{name} {array.shape[1]}" for name, array in embeddings.columns().items())
     typer.echo(f"wrote {len(embeddings)} images to {target} ({shapes})")
-    _print_skipped(embeddings.skipped)
+    print_skipped(embeddings.skipped)
 
 
 def search(
@@ -90,7 +90,7 @@ def search(
     embeddings = embed_with_bar(source, loaded, model, size=size, batch=32, head=None)
     for hit in rank(embeddings, loaded, text, k):
         typer.echo(f"{hit.score:6.3f}  {hit.name}")
-    _print_skipped(embeddings.skipped)
+    print_skipped(embeddings.skipped)
 
 
 def view(
@@ -125,7 +125,7 @@ def view(
     with replacing(target) as partial:
         stacked(rows).save(partial)
     typer.echo(f"wrote {target}")
-    _print_skipped(skipped)
+    print_skipped(skipped)
 
 
 def export(
@@ -165,7 +165,7 @@ def _load(model: str, device: str | None = None, dtype: str = "float32", *, text
     return load(model, heads="text" if text else None, dtype=dtype, device=chosen_device(device))
 
 
-def _print_skipped(skipped: dict[str, str], most: int = 10) -> None:
+def print_skipped(skipped: dict[str, str], most: int = 10) -> None:
     """Print the number of skipped images and the first of their names to stderr."""
     if not skipped:
         return

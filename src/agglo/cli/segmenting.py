@@ -1,0 +1,66 @@
+"""The command ``agglo segment``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from agglo.cli.arguments import DEVICE, OVERWRITE, chosen_device
+from agglo.types import ConfigError
+
+
+def segment(
+    images: list[Path] = typer.Argument(metavar="IMAGE|DIR...", help="Images, or folders of them."),
+    text: list[str] = typer.Option(
+        [], "--text", "-t", help="A concept, such as shoe; repeat it or separate by commas."
+    ),
+    box: list[str] = typer.Option([], "--box", help="x0,y0,x1,y1 in pixels: an example; with ,0 of what it is not."),
+    points: list[str] = typer.Option([], "--points", help="x,y,1 inside the object, or x,y,0 outside; may repeat."),
+    out: Path = typer.Option(Path("segments"), "--out", "-o", help="A folder for masks, overlays and results.json."),
+    model: str | None = typer.Option(None, "--model", "-m", help="A model with a sam3 head; c-radio_v4-so400m."),
+    decoder: str = typer.Option("facebook/sam3", help="A SAM 3 checkpoint: a folder, or a name on the hub."),
+    window: int | None = typer.Option(None, help="Side of the attention windows in patches, e.g. 8; 0 for none."),
+    threshold: float = typer.Option(0.5, help="Leave out instances with lower scores."),
+    device: str | None = DEVICE,
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Segment what texts, boxes or points describe: masks, COCO results and overlay pictures."""
+    from agglo.cli.models import print_skipped
+    from agglo.cli.terminal import status
+    from agglo.embedding import as_files
+    from agglo.segmentation.prompts import Prompts, parse
+    from agglo.segmentation.run import segmenter
+    from agglo.segmentation.writing import ResultsFolder
+    from agglo.types import ImageError
+
+    texts = [part.strip() for each in text for part in each.split(",")]
+    prompts = Prompts.of(texts, [parse(each, "box") for each in box], [parse(each, "points") for each in points])
+    sources = [as_files(path) for path in images]
+    folder = ResultsFolder(out, overwrite=overwrite)
+    run = segmenter(
+        prompts, model=model, decoder=decoder, window=window, threshold=threshold, device=chosen_device(device)
+    )
+    skipped: dict[str, str] = {}
+    total, done = sum(len(source) for source in sources), 0
+    with status("segmenting") as report:
+        for source in sources:
+            for index in range(len(source)):
+                done += 1
+                report(f"image {done}/{total}")
+                try:
+                    image = source.read(index)
+                except ImageError as error:
+                    skipped[error.name] = error.why
+                    continue
+                found = run(image, prompts, source.name(index))
+                folder.add(found, image)
+                typer.echo(f"{source.name(index)}: {_counts(found.labels) or 'nothing found'}")
+    print_skipped(skipped)
+    if not folder.images:
+        raise ConfigError("none of the images can be read")
+    typer.echo(f"wrote {folder.write()} instances to {out} (masks/, overlays/, results.json)")
+
+
+def _counts(labels: tuple[str, ...]) -> str:
+    return ", ".join(f"{labels.count(label)} {label}" for label in dict.fromkeys(labels))

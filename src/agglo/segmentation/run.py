@@ -1,0 +1,226 @@
+"""``agglo.segment``: masks of images from texts, boxes or points, by SAM 3 on a student's features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agglo.decoders.sam3 import Found, advice, instances, load, load_tokenizer, text_length, tokenize
+from agglo.extras import require
+from agglo.integrations.sam3 import install
+from agglo.model.inputs import ImageLike
+from agglo.model.model import Model
+from agglo.preprocess import image_name, read_image
+from agglo.segmentation.instances import Instances, boxes_of
+from agglo.segmentation.prompts import Box, Point, Prompts
+from agglo.types import AssetError, ConfigError
+from agglo.zoo.loading import load as load_model
+
+DECODER, STUDENT = "facebook/sam3", "c-radio_v4-so400m"
+"""The defaults: C-RADIOv4 was distilled from this SAM 3."""
+TRACKED = ("sam3_video", "sam3_tracker_video")
+"""Types of checkpoints that have a tracker."""
+_WHERE = "segment"
+
+
+class Segmenter(Protocol):
+    """Segments one image."""
+
+    def __call__(self, image: Image.Image, prompts: Prompts, name: str = ...) -> Instances:
+        """The instances of all prompts."""
+        ...
+
+
+class Sam3Segmenter:
+    """SAM 3 with a student as its trunk: concepts by Sam3Model, single objects by the tracker on one frame.
+
+    Args:
+        model: a model with a ``sam3`` head, or its name or folder.
+        decoder: a SAM 3 checkpoint: a folder or a name on the hub.
+        head: to read; None for ``sam3``.
+        window: side of the student's attention windows in patches; see :func:`agglo.integrations.sam3.install`.
+        threshold: instances with lower scores are left out.
+        device: of all weights.
+        points: load the tracker, which takes points, instead of the concept model, which takes texts and boxes.
+
+    Raises:
+        ConfigError: the student does not fit.
+        AssetError: a checkpoint cannot be read or lacks weights.
+    """
+
+    def __init__(
+        self,
+        model: Model | str,
+        decoder: str,
+        *,
+        head: str | None = None,
+        window: int | None = None,
+        threshold: float = 0.5,
+        device: str | torch.device = "cpu",
+        points: bool = False,
+    ) -> None:
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"{_WHERE}: threshold {threshold} is not between 0 and 1")
+        sam = _load_tracker(decoder) if points else load(decoder, _WHERE)
+        self.tokenizer = None if points else load_tokenizer(decoder, _WHERE)
+        student = load_model(model, heads=[head or "sam3"]) if isinstance(model, str) else model
+        installed = install(sam, student, window=window, head=head)
+        self.sam: Any = installed.model.to(device).eval()
+        self.processor: Any = installed.processor
+        self.threshold, self.device = threshold, torch.device(device)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, prompts: Prompts, name: str = "image") -> Instances:
+        """The instances of all prompts in an RGB image; texts share one pass of the student.
+
+        Raises:
+            ConfigError: a box or point outside the image; a text of more tokens than the text encoder takes; points
+                for the concept model, or texts and boxes for the tracker.
+        """
+        size = (image.height, image.width)
+        prompts.check_inside(size, name)
+        if bool(prompts.points) == (self.tokenizer is not None):
+            raise ConfigError(f"{_WHERE}: points need Sam3Segmenter(..., points=True), texts and boxes points=False")
+        if prompts.points:
+            return self._object(image, prompts, name)
+        texts = prompts.texts or ("visual",)  # SAM 3's own text for a box alone
+        words = tokenize(self.tokenizer, texts, text_length(self.sam), _WHERE).to(self.device)
+        inputs = self.processor(images=image, return_tensors="pt")
+        vision = self.sam.get_vision_features(pixel_values=inputs["pixel_values"].to(self.device))
+        found, labels = [], []
+        for index in range(len(texts)):
+            one = slice(index, index + 1)
+            out = self.sam(
+                vision_embeds=vision,
+                input_ids=words["input_ids"][one],
+                attention_mask=words["attention_mask"][one],  # without it other masks come out, silently
+                **_boxes(prompts, size, self.device),
+            )
+            each = instances(out, size, self.threshold)
+            order = each.scores.argsort(descending=True)
+            found.append(Found(*(part.to(order.device)[order].cpu() for part in each)))
+            labels += [prompts.texts[index] if prompts.texts else "box"] * len(order)
+        return _instances(name, size, found, labels)
+
+    def _object(self, image: Image.Image, prompts: Prompts, name: str) -> Instances:
+        size = (image.height, image.width)
+        session = self.processor.init_video_session(
+            video=[np.asarray(image)], inference_device=self.device, dtype=torch.float32
+        )
+        self.processor.add_inputs_to_inference_session(
+            session,
+            frame_idx=0,
+            obj_ids=1,
+            input_points=[[[[x, y] for x, y, _ in prompts.points]]],
+            input_labels=[[[int(label) for *_, label in prompts.points]]],
+        )
+        out = self.sam(session, frame_idx=0)
+        masks = self.processor.post_process_masks([out.pred_masks], [list(size)])[0][:, 0].cpu()
+        scores = out.object_score_logits.flatten().sigmoid().float().cpu()
+        kept = scores >= self.threshold
+        found = Found(masks[kept], scores[kept], torch.zeros(int(kept.sum()), 4))
+        return _instances(name, size, [found], ["points"] * len(found.scores))
+
+
+def _load_tracker(decoder: str) -> Any:
+    transformers = require("transformers", "teachers")
+    try:
+        kind = transformers.AutoConfig.from_pretrained(decoder).model_type
+        if kind not in TRACKED:  # transformers would make a tracker of full size with random weights
+            raise AssetError(
+                f"{decoder} is a {kind} checkpoint without a tracker, which points need: use {DECODER} or another "
+                f"of type {' or '.join(TRACKED)}; or use texts or boxes"
+            )
+        model, info = transformers.Sam3TrackerVideoModel.from_pretrained(
+            decoder, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise AssetError(f"{_WHERE}: no SAM 3 tracker in {decoder!r} ({error}); {advice(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise AssetError(f"{decoder} lacks {len(missing)} weights of SAM 3's tracker, such as {missing[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def _boxes(prompts: Prompts, size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """Boxes as SAM 3 takes them: ``(1, N, 4)`` float32 normalised ``cxcywh``, and labels ``(1, N)``."""
+    if not prompts.boxes:
+        return {}
+    x0, y0, x1, y1, label = torch.tensor(prompts.boxes, dtype=torch.float32, device=device).unbind(1)
+    height, width = size
+    centred = torch.stack([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height], 1)
+    return {"input_boxes": centred[None], "input_boxes_labels": label[None].long()}
+
+
+def _instances(name: str, size: tuple[int, int], found: Sequence[Found], labels: Sequence[str]) -> Instances:
+    masks = np.concatenate([each.masks.numpy() for each in found])
+    scores = np.concatenate([each.scores.float().numpy() for each in found])
+    kept: np.ndarray = masks.any((1, 2))  # without those that have no pixel above one half
+    return Instances(
+        name, size, masks[kept], scores[kept], boxes_of(masks[kept]),
+        tuple(label for label, keep in zip(labels, kept, strict=True) if keep),
+    )  # fmt: skip
+
+
+def segmenter(
+    prompts: Prompts,
+    *,
+    model: Model | str | None = None,
+    decoder: str = DECODER,
+    head: str | None = None,
+    window: int | None = None,
+    threshold: float = 0.5,
+    device: str | torch.device = "cpu",
+) -> Segmenter:
+    """The model that answers prompts; arguments of :func:`segment`."""
+    return Sam3Segmenter(
+        STUDENT if model is None else model, decoder, head=head, window=window, threshold=threshold, device=device,
+        points=bool(prompts.points),
+    )  # fmt: skip
+
+
+def segment(
+    images: ImageLike | Path | Sequence[ImageLike],
+    text: str | Sequence[str] | None = None,
+    *,
+    boxes: Sequence[Box] = (),
+    points: Sequence[Point] = (),
+    model: Model | str | None = None,
+    decoder: str = DECODER,
+    head: str | None = None,
+    window: int | None = None,
+    threshold: float = 0.5,
+    device: str | torch.device = "cpu",
+) -> list[Instances]:
+    """Segment what texts, boxes or points describe: SAM 3 with a student as its trunk.
+
+    Args:
+        images: one image (path, PIL, array, tensor), or a list of them.
+        text: a concept ("shoe"), or several; every instance of each is returned.
+        boxes: ``(x0, y0, x1, y1)`` in pixels, examples of the concept; a fifth entry 0 marks an example of what it is
+            not. With or without one text.
+        points: ``(x, y)`` or ``(x, y, label)`` in pixels, of one object: label 1 inside, 0 outside.
+        model: a model with a ``sam3`` head, or its name or folder; None for C-RADIOv4-SO400M.
+        decoder: a SAM 3 checkpoint: a folder, or a name on the hub.
+        head: to read from; None for ``sam3``.
+        window: side of the student's attention windows in patches; 0 for none, None for the model's own setting.
+        threshold: instances with lower scores are left out; in [0, 1].
+        device: of all weights.
+
+    Returns:
+        One :class:`~agglo.segmentation.instances.Instances` per image.
+
+    Raises:
+        ConfigError: no prompt, or a wrong one; a student that does not fit.
+        AssetError: a checkpoint is gated, not reachable, or lacks weights.
+        ImageError: an image cannot be read.
+    """
+    prompts = Prompts.of(text, boxes, points)
+    many: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+    run = segmenter(prompts, model=model, decoder=decoder, head=head, window=window, threshold=threshold, device=device)
+    return [run(read_image(each), prompts, image_name(each)) for each in many]
