@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
 import numpy as np
 
 from agglo.extras import require
@@ -9,9 +13,9 @@ from agglo.extras import require
 _MARGIN = 8
 """Candidates beyond k: float32 may order equally distant vectors in any way."""
 _SLACK = 1e-5
-"""Added to a radius in float32, so that no vector at exactly the threshold is lost."""
-_CHUNK = 2**23
-"""Values of float64 that are compared at a time: 64 MiB."""
+"""Added to a threshold in float32, so that no vector at exactly that distance is lost."""
+_CHUNK = 2**18
+"""Values of float64 that are compared at a time: 2 MiB, which stay in the processor's cache."""
 
 
 class Neighbours:
@@ -28,10 +32,6 @@ class Neighbours:
         self.values = values
         self._norms = _norms(values)
         self._unit = (values / self._norms[:, None]).astype(np.float32)
-        self._search = require("sklearn.neighbors", "fiftyone").NearestNeighbors(
-            algorithm="brute", metric="sqeuclidean"
-        )
-        self._search.fit(self._unit)
 
     def nearest(self, k: int, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of each query, nearest first.
@@ -43,35 +43,50 @@ class Neighbours:
         Returns:
             rows ``(M, k)`` and distances ``(M, k)``.
         """
-        own = queries is None
-        limit = len(self.values) - own
-        if limit < 1 or k < 1:
-            rows = len(self.values) if queries is None else len(queries)
-            return np.zeros((rows, 0), np.int64), np.zeros((rows, 0))
-        found = self._search.kneighbors(
-            None if queries is None else _unit(queries), min(k + _MARGIN, limit), return_distance=False
-        )
-        distances = self._exact(self.values if queries is None else queries, found)
+        source = self.values if queries is None else queries
+        limit = len(self.values) - (queries is None)
+        count = min(k + _MARGIN, limit)
+        if k < 1 or limit < 1 or not len(source):
+            return np.zeros((len(source), 0), np.int64), np.zeros((len(source), 0))
+
+        def reduce(block: np.ndarray) -> np.ndarray:
+            return np.argpartition(block, count - 1, axis=1)[:, :count]
+
+        found = np.concatenate(list(self._blocks(queries, reduce)))
+        distances = self._exact(source, found)
         order = np.lexsort((found, distances), axis=1)[:, : min(k, limit)]
         return np.take_along_axis(found, order, 1), np.take_along_axis(distances, order, 1)
 
     def within(self, threshold: float, queries: np.ndarray | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """All vectors at a distance of at most ``threshold`` of each query, nearest first; arguments as above."""
-        if queries is None and len(self.values) < 2:
-            return [np.zeros(0, np.int64)] * len(self.values), [np.zeros(0)] * len(self.values)
-        radius = 2 * threshold + _SLACK
-        found = self._search.radius_neighbors(
-            None if queries is None else _unit(queries), radius, return_distance=False
-        )
         source = self.values if queries is None else queries
+
+        def reduce(block: np.ndarray) -> list[np.ndarray]:
+            return [np.flatnonzero(row <= threshold + _SLACK) for row in block]
+
         rows, distances = [], []
-        for index, candidates in enumerate(found):
-            exact = self._exact(source[index : index + 1], candidates[None])[0]
+        for index, candidates in enumerate(chain.from_iterable(self._blocks(queries, reduce))):
+            exact = self._exact(source[index : index + 1], candidates[None])[0] if len(candidates) else np.zeros(0)
             order = np.lexsort((candidates, exact))
             order = order[exact[order] <= threshold]
             rows.append(candidates[order])
             distances.append(exact[order])
         return rows, distances
+
+    def _blocks(self, queries: np.ndarray | None, reduce: Callable[[np.ndarray], Any]) -> Iterator[Any]:
+        """Reduce the float32 distances ``(M, N)`` by blocks of rows; a vector is infinitely far from itself."""
+
+        def block(distances: np.ndarray, start: int) -> Any:
+            if queries is None:
+                rows = np.arange(len(distances))
+                distances[rows, start + rows] = np.inf
+            return reduce(distances)
+
+        if not len(self.values) or (queries is not None and not len(queries)):
+            return
+        metrics = require("sklearn.metrics", "fiftyone")
+        unit = self._unit if queries is None else _unit(queries)
+        yield from metrics.pairwise_distances_chunked(unit, self._unit, reduce_func=block, metric="cosine")
 
     def _exact(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Distances of each query to the vectors in its row of ``rows``, in float64."""
@@ -84,8 +99,8 @@ class Neighbours:
             own = (block / _norms(block)[:, None])[:, None]
             for left in range(0, rows.shape[1], columns):
                 part = rows[start : start + step, left : left + columns]
-                other = self.values[part] / self._norms[part][..., None]
-                result[start : start + step, left : left + columns] = 0.5 * np.square(other - own).sum(-1)
+                apart = self.values[part] / self._norms[part][..., None] - own
+                result[start : start + step, left : left + columns] = 0.5 * np.einsum("mnd,mnd->mn", apart, apart)
         return result
 
 
