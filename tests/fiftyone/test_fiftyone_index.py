@@ -129,6 +129,21 @@ def test_a_second_call_brings_the_index_up_to_date(dataset):
     assert second.total_index_size == 40 and dataset.list_brain_runs() == ["radio"]
 
 
+def test_vectors_of_another_process_are_found(dataset):
+    """The App's server keeps an index as it was first loaded."""
+    ids = plant(dataset, circle(0, 90))
+    similarity(dataset, embeddings="radio", brain_key="radio")
+    elsewhere = dataset.load_brain_results("radio", cache=False)
+    ids += plant(dataset, circle(1, 180))
+    assert elsewhere.sort_by_similarity(ids[0], k=2).values("id") == [ids[0], ids[2]]
+    dataset.tag_samples("seen")  # changes samples, not vectors
+    reads = elsewhere._vectors
+    assert elsewhere.sort_by_similarity(ids[2], k=1).values("id") == [ids[2]] and elsewhere._vectors is reads
+    ids += plant(dataset, circle(2))
+    elsewhere.find_duplicates(thresh=cosine(2.5))
+    assert elsewhere.duplicate_ids == [ids[2], ids[4]]
+
+
 def test_patches_are_indexed_by_label(fo, dataset):
     boxes = [
         fo.Detections(detections=[fo.Detection(label="x", bounding_box=[0, 0, 1, 1], radio=VECTORS[2 * i + j])

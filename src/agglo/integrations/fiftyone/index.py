@@ -187,6 +187,7 @@ class _Index:
         self._removed = set(removed)
         self._vectors = _EMPTY if vectors is None else vectors
         self._active: tuple[Any, Neighbours] | None = None
+        self._seen: tuple[Any, int] = None, 0
         bases.SimilarityIndex.__init__(self, samples, config, brain_key, backend=backend)
         bases.DuplicatesMixin.__init__(self)
         self._read_field()
@@ -266,6 +267,8 @@ class _Index:
         if not len(ids):
             return
         self._write_field(ids, values)
+        if not self.is_external:
+            self._seen = self._state()
         self._removed -= set(ids.tolist())
         stay = ~np.isin(self._ids, ids)
         old = self._vectors
@@ -323,6 +326,7 @@ class _Index:
     def _read_field(self) -> None:
         if self.is_external:
             return
+        self._seen = self._state()
         options = {"embeddings": self.config.embeddings_field, "patches_field": self.config.patches_field}
         try:
             found = read_vectors(self._all_samples, report=False, **options)
@@ -343,10 +347,24 @@ class _Index:
 
     def _has_vectors(self) -> bool:
         """Whether an index that cannot be read is wrong; a field that is still empty is not."""
-        field = self.config.embeddings_field
-        if self.config.patches_field is not None:
-            return True
-        return self._all_samples.has_field(field) and len(self._all_samples.exists(field)) > 0
+        return self.config.patches_field is not None or self._state()[1] > 0
+
+    def _state(self) -> tuple[Any, int]:
+        """When a sample last changed, and the number of vectors in the field: both cheap."""
+        samples, field = self._all_samples, self.config.embeddings_field
+        if self.config.patches_field is not None or not samples.has_field(field):
+            return None, 0
+        return samples.max("last_modified_at"), samples.exists(field).count()
+
+    def _refresh(self) -> None:
+        """Read the field again if another process or index added vectors: the App's server keeps its own copy."""
+        if self.is_external or self.config.patches_field is not None:
+            return
+        if self._all_samples.max("last_modified_at") != self._seen[0]:
+            now = self._state()
+            if now[1] != self._seen[1]:
+                self.reload()
+            self._seen = now
 
     def _write_field(self, ids: np.ndarray, values: np.ndarray) -> None:
         if self.is_external:
@@ -401,6 +419,7 @@ class _Index:
             ConfigError: not exactly one of the two is given, or it is outside [0, 2] or [0, 1].
         """
         check_limits(thresh, fraction)
+        self._refresh()
         self._drop_deleted(self.sample_ids)
         _bases().DuplicatesMixin.find_duplicates(self, thresh=thresh, fraction=fraction)
 
@@ -412,6 +431,7 @@ class _Index:
         aggregation: str | None = None,
         return_dists: bool = False,
     ) -> Any:
+        self._refresh()
         if query is None:
             rows, distances = self._search.nearest(self.total_index_size if k is None else k)
             return (list(rows), list(distances)) if return_dists else list(rows)
