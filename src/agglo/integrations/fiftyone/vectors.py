@@ -155,7 +155,7 @@ def fill(samples: Any, field: Any, model: Any, model_kwargs: Mapping[str, Any] |
 
     Raises:
         ConfigError: the collection is empty, an option is unknown, the field has no name, or it has vectors of another
-            agglo model, size or head.
+            agglo model (:func:`agglo.integrations.fiftyone.compute_embeddings`).
     """
     check_samples(samples)
     check_options(options)
@@ -163,17 +163,18 @@ def fill(samples: Any, field: Any, model: Any, model_kwargs: Mapping[str, Any] |
         return None
     if not isinstance(field, str):
         raise ConfigError("name the field for the model's vectors: embeddings='radio'")
+    from agglo.integrations.fiftyone.encoding import compute_embeddings
+    from agglo.integrations.fiftyone.model import AggloModel
+
     model = load(model, model_kwargs)
-    record = _record(samples, field, model)
+    if isinstance(model, AggloModel):
+        compute_embeddings(samples, model, field, **options)
+        return model
     todo = samples
     if samples.has_field(field):
         todo = samples.match(require("fiftyone", "fiftyone").ViewField(field) == None)  # noqa: E711
     if len(todo):
         todo.compute_embeddings(model, embeddings_field=field, **options)
-        if record is not None:
-            from agglo.integrations.fiftyone.records import record_field
-
-            record_field(samples._dataset, field, record)
     return model
 
 
@@ -193,33 +194,6 @@ def load(model: Any, model_kwargs: Mapping[str, Any] | None = None) -> Any:
     if not isinstance(model, str):
         return model
     return require("fiftyone.zoo", "fiftyone").load_zoo_model(model, **(model_kwargs or {}))
-
-
-_COMPARED = ("size", "head", "text", "window")
-"""What vectors of one field have in common, of ``AggloModel.record``, besides the weights."""
-
-
-def _record(samples: Any, field: str, model: Any) -> dict[str, Any] | None:
-    """How ``model`` computes vectors; None if it is not agglo's. Raises if the field has others."""
-    if not hasattr(model, "record"):
-        return None
-    from agglo.integrations.fiftyone.records import field_record
-
-    now, before = model.record(), field_record(samples._dataset, field)
-    if before is None or not samples._dataset.has_sample_field(field):
-        return now
-    other = [key for key in _COMPARED if before.get(key) != now.get(key)]
-    if before.get("model") != now["model"] and before.get("hash") != now["hash"]:  # the hash depends on loaded heads
-        other.insert(0, "hash")
-    if other:
-        raise ConfigError(
-            f"field {field!r} has vectors of {before.get('model')}, "
-            + ", ".join(f"{key} {before.get(key)}" for key in other)
-            + f"; this model is {now['model']}, "
-            + ", ".join(f"{key} {now.get(key)}" for key in other)
-            + f": use another field, or clear it with delete_sample_field({field!r})"
-        )
-    return now
 
 
 Found = tuple[list[tuple[str, str | None, Any]], dict[str, str], str]
