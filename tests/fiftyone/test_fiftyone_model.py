@@ -188,7 +188,9 @@ def test_a_model_without_text_refuses_prompts(plain, tmp_path):
         load_model(folder, output_type="spatial", text="a cup")
 
 
-def test_what_a_model_lacks_is_named(tmp_path):
+def test_what_a_model_lacks_is_named():
+    with pytest.raises(ConfigError, match="device: 'cuda:99' is not available; use cpu"):
+        load_model("agglo-lite", device="cuda:99")
     with pytest.raises(ConfigError, match=r"did you mean 'agglo-lite'"):
         load_model("agglo-lit")
     with pytest.raises(ConfigError, match=r"did you mean 'nv_labs/c-radio_v4-h'"):

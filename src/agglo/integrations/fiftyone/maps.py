@@ -16,8 +16,8 @@ from agglo.extras import require
 from agglo.integrations.fiftyone.options import Options, field_name
 from agglo.report.picture import pca_basis
 
-_CELLS = 512
-"""Number of cells of an image that a scale is fitted on at most."""
+_CELLS = 256
+"""Number of cells of an image that principal components are fitted on at most."""
 _OUTLIER = 6.0
 """Cells whose norm is further from the median than this many MADs are left out of a PCA (RADIO has a few such tokens
 per image, which would fill the first component; NVlabs/RADIO issue 174)."""
@@ -128,11 +128,12 @@ def fit_scales(images: Sequence[Layers]) -> dict[str, Scale]:
     and last percentile over all images, weighted equally.
     """
     names = images[0] if images else {}
-    return {name: _fit(name, [_thinned(each[name]) for each in images]) for name in names}
+    return {name: _fit(name, [each[name] for each in images]) for name in names}
 
 
-def _fit(name: str, cells: Sequence[np.ndarray]) -> Scale:
+def _fit(name: str, maps: Sequence[np.ndarray]) -> Scale:
     if name == "pca" or name.startswith("head:"):
+        cells = [_thinned(each) for each in maps]
         norms = [np.linalg.norm(each, axis=0) for each in cells]
         together = np.concatenate(norms)
         middle = np.median(together)
@@ -141,7 +142,7 @@ def _fit(name: str, cells: Sequence[np.ndarray]) -> Scale:
         inside = [each[:, keep] if keep.any() else each for each, keep in zip(cells, kept, strict=True)]
         basis = pca_basis([each[:, :, None] for each in inside])
         return Scale(basis.low, basis.high, basis.mean, basis.axes)
-    values = np.concatenate([each[0] for each in cells])
+    values = np.concatenate([each[0].ravel() for each in maps])
     low, high = np.percentile(values, _TAILS)
     if name.startswith(("text:", "patch")):
         high = values.max()  # what is looked for may fill less than a percent of the cells

@@ -39,7 +39,9 @@ class AggloModel(_Base):
     """A FiftyOne model.
 
     ``dataset.compute_embeddings(model)`` stores one vector per sample, ``dataset.apply_model(model)`` what the option
-    ``output_type`` selects. An unreadable image costs its own sample, whose field ``agglo_error`` has the reason.
+    ``output_type`` selects. An unreadable image costs its own sample, whose field ``agglo_error`` has the reason; it is
+    not an error for FiftyOne's ``skip_failures=False``. Without a field, where FiftyOne stacks all embeddings, every
+    image must be readable.
 
     Args:
         model: in eval mode, on its device.

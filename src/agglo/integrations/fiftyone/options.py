@@ -30,8 +30,8 @@ class Options:
             embeddings of ``heads`` and heatmaps as a dictionary, from one forward pass.
         feature_format: layout of the spatial features that ``model.features`` returns: ``NCHW`` ``(B, D, H, W)`` or
             ``NLC`` ``(B, H*W, D)``. Heatmaps are the same in both.
-        use_mixed_precision: compute in bfloat16. None: on GPUs that multiply it natively (Ampere and later), as
-            ``agglo embed --dtype auto``; otherwise float32.
+        use_mixed_precision: compute in bfloat16 where the device multiplies it natively, as ``agglo embed --dtype
+            auto``. None: on GPUs (Ampere and later), not on the CPU.
         use_external_preprocessor: resize as the processor published with C-RADIO: the whole image, its shorter side
             scaled to the preferred size. False: the centre square as in ``agglo embed`` for ``summary``, the whole
             image with its longer side at ``max_size`` for the other outputs.

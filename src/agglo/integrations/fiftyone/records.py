@@ -79,7 +79,7 @@ class Scales:
             names: of the layers.
             fit: computes those of all layers.
         """
-        at = ("" if dataset is None else str(dataset.name), key)
+        at = ("" if dataset is None else str(dataset._doc.id), key)  # a name can be given again
         known = self._known.setdefault(at, {} if dataset is None else _stored(dataset, key))
         missing = [name for name in names if name not in known]
         if missing:

@@ -14,7 +14,7 @@ from agglo.files import write_json, write_text
 from agglo.integrations.fiftyone.model import AggloModel
 from agglo.integrations.fiftyone.options import Options, parse
 from agglo.types import ConfigError, MissingExtraError
-from agglo.zoo.loading import fastest_dtype, list_models, locate
+from agglo.zoo.loading import list_models, locate
 from agglo.zoo.loading import load as load_weights
 from agglo.zoo.releases import HubModel
 
@@ -64,10 +64,9 @@ def _heads(options: Options) -> Any:
     return list(options.heads)
 
 
-def _dtype(options: Options, device: str) -> torch.dtype:
-    if options.use_mixed_precision or (options.use_mixed_precision is None and device.startswith("cuda")):
-        return fastest_dtype(device)
-    return torch.float32
+def _dtype(options: Options, device: str) -> str:
+    mixed = device.startswith("cuda") if options.use_mixed_precision is None else options.use_mixed_precision
+    return "auto" if mixed else "float32"
 
 
 def zoo_names() -> dict[str, str]:
