@@ -116,6 +116,9 @@ def test_wrong_collections_are_refused(fo, dataset, photographs, tmp_path):
     add(dataset, [tmp_path / "moved_1.jpg", tmp_path / "moved_2.jpg"])
     with pytest.raises(ConfigError, match=r"none of the 2 images can be read; .*moved_1.*If the files moved"):
         compute_embeddings(dataset, model, "e", num_workers=0)
+    dataset.set_values("filepath", [str(tmp_path / "moved_1.jpg")] * 2)
+    with pytest.raises(ConfigError, match="none of the 2 images"):
+        compute_embeddings(dataset, model, "e", num_workers=0)
     group = fo.Group()
     mixed = fo.Dataset()
     mixed.add_group_field("group", default="photo")
@@ -173,6 +176,22 @@ def test_fiftyones_own_patch_embeddings_work(boxed):
     model = load_model("agglo-lite")
     boxed.compute_patch_embeddings(model, "boxes", embeddings_field="own", num_workers=0)
     assert [each["own"].shape for each in boxed.first()["boxes"].detections] == [(1280,)] * 2
+
+
+def test_views_of_patches_are_refused_and_of_frames_work(fo, boxed, dataset, photographs):
+    model = load_model("agglo-lite")
+    with pytest.raises(ConfigError, match=r"a view of patches: .*compute_patch_embeddings"):
+        compute_embeddings(boxed.to_patches("boxes"), model, "e")
+    video = fo.Sample(filepath="film.mp4")
+    for number, path in enumerate(sorted(photographs.iterdir())[:2], 1):
+        video.frames[number] = fo.Frame(filepath=str(path))
+    films = fo.Dataset()
+    films.add_sample(video)
+    frames = films.to_frames()
+    assert compute_embeddings(frames, model, "e", num_workers=0).computed == 2
+    assert [each.shape for each in frames.values("e")] == [(1280,)] * 2
+    assert [frame["e"].shape for frame in films.first().frames.values()] == [(1280,)] * 2
+    films.delete()
 
 
 def test_wrong_patches_are_refused(boxed):

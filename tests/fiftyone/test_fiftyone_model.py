@@ -75,6 +75,13 @@ def test_a_bad_file_costs_one_sample_and_leaves_its_reason(dataset, photographs,
     assert [reason is not None for reason in dataset.values("agglo_error")] == [i == 3 for i in range(8)]
 
 
+def test_embeddings_without_a_field_need_readable_images(dataset, photographs, tmp_path, plain):
+    add(dataset, [*sorted(photographs.iterdir())[:2], tmp_path / "moved.jpg"])
+    with pytest.raises(ConfigError, match=r"1 images cannot be read .*no such file.*embeddings_field"):
+        dataset.compute_embeddings(plain, num_workers=0)
+    assert dataset.exists("agglo_error", False).compute_embeddings(plain, num_workers=0).shape == (2, 1280)
+
+
 def test_every_kind_of_image_is_read_upright(dataset, tmp_path, spatial):
     pixels = np.random.default_rng(0).integers(0, 255, (40, 90, 3)).astype(np.uint8)
     image = Image.fromarray(pixels)

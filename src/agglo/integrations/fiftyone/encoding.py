@@ -242,6 +242,10 @@ def _run(
         work: computes the values of a view.
     """
     _check_samples(samples)
+    if samples._dataset._is_patches:
+        raise ConfigError(
+            "a view of patches: FiftyOne cannot save vectors in it; use compute_patch_embeddings(dataset, model, field)"
+        )
     names, record = [*vectors, *heatmaps], model.record()
     for name in names:
         if not overwrite:
@@ -254,14 +258,14 @@ def _run(
     # Fixed ids: a view of what is missing would change while it is filled. A selection must fit into 16 MB.
     for start in range(0, len(todo), _SELECTED):
         work(samples.select(todo[start : start + _SELECTED]))
-    skipped = _skipped(samples, todo) if samples.media_type == "image" else {}
+    skipped = _skipped(samples, todo) if samples.media_type == "image" else []
     if todo and len(skipped) == len(ids):
-        path, why = next(iter(skipped.items()))
+        path, why = skipped[0]
         raise ConfigError(
             f"none of the {len(ids)} images can be read; {path}: {why}. If the files moved, set their new paths: "
             "dataset.set_values('filepath', paths)"
         )
-    return Report(len(todo) - len(skipped), len(ids) - len(todo), skipped)
+    return Report(len(todo) - len(skipped), len(ids) - len(todo), dict(skipped))
 
 
 def _declare(samples: Any, vectors: Sequence[str], heatmaps: Sequence[str]) -> None:
@@ -307,11 +311,11 @@ def _missing(samples: Any, field: str) -> list[str]:
     return samples.match(done < view("metadata.total_frame_count")).values("id")
 
 
-def _skipped(samples: Any, ids: Sequence[str]) -> dict[str, str]:
-    """Path to reason of the samples among ``ids`` that could not be read."""
+def _skipped(samples: Any, ids: Sequence[str]) -> list[tuple[str, str]]:
+    """Path and reason of the samples among ``ids`` that could not be read."""
     if not samples._dataset.has_sample_field(ERROR_FIELD):
-        return {}
+        return []
     bad = samples.exists(ERROR_FIELD)
     tried = set(ids)
     found = zip(*bad.values(["id", "filepath", ERROR_FIELD]), strict=True)
-    return {path: why for each, path, why in found if each in tried}
+    return [(path, why) for each, path, why in found if each in tried]

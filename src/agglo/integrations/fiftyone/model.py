@@ -18,7 +18,7 @@ from agglo.extras import require
 from agglo.integrations.fiftyone.maps import Layers, Scale, cell_at, draw, fit_scales, heatmap, layers, map_keys
 from agglo.integrations.fiftyone.options import Options, field_name
 from agglo.integrations.fiftyone.reading import FitPatch, InputSize, Read, ReadSample, base, collate, read
-from agglo.integrations.fiftyone.records import Failures, Scales
+from agglo.integrations.fiftyone.records import ERROR_FIELD, Failures, Scales
 from agglo.model.cells import text_cells
 from agglo.model.model import Model
 from agglo.preprocess import check_size, nearest_size, to_batch
@@ -133,7 +133,13 @@ class AggloModel(_Base):
             settings: Any = require("fiftyone", "fiftyone").config
             settings.default_batch_size, settings.default_process_pool_workers = self._defaults
             self._defaults = None
-        self._failures.write()
+        bad = self._failures.write()
+        if bad and error and error[0] is ValueError and "same shape" in str(error[1]):
+            path = f"the first is sample {bad[0][0]}: {bad[0][1]}"
+            raise ConfigError(
+                f"{len(bad)} images cannot be read ({path}), and FiftyOne can return embeddings only for all: give "
+                f"embeddings_field, or leave them out: dataset.exists({ERROR_FIELD!r}, False).compute_embeddings(model)"
+            ) from None
 
     # --- embeddings ---
 

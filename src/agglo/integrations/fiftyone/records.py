@@ -36,8 +36,12 @@ class Failures:
             else:
                 self._bad.setdefault(item.dataset, {})[item.sample] = item.why
 
-    def write(self) -> None:
-        """Set the field of skipped samples, and clear it where an image could be read this time."""
+    def write(self) -> list[tuple[str, str]]:
+        """Set the field of skipped samples, and clear it where an image could be read this time.
+
+        Returns:
+            Sample id and reason of those skipped.
+        """
         for dataset_id in {*self._bad, *self._good}:
             dataset = find_dataset(dataset_id)
             if dataset is None:
@@ -53,7 +57,9 @@ class Failures:
                 dataset.add_sample_field(ERROR_FIELD, fields.StringField, description="why agglo skipped the sample")
             if bad:
                 dataset.set_values(ERROR_FIELD, bad, key_field="id")
+        found = [each for bad in self._bad.values() for each in bad.items()]
         self._bad, self._good = {}, {}
+        return found
 
 
 class Scales:
@@ -113,7 +119,7 @@ def field_record(dataset: Any, field: str) -> dict[str, Any] | None:
 def record_field(dataset: Any, field: str, record: Mapping[str, Any]) -> None:
     """Store how a field is computed with the field itself, where the App shows it; deleted with the field."""
     found = _field(dataset, field)
-    if found is None:
+    if found is None or dataset._is_generated:  # FiftyOne cannot save facts about fields of a view of frames
         return
     found.info = {**(found.info or {}), INFO: dict(record)}
     found.description = f"{record['model']}, {record['size']}, {record['dtype']}"
