@@ -84,14 +84,17 @@ def ramps(dataset, tmp_path):
 def test_one_scale_serves_a_dataset_and_later_calls(ramps):
     model = AggloModel(Averages().eval(), "averages", parse({"output_type": "spatial"}))
     ramps.apply_model(model, "heat", num_workers=0)
+    assert model.model.passes == len(ramps), "the images of the scale are not encoded again"
     maps = [each.map for each in ramps.values("heat")]
     assert np.all(np.diff([each.mean() for each in maps]) > 20), "brighter images have higher values"
     assert len({(low, high) for low, high in zip(*ramps.values(["heat.low", "heat.high"]), strict=True)}) == 1
     assert ramps.first()["heat"].range == [0, 255]
     other = AggloModel(Averages().eval(), "averages", parse({"output_type": "spatial"}))
     ramps[3:4].apply_model(other, "again", num_workers=0)
+    ramps.apply_model(other, "twice", num_workers=0, batch_size=2)
+    assert all(np.array_equal(each.map, before) for each, before in zip(ramps.values("twice"), maps, strict=True))
     assert np.array_equal(ramps[3:4].first()["again"].map, maps[3])
-    assert other.model.passes == 1, "the stored scale is read, not fitted again"
+    assert other.model.passes == 1 + len(ramps), "the stored scale is read, not fitted again"
 
 
 def test_one_pass_gives_summary_heads_and_heatmaps(ramps):

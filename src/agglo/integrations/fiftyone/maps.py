@@ -115,6 +115,14 @@ def layers(
         yield {name: array[index] for name, array in arrays.items()}
 
 
+def layer_names(options: Options, heads: Sequence[str]) -> list[str]:
+    """Names of the layers of an image, in the order of :func:`layers`; arguments of :func:`map_keys`."""
+    found = [*(["pca"] if {"pca", "rgb"} & set(options.maps) else []), *(["norm"] if "norm" in options.maps else [])]
+    found += [f"head:{name}" for name in heads] if "heads" in options.maps else []
+    found += ["patch"] if options.patch is not None else []
+    return found + [f"text:{prompt}" for prompt in options.prompts]
+
+
 def cell_at(spatial: Tensor, point: tuple[float, float]) -> Tensor:
     """The features ``(B, D)`` of the cell at ``(x, y)`` in [0, 1] of maps ``(B, D, H, W)``."""
     height, width = spatial.shape[-2:]

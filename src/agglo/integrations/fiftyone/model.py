@@ -15,7 +15,17 @@ from torch import Tensor
 from agglo.embedding import MIN_SIDE, encode, legal_size
 from agglo.evals.base import device_of
 from agglo.extras import require
-from agglo.integrations.fiftyone.maps import Layers, Scale, cell_at, draw, fit_scales, heatmap, layers, map_keys
+from agglo.integrations.fiftyone.maps import (
+    Layers,
+    Scale,
+    cell_at,
+    draw,
+    fit_scales,
+    heatmap,
+    layer_names,
+    layers,
+    map_keys,
+)
 from agglo.integrations.fiftyone.options import Options, field_name
 from agglo.integrations.fiftyone.reading import FitPatch, InputSize, Read, ReadSample, base, collate, read
 from agglo.integrations.fiftyone.records import ERROR_FIELD, Failures, Scales
@@ -70,6 +80,7 @@ class AggloModel(_Base):
         self._patch = self._patch_of(options)
         self._preprocess, self._fields = True, {}
         self._scales, self._failures = Scales(), Failures()
+        self._ahead: dict[str, tuple[dict[str, np.ndarray], Layers]] = {}
         self._hash: str | None = None
         self._defaults: tuple[Any, Any] | None = None
         self._last: np.ndarray | None = None
@@ -133,6 +144,7 @@ class AggloModel(_Base):
             settings: Any = require("fiftyone", "fiftyone").config
             settings.default_batch_size, settings.default_process_pool_workers = self._defaults
             self._defaults = None
+        self._ahead = {}
         bad = self._failures.write()
         if bad and error and error[0] is ValueError and "same shape" in str(error[1]):
             path = f"the first is sample {bad[0][0]}: {bad[0][1]}"
@@ -221,12 +233,20 @@ class AggloModel(_Base):
         """
         if self.config.output_type == "summary":
             return self.embed_all(args)
-        items = self._items(args)
+        items, dataset = self._items(args), self._scales.dataset(list(samples or ()))
         results: list[Any] = [None] * len(items)
-        passed: list[tuple[int, dict[str, np.ndarray], Layers]] = []
-        for indices, images in self._groups(items):
+        if dataset is not None and not self._scales.has(dataset, self._key(), self._layer_names()):
+            self._encode_ahead(dataset)
+        known = {index: item.sample for index, item in enumerate(items) if item.sample in self._ahead}
+        passed: list[tuple[int, dict[str, np.ndarray], Layers]] = [
+            (index, *self._ahead[sample]) for index, sample in known.items() if sample is not None
+        ]
+        rest = [Read(None) if index in known else item for index, item in enumerate(items)]
+        for indices, images in self._groups(rest):
             passed += zip(indices, *self._pass(images), strict=True)
-        scales = self._scales_of(list(samples or ()), [image for _, _, image in passed]) if passed else {}
+        scales = self._scales_of(dataset, [image for _, _, image in passed]) if passed else {}
+        for sample in filter(None, known.values()):
+            self._ahead.pop(sample, None)
         for index, vectors, image in passed:
             arrays = [*vectors.values(), *image.values()]
             if not all(np.isfinite(each).all() for each in arrays):
@@ -285,7 +305,7 @@ class AggloModel(_Base):
         options = self.config
         if options.output_type == "summary":
             return None
-        found = map_keys(options, [n for n in options.heads if self.model.head_configs[n].spatial is not None])
+        found = map_keys(options, self._dense_heads())
         if options.output_type == "spatial":
             return found if len(found) > 1 else None
         named = [n for n in options.heads if self.model.head_configs[n].summary is not None]
@@ -337,10 +357,38 @@ class AggloModel(_Base):
             raise ConfigError(f"patch_image: {options.patch_image}: {item.why}")
         return cell_at(torch.from_numpy(self.spatial([item])[0])[None], options.patch)[0]
 
-    def _scales_of(self, samples: Sequence[Any], batch: Sequence[Layers]) -> dict[str, Scale]:
-        """The scales of the samples' dataset, fitted at its first batch."""
-        dataset = self._scales.dataset(samples)
-        return self._scales.get(dataset, self._key(), tuple(batch[0]), lambda: self._fit(dataset, batch))
+    def _scales_of(self, dataset: Any, batch: Sequence[Layers]) -> dict[str, Scale]:
+        """The scales of a dataset; fitted on the images encoded ahead, without any on the batch."""
+
+        def fit() -> dict[str, Scale]:
+            images = [image for _, image in self._ahead.values()] or batch
+            finite = [one for one in images if all(np.isfinite(each).all() for each in one.values())]
+            if not finite:
+                raise ConfigError(f"the features of {self.name} are not finite: the weights are damaged")
+            return fit_scales(finite)
+
+        return self._scales.get(dataset, self._key(), self._layer_names(), fit)
+
+    def _encode_ahead(self, dataset: Any) -> None:
+        """Encode images spread over a dataset, for its scales; their results are kept until their turn comes.
+
+        Videos are not opened: the scales of their frames come from the first batch.
+        """
+        self._ahead = {}
+        if dataset.media_type != "image":
+            return
+        ids, paths = dataset.values(["id", "filepath"])
+        chosen = dict.fromkeys(i * len(ids) // SCALE_IMAGES for i in range(SCALE_IMAGES))
+        items = [read(paths[i], self.size, ids[i]) for i in chosen]
+        for indices, images in self._groups(items):
+            for index, vectors, image in zip(indices, *self._pass(images), strict=True):
+                self._ahead[str(items[index].sample)] = vectors, image
+
+    def _layer_names(self) -> list[str]:
+        return layer_names(self.config, self._dense_heads())
+
+    def _dense_heads(self) -> list[str]:
+        return [name for name in self.config.heads if self.model.head_configs[name].spatial is not None]
 
     def _key(self) -> str:
         options = self.config
@@ -353,20 +401,6 @@ class AggloModel(_Base):
             head = None if self._embedding_head is None else self.model.heads[self._embedding_head]
             self._hash = model_hash(self.model.student, None if head is None else model_hash(head))
         return self._hash
-
-    def _fit(self, dataset: Any, batch: Sequence[Layers]) -> dict[str, Scale]:
-        """Scales from images spread over the dataset; without one, or for videos, from the first batch."""
-        found: list[Layers] = []
-        if dataset is not None and dataset.media_type == "image":
-            paths = dataset.values("filepath")
-            chosen = [paths[i * len(paths) // SCALE_IMAGES] for i in range(SCALE_IMAGES)]
-            items = [read(path, self.size) for path in dict.fromkeys(chosen)]
-            for _, images in self._groups(items):
-                found += self._pass(images)[1]
-        finite = [one for one in found or batch if all(np.isfinite(each).all() for each in one.values())]
-        if not finite:
-            raise ConfigError(f"the features of {self.name} are not finite: the weights are damaged")
-        return fit_scales(finite)
 
     def _items(self, args: Iterable[Any]) -> list[Read]:
         if isinstance(args, Tensor):  # boxes that `transforms` prepared

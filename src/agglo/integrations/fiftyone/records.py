@@ -66,7 +66,6 @@ class Scales:
     """Scales of heatmaps: one set per dataset and input, kept in the dataset."""
 
     def __init__(self) -> None:
-        self._loose: dict[str, dict[str, Scale]] = {}
         self._known: dict[tuple[str, str], dict[str, Scale]] = {}
 
     def dataset(self, samples: Sequence[Any]) -> Any:
@@ -85,8 +84,7 @@ class Scales:
             names: of the layers.
             fit: computes those of all layers.
         """
-        at = ("" if dataset is None else str(dataset._doc.id), key)  # a name can be given again
-        known = self._known.setdefault(at, {} if dataset is None else _stored(dataset, key))
+        known = self._of(dataset, key)
         missing = [name for name in names if name not in known]
         if missing:
             fitted = fit()
@@ -94,6 +92,16 @@ class Scales:
             if dataset is not None:
                 _store(dataset, key, {name: known[name] for name in missing})
         return known
+
+    def has(self, dataset: Any, key: str, names: Sequence[str]) -> bool:
+        """Whether the scales of the layers ``names`` exist."""
+        return set(names) <= set(self._of(dataset, key))
+
+    def _of(self, dataset: Any, key: str) -> dict[str, Scale]:
+        at = ("" if dataset is None else str(dataset._doc.id), key)  # a name can be given again
+        if at not in self._known:
+            self._known[at] = {} if dataset is None else _stored(dataset, key)
+        return self._known[at]
 
 
 def _stored(dataset: Any, key: str) -> dict[str, Scale]:
