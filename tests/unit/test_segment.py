@@ -112,10 +112,11 @@ def test_command_writes_masks_overlays_and_coco(folder: Path, tmp_path: Path) ->
         assert mask[int(y) : int(y + h), int(x) : int(x + w)].sum() == mask.sum()
     files = sorted((tmp_path / "out" / "masks" / "a").iterdir())
     assert len(files) == len(direct)
-    assert ((np.array(Image.open(files[0])) == 255) == direct.masks[0]).all()
+    with Image.open(files[0]) as mask:
+        assert ((np.array(mask) == 255) == direct.masks[0]).all()
     assert files[0].name.startswith("000-cat-0.")
-    overlay = Image.open(tmp_path / "out" / "overlays" / "b.png")
-    assert overlay.size == (70, 50)
+    with Image.open(tmp_path / "out" / "overlays" / "b.png") as overlay:
+        assert overlay.size == (70, 50)
     again = command("segment", folder / "pictures", "--text", "cat", *options)
     assert again.exit_code == 2 and "use --overwrite" in again.output
 

@@ -18,10 +18,14 @@ def segment(
     box: list[str] = typer.Option([], "--box", help="x0,y0,x1,y1 in pixels: an example; with ,0 of what it is not."),
     points: list[str] = typer.Option([], "--points", help="x,y,1 inside the object, or x,y,0 outside; may repeat."),
     out: Path = typer.Option(Path("segments"), "--out", "-o", help="A folder for masks, overlays and results.json."),
-    model: str | None = typer.Option(None, "--model", "-m", help="A model with a sam3 head; c-radio_v4-so400m."),
+    method: str = typer.Option("sam3", help="sam3; or dense: from the text-aligned map alone, one mask per text."),
+    model: str | None = typer.Option(
+        None, "--model", "-m", help="A model with a sam3 head, by default c-radio_v4-so400m; for dense agglo-lite."
+    ),
     decoder: str = typer.Option("facebook/sam3", help="A SAM 3 checkpoint: a folder, or a name on the hub."),
     window: int | None = typer.Option(None, help="Side of the attention windows in patches, e.g. 8; 0 for none."),
-    threshold: float = typer.Option(0.5, help="Leave out instances with lower scores."),
+    background: str = typer.Option("background", help="Texts that compete in dense and are not written."),
+    threshold: float | None = typer.Option(None, help="Leave out lower scores; 0.5 by default, 0 for dense."),
     device: str | None = DEVICE,
     overwrite: bool = OVERWRITE,
 ) -> None:
@@ -39,8 +43,9 @@ def segment(
     sources = [as_files(path) for path in images]
     folder = ResultsFolder(out, overwrite=overwrite)
     run = segmenter(
-        prompts, model=model, decoder=decoder, window=window, threshold=threshold, device=chosen_device(device)
-    )
+        prompts, method=method, model=model, decoder=decoder, window=window, threshold=threshold,
+        background=[part.strip() for part in background.split(",") if part.strip()], device=chosen_device(device),
+    )  # fmt: skip
     skipped: dict[str, str] = {}
     total, done = sum(len(source) for source in sources), 0
     with status("segmenting") as report:

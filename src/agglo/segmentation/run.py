@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from agglo.decoders.dense import shares, text_scores
 from agglo.decoders.sam3 import Found, advice, instances, load, load_tokenizer, text_length, tokenize
 from agglo.extras import require
 from agglo.integrations.sam3 import install
@@ -20,12 +21,14 @@ from agglo.preprocess import image_name, read_image
 from agglo.segmentation.instances import Instances, boxes_of
 from agglo.segmentation.prompts import Box, Point, Prompts
 from agglo.types import AssetError, ConfigError
+from agglo.zoo.loading import DEFAULT
 from agglo.zoo.loading import load as load_model
 
 DECODER, STUDENT = "facebook/sam3", "c-radio_v4-so400m"
 """The defaults: C-RADIOv4 was distilled from this SAM 3."""
 TRACKED = ("sam3_video", "sam3_tracker_video")
 """Types of checkpoints that have a tracker."""
+BACKGROUND = ("background",)
 _WHERE = "segment"
 
 
@@ -160,27 +163,89 @@ def _boxes(prompts: Prompts, size: tuple[int, int], device: torch.device) -> dic
 def _instances(name: str, size: tuple[int, int], found: Sequence[Found], labels: Sequence[str]) -> Instances:
     masks = np.concatenate([each.masks.numpy() for each in found])
     scores = np.concatenate([each.scores.float().numpy() for each in found])
-    kept: np.ndarray = masks.any((1, 2))  # without those that have no pixel above one half
+    kept: Any = masks.any((1, 2))  # without those that have no pixel above one half
     return Instances(
         name, size, masks[kept], scores[kept], boxes_of(masks[kept]),
         tuple(label for label, keep in zip(labels, kept, strict=True) if keep),
     )  # fmt: skip
 
 
+class DenseSegmenter:
+    """Masks without SAM 3: each pixel goes to the most similar text; see :func:`agglo.decoders.dense.text_scores`.
+
+    One mask per text, of all its instances together. Its score is the mean probability of its text over the mask.
+
+    Args:
+        model: a model with a text-aligned head, or its name or folder.
+        head: the text-aligned head; None for the first.
+        background: texts that compete and are not returned; they keep pixels of other things from going to a text.
+        threshold: masks with lower scores are left out.
+        device: of the weights.
+
+    Raises:
+        ConfigError: the model has no text-aligned head.
+    """
+
+    def __init__(
+        self,
+        model: Model | str,
+        *,
+        head: str | None = None,
+        background: Sequence[str] = BACKGROUND,
+        threshold: float = 0.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"{_WHERE}: threshold {threshold} is not between 0 and 1")
+        loaded = load_model(model, heads="text" if head is None else [head]) if isinstance(model, str) else model
+        try:
+            self.head = loaded.text_head(head)
+        except TypeError as error:
+            raise ConfigError(f"{_WHERE}: {error}") from None
+        self.model = loaded.to(device).eval()
+        self.background, self.threshold = tuple(background), threshold
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, prompts: Prompts, name: str = "image") -> Instances:
+        """One mask per text that has pixels.
+
+        Raises:
+            ConfigError: boxes or points, which this method does not take.
+        """
+        if prompts.boxes or prompts.points:
+            raise ConfigError(f"{_WHERE}: method 'dense' takes texts only; use method 'sam3' for boxes and points")
+        found = shares(text_scores(self.model, image, [*prompts.texts, *self.background], head=self.head)).cpu()
+        nearest, count = found.argmax(0), len(prompts.texts)
+        masks = torch.stack([nearest == index for index in range(count)])
+        scores = (found[:count] * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
+        kept = masks.flatten(1).any(1) & (scores >= self.threshold)
+        labels = [text for text, keep in zip(prompts.texts, kept.tolist(), strict=True) if keep]
+        part = Found(masks[kept], scores[kept], torch.zeros(len(labels), 4))
+        return _instances(name, (image.height, image.width), [part], labels)
+
+
 def segmenter(
     prompts: Prompts,
     *,
+    method: str = "sam3",
     model: Model | str | None = None,
     decoder: str = DECODER,
     head: str | None = None,
     window: int | None = None,
-    threshold: float = 0.5,
+    background: Sequence[str] = BACKGROUND,
+    threshold: float | None = None,
     device: str | torch.device = "cpu",
 ) -> Segmenter:
-    """The model that answers prompts; arguments of :func:`segment`."""
+    """The model that segments what prompts describe; arguments of :func:`segment`."""
+    if method == "dense":
+        least = 0.0 if threshold is None else threshold
+        chosen = DEFAULT if model is None else model
+        return DenseSegmenter(chosen, head=head, background=background, threshold=least, device=device)
+    if method != "sam3":
+        raise ConfigError(f"{_WHERE}: method is {method!r}; use 'sam3' or 'dense'")
     return Sam3Segmenter(
-        STUDENT if model is None else model, decoder, head=head, window=window, threshold=threshold, device=device,
-        points=bool(prompts.points),
+        STUDENT if model is None else model, decoder, head=head, window=window, device=device,
+        threshold=0.5 if threshold is None else threshold, points=bool(prompts.points),
     )  # fmt: skip
 
 
@@ -190,14 +255,16 @@ def segment(
     *,
     boxes: Sequence[Box] = (),
     points: Sequence[Point] = (),
+    method: Literal["sam3", "dense"] = "sam3",
     model: Model | str | None = None,
     decoder: str = DECODER,
     head: str | None = None,
     window: int | None = None,
-    threshold: float = 0.5,
+    background: Sequence[str] = BACKGROUND,
+    threshold: float | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Instances]:
-    """Segment what texts, boxes or points describe: SAM 3 with a student as its trunk.
+    """Segment what texts, boxes or points describe: SAM 3 with a student as its trunk, or a text-aligned map alone.
 
     Args:
         images: one image (path, PIL, array, tensor), or a list of them.
@@ -205,11 +272,14 @@ def segment(
         boxes: ``(x0, y0, x1, y1)`` in pixels, examples of the concept; a fifth entry 0 marks an example of what it is
             not. With or without one text.
         points: ``(x, y)`` or ``(x, y, label)`` in pixels, of one object: label 1 inside, 0 outside.
-        model: a model with a ``sam3`` head, or its name or folder; None for C-RADIOv4-SO400M.
+        method: ``sam3``; or ``dense``: one mask per text from the model's text-aligned map, without SAM 3.
+        model: a model with a ``sam3`` head (``dense``: with a text-aligned one), or its name or folder; None for
+            C-RADIOv4-SO400M (``dense``: agglo-lite).
         decoder: a SAM 3 checkpoint: a folder, or a name on the hub.
-        head: to read from; None for ``sam3``.
+        head: to read from; None for ``sam3`` (``dense``: the first text-aligned one).
         window: side of the student's attention windows in patches; 0 for none, None for the model's own setting.
-        threshold: instances with lower scores are left out; in [0, 1].
+        background: of ``dense``: texts that compete and are not returned.
+        threshold: instances with lower scores are left out; in [0, 1]; None for 0.5 (``dense``: 0).
         device: of all weights.
 
     Returns:
@@ -222,5 +292,8 @@ def segment(
     """
     prompts = Prompts.of(text, boxes, points)
     many: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
-    run = segmenter(prompts, model=model, decoder=decoder, head=head, window=window, threshold=threshold, device=device)
+    run = segmenter(
+        prompts, method=method, model=model, decoder=decoder, head=head, window=window, background=background,
+        threshold=threshold, device=device,
+    )  # fmt: skip
     return [run(read_image(each), prompts, image_name(each)) for each in many]
