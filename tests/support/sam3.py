@@ -187,3 +187,14 @@ def student(width: int = 32, head: str = "sam3", seed: int = 0, **options: Any) 
                 if parameter.ndim > 1:
                     parameter.mul_(4)
     return made.eval()
+
+
+def released(path: Path) -> dict[str, str]:
+    """A released layout, from which image model, tracker and video model load, and a student: options of a command."""
+    whole = build("Sam3VideoModel")
+    with torch.no_grad():
+        whole.detector_model.detr_decoder.presence_head.layer3.bias.fill_(6)  # else nothing is found
+    whole.save_pretrained(path / "whole")
+    processor("Sam3VideoModel", path).save_pretrained(path / "whole")
+    student().save(path / "student")
+    return {"model": str(path / "student"), "decoder": str(path / "whole")}

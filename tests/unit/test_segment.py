@@ -19,7 +19,7 @@ from agglo.segmentation.prompts import Prompts, parse
 from agglo.segmentation.run import Sam3Segmenter
 from agglo.types import AssetError, ConfigError
 from support.commands import agglo as command
-from support.sam3 import T, build, processor, student
+from support.sam3 import T, build, released, student
 
 pytest.importorskip("torchvision")
 pytestmark = [pytest.mark.libraries, pytest.mark.filterwarnings("ignore:.*kernels library.*")]
@@ -29,14 +29,9 @@ PICTURE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (50, 70, 3),
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A released layout: a video checkpoint, from which image model and tracker load; a student; pictures."""
+    """A video checkpoint, a student, and pictures."""
     path = tmp_path_factory.mktemp("segment")
-    whole = build("Sam3VideoModel")
-    with torch.no_grad():
-        whole.detector_model.detr_decoder.presence_head.layer3.bias.fill_(6)  # else nothing is found
-    whole.save_pretrained(path / "whole")
-    processor("Sam3VideoModel", path).save_pretrained(path / "whole")
-    student().save(path / "student")
+    released(path)
     (path / "pictures").mkdir()
     PICTURE.save(path / "pictures" / "a.png")
     PICTURE.rotate(180).save(path / "pictures" / "b.png")
@@ -119,6 +114,9 @@ def test_command_writes_masks_overlays_and_coco(folder: Path, tmp_path: Path) ->
         assert overlay.size == (70, 50)
     again = command("segment", folder / "pictures", "--text", "cat", *options)
     assert again.exit_code == 2 and "use --overwrite" in again.output
+    once = command("segment", folder / "pictures" / "b.png", "--text", "cat", "--overwrite", *options)
+    assert once.exit_code == 0, once.output
+    assert not (tmp_path / "out" / "masks" / "a").exists()  # of the earlier results
 
 
 def test_bad_prompts() -> None:
@@ -156,7 +154,7 @@ def test_checkpoints_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         agglo.segment(PICTURE, "cat", threshold=2, **where(folder))
     image_only = tmp_path / "image"
     build("Sam3Model").save_pretrained(image_only)
-    with pytest.raises(AssetError, match="is a sam3 checkpoint without a tracker, which points need"):
+    with pytest.raises(AssetError, match="is a sam3 checkpoint without a tracker, which points and videos need"):
         Sam3Segmenter(student(), str(image_only), points=True)
 
 

@@ -30,6 +30,7 @@ class Instances:
         scores: ``(N,)`` float32 in [0, 1].
         boxes: ``(N, 4)`` float32 ``xyxy`` in pixels: of the mask.
         labels: the text of each instance's prompt; ``box`` or ``points`` without one.
+        tracks: of a frame of a video: the number of each object, the same in all frames.
     """
 
     name: str
@@ -38,19 +39,29 @@ class Instances:
     scores: np.ndarray
     boxes: np.ndarray
     labels: tuple[str, ...]
+    tracks: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """The labels, with the numbers of tracked objects: ``shoe 0``, ``shoe 1``."""
+        if self.tracks is None:
+            return self.labels
+        return tuple(f"{label} {track}" for label, track in zip(self.labels, self.tracks, strict=True))
+
     def coco(self, image_id: int, categories: dict[str, int]) -> list[dict[str, Any]]:
-        """COCO results: compressed run lengths, ``bbox`` as ``[x, y, width, height]``, ``score``.
+        """COCO results: compressed run lengths, ``bbox`` as ``[x, y, width, height]``, ``score``; ``track_id`` in a video.
 
         Args:
             image_id: of the image.
             categories: label → ``category_id``; new labels are added.
         """
         rows = []
-        for mask, score, (x0, y0, x1, y1), label in zip(self.masks, self.scores, self.boxes, self.labels, strict=True):
+        for index, (mask, score, label) in enumerate(zip(self.masks, self.scores, self.labels, strict=True)):
+            x0, y0, x1, y1 = self.boxes[index]
+            track = {} if self.tracks is None else {"track_id": self.tracks[index]}
             rows.append(
                 {
                     "image_id": image_id,
@@ -60,6 +71,7 @@ class Instances:
                     "score": round(float(score), 6),
                     "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
                     "segmentation": {"size": list(self.size), "counts": run_lengths(mask)},
+                    **track,
                 }
             )
         return rows
@@ -67,7 +79,7 @@ class Instances:
     def write_masks(self, folder: Path) -> list[Path]:
         """Write each mask as an 8-bit PNG, 255 inside, named by number, label and score."""
         written = []
-        for index, (mask, score, label) in enumerate(zip(self.masks, self.scores, self.labels, strict=True)):
+        for index, (mask, score, label) in enumerate(zip(self.masks, self.scores, self.titles, strict=True)):
             path = folder / f"{index:03d}-{_word(label)}-{score:.2f}.png"
             with replacing(path) as partial:
                 Image.fromarray(mask.astype(np.uint8) * 255).save(partial, format="PNG")
@@ -75,17 +87,17 @@ class Instances:
         return written
 
     def overlay(self, image: Image.Image) -> Image.Image:
-        """The image under its masks: one colour per label, an outline, label and score."""
+        """The image under its masks: one colour per label, or per tracked object, an outline, label and score."""
         canvas = np.asarray(image.convert("RGB"), dtype=np.float32).copy()
-        colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(self.labels))}
-        for mask, label in zip(self.masks, self.labels, strict=True):
+        colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(self.titles))}
+        for mask, label in zip(self.masks, self.titles, strict=True):
             colour = np.array(colours[label], np.float32)
             canvas[mask] = canvas[mask] * (1 - _OPACITY) + colour * _OPACITY
-        for mask, label in zip(self.masks, self.labels, strict=True):
+        for mask, label in zip(self.masks, self.titles, strict=True):
             canvas[_outline(mask)] = colours[label]
         picture = Image.fromarray(canvas.round().astype(np.uint8))
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(11, min(self.size) // 32))
-        for (x0, y0, _, _), score, label in zip(self.boxes, self.scores, self.labels, strict=True):
+        for (x0, y0, _, _), score, label in zip(self.boxes, self.scores, self.titles, strict=True):
             text = f"{label} {score:.2f}"
             left, top, right, bottom = draw.textbbox((x0 + 2, y0 + 1), text, font=font)
             draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colours[label])

@@ -70,7 +70,7 @@ class Sam3Segmenter:
     ) -> None:
         if not 0 <= threshold <= 1:
             raise ConfigError(f"{_WHERE}: threshold {threshold} is not between 0 and 1")
-        sam = _load_tracker(decoder) if points else load(decoder, _WHERE)
+        sam = load_tracked(decoder, "Sam3TrackerVideoModel") if points else load(decoder, _WHERE)
         self.tokenizer = None if points else load_tokenizer(decoder, _WHERE)
         student = load_model(model, heads=[head or "sam3"]) if isinstance(model, str) else model
         installed = install(sam, student, window=window, head=head)
@@ -131,16 +131,25 @@ class Sam3Segmenter:
         return _instances(name, size, [found], ["points"] * len(found.scores))
 
 
-def _load_tracker(decoder: str) -> Any:
+def load_tracked(decoder: str, kind: str) -> Any:
+    """A SAM 3 with a tracker, in float32 and eval mode.
+
+    Args:
+        decoder: a folder, or a name on the hub.
+        kind: class of transformers.
+
+    Raises:
+        AssetError: it cannot be read, has no tracker, or lacks weights.
+    """
     transformers = require("transformers", "teachers")
     try:
-        kind = transformers.AutoConfig.from_pretrained(decoder).model_type
-        if kind not in TRACKED:  # transformers would make a tracker of full size with random weights
+        stored = transformers.AutoConfig.from_pretrained(decoder).model_type
+        if stored not in TRACKED:  # transformers would make a tracker of full size with random weights
             raise AssetError(
-                f"{decoder} is a {kind} checkpoint without a tracker, which points need: use {DECODER} or another "
-                f"of type {' or '.join(TRACKED)}; or use texts or boxes"
+                f"{decoder} is a {stored} checkpoint without a tracker, which points and videos need: use {DECODER} "
+                f"or another of type {' or '.join(TRACKED)}; or use texts or boxes"
             )
-        model, info = transformers.Sam3TrackerVideoModel.from_pretrained(
+        model, info = getattr(transformers, kind).from_pretrained(
             decoder, output_loading_info=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError, KeyError) as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from PIL import Image
@@ -17,9 +19,11 @@ RESULTS = "results.json"
 class ResultsFolder:
     """Masks and overlays, written image by image, and one file of COCO results.
 
+    A context manager: the file is written at its end, also after Ctrl-C, with the images so far.
+
     Args:
         folder: created if needed.
-        overwrite: whether an earlier ``results.json`` may be replaced.
+        overwrite: whether earlier results, with their masks and overlays, may be replaced.
 
     Attributes:
         images: facts of the images so far: ``id``, ``file_name``, ``height``, ``width``.
@@ -34,15 +38,37 @@ class ResultsFolder:
             raise ConfigError(f"{self.folder} is a file: name a folder with -o")
         if (self.folder / RESULTS).exists() and not overwrite:
             raise ConfigError(f"{self.folder / RESULTS} exists: use --overwrite, or another folder with -o")
+        self._replaces = (self.folder / RESULTS).exists()
         self.images: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
         self.categories: dict[str, int] = {}
         self._stems: set[str] = set()
 
-    def add(self, found: Instances, image: Image.Image) -> None:
-        """Write the masks and the overlay of an image."""
+    def __len__(self) -> int:
+        """Number of instances."""
+        return len(self.results)
+
+    def __enter__(self) -> ResultsFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.images:
+            self.write()
+
+    def add(self, found: Instances, image: Image.Image, group: str = "") -> None:
+        """Write the masks and the overlay of an image.
+
+        Args:
+            found: instances in it.
+            image: the image.
+            group: folder between ``masks`` or ``overlays`` and the image, for the frames of a video.
+        """
+        if self._replaces:
+            for part in ("masks", "overlays"):
+                shutil.rmtree(self.folder / part, ignore_errors=True)
+            self._replaces = False
         number = len(self.images) + 1
-        stem = Path(found.name).stem
+        stem = str(Path(group) / Path(found.name).stem)
         stem = f"{stem}-{number}" if stem in self._stems else stem  # of two folders
         self._stems.add(stem)
         found.write_masks(self.folder / "masks" / stem)
@@ -52,9 +78,8 @@ class ResultsFolder:
         self.images.append({"id": number, "file_name": found.name, "height": height, "width": width})
         self.results += found.coco(number, self.categories)
 
-    def write(self) -> int:
-        """Write ``results.json``, a list of COCO results, and ``images.json``; the number of instances."""
+    def write(self) -> None:
+        """Write ``results.json``, a list of COCO results, and ``images.json``."""
         categories = [{"id": number, "name": name} for name, number in self.categories.items()]
         write_json(self.folder / "images.json", {"images": self.images, "categories": categories})
         write_json(self.folder / RESULTS, self.results)
-        return len(self.results)
