@@ -52,7 +52,7 @@ class Instances:
         return tuple(f"{label} {track}" for label, track in zip(self.labels, self.tracks, strict=True))
 
     def coco(self, image_id: int, categories: dict[str, int]) -> list[dict[str, Any]]:
-        """COCO results: compressed run lengths, ``bbox`` as ``[x, y, width, height]``, ``score``; ``track_id`` in a video.
+        """COCO results: run lengths, ``bbox`` as ``[x, y, width, height]``, ``score``; ``track_id`` in a video.
 
         Args:
             image_id: of the image.
