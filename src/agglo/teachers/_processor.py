@@ -107,7 +107,7 @@ def pixels_of(content: Mapping[str, Any], where: str) -> Pixels:
     mean, std = _times(mean, 1 / scale), _times(std, 1 / scale)
     bgr = bool(value("do_flip_channel_order"))
     if bgr:  # the file's numbers are in the network's order, ours in RGB
-        mean, std = mean[::-1], std[::-1]
+        mean, std = (mean[2], mean[1], mean[0]), (std[2], std[1], std[0])
     crop = value("crop_size") if value("do_center_crop") else None
     return Pixels(mean, std, _side(crop or value("size")), bgr)
 
