@@ -81,7 +81,6 @@ def test_settings_of_the_method_can_be_given(dataset):
 def test_patches(fo, dataset):
     boxes = [fo.Detections(detections=[fo.Detection(label="x", bounding_box=[0, 0, 1, 1], radio=v)]) for v in VECTORS]
     plant(dataset, VECTORS, boxes=boxes)
-    dataset.add_sample_field("boxes.detections.radio", fo.VectorField)
     found = visualization(dataset, embeddings="radio", patches_field="boxes", method="pca")
     assert found.label_ids.tolist() == [each.detections[0].id for each in dataset.values("boxes")]
 

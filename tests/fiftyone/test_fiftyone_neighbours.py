@@ -102,9 +102,15 @@ def test_any_number_of_samples_has_finite_scores(count):
     assert scores.shape == (count,) and (scores > 0).all() and scores.max() == 1
 
 
-def test_a_cluster_of_one_and_copies_score_one():
-    values = circle(0, 0, 0, 120, 240, 244)
-    np.testing.assert_allclose(central(values, clusters=3), 1, rtol=1e-12)
+def test_a_cluster_of_one_is_an_outlier_of_the_nearest_cluster():
+    values = circle(0, 0, 0, 119, 240, 244)
+    apart = 2 * np.sin(np.deg2rad(119 / 2))
+    expected = [1, 1, 1, (apart / 4) / (apart / 4 + apart), 1, 1]
+    np.testing.assert_allclose(central(values, clusters=3), expected, rtol=1e-12)
+
+
+def test_clusters_of_one_alone_and_copies_score_one():
+    assert central(circle(0, 90, 200), clusters=3).tolist() == [1] * 3
     assert central(np.tile(circle(7), (30, 1))).tolist() == [1] * 30
 
 

@@ -25,6 +25,7 @@ from agglo.integrations.fiftyone.vectors import (
     fill,
     load,
     read_vectors,
+    report_left_out,
 )
 from agglo.types import ConfigError
 
@@ -65,7 +66,6 @@ def similarity(
         ConfigError: the key belongs to another run, or vectors cannot be used
             (:func:`~agglo.integrations.fiftyone.vectors.read_vectors`).
     """
-    brain = require("fiftyone.brain", "fiftyone")
     field = embeddings if isinstance(embeddings, str) else None
     check_samples(samples)
     if patches_field is None:
@@ -73,26 +73,21 @@ def similarity(
     else:
         check_options(options)
         loaded = load(model, model_kwargs)
-    vectors = read_vectors(samples, embeddings, patches_field=patches_field)
+    source = samples if field is None else all_samples(samples._dataset)
+    vectors = read_vectors(source, embeddings, patches_field=patches_field, report=False)
+    report_left_out(vectors, samples)
     dataset = samples._base_view if samples._is_frames else samples._root_dataset
     if brain_key is not None and brain_key in dataset.list_brain_runs():
         index = _stored(dataset, brain_key, field, patches_field)
-        if field is None:
-            index.add_to_index(vectors.values, vectors.sample_ids, label_ids=vectors.label_ids)
+        index.update(vectors)
     else:
-        index = brain.compute_similarity(
-            samples,
-            patches_field=patches_field,
-            embeddings=False,  # the index reads the field itself; None would load a default model
-            embeddings_field=field,
-            brain_key=brain_key,
-            backend=_classes()["CosineSimilarityConfig"],
-        )
-        if field is None:
-            index.add_to_index(vectors.values, vectors.sample_ids, label_ids=vectors.label_ids)
+        config = _classes()["CosineSimilarityConfig"](embeddings_field=field, patches_field=patches_field)
+        method = config.build()
+        method.register_run(dataset, brain_key, overwrite=False)
+        index = method.initialize(dataset, brain_key, vectors)
+        method.save_run_results(dataset, brain_key, index)
     if loaded is not None:
         _set_model(index, model, model_kwargs, loaded)
-    index.reload()
     return index
 
 
@@ -133,6 +128,11 @@ def _stored(dataset: Any, key: str, field: str | None, patches_field: str | None
     return dataset.load_brain_results(key)
 
 
+def all_samples(dataset: Any) -> Any:
+    """The dataset; of a grouped one, all slices."""
+    return dataset.select_group_slices(_allow_mixed=True) if dataset.media_type == "group" else dataset
+
+
 class _Config:
     """Configuration of a :class:`_Index`; the arguments are those of FiftyOne's ``SimilarityConfig``."""
 
@@ -148,9 +148,9 @@ class _Method:
 
     config: Any
 
-    def initialize(self, samples: Any, brain_key: str | None) -> Any:
-        """An index over the vectors of the configuration's field; empty without a field."""
-        return _classes()["CosineSimilarityIndex"](samples, self.config, brain_key, backend=self)
+    def initialize(self, samples: Any, brain_key: str | None, vectors: Vectors | None = None) -> Any:
+        """An index over ``vectors``, by default those of the configuration's field; empty without a field."""
+        return _classes()["CosineSimilarityIndex"](samples, self.config, brain_key, vectors, backend=self)
 
 
 class _Index:
@@ -160,7 +160,7 @@ class _Index:
         samples: the dataset.
         config: a ``CosineSimilarityConfig``.
         brain_key: key of the run, or None.
-        vectors: the indexed vectors where they are not in a field.
+        vectors: the indexed vectors; None to read them from the field.
         removed: ids that were removed from the index and keep their vector in the field.
         backend: a ``CosineSimilarity``.
     """
@@ -185,12 +185,15 @@ class _Index:
         bases = _bases()
         self._dataset = samples._dataset
         self._removed = set(removed)
-        self._vectors = _EMPTY if vectors is None else vectors
+        self._vectors = _EMPTY
         self._active: tuple[Any, Neighbours] | None = None
         self._seen: tuple[Any, int] = None, 0
         bases.SimilarityIndex.__init__(self, samples, config, brain_key, backend=backend)
         bases.DuplicatesMixin.__init__(self)
-        self._read_field()
+        if vectors is not None:
+            self._take(vectors)
+        else:
+            self._read_field()
 
     # --- what is indexed ----------------------------------------------------------------------------------------------
 
@@ -315,6 +318,14 @@ class _Index:
         self._drop(stay)
         self._keep()
 
+    def update(self, vectors: Vectors) -> None:
+        """Index the vectors of the field, read anew; without a field, add them."""
+        if self.is_external:
+            self.add_to_index(vectors.values, vectors.sample_ids, label_ids=vectors.label_ids)
+        else:
+            self._take(vectors)
+            _bases().SimilarityIndex.reload(self)
+
     def reload(self) -> None:
         """Read the field again, so that vectors of other sessions are found."""
         self._read_field()
@@ -326,24 +337,22 @@ class _Index:
     def _read_field(self) -> None:
         if self.is_external:
             return
-        self._seen = self._state()
         options = {"embeddings": self.config.embeddings_field, "patches_field": self.config.patches_field}
         try:
-            found = read_vectors(self._all_samples, report=False, **options)
+            found = read_vectors(all_samples(self._dataset), report=False, **options)
         except ConfigError:
             if self._has_vectors():
                 raise
             found = _EMPTY
+        self._take(found)
+
+    def _take(self, found: Vectors) -> None:
+        """Index these vectors, without those that were removed."""
+        if not self.is_external:
+            self._seen = self._state()
         stay = ~np.isin(found.sample_ids if found.label_ids is None else found.label_ids, list(self._removed))
         labels = None if found.label_ids is None else found.label_ids[stay]
         self._set(found.values[stay], found.sample_ids[stay], labels)
-
-    @property
-    def _all_samples(self) -> Any:
-        """The dataset; of a grouped one, all slices."""
-        if self._dataset.media_type == "group":
-            return self._dataset.select_group_slices(_allow_mixed=True)
-        return self._dataset
 
     def _has_vectors(self) -> bool:
         """Whether an index that cannot be read is wrong; a field that is still empty is not."""
@@ -351,7 +360,7 @@ class _Index:
 
     def _state(self) -> tuple[Any, int]:
         """When a sample last changed, and the number of vectors in the field: both cheap."""
-        samples, field = self._all_samples, self.config.embeddings_field
+        samples, field = all_samples(self._dataset), self.config.embeddings_field
         if self.config.patches_field is not None or not samples.has_field(field):
             return None, 0
         return samples.max("last_modified_at"), samples.exists(field).count()
@@ -360,7 +369,7 @@ class _Index:
         """Read the field again if another process or index added vectors: the App's server keeps its own copy."""
         if self.is_external or self.config.patches_field is not None:
             return
-        if self._all_samples.max("last_modified_at") != self._seen[0]:
+        if all_samples(self._dataset).max("last_modified_at") != self._seen[0]:
             now = self._state()
             if now[1] != self._seen[1]:
                 self.reload()
@@ -504,7 +513,7 @@ class _Index:
         unique = np.unique(sample_ids)
         if not len(unique):
             return False
-        alive = self._all_samples.select(unique.tolist()).values("id")
+        alive = all_samples(self._dataset).select(unique.tolist()).values("id")
         gone = np.setdiff1d(unique, np.array(alive, dtype=str))
         if len(gone):
             self._drop(~np.isin(self.sample_ids, gone))

@@ -9,7 +9,7 @@ from typing import Any
 
 from agglo.config import nearest
 from agglo.extras import require
-from agglo.integrations.fiftyone.vectors import COMPUTE, check_options, fill, read_vectors
+from agglo.integrations.fiftyone.vectors import COMPUTE, check_options, fill, patches_path, read_vectors
 from agglo.types import ConfigError
 
 METHODS = ("umap", "tsne", "pca")
@@ -64,6 +64,8 @@ def visualization(
     if patches_field is None:
         fill(samples, embeddings, model, model_kwargs, **{k: options[k] for k in COMPUTE if k in options})
     vectors = read_vectors(samples, embeddings, similarity_index=similarity_index, patches_field=patches_field)
+    if patches_field is not None and isinstance(embeddings, str):
+        _declare(samples, patches_path(samples, patches_field, embeddings))
     limits = _limits(method, len(vectors.values), vectors.values.shape[1], num_dims)
     if isinstance(embeddings, str):
         source: Any = embeddings
@@ -84,6 +86,12 @@ def visualization(
             model_kwargs=None if model_kwargs is None else dict(model_kwargs),
             **{**limits, **options},
         )
+
+
+def _declare(samples: Any, path: str) -> None:
+    """Add the attribute of labels to the schema: FiftyOne would load a default model instead of reading it."""
+    if not samples.has_field(path):
+        samples._dataset.add_sample_field(path, require("fiftyone", "fiftyone").VectorField)
 
 
 def _known(method: str) -> set[str]:

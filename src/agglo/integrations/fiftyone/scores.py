@@ -42,8 +42,9 @@ def representativeness(
 
     The unit vectors are clustered by k-means. With ``d`` the distance of a sample to its centre, the score is
     ``(mean d + min d) / (mean d + d)`` with the mean and minimum of its cluster, so it is in (0, 1] and does not depend
-    on the cluster's width. The only sample of a cluster scores 1. FiftyOne 1.22.1 gives the *outermost* sample of each
-    cluster 1, NaN to the only one, and fails below 20 samples.
+    on the cluster's width. A cluster of one represents nothing: its sample is scored as an outlier of the nearest
+    cluster of several. FiftyOne 1.22.1 gives the *outermost* sample of each cluster 1, NaN to a cluster of one, and
+    fails below 20 samples.
 
     Args:
         samples: dataset or view.
@@ -131,10 +132,17 @@ def central(values: np.ndarray, clusters: int | None = None, seed: int = 51) -> 
     wanted = min(CLUSTERS, math.isqrt(len(unit) - 1) + 1) if clusters is None else clusters
     wanted = min(wanted, len({row.tobytes() for row in unit.round(6) + 0.0}))  # + 0.0: -0.0 and 0.0 are equal
     means = require("sklearn.cluster", "fiftyone").KMeans(wanted, n_init=4, random_state=seed).fit(unit)
-    distance = np.linalg.norm(unit - means.cluster_centers_[means.labels_], axis=1)
+    labels, centres = means.labels_, means.cluster_centers_
+    several = np.flatnonzero(np.bincount(labels, minlength=len(centres)) > 1)
+    alone = ~np.isin(labels, several)
+    if len(several) and alone.any():
+        apart = np.linalg.norm(unit[alone][:, None] - centres[several], axis=2)
+        labels = labels.copy()
+        labels[alone] = several[apart.argmin(1)]
+    distance = np.linalg.norm(unit - centres[labels], axis=1)
     scores = np.ones(len(unit))
-    for cluster in np.unique(means.labels_):
-        own = means.labels_ == cluster
+    for cluster in np.unique(labels):
+        own = labels == cluster
         mean = distance[own].mean()
         if mean > 1e-9:  # else one sample, or copies of one: rounding would rank them
             scores[own] = (mean + distance[own].min()) / (mean + distance[own])

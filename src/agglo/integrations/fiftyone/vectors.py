@@ -5,10 +5,10 @@ Modules that import torch are imported in functions: the App's server imports th
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ _LISTS = {"Detections": "detections", "Polylines": "polylines"}
 """Label types that hold a list → the name of that list."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Vectors:
     """Vectors by sample, or by label where they belong to patches.
 
@@ -31,13 +31,15 @@ class Vectors:
         values: ``(N, D)`` floats, all finite, no row of zeros.
         sample_ids: ``(N,)`` strings.
         label_ids: ``(N,)`` strings for patches, else None.
-        left_out: ids of the samples (of the labels, for patches) without a vector.
+        left_out: ids of the samples (of the labels, for patches) without a vector, and their paths.
+        where: the field or argument that the vectors come from.
     """
 
     values: np.ndarray
     sample_ids: np.ndarray
     label_ids: np.ndarray | None = None
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    where: str = ""
 
 
 def collection_name(samples: Any) -> str:
@@ -91,15 +93,27 @@ def read_vectors(
         raise ConfigError(f"{where}: no sample has a vector; compute them first, or pass model=")
     ids = [label or sample for sample, label, _ in kept]
     values = checked([vector for _, _, vector in kept], [names.get(i, i) for i in ids], where)
-    missing = tuple(label or sample for sample, label, vector in found if vector is None)
-    if missing and report:
-        warnings.warn(
-            f"{where}: {len(missing)} of {len(found)} have no vector and are left out, "
-            f"first {names.get(missing[0], missing[0])}",
-            stacklevel=3,
-        )
+    missing = [label or sample for sample, label, vector in found if vector is None]
     labels = np.array([label for _, label, _ in kept]) if kept[0][1] is not None else None
-    return Vectors(values, np.array([sample for sample, _, _ in kept]), labels, missing)
+    sample_ids = np.array([sample for sample, _, _ in kept])
+    vectors = Vectors(values, sample_ids, labels, {each: names.get(each, each) for each in missing}, where)
+    if report:
+        report_left_out(vectors)
+    return vectors
+
+
+def report_left_out(vectors: Vectors, samples: Any = None) -> None:
+    """Warn if samples have no vector; of ``samples`` only, if given."""
+    missing, total = list(vectors.left_out), len(vectors.values) + len(vectors.left_out)
+    if samples is not None and vectors.label_ids is None:
+        wanted = set(samples.values("id"))
+        missing, total = [each for each in missing if each in wanted], len(wanted)
+    if missing:
+        warnings.warn(
+            f"{vectors.where}: {len(missing)} of {total} have no vector and are left out, "
+            f"first {vectors.left_out[missing[0]]}",
+            stacklevel=4,
+        )
 
 
 def checked(vectors: Sequence[Any], names: Sequence[str], where: str) -> np.ndarray:
