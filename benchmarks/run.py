@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 NAMES = (
-    "startup", "inference", "loading", "loop", "allocator", "step_cost", "cache", "data",
+    "startup", "inference", "loading", "loop", "allocator", "builds", "step_cost", "cache", "data",
     "imagenet", "dense", "evals", "ablations", "featsharp", "demo",
 )  # fmt: skip
 

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.export import Dim
 from torch.overrides import TorchFunctionMode
 
@@ -141,3 +145,21 @@ def test_one_exported_program_takes_any_batch_and_size(student: dict[str, Any], 
         images = torch.rand(shape)
         with torch.no_grad():
             assert largest_difference(program(images), encoder(images)) < 1e-4, shape
+
+
+def test_tensor_parallel_layers_give_the_same_features() -> None:
+    """``parallelize_module`` shards the products of every block as DTensors."""
+    encoder, images = Encoder(VIT), torch.rand(2, 3, 64, 64)
+    expected = encoder(images)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plan = {"blocks.*.mlp.fc1": ColwiseParallel(), "blocks.*.mlp.fc2": RowwiseParallel()}
+        parallelize_module(encoder.model.student, mesh, plan)
+        sharded = [name for name, weight in encoder.named_parameters() if isinstance(weight, DTensor)]
+        with torch.no_grad():
+            found = encoder(images)
+    finally:
+        dist.destroy_process_group()
+    assert len(sharded) == 4 * VIT["depth"]
+    assert largest_difference(found, expected) < 1e-6

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from agglo import dist
 from agglo.config import nearest
 from agglo.extras import require
+from agglo.nn.same_padding import replace_same_convolutions
 from agglo.preprocess import check_size
 from agglo.students.base import Student
 from agglo.types import ConfigError, Features, FeatureSpec
@@ -61,6 +62,7 @@ class Timm(Student):
             raise ConfigError(f"student.init: {init!r} is not one of 'bundled', 'hub', null")
         self.model, self.init, self.drop_path = model, init, drop_path
         self.backbone: Any = self._build(timm)
+        replace_same_convolutions(self.backbone, timm.layers.Conv2dSame)
         self.memory_format = _memory_format(self.backbone)
         self.backbone.to(memory_format=self.memory_format)
         infos = self._stage_infos()

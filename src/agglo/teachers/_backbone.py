@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from agglo.config import nearest
 from agglo.extras import require
 from agglo.hub import ModelFiles
+from agglo.nn.same_padding import replace_same_convolutions
 from agglo.types import AssetError, ConfigError
 from agglo.weights import bundled
 
@@ -64,6 +65,7 @@ class Backbone(nn.Module):
         self.side = self.default_side if fixed else None
         if size is not None and self.side not in (None, size):
             raise ConfigError(f"timm's {model} runs at {self.side} pixels only, not at {size}")
+        replace_same_convolutions(self.net, require("timm", "timm").layers.Conv2dSame)
         self.patch = _patch(self.net)
         self.layout = _layout(self.net)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)

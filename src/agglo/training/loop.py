@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from agglo import dist
 from agglo.config import build
@@ -20,9 +21,11 @@ from agglo.model.artefact import CONFIG
 from agglo.model.creation import snap_sizes
 from agglo.model.model import Model
 from agglo.nn.damp import enable_damp
+from agglo.nn.folding import fuse_fixed_norms
 from agglo.nn.spectral import enable_spectral, materialize
 from agglo.objectives.base import Targets, objective_kind, partition_teachers, refuse_unused_keys
 from agglo.recipe import Recipe
+from agglo.students.base import Student
 from agglo.teachers.base import Teacher
 from agglo.training import checkpoint
 from agglo.training.checks import can_be_spectral, check_sizes, check_windows
@@ -184,11 +187,26 @@ def prepare(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool)
     model.to(device)
     objective.to(device)
     damp = enable_damp(model.student, recipe.train.damp, seed=recipe.train.seed) if recipe.train.damp else None
+    if recipe.train.freeze_norm_statistics and recipe.train.precision == "fp32":
+        _fuse_norms(model.student, device)
     ema, optimizer = Ema(model, recipe.train.ema), build_optimizer(model, recipe.train, objective)
     return Run(
         recipe, folder, device, targets.teachers, model, ema, objective, optimizer, loader, targets, damp, adopted,
         notes=notes,
     )  # fmt: skip
+
+
+def _fuse_norms(student: Student, device: torch.device) -> None:
+    """Fuse norms of fixed statistics; in half precision the folded weights would be rounded."""
+    images = torch.randn(2, 3, *(2 * student.spec.step,) * 2, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def run() -> dict[str, Tensor]:
+        found = student(images)
+        return {name: part for name in ("summary", "spatial") if (part := getattr(found, name)) is not None}
+
+    student.eval()
+    fuse_fixed_norms(student, run)
+    student.train()
 
 
 def start(run: Run, progress: Progress, interrupted: list[int]) -> None:
