@@ -63,7 +63,9 @@ def test_replayed_features_give_identical_masks(folder: str, cut: str) -> None:
     assert replay.sizes == {(64, 64)}
     changed = maps[0].clone()
     changed[0, 0, 1, 2] += 0.01
-    for fault in (changed, maps[0].mT.contiguous(), maps[0] * 1.02):
+    sequence = maps[0].flatten(2)
+    prefix_left = torch.cat([torch.ones_like(sequence[..., :1]), sequence[..., :-1]], 2).view_as(maps[0])
+    for fault in (changed, maps[0].mT.contiguous(), maps[0] * 1.02, prefix_left):
         model, adapted = install(T.SamModel.from_pretrained(folder).eval(), Replay([fault] * len(PROMPTS)))
         assert not equal(outputs(model, adapted), wanted)
 
