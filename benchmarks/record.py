@@ -30,6 +30,15 @@ def write(name: str, result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2))
 
 
+def fill(page: Path, name: str, text: str) -> None:
+    """Replace what lies between ``<!-- name -->`` and ``<!-- /name -->`` on a page."""
+    before, opened, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    _, closed, after = rest.partition(f"<!-- /{name} -->")
+    if not (opened and closed):
+        raise SystemExit(f"{page} has no <!-- {name} --> and <!-- /{name} -->")
+    page.write_text(f"{before}{opened}\n{text}\n{closed}{after}", encoding="utf-8")
+
+
 def on_gpu(name: str, about: str | None, run: Callable[[Path, bool], object]) -> None:
     """Command line of a standalone GPU benchmark: ``--smoke`` for toy models, ``--out`` for the file.
 

@@ -311,8 +311,6 @@ def _has_goal(row: dict[str, Any], name: str, head: str) -> bool:
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-MARKS = "<!-- sam3_latency.py -->", "<!-- /sam3_latency.py -->"
-
 
 def page(result: dict[str, Any]) -> str:
     """The table as Markdown: trunks and heads down, windows across."""
@@ -377,12 +375,7 @@ def publish(guide: Path = GUIDE, figure: Path = FIGURE) -> None:
     """Write table and figure of the published numbers."""
     result = json.loads((record.RESULTS / "sam3_latency.json").read_text())["result"]
     draw(result, figure)
-    text = guide.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
-    if not found:
-        raise SystemExit(f"{guide} has no {MARKS[0]} and {MARKS[1]}")
-    guide.write_text(f"{before}{MARKS[0]}\n{page(result)}\n{MARKS[1]}{after}", encoding="utf-8")
+    record.fill(guide, "sam3_latency.py", page(result))
 
 
 if __name__ == "__main__":
