@@ -226,6 +226,7 @@ def read_yaml(text: str, name: str = "recipe") -> dict[str, Any]:
     """
     try:
         data = _yaml().load(text)
+        _copy(data)  # fails on an anchor that contains itself
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{name}, line {line}: {error.problem}") from None
@@ -271,6 +272,7 @@ def override(
             raise ConfigError(f"override {assignment!r} is not of the form key.path=value")
         try:
             value = _yaml().load(text) if text else None
+            _copy(value)
         except (YAMLError, ValueError, RecursionError):
             raise ConfigError(f"override {assignment!r}: {text!r} is not a YAML value") from None
         _assign(root, path.split("."), value, assignment, keep)

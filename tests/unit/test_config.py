@@ -128,3 +128,10 @@ def test_invalid_crop_ranges_are_refused() -> None:
 def test_colon_without_a_space_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"YAML needs a space after the colon: kind: folder"):
         recipe.load("small", ["data.sources=[{kind:folder,path:x}]"])
+
+
+def test_anchors_that_contain_themselves_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"loop\.yaml: not YAML"):
+        config.read_yaml("a: &a [*a]\n", "loop.yaml")
+    with pytest.raises(ConfigError, match="is not a YAML value"):
+        config.override({}, ["a=&a {b: *a}"])
