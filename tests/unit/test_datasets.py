@@ -234,7 +234,7 @@ def test_normals_from_depth_of_a_plane_and_an_edge() -> None:
     assert np.isfinite(broken[:, 10, 10]).all()
 
 
-def test_nyu_image_pairs_and_array_files(tmp_path: Path) -> None:
+def test_nyu_image_pairs_and_array_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = source("nyu", tmp_path)
     known = made.annotation(0)
     assert known.depth.dtype == np.float32
@@ -250,6 +250,10 @@ def test_nyu_image_pairs_and_array_files(tmp_path: Path) -> None:
     np.savez(folder / "b.npz", picture=np.zeros((8, 9, 3), np.uint8))
     with pytest.raises(ImageError, match="none of image, rgb"):
         build("sources", {"kind": "nyu", "path": str(tmp_path / "arrays")}).read(1)
+    assert not caplog.text
+    np.savez(tmp_path / "test" / "a.npz", image=np.zeros((8, 9, 3), np.uint8), depth=np.ones((8, 9), np.float32))
+    assert len(build("sources", {"kind": "nyu", "path": str(tmp_path)})) == 1
+    assert "left out 2 pairs of images beside 1 arrays" in caplog.text
 
 
 def test_nyu_labelled_mat_file(tmp_path: Path) -> None:

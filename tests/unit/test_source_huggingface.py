@@ -353,8 +353,13 @@ def test_splits_that_were_saved_together(tmp_path):
         return [source.encoded(i) for i in range(len(source))]
 
     assert read("train[1:3]+test[:50%]") == [jpeg(1), jpeg(2), jpeg(0)]  # as of files and of the hub
-    with pytest.raises(ConfigError, match=r"no split 'val'; choose from: train, test"):
-        read("train+val")
+    for split, own in saved.items():
+        own.to_parquet(tmp_path / "files" / f"{split}.parquet")
+    assert read("train[1:3]+test[:50%]", "files") == read("train[1:3]+test[:50%]")
+    assert read("train[1:3]+test[:50%]", "files/*.parquet") == read("train[1:3]+test[:50%]")
+    for folder in ("both", "files", "files/*.parquet"):
+        with pytest.raises(ConfigError, match=r"no split 'val'; choose from: (train, test|test, train)"):
+            read("train+val", folder)
     with pytest.raises(ConfigError, match=r"train\[1:x\]"):
         read("train[1:x]")
     assert len(read(None, "both/test")) == 2

@@ -204,7 +204,8 @@ def read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "I", "I;16", "I;16B", "1"):
-                raise ImageError(str(path), f"is a colour picture ({image.mode}); a mask has one channel")
+                what = "holds floats" if image.mode == "F" else f"is a colour picture ({image.mode})"
+                raise ImageError(str(path), f"{what}; a mask or map has one channel of whole numbers")
             step = grey_step(image)
             array = np.array(image)
     except ImageError:

@@ -196,9 +196,10 @@ def _named_files(path: str, files: Sequence[str], split: str | None, config: str
     for file in files:
         splits.setdefault(_split_of(file, path), []).append(file)
     chosen = split or (next(iter(splits)) if len(splits) == 1 else "train")
-    if chosen not in splits:
-        raise _no_split(path, chosen, splits)
-    return _parquet(path, splits[chosen], chosen, None), chosen
+    for name in _split_names(chosen):
+        if name not in splits:
+            raise _no_split(path, name, splits)
+    return _parquet(path, {name: splits[name] for name in _split_names(chosen)}, chosen, None), chosen
 
 
 def _split_of(file: str, path: str) -> str:
@@ -306,7 +307,7 @@ def _folder(path: str, split: str, config: str | None) -> tuple[Any, str]:
     if config is None:
         _warn_of_others(path, kind, files)
     if kind == "parquet" and split in files:
-        return _parquet(path, [str(file) for file in files[split]], split, builder.info.features), split
+        return _parquet(path, {split: [str(file) for file in files[split]]}, split, builder.info.features), split
     try:
         # All splits at once, for the same class numbers in each.
         rows = datasets.load_dataset(path, config, split=split, verification_mode="no_checks")
@@ -345,16 +346,15 @@ def _warn_of_others(path: str, kind: str, files: Mapping[str, Sequence[str]]) ->
         )
 
 
-def _parquet(path: str, files: Sequence[str], split: str, features: Any) -> Any:
+def _parquet(path: str, files: Mapping[str, Sequence[str]], split: str, features: Any) -> Any:
     datasets = require("datasets", "data")
     options = {"features": features} if features else {}
     try:
         # The cache of datasets knows a file by its path and time alone; the configuration's name adds its content.
-        options["name"] = f"{split}-{_version(files)}"
+        options["name"] = "-".join(files) + "-" + _version([file for own in files.values() for file in own])
         # Names are patterns to datasets.
-        return datasets.load_dataset(
-            "parquet", data_files={split: [glob.escape(f) for f in files]}, split=split, **options
-        )
+        named = {name: [glob.escape(file) for file in own] for name, own in files.items()}
+        return datasets.load_dataset("parquet", data_files=named, split=split, **options)
     except Exception as error:  # damaged files raise many exception types
         if "no data" in str(error):
             raise ConfigError(f"source huggingface: {path} has no rows") from error

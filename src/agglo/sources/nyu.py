@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from agglo.sources._dataset import Layout, list_files, map_size, normals_from_de
 from agglo.sources._paths import expanded
 from agglo.sources.base import Source
 from agglo.types import ConfigError, ImageError
+
+_log = logging.getLogger(__name__)
 
 LAYOUT = Layout(
     "nyu",
@@ -166,7 +169,10 @@ def _read_millimetres(path: Path) -> np.ndarray:
 
 def _files(folder: Path) -> list[_Entry]:
     arrays = list_files(folder, ".npz", ".h5")
+    pairs = [name for name in list_files(folder, ".png", ".jpg") if Path(name).stem.endswith("_colors")]
     if arrays:
+        if pairs:
+            _log.warning("%s: left out %d pairs of images beside %d arrays", folder, len(pairs), len(arrays))
         return [
             _Entry(
                 Path(name).stem,
@@ -175,12 +181,11 @@ def _files(folder: Path) -> list[_Entry]:
             )
             for name in arrays
         ]
-    names = [name for name in list_files(folder, ".png", ".jpg") if Path(name).stem.endswith("_colors")]
-    stems = [Path(name).stem.removesuffix("_colors") for name in names]
+    stems = [Path(name).stem.removesuffix("_colors") for name in pairs]
     depths = [folder / f"{stem}_depth.png" for stem in stems]
     LAYOUT.require_files(depths, "depth maps")
     others = [name.removesuffix("_depth.png") for name in list_files(folder, ".png") if name.endswith("_depth.png")]
-    known = {stem: folder / name for stem, name in zip(stems, names, strict=True)}
+    known = {stem: folder / name for stem, name in zip(stems, pairs, strict=True)}
     LAYOUT.require_files([known.get(stem, folder / f"{stem}_colors.png") for stem in others], "images")
     return [
         _Entry(
@@ -188,5 +193,5 @@ def _files(folder: Path) -> list[_Entry]:
             partial(_read_image, folder / name, depth, printable(f"nyu/{folder.name}/{stem}")),
             partial(_read_millimetres, depth),
         )
-        for stem, name, depth in zip(stems, names, depths, strict=True)
+        for stem, name, depth in zip(stems, pairs, depths, strict=True)
     ]
