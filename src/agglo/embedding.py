@@ -440,7 +440,8 @@ def _stamp(source: Source, index: int) -> list[int] | None:
         facts = os.stat(file(index)) if callable(file) else None
     except (OSError, TypeError):
         return None
-    return None if facts is None else [facts.st_size, facts.st_mtime_ns]
+    # The time of the last change counts too: a copy may keep size and modification time.
+    return None if facts is None else [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 class _ImageList(Source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -318,6 +319,22 @@ def test_stopped_embedding_continues(
     np.testing.assert_allclose(found.aligned, whole.aligned, atol=1e-5)
     again = embed(folder, model, batch=2, journal=journal)
     assert counting.images < len(whole) and again.names == whole.names  # nothing is encoded a third time
+
+
+def test_journal_belongs_to_the_content_of_its_files(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is replaced with its size and modification time kept is encoded again."""
+    file, journal = tmp_path / "images" / "a.bmp", tmp_path / "journal"
+    file.parent.mkdir()
+    Image.new("RGB", (40, 40), "red").save(file)
+    red, facts = embed(file.parent, model, journal=journal), file.stat()
+    Image.new("RGB", (40, 40), "blue").save(file)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    counting = Counting(monkeypatch)
+    blue = embed(file.parent, model, journal=journal)
+    assert counting.images == 1
+    assert np.abs(blue.summary - red.summary).max() > 1e-3
 
 
 def test_journal_survives_a_kill_at_any_byte(
