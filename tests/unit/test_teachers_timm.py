@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agglo.config import build
-from agglo.types import ConfigError
+from agglo.types import AssetError, ConfigError
 
 timm = pytest.importorskip("timm")
 
@@ -140,3 +140,21 @@ def test_stages_after_an_early_stop_are_computed(tmp_path: Path) -> None:
     teacher.backbone.net.blocks[-1].register_forward_hook(lambda *_: calls.append(1))
     out = teacher(images(224, 224))
     assert calls and out.summary.shape == (2, 192) and out.spatial.shape == (2, 24, 56, 56)
+
+
+@pytest.mark.parametrize("stated", [{"mean": [0.5]}, {"mean": 0.5}, {"std": [0, 1, 1]}])
+def test_pixels_of_a_folder_are_three_numbers(stated: dict[str, Any], tmp_path: Path) -> None:
+    folder = stored("dinov2", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    config["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3, **stated}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AssetError, match=r"needs three numbers in its config\.json"):
+        make(folder)
+
+
+def test_pixels_of_a_folder_are_not_guessed(tmp_path: Path) -> None:
+    """timm takes ImageNet's where config.json states none."""
+    folder = stored("dinov2", tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(AssetError, match="has no mean and std: add those of its training"):
+        build("teachers", {"kind": "timm", "model": folder})

@@ -128,6 +128,10 @@ def test_construction_leaves_the_random_state_alone() -> None:
 def test_bad_input(tower: MiniLM) -> None:
     with pytest.raises(TypeError, match=r"encode\(\[text\]\)"):
         tower.encode("one string")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sentence 1 is int"):
+        tower.encode(["a", 3])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match=r"sentence 0 \(caf\\udce9\) is not valid Unicode"):
+        tower.encode(["caf\udce9"])  # an argument of the command line in another encoding
     with pytest.raises(ConfigError, match="batch"):
         build("text", {"kind": "minilm", "batch": 0})
     with pytest.raises(ConfigError, match="batch"):

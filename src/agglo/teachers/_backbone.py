@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from agglo.types import AssetError, ConfigError
 from agglo.weights import bundled
 
 _LITE = {f"tf_efficientnet_lite{size}": size for size in bundled.LITE_SIZES}
+_LONG = 300
+"""Characters of an error of timm that are kept."""
 
 
 class Backbone(nn.Module):
@@ -65,6 +68,7 @@ class Backbone(nn.Module):
         self.side = self.default_side if fixed else None
         if size is not None and self.side not in (None, size):
             raise ConfigError(f"timm's {model} runs at {self.side} pixels only, not at {size}")
+        _check_pixels(config, model)
         replace_same_convolutions(self.net, require("timm", "timm").layers.Conv2dSame)
         self.patch = _patch(self.net)
         self.layout = _layout(self.net)
@@ -80,6 +84,17 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, classes)`` of RGB images ``(B, 3, H, W)`` in [0, 1]."""
         return self.net(self.condition(images))
+
+
+def _check_pixels(config: Mapping[str, Any], model: str) -> None:
+    """Raise :class:`AssetError` unless mean and standard deviation are three numbers each."""
+    for key in ("mean", "std"):
+        values = config.get(key)
+        if not isinstance(values, Sequence) or len(values) != 3 or (key == "std" and 0 in values):
+            raise AssetError(
+                f"teachers.timm: {key} of {model} is {values!r}; a teacher of RGB images needs three numbers in its "
+                "config.json"
+            )
 
 
 def check_name(model: str) -> None:
@@ -107,13 +122,20 @@ def _stored(model: str) -> ModelFiles | None:
 def _open(source: ModelFiles, model: str, size: int | None, *, weights: bool) -> tuple[Any, dict[str, Any]]:
     """Build a model from a folder or a repository by its own configuration."""
     source.need("config.json")
-    if "architecture" not in source.json("config.json"):
+    content = source.json("config.json")
+    if "architecture" not in content:
         raise ConfigError(
             f"teachers.timm: config.json of {source.label} has no timm `architecture`; for a model of transformers "
             "use `kind: transformers`"
         )
     if weights:
         source.weights()
+        stated = content.get("pretrained_cfg") or content
+        if not {"mean", "std"} <= stated.keys():  # timm would take those of ImageNet
+            raise AssetError(
+                f"teachers.timm: config.json of {source.label} has no mean and std: add those of its training to "
+                "`pretrained_cfg`"
+            )
     try:
         return _create(f"local-dir:{source.folder}", weights, size)
     except ConfigError:
@@ -148,7 +170,8 @@ def _create(model: str, pretrained: bool, size: int | None) -> tuple[Any, dict[s
                 if not any(key in str(error) for key in options):
                     raise
             except RuntimeError as error:
-                raise ConfigError(f"timm cannot build {model!r}: {error}") from error
+                why = " ".join(str(error).split())
+                raise ConfigError(f"timm cannot build {model!r}: {why[:_LONG]}{' ...' * (len(why) > _LONG)}") from error
             except Exception as error:
                 if pretrained and not model.startswith("local-dir:"):
                     raise _download_error(timm, model, error) from error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agglo.extras import require
-from agglo.text.base import TextTower
+from agglo.text.base import TextTower, check_texts
 from agglo.types import AssetError, ConfigError
 from agglo.weights import bundled
 
@@ -67,8 +67,7 @@ class MiniLM(TextTower):
 
         Sentences of similar length share a batch, to save padding.
         """
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of sentences, not one string: encode([text])")
+        check_texts(texts)
         device = next(self.bert.parameters()).device
         result = torch.empty(len(texts), self.width, device=device)
         order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))

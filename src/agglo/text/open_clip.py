@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from agglo.config import nearest
 from agglo.extras import require
-from agglo.text.base import TextTower
+from agglo.text.base import TextTower, check_texts
 from agglo.types import AssetError, ConfigError
 
 _NO_VISION = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 1, "image_size": 1}
@@ -62,8 +62,7 @@ class OpenCLIP(TextTower):
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """As :meth:`TextTower.encode`; sentences are truncated to the model's context (CLIP 77 tokens, SigLIP 64)."""
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of sentences, not one string: encode([text])")
+        check_texts(texts)
         device = next(self.tower.parameters()).device
         result = torch.empty(len(texts), self.width, device=device)
         for start in range(0, len(texts), self.batch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from agglo.extras import require
 from agglo.hub import INDEX, WEIGHTS, ModelFiles, cache_folder, read_json, weight_map
-from agglo.text.base import TextTower
+from agglo.text.base import TextTower, check_texts
 from agglo.types import AssetError, ConfigError
 
 MAX_TOKENS = 64
@@ -90,8 +90,7 @@ class SigLIP2(TextTower):
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """As :meth:`TextTower.encode`; sentences are truncated to 64 tokens."""
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of sentences, not one string: encode([text])")
+        check_texts(texts)
         device = next(self.tower.parameters()).device
         result = torch.empty(len(texts), self.width, device=device)
         for start in range(0, len(texts), self.batch):
