@@ -67,8 +67,13 @@ _HOME = {
 }
 """Public name → the module that defines it."""
 
+_FORMER = {"distill": "train"}
+"""Name of an earlier version → its name now; scripts that use it keep working."""
+
 
 def __getattr__(name: str) -> Any:
+    if name in _FORMER:
+        return __getattr__(_FORMER[name])
     if name not in _HOME:
         raise AttributeError(f"module 'agglo' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)

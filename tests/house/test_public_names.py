@@ -70,6 +70,14 @@ def test_unknown_name_suggests_the_nearest():
         agglo.laod  # noqa: B018
 
 
+def test_names_of_earlier_versions_are_found():
+    from agglo.model import Model
+
+    assert Model is agglo.Model
+    assert agglo.distill is agglo.train
+    assert "distill" not in dir(agglo)
+
+
 @pytest.mark.processes
 def test_importing_a_subpackage_does_not_hide_a_public_name():
     """Importing ``agglo.training`` binds that name on the package: no public name may be the name of a module."""
