@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from support.network import free_port
+
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
@@ -43,13 +45,6 @@ os.environ |= {
 }
 for each in ("database", "models", "datasets", "plugins"):
     (FOLDER / each).mkdir()
-
-
-def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def mongod() -> Path | None:
@@ -126,6 +121,26 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
     write_photographs(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, Path]]:
+    """A folder of the photographs and near duplicates of twelve of them, and near duplicate → original."""
+    from support.photographs import write_near_duplicates, write_photographs
+
+    folder = tmp_path_factory.mktemp("planted")
+    originals = write_photographs(folder)
+    return folder, write_near_duplicates(folder / "copies", originals[4 :: len(originals) // 12][:12])
+
+
+@pytest.fixture(scope="session")
+def curated(fo: Any, planted: tuple[Path, dict[Path, Path]]) -> Any:
+    """What the pipeline made of ``planted``: do not change it."""
+    from agglo.integrations.fiftyone.pipeline import Settings, curate
+
+    size = None if "AGGLO_SCREENSHOTS" in os.environ else 256  # the guide's pictures have the default size
+    settings = Settings(prompts=("a cup of coffee",), max_size=size, num_workers=1)
+    return curate(planted[0], name="photographs", settings=settings)
 
 
 @pytest.fixture(scope="session")

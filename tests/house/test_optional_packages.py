@@ -47,12 +47,16 @@ ALLOWED: dict[str, set[str]] = {
     "mitsuba": set(),  # only benchmarks/scenes renders
     "huggingface_hub": {"hub.py"},
     "fiftyone": {
-        f"integrations/fiftyone/{name}.py"
-        for name in (
-            *("duplicates", "encoding", "form", "index", "layout", "maps", "model", "reading", "records", "scores"),
-            *("vectors", "zoo"),
-        )
+        "cli/curation.py",
+        *(
+            f"integrations/fiftyone/{name}.py"
+            for name in (
+                *("duplicates", "encoding", "form", "index", "layout", "maps", "model", "pipeline", "reading"),
+                *("records", "scores", "vectors", "zoo"),
+            )
+        ),
     },
+    "eta": {"integrations/fiftyone/reading.py"},
     "umap": {"integrations/fiftyone/layout.py"},
     "bson": {"integrations/fiftyone/records.py"},
 }

@@ -55,11 +55,12 @@ def write_near_duplicates(folder: Path, originals: list[Path]) -> dict[Path, Pat
     found = {}
     for number, original in enumerate(originals):
         copy = folder / f"{original.stem}_again.jpg"
-        image = Image.open(original)
+        with Image.open(original) as opened:
+            image = opened.convert("RGB")
         if number % 4 == 0:
-            image.save(copy, quality=75)
+            image.save(copy, quality=85)
         elif number % 4 == 1:
-            image.resize((image.width * 3 // 4, image.height * 3 // 4)).save(copy, quality=90)
+            image.resize((image.width * 7 // 8, image.height * 7 // 8)).save(copy, quality=90)
         elif number % 4 == 2:
             ImageEnhance.Brightness(image).enhance(1.03).save(copy, quality=90)
         else:

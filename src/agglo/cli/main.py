@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from agglo.cli import cache as caching
-from agglo.cli import catalogue, measure, models, process, segmenting, training
+from agglo.cli import catalogue, curation, measure, models, process, segmenting, training
 from agglo.cli.arguments import is_main_process
 from agglo.types import AggloError, ConfigError
 
@@ -24,7 +24,7 @@ _OUT_OF_MEMORY = re.compile(
 )
 """Texts of the plain RuntimeErrors that torch raises for missing memory: the CPU allocators, CUDA, cuBLAS, cuDNN."""
 
-ALONE = frozenset({"cache", "embed", "eval", "export", "push", "report", "segment", "view"})
+ALONE = frozenset({"cache", "embed", "eval", "export", "fiftyone", "push", "report", "segment", "view"})
 """Commands that run in one process: of several, each would write the same files."""
 
 
@@ -123,6 +123,7 @@ app.command("eval")(measure.eval_command)
 for command in (
     measure.report, measure.compare,
     models.embed, models.search, models.view, segmenting.segment, models.export, models.push,
+    curation.fiftyone,
     caching.cache,
     catalogue.models, catalogue.info, catalogue.kinds, catalogue.recipes,
 ):  # fmt: skip

@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from agglo.integrations.fiftyone.index import similarity
     from agglo.integrations.fiftyone.layout import visualization
     from agglo.integrations.fiftyone.model import AggloModel
+    from agglo.integrations.fiftyone.pipeline import Settings, curate
     from agglo.integrations.fiftyone.scores import representativeness, uniqueness
     from agglo.integrations.fiftyone.zoo import check_database, load_model, manifest, register, write_source
 
 __all__ = [
     "AggloModel",
     "Report",
+    "Settings",
     "apply_model",
     "check_database",
     "compute_embeddings",
     "compute_patch_embeddings",
+    "curate",
     "leaky_splits",
     "load_model",
     "manifest",
@@ -43,10 +46,12 @@ __all__ = [
 _HOME = {
     "AggloModel": "model",
     "Report": "encoding",
+    "Settings": "pipeline",
     "apply_model": "encoding",
     "check_database": "zoo",
     "compute_embeddings": "encoding",
     "compute_patch_embeddings": "encoding",
+    "curate": "pipeline",
     "leaky_splits": "duplicates",
     "load_model": "zoo",
     "manifest": "zoo",

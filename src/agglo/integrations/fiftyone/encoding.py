@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,8 @@ import numpy as np
 from agglo.extras import require
 from agglo.integrations.fiftyone.model import AggloModel
 from agglo.integrations.fiftyone.reading import Read, read
-from agglo.integrations.fiftyone.records import ERROR_FIELD, Failures, field_record, record_field
+from agglo.integrations.fiftyone.records import DEPENDS, ERROR_FIELD, Failures, field_record, record_field
 from agglo.types import ConfigError
-
-_DEPENDS = ("hash", "size", "dtype", "head", "text", "window")
-"""Entries of a record whose change makes a field's values incomparable."""
 
 _SELECTED = 100_000
 """Number of samples of one call of FiftyOne."""
@@ -51,14 +49,18 @@ def compute_embeddings(
         model: from :func:`agglo.integrations.fiftyone.load_model`.
         embeddings_field: name of the field; of frames for videos.
         overwrite: compute all anew.
-        options: of ``samples.compute_embeddings``: ``batch_size``, ``num_workers``, ``progress``, ...
+        options: of ``samples.compute_embeddings``: ``batch_size``, ``num_workers``, ``progress``, ... With
+            ``skip_failures=False``, the first unreadable image raises; by default it is skipped. Other errors, for
+            example a lack of memory, are always raised (FiftyOne would log them and leave the samples empty).
 
     Raises:
         ConfigError: no samples, samples of several media types, no readable image, or a field of another model.
+        ImageError: an unreadable image, with ``skip_failures=False``.
     """
 
     def work(view: Any) -> None:
-        view.compute_embeddings(model, embeddings_field=embeddings_field, **options)
+        with _strict(model, view, options) as settings:
+            view.compute_embeddings(model, embeddings_field=embeddings_field, **settings)
 
     return _run(samples, model, [embeddings_field], [], overwrite, work)
 
@@ -77,11 +79,12 @@ def apply_model(
         options: of ``samples.apply_model``: ``batch_size``, ``num_workers``, ``progress``, ``output_dir``, ...
 
     Raises:
-        ConfigError: as :func:`compute_embeddings`.
+        ConfigError, ImageError: as :func:`compute_embeddings`.
     """
 
     def work(view: Any) -> None:
-        view.apply_model(model, label_field, **options)
+        with _strict(model, view, options) as settings:
+            view.apply_model(model, label_field, **settings)
 
     keys = model.result_keys()
     if keys is None:
@@ -226,6 +229,19 @@ def _check_samples(samples: Any) -> None:
         raise ConfigError("frames of videos need ffmpeg and ffprobe on the PATH (Debian: apt install ffmpeg)")
 
 
+@contextlib.contextmanager
+def _strict(model: AggloModel, samples: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Options with which FiftyOne raises every error, while the model skips unreadable images if it may."""
+    if samples.media_type == "video":  # videos are decoded by FiftyOne: a bad one must not end the call
+        yield options
+        return
+    model.always_skip = bool(options.get("skip_failures", True))
+    try:
+        yield {**options, "skip_failures": False}
+    finally:
+        model.always_skip = False
+
+
 def _run(
     samples: Any,
     model: AggloModel,
@@ -289,7 +305,7 @@ def _declare(samples: Any, vectors: Sequence[str], heatmaps: Sequence[str]) -> N
 
 def _check_record(dataset: Any, field: str, record: dict[str, Any]) -> None:
     before = field_record(dataset, field)
-    changed = [key for key in _DEPENDS if before is not None and before.get(key) != record.get(key)]
+    changed = [key for key in DEPENDS if before is not None and before.get(key) != record.get(key)]
     if before is not None and changed:
         what = ", ".join(f"{key} {before.get(key)} (now {record.get(key)})" for key in changed)
         raise ConfigError(

@@ -33,7 +33,7 @@ class Scale:
     """Directions and limits of a layer, shared by all images of a dataset.
 
     Args:
-        low, high: ``(K,)`` values drawn as 0 and 255.
+        low, high: ``(K,)`` values drawn as 1 and 255.
         mean: ``(D,)`` of the features, or None for a layer that is drawn as it is.
         axes: ``(K, D)`` principal directions, or None.
     """
@@ -72,8 +72,8 @@ class Drawn:
 
     Args:
         key: its name among those of an image.
-        bytes: ``(H, W)`` uint8, one value per cell.
-        low, high: values of 0 and 255.
+        bytes: ``(H, W)`` uint8, one value per cell, in [1, 255]; 0 everywhere for a constant map.
+        low, high: values of 1 and 255.
     """
 
     key: str
@@ -198,10 +198,11 @@ def _bytes(options: Options, values: np.ndarray, low: float, high: float) -> np.
         values = require("scipy.ndimage", "fiftyone").gaussian_filter(values, options.smoothing_sigma, mode="nearest")
     if high <= low:  # a constant
         return np.zeros(values.shape, np.uint8)
-    return np.rint(((values - low) / (high - low)).clip(0, 1) * 255).astype(np.uint8)
+    # FiftyOne draws nothing where a map is 0.
+    return np.rint(1 + ((values - low) / (high - low)).clip(0, 1) * 254).astype(np.uint8)
 
 
 def heatmap(drawn: Drawn) -> Any:
-    """A ``fiftyone.Heatmap`` with its range; ``low`` and ``high`` are the features' values at 0 and 255."""
+    """A ``fiftyone.Heatmap`` with its range; ``low`` and ``high`` are the features' values at 1 and 255."""
     labels: Any = require("fiftyone.core.labels", "fiftyone")
     return labels.Heatmap(map=drawn.bytes, range=[0, 255], low=drawn.low, high=drawn.high)

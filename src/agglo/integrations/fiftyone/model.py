@@ -15,6 +15,7 @@ from torch import Tensor
 from agglo.embedding import MIN_SIDE, encode, legal_size
 from agglo.evals.base import device_of
 from agglo.extras import require
+from agglo.integrations.fiftyone.calls import Call, current_call
 from agglo.integrations.fiftyone.maps import (
     Layers,
     Scale,
@@ -27,13 +28,22 @@ from agglo.integrations.fiftyone.maps import (
     map_keys,
 )
 from agglo.integrations.fiftyone.options import Options, field_name
-from agglo.integrations.fiftyone.reading import FitPatch, InputSize, Read, ReadSample, base, collate, read
-from agglo.integrations.fiftyone.records import ERROR_FIELD, Failures, Scales
+from agglo.integrations.fiftyone.reading import (
+    FitPatch,
+    InputSize,
+    Read,
+    ReadSample,
+    base,
+    collate,
+    read,
+    spread_frames,
+)
+from agglo.integrations.fiftyone.records import ERROR_FIELD, Failures, Scales, record_fields
 from agglo.model.cells import text_cells
 from agglo.model.model import Model
 from agglo.preprocess import check_size, nearest_size, to_batch
 from agglo.results.identity import model_hash
-from agglo.types import ConfigError, Output
+from agglo.types import ConfigError, ImageError, Output
 
 _log = logging.getLogger(__name__)
 _CPU_PIXELS = 2**20
@@ -49,9 +59,9 @@ class AggloModel(_Base):
     """A FiftyOne model.
 
     ``dataset.compute_embeddings(model)`` stores one vector per sample, ``dataset.apply_model(model)`` what the option
-    ``output_type`` selects. An unreadable image costs its own sample, whose field ``agglo_error`` has the reason; it is
-    not an error for FiftyOne's ``skip_failures=False``. Without a field, where FiftyOne stacks all embeddings, every
-    image must be readable.
+    ``output_type`` selects. An unreadable image costs its own sample, whose field ``agglo_error`` has the reason; with
+    FiftyOne's ``skip_failures=False`` it is raised. Without a field, where FiftyOne stacks all embeddings, every image
+    must be readable. Fields record how they were computed (:meth:`record`).
 
     Args:
         model: in eval mode, on its device.
@@ -60,6 +70,7 @@ class AggloModel(_Base):
 
     Attributes:
         size: at which images are read.
+        always_skip: skip unreadable images with ``skip_failures=False``, too, so that only other errors are raised.
 
     Raises:
         ConfigError: the model lacks what an option needs, or a size is not legal.
@@ -83,6 +94,8 @@ class AggloModel(_Base):
         self._ahead: dict[str, tuple[dict[str, np.ndarray], Layers]] = {}
         self._hash: str | None = None
         self._defaults: tuple[Any, Any] | None = None
+        self._call: Call | None = None
+        self.always_skip = False
         self._last: np.ndarray | None = None
 
     # --- what FiftyOne asks ---
@@ -132,6 +145,7 @@ class AggloModel(_Base):
     def __enter__(self) -> AggloModel:
         # FiftyOne reads its configuration after this call, and its own default is one image per batch.
         settings: Any = require("fiftyone", "fiftyone").config
+        self._call = current_call()
         self._defaults = settings.default_batch_size, settings.default_process_pool_workers
         if settings.default_batch_size is None:
             settings.default_batch_size = self.config.batch_size
@@ -145,6 +159,9 @@ class AggloModel(_Base):
             settings.default_batch_size, settings.default_process_pool_workers = self._defaults
             self._defaults = None
         self._ahead = {}
+        call, self._call = self._call, None
+        if call is not None:
+            record_fields(call.samples, call.fields(self.result_keys()), self.record())
         bad = self._failures.write()
         if bad and error and error[0] is ValueError and "same shape" in str(error[1]):
             path = f"the first is sample {bad[0][0]}: {bad[0][1]}"
@@ -170,7 +187,7 @@ class AggloModel(_Base):
                     found[index] = vectors[row]
                 else:
                     items[index] = Read(None, "its features are not finite", items[index].sample, items[index].dataset)
-        self._failures.add(items)
+        self._note(items)
         good = [each for each in found if each is not None]
         self._last = np.stack(good) if good else None
         return found
@@ -245,6 +262,8 @@ class AggloModel(_Base):
         for indices, images in self._groups(rest):
             passed += zip(indices, *self._pass(images), strict=True)
         scales = self._scales_of(dataset, [image for _, _, image in passed]) if passed else {}
+        if dataset is not None and dataset.media_type == "video":
+            self._ahead = {}
         for sample in filter(None, known.values()):
             self._ahead.pop(sample, None)
         for index, vectors, image in passed:
@@ -255,7 +274,7 @@ class AggloModel(_Base):
             drawn = {each.key: heatmap(each) for each in draw(self.config, image, scales)}
             several = self.config.output_type == "all" or len(drawn) > 1
             results[index] = {**vectors, **drawn} if several else next(iter(drawn.values()))
-        self._failures.add(items)
+        self._note(items)
         return results
 
     def features(self, args: Iterable[Any]) -> list[dict[str, np.ndarray]]:
@@ -372,14 +391,15 @@ class AggloModel(_Base):
     def _encode_ahead(self, dataset: Any) -> None:
         """Encode images spread over a dataset, for its scales; their results are kept until their turn comes.
 
-        Videos are not opened: the scales of their frames come from the first batch.
+        The frames of videos are needed for the scales alone: they are decoded again when their turn comes.
         """
         self._ahead = {}
-        if dataset.media_type != "image":
-            return
         ids, paths = dataset.values(["id", "filepath"])
-        chosen = dict.fromkeys(i * len(ids) // SCALE_IMAGES for i in range(SCALE_IMAGES))
-        items = [read(paths[i], self.size, ids[i]) for i in chosen]
+        if dataset.media_type == "video":
+            items = [read(each, self.size, f"frame {n}") for n, each in enumerate(spread_frames(paths, SCALE_IMAGES))]
+        else:
+            chosen = dict.fromkeys(i * len(ids) // SCALE_IMAGES for i in range(SCALE_IMAGES))
+            items = [read(paths[i], self.size, ids[i]) for i in chosen]
         for indices, images in self._groups(items):
             for index, vectors, image in zip(indices, *self._pass(images), strict=True):
                 self._ahead[str(items[index].sample)] = vectors, image
@@ -406,6 +426,15 @@ class AggloModel(_Base):
         if isinstance(args, Tensor):  # boxes that `transforms` prepared
             return [Read(pixels) for pixels in args]
         return [each if isinstance(each, Read) else read(each, self.size) for each in args]
+
+    def _note(self, items: Sequence[Read]) -> None:
+        """Note which samples of a batch were skipped, and raise the first reason where FiftyOne must not skip any."""
+        self._failures.add(items)
+        if self._call is None or self._call.skip_failures or self.always_skip:
+            return
+        for item in items:
+            if item.why is not None and item.sample is not None:
+                raise ImageError(str(self._call.samples[item.sample].filepath), item.why)
 
     def record(self) -> dict[str, Any]:
         """What the outputs depend on, as JSON data: model, hash of its weights, input size, dtype, head, version."""

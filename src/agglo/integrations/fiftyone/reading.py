@@ -5,7 +5,8 @@ The classes are at the top of an installed module, so that workers started by sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from agglo.extras import require
 from agglo.preprocess import aspect_size, crop, read_image, stretch
 from agglo.types import ImageError, MissingExtraError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,24 @@ class ReadSample(_GetItem):
         """Read the image at ``d["filepath"]``."""
         dataset = d.get("_dataset_id")
         return read(d["filepath"], self.size, d.get("id"), None if dataset is None else str(dataset))
+
+
+def spread_frames(paths: Sequence[str], count: int) -> Iterator[np.ndarray]:
+    """Frames ``(H, W, 3)`` uint8 spread over videos: the same number of each, or one of each of ``count`` videos.
+
+    Videos that cannot be read are left out.
+    """
+    video: Any = require("eta.core.video", "fiftyone")
+    chosen = [paths[i] for i in dict.fromkeys(i * len(paths) // count for i in range(count))]
+    each = -(-count // len(chosen))
+    for path in chosen:
+        try:
+            total = video.get_frame_count(path)
+            frames = sorted({1 + (2 * i + 1) * total // (2 * each) for i in range(each)} & set(range(1, total + 1)))
+            with video.FFmpegVideoReader(path, frames=frames) as reader:
+                yield from reader
+        except Exception as error:  # noqa: BLE001 (ffmpeg's errors have no common class)
+            _log.warning("no frames of %s for the scales of heatmaps: %s", path, str(error).strip()[:200])
 
 
 class FitPatch:

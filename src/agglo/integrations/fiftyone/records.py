@@ -13,6 +13,8 @@ from agglo.integrations.fiftyone.reading import Read
 _log = logging.getLogger(__name__)
 ERROR_FIELD = "agglo_error"
 """Field of a sample with the reason why its image was skipped."""
+DEPENDS = ("hash", "size", "dtype", "head", "text", "window")
+"""Entries of a record whose change makes a field's values incomparable."""
 INFO = "agglo"
 """Key of what agglo stores: in ``dataset.info`` the scales of heatmaps, in the ``info`` of a field its record."""
 
@@ -132,6 +134,26 @@ def record_field(dataset: Any, field: str, record: Mapping[str, Any]) -> None:
     found.info = {**(found.info or {}), INFO: dict(record)}
     found.description = f"{record['model']}, {record['size']}, {record['dtype']}"
     found.save()
+
+
+def record_fields(samples: Any, names: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Store how fields were computed; warns where other samples keep values of another model or size.
+
+    Args:
+        samples: the collection that was computed.
+        names: of the fields; those that do not exist are left out.
+        record: ``AggloModel.record``.
+    """
+    dataset = samples._dataset
+    for name in names:
+        before = field_record(dataset, name)
+        changed = [key for key in DEPENDS if before is not None and before.get(key) != record.get(key)]
+        if before is not None and changed and len(samples) < len(dataset):
+            _log.warning(
+                "field %r: samples outside of this view keep results of %s with another %s, which are not comparable",
+                name, before["model"], " and ".join(changed),
+            )  # fmt: skip
+        record_field(dataset, name, record)
 
 
 def _field(dataset: Any, field: str) -> Any:

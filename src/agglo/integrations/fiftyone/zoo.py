@@ -186,15 +186,21 @@ def check_database() -> None:
 
     Raises:
         MissingExtraError: FiftyOne is not installed, or it has no database binary; the message has the commands.
+        ConfigError: the database of ``database_uri`` cannot be reached.
     """
     fiftyone: Any = require("fiftyone", "fiftyone")
+    if not hasattr(fiftyone, "list_datasets"):  # a folder of that name on the path imports as an empty package
+        raise MissingExtraError(f"fiftyone is not installed: {install_command('fiftyone')}", name="fiftyone")
     try:
         fiftyone.list_datasets()
     except Exception as error:
         if "mongo" not in str(error).lower():
             raise
+        where, why = fiftyone.config.database_uri, str(error).strip().splitlines()[0]
+        if where:
+            raise ConfigError(f"database_uri: {where} cannot be reached ({why}): start it, or unset it") from error
         raise MissingExtraError(
-            f"FiftyOne has no database ({str(error).strip().splitlines()[0]}): pip install {DATABASE_WHEEL} (Linux on "
-            f"x86-64; a wheel with the binary), set FIFTYONE_DATABASE_URI to a running MongoDB, or repeat "
-            f"{install_command('fiftyone')} with access to the network"
+            f"FiftyOne has no database ({why}): pip install {DATABASE_WHEEL} (Linux on x86-64; a wheel with the "
+            f"binary), set FIFTYONE_DATABASE_URI to a running MongoDB, or repeat {install_command('fiftyone')} with "
+            "access to the network"
         ) from error
