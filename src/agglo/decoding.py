@@ -119,10 +119,10 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
         ImageError: its file is damaged, or its mode is not supported.
     """
     try:
-        if image.format == "TIFF":
-            _check_tiff(image, name)
+        check_tiff(image, name)
         step = grey_step(image)
         image.load()  # Pillow turns TIFF files here
+        check_wrapped(image, name)
     except ImageError:
         raise
     except Exception as error:  # PIL's readers raise nearly anything on damaged files
@@ -144,10 +144,11 @@ def _decode(
             loads_upright = image.format == "TIFF"
             turn = 0
             if loads_upright:
-                _check_tiff(image, name)
+                check_tiff(image, name)
                 turn = orientation(image)
             step = grey_step(image)
             image.load()
+            check_wrapped(image, name)
             turn = turn or orientation(image)
             shape = image.height, image.width
             turned = turns(shape[::-1] if loads_upright and turn > 4 else shape, turn, upright, size)
@@ -202,22 +203,44 @@ def _not_an_image(source: str | os.PathLike[str] | BinaryIO) -> str:
     return f"not an image that can be read ({size} bytes, beginning with {head[:8]!r})"
 
 
-def _check_tiff(image: Image.Image, name: str) -> None:
-    """Refuse the TIFF layouts that Pillow (up to 13.0) decodes to other pixels without an error."""
+def check_tiff(image: Image.Image, name: str) -> None:
+    """Refuse the TIFF layouts that Pillow (up to 13.0) decodes to other values without an error.
+
+    Raises:
+        ImageError: an opened TIFF file has such a layout.
+    """
+    if image.format != "TIFF":
+        return
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits, signed = max(tags.get(258, (1,))), 2 in tags.get(339, (1,))
     channels, packed = int(tags.get(277, 1)), tags.get(259, 1) != 1
     if signed and bits == 8:
         what = "signed 8-bit samples"
+    elif bits == 12:
+        what = "12-bit samples"
     elif tags.get(262) == 0 and bits > 8:
         what = f"{bits}-bit samples in which 0 is white"
     elif tags.get(284, 1) == 2 and ((bits > 8 and not packed) or channels == 2):
         what = f"{bits}-bit samples in separate planes"
-    elif tags.prefix == b"MM" and packed and (bits == 32 or (signed and bits == 16)):
-        what = f"compressed big-endian {bits}-bit samples"
+    elif tags.prefix == b"MM" and signed and bits == 16:
+        what = "big-endian signed 16-bit samples"
+    elif tags.prefix == b"MM" and packed and bits == 32:
+        what = "compressed big-endian 32-bit samples"
     else:
         return
     raise ImageError(name, f"TIFF with {what} is not supported; save it as PNG, or as little-endian, interleaved TIFF")
+
+
+def check_wrapped(image: Image.Image, name: str) -> None:
+    """Refuse unsigned 32-bit samples from 2**31, which Pillow loads as negative numbers.
+
+    Raises:
+        ImageError: a loaded TIFF file has such samples.
+    """
+    if image.format != "TIFF" or image.mode != "I" or 2 in image.tag_v2.get(339, (1,)):  # type: ignore[attr-defined]
+        return
+    if np.asarray(image).min() < 0:
+        raise ImageError(name, "TIFF with unsigned samples from 2147483648 is not supported; save it with 16 bits")
 
 
 def grey_step(image: Image.Image) -> int:

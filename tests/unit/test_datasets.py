@@ -407,6 +407,27 @@ def test_masks_of_16_bits_keep_their_class_numbers_or_are_named(kind: str, tmp_p
         made.annotation(0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "why"),
+    [
+        ("uint16", {"byteorder": ">", "compression": "deflate"}, None),
+        ("uint8", {"photometric": "miniswhite"}, "0 is white"),
+        ("int16", {"byteorder": ">"}, "big-endian signed 16-bit"),
+    ],
+)
+def test_masks_in_tiff_files_keep_their_class_numbers_or_are_named(
+    dtype: str, options: dict[str, str], why: str | None, tmp_path: Path
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    file, values = tmp_path / "a.tif", np.arange(12).reshape(3, 4)
+    tifffile.imwrite(file, values.astype(dtype), **options)
+    if why is None:
+        assert (read_mask(file) == values).all()
+    else:
+        with pytest.raises(ImageError, match=why):
+            read_mask(file)
+
+
 @pytest.mark.parametrize("kind", ["nyu", "navi"])
 def test_depth_maps_of_8_bits_are_named(kind: str, tmp_path: Path) -> None:
     made = source(kind, tmp_path)

@@ -345,6 +345,7 @@ def test_tiff_layouts_are_read_rightly_or_refused(order, dtype, layout, packed, 
         ("float32", ">", {"compression": "deflate"}, "compressed big-endian 32-bit"),
         ("uint16", "<", {"photometric": "miniswhite"}, "16-bit samples in which 0 is white"),
         ("int8", "<", {}, "signed 8-bit"),
+        ("int16", ">", {}, "big-endian signed 16-bit"),
     ],
 )
 def test_tiff_layouts_that_pillow_reads_wrongly_are_named(dtype, order, options, why):
@@ -355,6 +356,29 @@ def test_tiff_layouts_that_pillow_reads_wrongly_are_named(dtype, order, options,
         decode(file.getvalue(), "x")
     with pytest.raises(ImageError, match=f"TIFF with {why}"):
         read_image(Image.open(file))
+
+
+def test_unsigned_samples_that_pillow_loads_as_negative_are_named():
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.array([[0, 2**31 - 1]], np.uint32))
+    assert np.asarray(decode(file.getvalue(), "x"))[0, :, 0].tolist() == [0, 255]
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.array([[0, 2**31]], np.uint32))
+    for form in (file.getvalue(), Image.open(file)):
+        with pytest.raises(ImageError, match="unsigned samples from 2147483648 is not supported"):
+            read_image(form)
+
+
+def test_twelve_bits_per_sample_are_named(tmp_path):
+    """Pillow loads 4095, white, as 4095 of 65535."""
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.full((4, 6), 4095, np.uint16))
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    at = data.index((258).to_bytes(2, "little") + (3).to_bytes(2, "little"))
+    data[at + 8 : at + 10] = (12).to_bytes(2, "little")
+    with pytest.raises(ImageError, match="TIFF with 12-bit samples is not supported"):
+        decode(bytes(data), "x")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from agglo.decoding import grey_step, read_regular
+from agglo.decoding import check_tiff, check_wrapped, grey_step, read_regular
 from agglo.files import printable
 from agglo.sources._encoded import EncodedSource
 from agglo.sources._paths import expanded, not_found
@@ -206,8 +206,13 @@ def read_mask(path: Path) -> np.ndarray:
             if image.mode not in ("P", "L", "I", "I;16", "I;16B", "1"):
                 what = "holds floats" if image.mode == "F" else f"is a colour picture ({image.mode})"
                 raise ImageError(str(path), f"{what}; a mask or map has one channel of whole numbers")
+            check_tiff(image, str(path))
+            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+                # Pillow inverts the values.
+                raise ImageError(str(path), "is a TIFF in which 0 is white; save the mask or map as PNG")
             step = grey_step(image)
             array = np.array(image)
+            check_wrapped(image, str(path))
     except ImageError:
         raise
     except Exception as error:  # damaged files raise many exception types
