@@ -176,7 +176,7 @@ def test_search_needs_a_text_tower(folder: Path) -> None:
         ({"size": 65}, r"multiple of 16.*64 or 80"),
         ({"size": 0}, "multiple of 16"),
         ({"batch": 0}, "at least 1"),
-        ({"head": "word"}, "those that do: words"),
+        ({"head": "word"}, "no head 'word'; those that have text towers: words"),
     ],
 )
 def test_bad_options_name_legal_values(model: Model, folder: Path, options: dict, message: str) -> None:

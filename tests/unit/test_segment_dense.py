@@ -67,5 +67,5 @@ def test_dense_refuses_what_it_cannot_do() -> None:
         agglo.segment(picture, boxes=[(1, 2, 3, 4)], method="dense")
     with pytest.raises(ConfigError, match="method is 'dens'; use 'sam3' or 'dense'"):
         agglo.segment(picture, "cat", method="dens")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="lite2 has no text tower; those that do: conse"):
+    with pytest.raises(ConfigError, match="lite2 has no text tower; those that have text towers: conse"):
         DenseSegmenter(agglo.load("agglo-lite"), head="lite2")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from agglo.evals._concepts import decoded
 from agglo.integrations.sam3 import install
+from agglo.preprocess import read_image
 from agglo.segmentation import frames as module
 from agglo.segmentation.frames import as_frames
 from agglo.segmentation.video import segment_video
@@ -96,6 +97,19 @@ def test_frames_are_read_in_order_from_files_and_folders(ending: str, tmp_path: 
     assert abs(shown.read(2).getpixel((5, 5))[0] - 40) < 6 and shown.name(2) == frames.name(2)
 
 
+@pytest.mark.parametrize("ending", ["gif", "png", "tiff"])
+def test_frames_of_an_animation_have_the_pixels_of_images(ending: str, tmp_path: Path) -> None:
+    """Transparency is composited over white, as in a file of one image."""
+    clear = Image.new("RGBA", (64, 48), (200, 10, 10, 255))
+    clear.paste((0, 0, 0, 0), (0, 0, 30, 48))
+    path = tmp_path / f"clip.{ending}"
+    options = {} if ending == "tiff" else {"disposal": 2 if ending == "gif" else 1}
+    clear.save(path, save_all=True, append_images=[clear.transpose(Image.Transpose.FLIP_LEFT_RIGHT)], **options)
+    frames = as_frames(path)
+    assert (np.asarray(frames.read(0)) == np.asarray(read_image(path))).all()
+    assert [frames.read(0).getpixel((5, 5)), frames.read(1).getpixel((60, 5))] == [(255, 255, 255)] * 2
+
+
 def test_command_writes_frames_of_several_videos(files: dict[str, str], tmp_path: Path) -> None:
     clips = [written(tmp_path / name, CLIP) for name in ("a.gif", "b.gif")]
     options = ["-m", files["model"], "--decoder", files["decoder"], "-o", tmp_path / "out"]
@@ -149,7 +163,7 @@ def test_frames_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         as_frames(folder)
     broken = written(tmp_path / "a.gif", CLIP)
     broken.write_bytes(broken.read_bytes()[:9000])
-    with pytest.raises(ImageError, match=r"a.gif/0000[12]: cannot be decoded"):
+    with pytest.raises(ImageError, match=r"a.gif/0000[12]: (cannot be decoded|damaged image file)"):
         as_frames(broken)
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(ImageError, match=r"text.mp4/00000: cannot be decoded"):

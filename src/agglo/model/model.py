@@ -302,8 +302,10 @@ class Model(nn.Module):
         if head in aligned:
             return str(head)
         advice = "load it with heads='text', or train it with a text-aligned teacher (conse, open_clip, ...)"
-        known = f"those that do: {', '.join(aligned)}" if aligned else advice
-        raise TypeError(f"{head or 'this model'} has no text tower; {known}")
+        if not aligned:
+            raise TypeError(f"{head or 'this model'} has no text tower; {advice}")
+        wrong = f"{head} has no text tower" if head in self.head_configs else f"no head {head!r}"
+        raise TypeError(f"{wrong}; those that have text towers: {', '.join(aligned)}")
 
     @torch.no_grad()
     def encode_text(self, texts: list[str], head: str | None = None) -> Tensor:

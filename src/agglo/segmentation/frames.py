@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from agglo.config import build
+from agglo.decoding import as_rgb
 from agglo.extras import require
 from agglo.model.inputs import ImageLike
 from agglo.preprocess import image_name, read_image
@@ -170,8 +171,10 @@ def _decoded(path: Path) -> Iterator[Image.Image]:
     with animation:
         try:
             for frame in ImageSequence.Iterator(animation):
-                yield frame.convert("RGB")
+                yield as_rgb(frame, f"{path}/{count:05d}")
                 count += 1
+        except ImageError:
+            raise
         except (OSError, ValueError, SyntaxError) as error:
             raise ImageError(f"{path}/{count:05d}", f"cannot be decoded ({error})") from error
 

@@ -207,7 +207,7 @@ def read_mask(path: Path) -> np.ndarray:
                 what = "holds floats" if image.mode == "F" else f"is a colour picture ({image.mode})"
                 raise ImageError(str(path), f"{what}; a mask or map has one channel of whole numbers")
             check_tiff(image, str(path))
-            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+            if image.format == "TIFF" and image.tag_v2.get(262) == 0:
                 # Pillow inverts the values.
                 raise ImageError(str(path), "is a TIFF in which 0 is white; save the mask or map as PNG")
             step = grey_step(image)
