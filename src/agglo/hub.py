@@ -157,8 +157,14 @@ def cached(repo: str, file: str, revision: str | None = None) -> bool:
         return False
 
 
-def push_folder(folder: Path, repo: str, *, private: bool = False, message: str = "Upload model") -> str:
+def push_folder(folder: Path, repo: str, *, private: bool = False, manual: str = "") -> str:
     """Upload a folder as one commit and return its URL; the repository is created if needed.
+
+    Args:
+        folder: the folder.
+        repo: ``owner/name``.
+        private: whether a new repository is private.
+        manual: what to do without network, in errors; by default to upload the folder by hand.
 
     Raises:
         ConfigError: ``repo`` is not ``owner/name``.
@@ -169,18 +175,16 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, message: str 
 
     if repo.count("/") != 1:
         raise ConfigError(f"{repo!r} is not the name of a repository; use owner/name")
+    manual = manual or f"upload the folder {folder} by hand"
     try:
         hub.create_repo(repo, private=private, exist_ok=True)
-        return str(hub.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message))
+        return str(hub.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Upload model"))
     except Exception as error:  # a refusal, or anything a proxy, a firewall or a missing network causes
         if isinstance(error, errors.OfflineModeIsEnabled):
-            raise AssetError(
-                f"{repo} cannot be written (HF_HUB_OFFLINE is set): unset it, or upload the folder {folder} by hand"
-            ) from error
+            raise AssetError(f"{repo} cannot be written (HF_HUB_OFFLINE is set): unset it, or {manual}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AssetError(
-            f"{repo} cannot be written ({reason}): check `hf auth whoami`, run `hf auth login`, "
-            f"or upload the folder {folder} by hand"
+            f"{repo} cannot be written ({reason}): check `hf auth whoami`, run `hf auth login`, or {manual}"
         ) from error
 
 

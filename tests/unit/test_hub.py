@@ -1,6 +1,7 @@
 """The Hugging Face hub without a network: cache, errors, upload."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,13 @@ def test_push_refuses_incomplete_models(model: Model, tmp_path: Path, monkeypatc
             zoo.push(model, "me/student")
 
 
-def test_push_offline_names_the_variable(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_offline_names_the_variable(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
 
     monkeypatch.setattr(huggingface_hub, "create_repo", offline)
-    with pytest.raises(AssetError, match=r"HF_HUB_OFFLINE is set\): unset it, or upload the folder .* by hand"):
+    with pytest.raises(AssetError, match=r"HF_HUB_OFFLINE is set\): unset it, or upload the folder that Model\.save"):
         zoo.push(model, "me/student")
+    folder = model.save(tmp_path / "mine")
+    with pytest.raises(AssetError, match=re.escape(f"upload the folder {folder} by hand")):
+        zoo.push(folder, "me/student")  # not the temporary copy with another card

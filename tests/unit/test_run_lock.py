@@ -165,6 +165,16 @@ def test_own_files_are_replaced_unless_they_were_edited(kind: str, model: Model,
     assert (folder / "README.md").read_text() == "my own words"
 
 
+@pytest.mark.parametrize("kind", [*WRITERS, "timm"])
+def test_weights_have_the_same_bytes_in_every_folder(kind: str, model: Model, tmp_path: Path) -> None:
+    write = WRITERS.get(kind, lambda model, folder: export(model, "timm", folder))
+    folders = [tmp_path / name for name in ("a", "another name", "s1")]
+    for folder in folders:
+        write(model, folder)
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+    write(model, folders[0].rename(tmp_path / "renamed"))
+
+
 def test_folders_of_earlier_versions_are_replaced(model: Model, tmp_path: Path) -> None:
     model.save(tmp_path)
     write_tensors(model.state_dict(), tmp_path / "model.safetensors")  # without hashes of the texts

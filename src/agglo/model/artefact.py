@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 TEXTS = "agglo.texts"
 """Key of the weights' metadata: hash of each text file written with them."""
+_TITLE = re.compile(rb"^# (.+)$", re.MULTILINE)
+"""First heading of a card: the name of its folder."""
 
 
 def write_folder(
@@ -124,6 +127,10 @@ def _foreign(folder: Path, texts: Mapping[str, str]) -> list[str]:
 
 
 def _hash(content: bytes) -> str:
+    """Hash of a text without the folder's name, so that a model's weights have the same bytes in every folder."""
+    if title := _TITLE.search(content):
+        content = content.replace(title[0], b"#", 1)
+        content = re.sub(rb'(?<=["/:])' + re.escape(title[1]) + rb'(?=")', b"", content)
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -328,6 +328,8 @@ def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
         missing = [name for name in (CONFIG, WEIGHTS, CARD) if not (folder / name).is_file()]
         if missing:
             raise ConfigError(f"{folder}: {', '.join(missing)} missing; write the model with Model.save")
+        # The temporary folder is gone when the user reads an error.
+        manual = f"upload {'the folder that Model.save writes' if saved else f'the folder {folder}'} by hand"
         card = (folder / CARD).read_text(encoding="utf-8")
         named = card.replace(f'agglo.load("{folder.name}")', f'agglo.load("{repo}")')
         if saved:
@@ -339,4 +341,4 @@ def push(model: Model | str | Path, repo: str, *, private: bool = False) -> str:
                 (folder / file.name).symlink_to(file.resolve())
             (folder / CARD).unlink()
             (folder / CARD).write_text(named, encoding="utf-8")
-        return push_folder(folder, repo, private=private)
+        return push_folder(folder, repo, private=private, manual=manual)
