@@ -161,9 +161,9 @@ class Sam3(nn.Module):
         maps, positions = self.model.vision_encoder.neck(sequence.unflatten(1, (self.side, -1)).permute(0, 3, 1, 2))
         return self._embeds(last_hidden_state=sequence, fpn_hidden_states=maps, fpn_position_encoding=positions)
 
-    def segment(self, embeddings: Any, phrase: str, size: tuple[int, int]) -> Found:
+    def segment(self, embeddings: Any, phrase: str, size: tuple[int, int], least: float = LEAST_SCORE) -> Found:
         """Instances of a phrase in an image of ``size`` ``(H, W)`` pixels; see :func:`instances`."""
         words = tokenize(self.tokenizer, [phrase], text_length(self.model), self.where)
         words = words.to(embeddings.last_hidden_state.device)
         out = self.model(vision_embeds=embeddings, input_ids=words["input_ids"], attention_mask=words["attention_mask"])
-        return instances(out, size)
+        return instances(out, size, least)
