@@ -336,6 +336,8 @@ def page(result: dict[str, Any]) -> str:
     where = f"{result['threads']} threads of a CPU" if result["device"] == "cpu" else result["device"]
     lines += ["", f"Seconds per image on {where}, {result['dtype']}; in brackets the ratio to SAM 3's own trunk."]
     lines += [f"The table adds up medians of parts; whole passes, alternating: {whole}."]
+    if passes.get("contended_rounds") or result["parts"].get("contended_rounds"):
+        lines += ["Other programs used the cores during some rounds."]
     return "\n".join(lines)
 
 
