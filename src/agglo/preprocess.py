@@ -37,8 +37,8 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor, name: str = "image") -> 
 
     Args:
         image: a PIL image of any mode, whose EXIF orientation is applied; an array ``(H, W)``, ``(H, W, 1)``,
-            ``(H, W, 3)`` or ``(H, W, 4)`` (alpha is composited over white); or a tensor ``(H, W)``, ``(1, H, W)`` or
-            ``(3, H, W)``. Values: uint8, uint16, bool, or floats in [0, 1].
+            ``(H, W, 3)`` or ``(H, W, 4)`` (alpha is composited over white); or a tensor ``(H, W)``, ``(1, H, W)``,
+            ``(3, H, W)`` or ``(4, H, W)``. Values: uint8, uint16, bool, or floats in [0, 1].
         name: of the image in errors.
 
     Returns:
@@ -51,7 +51,7 @@ def to_tensor(image: Image.Image | np.ndarray | Tensor, name: str = "image") -> 
     if isinstance(image, Image.Image):
         image = np.asarray(as_rgb(image, name))
     if isinstance(image, np.ndarray):
-        planes = _planes(image, name)
+        planes = _planes(np.asarray(image), name)  # of np.matrix every slice is 2-D
         try:
             channels_first = torch.from_numpy(planes.astype(planes.dtype.newbyteorder("="), copy=True))
         except TypeError:
@@ -154,12 +154,14 @@ def _planes(array: np.ndarray, name: str) -> np.ndarray:
 def _check_planes(shape: tuple[int, ...], name: str) -> None:
     if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
         return
+    if len(shape) == 3 and shape[0] == 4 and shape[2] not in (1, 3, 4):
+        return
     if len(shape) == 3 and shape[2] in (1, 3, 4):
         why = "tensors have channels first, (3, H, W): pass tensor.permute(2, 0, 1)"
     elif len(shape) == 4:
         why = "this is a batch: pass one image at a time"
     else:
-        why = "expected (H, W), (1, H, W) or (3, H, W)"
+        why = "expected (H, W), (1, H, W), (3, H, W) or (4, H, W)"
     raise ImageError(name, f"tensor of shape {shape}: {why}")
 
 

@@ -53,12 +53,19 @@ def test_all_image_types_give_the_same_tensor(image):
     torch.testing.assert_close(out, EXPECTED, atol=1e-7, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_a_matrix_is_an_array():
+    grey = np.asmatrix(RGB[..., 0])
+    torch.testing.assert_close(to_tensor(grey), to_tensor(RGB[..., 0]))
+
+
 def test_grey_and_alpha():
     grey = RGB[..., 0]
     for image in (grey, grey[..., None], torch.from_numpy(grey), torch.from_numpy(grey)[None], Image.fromarray(grey)):
         torch.testing.assert_close(to_tensor(image), EXPECTED[:1].expand(3, -1, -1))
     rgba = np.dstack([RGB, np.full(RGB.shape[:2], 51, np.uint8)])
     torch.testing.assert_close(to_tensor(rgba), EXPECTED * 0.2 + 0.8)
+    torch.testing.assert_close(to_tensor(torch.from_numpy(rgba).permute(2, 0, 1)), EXPECTED * 0.2 + 0.8)
     torch.testing.assert_close(to_tensor(Image.fromarray(rgba)), EXPECTED * 0.2 + 0.8, atol=1 / 255, rtol=0)
     assert to_tensor(np.array([[True, False]]))[1].tolist() == [[1, 0]]
 
