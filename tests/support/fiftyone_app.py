@@ -97,13 +97,11 @@ class Page:
         return wait_until(lambda: "points" in (text := self.page.inner_text(EMBEDDINGS)) and text, "the plot")
 
     def search(self, text: str) -> None:
-        """Type a text into the search field above the grid, and show what was found."""
+        """Type a text into the search field above the grid, and wait for its results in the panel that opens."""
         self.page.click("[data-cy=action-sort-by-similarity]")
         self.page.fill("input[placeholder='Type anything!']", text)
         self.page.keyboard.press("Enter")
-        self.page.wait_for_selector("text=Completed")
-        self.page.click("button[aria-label='Show results']")
-        wait_until(lambda: "25 samples" in self.text(), "the result in the grid")
+        wait_until(lambda: "Completed" in self.text() and "25 results" in self.text(), "the end of the search")
 
     def text(self) -> str:
         return self.page.inner_text("body")
