@@ -35,7 +35,7 @@ from agglo.training.loop import train_model
 
 ROOT = Path(__file__).parents[1]
 GOAL = 0.9
-STEPS = (50, 200, 800)
+STEPS = (50, 200, 800, 3200)
 PROMPTS: tuple[dict[str, Any], ...] = (
     {"text": "cat"}, {"text": "red shoe"}, {"input_boxes": [[[20.0, 20.0, 80.0, 70.0]]]},
     {"text": "dog", "input_boxes": [[[10.0, 30.0, 60.0, 90.0]]]},
