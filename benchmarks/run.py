@@ -9,7 +9,7 @@ from pathlib import Path
 
 NAMES = (
     "startup", "inference", "loading", "loop", "allocator", "builds", "step_cost", "cache", "data",
-    "imagenet", "dense", "evals", "ablations", "featsharp", "sam3_student", "sam3_latency", "demo",
+    "imagenet", "dense", "evals", "open_vocabulary", "ablations", "featsharp", "sam3_student", "sam3_latency", "demo",
 )  # fmt: skip
 
 

@@ -30,8 +30,8 @@ class RandomProjection(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.toy = Toy(summary=26)
-        self.spec = FeatureSpec(26, 12, stride=16, step=16)
+        self.toy = Toy(summary=26, channels=26)
+        self.spec = FeatureSpec(26, 26, stride=16, step=16)
 
     def forward(self, images: Tensor) -> Output:
         out = self.toy(images)
@@ -53,7 +53,7 @@ BUNDLED = [kind for kind in kinds("evals", installed=False) if find("evals", kin
 @pytest.mark.parametrize("kind", BUNDLED)
 def test_eval_returns_finite_reproducible_numbers(kind: str) -> None:
     model = RandomProjection().eval()
-    program = ({"toy": Toy(summary=26, seed=1)},) if kind == "agreement" else ()
+    program = ({"toy": Toy(summary=26, channels=26, seed=1)},) if kind == "agreement" else ()
     made: Eval = build("evals", {"kind": kind, **FEW.get(kind, {})}, *program)
     numbers = made.run(model)
     assert numbers

@@ -35,6 +35,10 @@ def segment(
     decoder: str = typer.Option("facebook/sam3", help="A SAM 3 checkpoint: a folder, or a name on the hub."),
     window: int | None = typer.Option(None, help="Side of the attention windows in patches, e.g. 8; 0 for none."),
     background: str = typer.Option("background", help="Texts that compete in dense and are not written."),
+    slide: int | None = typer.Option(None, help="Of dense: encode the image in windows of this side in pixels."),
+    outliers: float | None = typer.Option(
+        None, help="Of dense: replace tokens this many deviations too large, e.g. 5."
+    ),
     threshold: float | None = typer.Option(None, help="Leave out lower scores; 0.5 by default, 0 for dense."),
     device: str | None = DEVICE,
     overwrite: bool = OVERWRITE,
@@ -59,10 +63,10 @@ def segment(
             options = {"model": model, "decoder": decoder, "window": window, "device": chosen_device(device)}
             _follow(images, prompts, folder, options)
         else:
+            competing = [part.strip() for part in background.split(",") if part.strip()]
             run = segmenter(
-                prompts, method=method, model=model, decoder=decoder, window=window, threshold=threshold,
-                background=[part.strip() for part in background.split(",") if part.strip()],
-                device=chosen_device(device),
+                prompts, method=method, model=model, decoder=decoder, window=window, background=competing,
+                slide=slide, outliers=outliers, threshold=threshold, device=chosen_device(device),
             )  # fmt: skip
             _segment(images, prompts, folder, run)
     typer.echo(f"wrote {len(folder)} instances to {out} (masks/, overlays/, results.json)")

@@ -188,6 +188,8 @@ class DenseSegmenter:
         model: a model with a text-aligned head, or its name or folder.
         head: the text-aligned head; None for the first.
         background: texts that compete and are not returned; they keep pixels of other things from going to a text.
+        slide: side of sliding windows in pixels; see :func:`agglo.decoders.dense.image_cells`.
+        outliers: see :func:`agglo.decoders.dense.without_outliers`.
         threshold: masks with lower scores are left out.
         device: of the weights.
 
@@ -201,6 +203,8 @@ class DenseSegmenter:
         *,
         head: str | None = None,
         background: Sequence[str] = BACKGROUND,
+        slide: int | None = None,
+        outliers: float | None = None,
         threshold: float = 0.0,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -213,6 +217,7 @@ class DenseSegmenter:
             raise ConfigError(f"{_WHERE}: {error}") from None
         self.model = loaded.to(device).eval()
         self.background, self.threshold = tuple(background), threshold
+        self.options = {"head": self.head, "slide": slide, "outliers": outliers}
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, prompts: Prompts, name: str = "image") -> Instances:
@@ -223,7 +228,7 @@ class DenseSegmenter:
         """
         if prompts.boxes or prompts.points:
             raise ConfigError(f"{_WHERE}: method 'dense' takes texts only; use method 'sam3' for boxes and points")
-        found = shares(text_scores(self.model, image, [*prompts.texts, *self.background], head=self.head)).cpu()
+        found = shares(text_scores(self.model, image, [*prompts.texts, *self.background], **self.options)).cpu()
         nearest, count = found.argmax(0), len(prompts.texts)
         masks = torch.stack([nearest == index for index in range(count)])
         scores = (found[:count] * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
@@ -242,6 +247,8 @@ def segmenter(
     head: str | None = None,
     window: int | None = None,
     background: Sequence[str] = BACKGROUND,
+    slide: int | None = None,
+    outliers: float | None = None,
     threshold: float | None = None,
     device: str | torch.device = "cpu",
 ) -> Segmenter:
@@ -249,9 +256,13 @@ def segmenter(
     if method == "dense":
         least = 0.0 if threshold is None else threshold
         chosen = DEFAULT if model is None else model
-        return DenseSegmenter(chosen, head=head, background=background, threshold=least, device=device)
+        return DenseSegmenter(
+            chosen, head=head, background=background, slide=slide, outliers=outliers, threshold=least, device=device
+        )
     if method != "sam3":
         raise ConfigError(f"{_WHERE}: method is {method!r}; use 'sam3' or 'dense'")
+    if slide is not None or outliers is not None:
+        raise ConfigError(f"{_WHERE}: slide and outliers are of method 'dense'; leave them out for 'sam3'")
     return Sam3Segmenter(
         STUDENT if model is None else model, decoder, head=head, window=window, device=device,
         threshold=0.5 if threshold is None else threshold, points=bool(prompts.points),
@@ -270,6 +281,8 @@ def segment(
     head: str | None = None,
     window: int | None = None,
     background: Sequence[str] = BACKGROUND,
+    slide: int | None = None,
+    outliers: float | None = None,
     threshold: float | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Instances]:
@@ -288,6 +301,8 @@ def segment(
         head: to read from; None for ``sam3`` (``dense``: the first text-aligned one).
         window: side of the student's attention windows in patches; 0 for none, None for the model's own setting.
         background: of ``dense``: texts that compete and are not returned.
+        slide: of ``dense``: encode the image in windows of this side in pixels; None for one pass.
+        outliers: of ``dense``: replace tokens whose norm exceeds the median by this many deviations; None for none.
         threshold: instances with lower scores are left out; in [0, 1]; None for 0.5 (``dense``: 0).
         device: of all weights.
 
@@ -303,6 +318,6 @@ def segment(
     many: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     run = segmenter(
         prompts, method=method, model=model, decoder=decoder, head=head, window=window, background=background,
-        threshold=threshold, device=device,
+        slide=slide, outliers=outliers, threshold=threshold, device=device,
     )  # fmt: skip
     return [run(read_image(each), prompts, image_name(each)) for each in many]
