@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agglo.embedding import embed
+    from agglo.embedding.encoding import embed
     from agglo.exports.base import export
     from agglo.harness.running import evaluate
     from agglo.model.creation import create
@@ -56,7 +56,7 @@ _HOME = {
     "View": "agglo.types",
     "create": "agglo.model.creation",
     "describe": "agglo.zoo.info",
-    "embed": "agglo.embedding",
+    "embed": "agglo.embedding.encoding",
     "evaluate": "agglo.harness.running",
     "export": "agglo.exports.base",
     "list_models": "agglo.zoo.loading",

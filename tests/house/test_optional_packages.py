@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "sklearn": {"integrations/fiftyone/neighbours.py", "integrations/fiftyone/scores.py"},
     "scipy": {"evals/_concepts.py", "integrations/fiftyone/maps.py", "sources/nyu.py"},
     "h5py": {"sources/nyu.py"},
-    "pyarrow": {"cli/models.py", "embedding.py", "sources/huggingface.py"},
+    "pyarrow": {"cli/models.py", "embedding/encoding.py", "embedding/tables.py", "sources/huggingface.py"},
     "pandas": set(),
     "matplotlib": set(),
     "datasets": {"sources/huggingface.py"},

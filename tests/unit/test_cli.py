@@ -492,12 +492,12 @@ def test_warnings_are_notes_without_lines_of_code(tmp_path: Path) -> None:
 def test_missing_memory_is_one_line(
     error: Exception, words: str, folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agglo import embedding
+    from agglo.embedding import encoding
 
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(embedding, "_encode", fail)
+    monkeypatch.setattr(encoding, "encode", fail)
     result = agglo("embed", folder, "-o", tmp_path / "out.npz", "-m", model, "--device", "cpu")
     assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.stderr
 
@@ -512,9 +512,9 @@ def test_stopped_embed_continues(number: int, model: Path, tmp_path: Path, monke
     out = tmp_path / "out.npz"
     words = ["embed", str(images), "-o", str(out), "-m", str(model), "--batch", "2", "--device", "cpu"]
     slow = (
-        "import sys, time, agglo.embedding as e; real = e._encode\n"
+        "import sys, time, agglo.embedding.encoding as e; real = e.encode\n"
         "def slowly(*a):\n    time.sleep(0.4); return real(*a)\n"
-        "e._encode = slowly; from agglo.cli.main import main; main()"
+        "e.encode = slowly; from agglo.cli.main import main; main()"
     )
     journal = tmp_path / "out.npz.partial"
     with subprocess.Popen([sys.executable, "-c", slow, *words], stderr=subprocess.PIPE, text=True) as process:
@@ -527,10 +527,10 @@ def test_stopped_embed_continues(number: int, model: Path, tmp_path: Path, monke
         assert process.returncode == 130
         assert f"finished rows are kept in {journal}. The same command continues" in stderr
     assert not out.exists() and journal.is_file()
-    from agglo import embedding
+    from agglo.embedding import encoding
 
-    encoded, real = [], embedding._encode
-    monkeypatch.setattr(embedding, "_encode", lambda m, x, h: encoded.append(len(x)) or real(m, x, h))
+    encoded, real = [], encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda m, x, h: encoded.append(len(x)) or real(m, x, h))
     result = agglo(*words)
     assert result.exit_code == 0, result.output
     assert 0 < sum(encoded) < 24 and not journal.exists()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, image_features, search
+from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, embed_file, image_features, search
 from agglo.evals._features import encode
 from agglo.evals.base import EvalContext
 from agglo.model.model import HeadConfig, Model
@@ -288,9 +288,9 @@ class Counting:
     """Counts the images that a model encodes; raises ``error`` at the given call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = 10**9, error: BaseException | None = None) -> None:
-        from agglo import embedding
+        from agglo.embedding import encoding
 
-        self.images, self.calls, real = 0, 0, embedding.encode
+        self.images, self.calls, real = 0, 0, encoding.encode
 
         def encode_some(model: Model, images: torch.Tensor, head: str | None):
             self.calls += 1
@@ -299,7 +299,7 @@ class Counting:
             self.images += len(images)
             return real(model, images, head)
 
-        monkeypatch.setattr(embedding, "encode", encode_some)
+        monkeypatch.setattr(encoding, "encode", encode_some)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "no device"), RuntimeError("no memory")])
@@ -362,34 +362,116 @@ def test_journal_of_other_images_models_or_sizes_is_not_reused(
     assert counting.images == 6  # the one that was replaced
     (folder / "4.png").unlink()
     assert len(embed(folder, model, journal=journal)) == 4 and counting.images == 6
-    embed(folder, model, size=32, journal=journal)
-    assert counting.images == 10
-    embed(folder, make_model(text=False), size=32, journal=journal)
-    assert counting.images == 14
+    content = journal.read_bytes()
+    with pytest.raises(ConfigError, match=r"size \[64, 64\], now \[32, 32\]\).*--overwrite"):
+        embed(folder, model, size=32, journal=journal)
+    with pytest.raises(ConfigError, match=r"another run \(model \w+, now \w+, head words, now None\)"):
+        embed(folder, make_model(text=False), journal=journal)
+    assert journal.read_bytes() == content and counting.images == 6
 
 
 def test_full_disk_keeps_the_rows_of_finished_batches(
     model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agglo import embedding
+    from agglo.embedding.journal import Journal
 
-    real, calls = embedding._Journal.append, []
+    real, calls = Journal.append, []
 
-    def full(self: object, *arguments: object) -> None:
+    def full(self: Journal, *arguments: object) -> None:
         calls.append(1)
         if len(calls) == 3:
-            self._file.write(b"a part")  # type: ignore[attr-defined]
-            with self._writing():  # type: ignore[attr-defined]
+            self._file.write(b"a part")
+            with self._writing():
                 raise OSError(28, "No space left on device")
         real(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding._Journal, "append", full)
+        patch.setattr(Journal, "append", full)
         with pytest.raises(StorageError, match=r"No space left.*free some space and run the same command again"):
             embed(folder, model, batch=1, journal=tmp_path / "journal")
     counting = Counting(monkeypatch)
     assert len(embed(folder, model, batch=1, journal=tmp_path / "journal")) == 5
     assert counting.images == 3
+
+
+# --- files that are written as rows are computed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["parquet", "npz"])
+def test_embed_file_equals_embed_and_save(model: Model, folder: Path, tmp_path: Path, ending: str) -> None:
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    whole = embed(folder, model)
+    whole.save(tmp_path / f"a.{ending}")
+    written = embed_file(folder, tmp_path / f"b.{ending}", model, batch=2)
+    assert (written.images, written.widths, written.skipped) == (5, {"summary": 32, "words": 8}, whole.skipped)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [f"a.{ending}", f"b.{ending}"]
+    a, b = (read_columns(tmp_path / f"{name}.{ending}") for name in "ab")
+    assert a["path"].tolist() == b["path"].tolist()
+    for column in ("summary", "words"):
+        np.testing.assert_allclose(a[column], b[column], atol=1e-5)
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """The columns of an embeddings file."""
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in ("path", "summary", "words")}
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def test_parquet_is_written_in_row_groups(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from agglo.embedding import encoding
+    from agglo.embedding.journal import Journal
+
+    asked, read = [], Journal.read
+    monkeypatch.setattr(encoding, "ROW_GROUP", 2)
+    monkeypatch.setattr(Journal, "read", lambda self, rows: asked.append(len(rows)) or read(self, rows))
+    embed_file(folder, tmp_path / "out.parquet", model)
+    facts = parquet.ParquetFile(tmp_path / "out.parquet").metadata
+    assert [facts.row_group(i).num_rows for i in range(facts.num_row_groups)] == [2, 2, 1]
+    assert max(asked) == 2  # never all vectors in memory
+
+
+def test_full_disk_while_the_file_is_written_keeps_every_row(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def full(self: object, table: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet.ParquetWriter, "write_table", full)
+        with pytest.raises(StorageError, match=r"out.parquet cannot be written \(No space left"):
+            embed_file(folder, tmp_path / "out.parquet", model)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.parquet.partial"]
+    counting = Counting(monkeypatch)
+    assert embed_file(folder, tmp_path / "out.parquet", model).images == 5
+    assert counting.images == 0
+
+
+def test_unfinished_rows_of_another_size_are_discarded_on_request(
+    model: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.npz"
+    with monkeypatch.context() as patch:
+        Counting(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            embed_file(folder, out, model, batch=2)
+    with pytest.raises(ConfigError, match=r"out.npz.partial holds rows of another run \(size"):
+        embed_file(folder, out, model, size=32)
+    assert embed_file(folder, out, model, size=32, overwrite=True).images == 5
+    (tmp_path / "other.npz.partial").write_text("my notes\n")
+    with pytest.raises(ConfigError, match="is not a file of unfinished embeddings"):
+        embed_file(folder, tmp_path / "other.npz", model)
+    assert (tmp_path / "other.npz.partial").read_text() == "my notes\n"
 
 
 def test_images_in_memory_are_not_taken_from_a_journal(

@@ -32,29 +32,30 @@ def embed(
     overwrite: bool = OVERWRITE,
     dtype: str = DTYPE,
 ) -> None:
-    """Write the path, summary and text-aligned embedding of every image of a folder."""
-    from agglo.cli.terminal import embed_with_bar
-    from agglo.embedding import as_files, check_output
+    """Write the path, summary and text-aligned embedding of every image of a folder. Resumable."""
+    from agglo.cli.terminal import encoding_bar
+    from agglo.embedding import as_files, check_output, embed_file
+    from agglo.embedding.encoding import unfinished
 
     target = check_output(out, overwrite=overwrite)
     if target.suffix == ".parquet":
         from agglo.extras import require
 
-        require("pyarrow.parquet", "quickstart")  # before encoding, not after it
+        require("pyarrow.parquet", "quickstart")  # before a model is loaded, which may take a download
     source = as_files(folder)
     loaded = _load(model, device, dtype, text=True)
-    journal = target.with_name(f"{target.name}.partial")
+    options = {"size": size, "batch": batch, "head": head, "name": model, "overwrite": overwrite}
+    kept = unfinished(target)
     try:
-        embeddings = embed_with_bar(source, loaded, model, size=size, batch=batch, head=head, journal=journal)
-        embeddings.save(target, overwrite=overwrite)
+        with encoding_bar(len(source)) as show:
+            written = embed_file(source, target, loaded, progress=show, **options)
     except BaseException as error:
-        if journal.is_file() and not isinstance(error, ConfigError):
-            typer.echo(f"stopped; finished rows are kept in {journal}. The same command continues.", err=True)
+        if kept.is_file() and not isinstance(error, ConfigError):
+            typer.echo(f"stopped; finished rows are kept in {kept}. The same command continues.", err=True)
         raise
-    journal.unlink(missing_ok=True)
-    shapes = ", ".join(f"{name} {array.shape[1]}" for name, array in embeddings.columns().items())
-    typer.echo(f"wrote {len(embeddings)} images to {target} ({shapes})")
-    print_skipped(embeddings.skipped)
+    shapes = ", ".join(f"{name} {width}" for name, width in written.widths.items())
+    typer.echo(f"wrote {written.images} images to {target} ({shapes})")
+    print_skipped(written.skipped)
 
 
 def search(
@@ -67,9 +68,10 @@ def search(
     dtype: str = DTYPE,
 ) -> None:
     """Rank images by a text: agglo search DIR "a cup of coffee"."""
-    from agglo.cli.terminal import embed_with_bar
+    from agglo.cli.terminal import encoding_bar
     from agglo.config import build
     from agglo.embedding import as_files
+    from agglo.embedding import embed as encode
     from agglo.embedding import search as rank
 
     if not photos and len(words) < 2:
@@ -87,7 +89,8 @@ def search(
         loaded.text_head()
     except TypeError as error:
         raise ConfigError(f"{model}: {error}") from None
-    embeddings = embed_with_bar(source, loaded, model, size=size, batch=32, head=None)
+    with encoding_bar(len(source)) as show:
+        embeddings = encode(source, loaded, size=size, progress=show)
     for hit in rank(embeddings, loaded, text, k):
         typer.echo(f"{hit.score:6.3f}  {hit.name}")
     print_skipped(embeddings.skipped)

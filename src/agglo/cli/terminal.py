@@ -8,8 +8,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -22,10 +20,7 @@ from agglo.config import POINTS, find, kinds, read_yaml, schema
 from agglo.types import AggloError
 
 if TYPE_CHECKING:
-    from agglo.embedding import Embeddings
-    from agglo.model.model import Model
     from agglo.results.records import Result
-    from agglo.sources.base import Source
     from agglo.zoo.info import ModelInfo
 
 
@@ -207,19 +202,9 @@ def status(title: str) -> Iterator[Callable[[str], None]]:
         yield lambda phrase: line.update(f"{title} · {phrase}")
 
 
-def embed_with_bar(
-    source: Source,
-    loaded: Model,
-    name: str,
-    *,
-    size: int | None,
-    batch: int,
-    head: str | None,
-    journal: Path | None = None,
-) -> Embeddings:
-    """Embed a source with a progress bar on stderr."""
-    from agglo.embedding import embed as encode
-
+@contextlib.contextmanager
+def encoding_bar(total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with images per second; yields the function that updates it."""
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     terminal = console(stderr=True)
@@ -229,13 +214,12 @@ def embed_with_bar(
     log.setLevel(logging.ERROR)
     try:
         with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
-            task = bar.add_task("encoding", total=len(source), rate="")
+            task = bar.add_task("encoding", total=total, rate="")
 
             def show(done: int, total: int) -> None:
                 speed = bar.tasks[0].speed
                 bar.update(task, completed=done, total=total, rate=f"{speed:.0f} images/s" if speed else "")
 
-            result = encode(source, loaded, size=size, batch=batch, head=head, progress=show, journal=journal)
+            yield show
     finally:
         log.setLevel(level)
-    return replace(result, model=name)
