@@ -34,6 +34,7 @@ POINTS: dict[str, str] = {
     "sources": "Source",
     "evals": "Eval",
     "exports": "Export",
+    "runtimes": "Runtime",
     "objectives": "Objective",
 }
 """Extension point → the contract class in its ``base.py``."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +43,30 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new, empty folder beside ``folder``; rename it to ``folder`` on success, remove it on failure.
+
+    The old folder is removed after the new one is in its place, and kept on failure.
+    """
+    mark = f".{folder.name}.{os.urandom(4).hex()}"
+    partial, old = folder.with_name(f"{mark}{PARTIAL}"), folder.with_name(f"{mark}.old")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.replace(old)
+        try:
+            partial.replace(folder)
+        except OSError:
+            if old.exists():
+                old.replace(folder)
+            raise
+    finally:
+        for path in (partial, old):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

@@ -12,7 +12,7 @@ DEPTH = 2
 DEEPER = {"integrations": 3}
 """A room with a folder for each application."""
 TOP_FILES = 12
-TOP_FOLDERS = 28
+TOP_FOLDERS = 29
 BANNED = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
 
 LONGER: dict[str, str] = {}

@@ -136,16 +136,24 @@ def export(
         metavar="MODEL",
         help="A released name, a saved model, a run folder, an official file or folder, or owner/name on the hub.",
     ),
-    kind: str = typer.Option(..., "--to", help="The layout: transformers, timm (see `agglo kinds exports`)."),
+    kind: str = typer.Option(
+        ..., "--to", help="The layout: onnx, openvino, transformers, timm (see `agglo kinds exports`)."
+    ),
     out: Path = typer.Option(..., "--out", "-o", help="A folder."),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    dtype: str | None = typer.Option(None, help="transformers, timm: float32 (default), bfloat16 or float16."),
+    heads: str | None = typer.Option(None, help="onnx, openvino: heads to include, a,b; all (default) or none."),
+    window: int | None = typer.Option(None, help="onnx, openvino: side of the attention windows, in patches."),
 ) -> None:
-    """Write a model as another library's checkpoint: the backbone, without heads."""
+    """Write a model for another library: a checkpoint of the backbone, or a graph with heads for any image size."""
     from agglo.exports.base import export as write
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folder = write(model, kind, out, dtype=dtype)
+        names = None if heads is None else [] if heads == "none" else heads.split(",")
+        given = {
+            key: value for key, value in (("dtype", dtype), ("heads", names), ("window", window)) if value is not None
+        }
+        folder = write(model, kind, out, **given)
     for warning in caught:
         typer.echo(f"note: {warning.message}", err=True)
     typer.echo(f"wrote {folder}")

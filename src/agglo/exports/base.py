@@ -40,7 +40,7 @@ def export(model: Model | str | Path, kind: str, folder: str | Path, **options: 
 
     Args:
         model: a model, or an argument of :func:`agglo.load`.
-        kind: the layout, e.g. ``transformers`` or ``timm`` (``agglo kinds exports``).
+        kind: the layout, e.g. ``transformers`` or ``onnx`` (``agglo kinds exports``).
         folder: created if needed; refused if it holds another layout.
         options: the kind's keys, e.g. ``dtype="bfloat16"``.
 
@@ -50,5 +50,7 @@ def export(model: Model | str | Path, kind: str, folder: str | Path, **options: 
     Raises:
         ConfigError: no such kind or key, or the layout cannot express this model.
     """
-    loaded = model if isinstance(model, Model) else load(model)
-    return build("exports", {"kind": kind, **options}).write(loaded, folder)
+    writer = build("exports", {"kind": kind, **options})
+    # Official checkpoints load their heads only where they are named.
+    loaded = model if isinstance(model, Model) else load(model, heads=options.get("heads"))
+    return writer.write(loaded, folder)

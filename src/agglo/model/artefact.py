@@ -22,6 +22,8 @@ from agglo.weights.reading import assign, read_safetensors
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+EXPORTED, EXPORT_FORMAT = "export.json", 1
+"""Facts of a folder that holds an exported graph instead of weights, and their format."""
 TEXTS = "agglo.texts"
 """Key of the weights' metadata: hash of each text file written with them."""
 _TITLE = re.compile(rb"^# (.+)$", re.MULTILINE)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from agglo.checkpoints import radio
-from agglo.config import nearest
+from agglo.config import build, kinds, nearest
 from agglo.files import read_json
 from agglo.hub import fetch, fetch_model, push_folder
-from agglo.model.artefact import CARD, CONFIG, WEIGHTS
+from agglo.model.artefact import CARD, CONFIG, EXPORTED, WEIGHTS
 from agglo.model.model import Model
 from agglo.types import AssetError, ConfigError
 from agglo.weights.bundled import verify
@@ -120,7 +120,7 @@ def locate(name_or_path: str | Path) -> Path:
 def is_ours(name_or_path: str | Path) -> bool:
     """Whether it is a folder of :meth:`Model.save`; arguments and errors as :func:`load`."""
     path = find(name_or_path).path
-    return path.is_dir() and "format" in read_json(path / CONFIG)
+    return path.is_dir() and ("format" in read_json(path / CONFIG) or (path / EXPORTED).is_file())
 
 
 def _read(
@@ -133,6 +133,8 @@ def _read(
     path = found.path
     config = read_json(path / CONFIG) if path.is_dir() else {}
     given = {key: value for key, value in options.items() if value is not None}
+    if path.is_dir() and (path / EXPORTED).is_file():
+        return _exported(path, heads, dtype, device, given)
     if "format" in config:
         return Model.load(path, heads=heads, student=given, dtype=dtype, device=device)
     checkpoint = radio.read(path)
@@ -149,6 +151,24 @@ def _read(
     raise ConfigError(
         f"{path / CONFIG} has an unknown layout; known are agglo's, NVIDIA's, transformers' RadioModel and timm's"
     )
+
+
+def _exported(
+    path: Path, heads: Iterable[str] | None, dtype: torch.dtype, device: torch.device, given: dict[str, Any]
+) -> Model:
+    """An exported graph with its runtime."""
+    facts = read_json(path / EXPORTED)
+    if facts.get("runtime") not in kinds("runtimes"):
+        raise ConfigError(f"{path / EXPORTED}: no runtime {facts.get('runtime')!r}: upgrade agglo")
+    if device.type != "cpu" or dtype != torch.float32:
+        raise ConfigError(f"{path} is an exported graph: load it with device='cpu' and dtype='float32'")
+    model = build("runtimes", {"kind": facts["runtime"]}, path, facts)
+    model.step(given.pop("window", None))
+    if given:
+        raise ConfigError(f"{', '.join(given)}: {path} is an exported graph, load the model itself for other options")
+    if heads not in (None, "all"):
+        model.keep_heads(heads)
+    return model
 
 
 def _names(heads: Iterable[str] | None) -> str | list[str] | None:
@@ -268,6 +288,8 @@ def _folder_or_file(path: Path) -> Path:
             f"{path} is a file: use the folder that holds {CONFIG} and {WEIGHTS} (perhaps {path.parent}), or an "
             "official .pth.tar"
         )
+    if (path / EXPORTED).is_file():
+        return path
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors*")):
             return folder

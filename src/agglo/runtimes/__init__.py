@@ -1,0 +1,1 @@
+"""Runtimes: exported models, computed by another library than PyTorch, one library per file."""
