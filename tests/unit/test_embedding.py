@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from agglo.data.loader import evaluation_batches
 from agglo.embedding import Embeddings, Hit, as_files, check_output, embed, embed_file, image_features, search
 from agglo.evals._features import encode
 from agglo.evals.base import EvalContext
@@ -108,6 +109,27 @@ def test_batch_size_does_not_change_vectors(model: Model, folder: Path) -> None:
     assert one.names == many.names
     assert one.skipped == many.skipped
     np.testing.assert_allclose(one.summary, many.summary, atol=1e-5)
+
+
+def test_threads_read_ahead_and_change_nothing(folder: Path) -> None:
+    """The same tensors and skips in the same order; at most two batches beyond the one in use are read."""
+    source, reads = as_files(folder), []
+    real = source.read
+    source.read = lambda index: reads.append(index) or real(index)
+    plain = list(evaluation_batches(source, 64, 2))
+    for workers in (1, 3):
+        batches = list(evaluation_batches(source, 64, 2, workers=workers))
+        assert [(b.indices, b.skipped) for b in batches] == [(b.indices, b.skipped) for b in plain]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(batches, plain, strict=True))
+    many = as_files(folder / "0.png")
+    many._items *= 100
+    reads.clear()
+    read = many.read
+    many.read = lambda index: reads.append(index) or read(index)
+    batches = evaluation_batches(many, 64, 2, workers=2)
+    next(batches)
+    batches.close()
+    assert max(reads) < 10
 
 
 def test_lists_of_mixed_images_are_accepted(model: Model, folder: Path) -> None:

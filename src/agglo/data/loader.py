@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -339,7 +341,12 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batches(
-    source: Source, size: int | tuple[int, int], batch_size: int, resize: Literal["cover", "stretch"] = "cover"
+    source: Source,
+    size: int | tuple[int, int],
+    batch_size: int,
+    resize: Literal["cover", "stretch"] = "cover",
+    *,
+    workers: int = 0,
 ) -> Iterator[EvaluationBatch]:
     """Every readable image of a source once, in order.
 
@@ -347,6 +354,8 @@ def evaluation_batches(
         size: side of a square, or ``(H, W)``, in pixels.
         batch_size: images per batch; fewer if some are unreadable, and at the end.
         resize: ``cover`` keeps the aspect ratio and crops the centre; ``stretch`` ignores the aspect ratio.
+        workers: threads that read and resize the images of the next two batches; 0 reads on request. The tensors are
+            the same.
 
     Raises:
         ConfigError: the source is empty or none of its images can be read.
@@ -359,25 +368,51 @@ def evaluation_batches(
     shape = (size, size) if isinstance(size, int) else size
     ready: EvaluationBatch | None = None  # delayed by one batch, to report skips after the last readable image
     skipped: dict[str, str] = {}
-    for start in range(0, len(source), batch_size):
-        indices: list[int] = []
-        pixels: list[Tensor] = []
-        for index in range(start, min(start + batch_size, len(source))):
-            try:
-                image = source.read(index)
-            except ImageError as error:
-                skipped[error.name] = error.why
-                _log.warning("skipped %s: %s", error.name, error.why)
-                continue
-            indices.append(index)
-            pixels.append(fit(image, shape, "stretch" if resize == "stretch" else "crop"))
-        if indices:
-            if ready is not None:
-                yield ready
-            ready = EvaluationBatch(indices, torch.stack(pixels), skipped)
-            skipped = {}
+
+    def read(index: int) -> Tensor | ImageError:
+        try:
+            return fit(source.read(index), shape, "stretch" if resize == "stretch" else "crop")
+        except ImageError as error:
+            return error.with_traceback(None)  # frames would keep the file's bytes alive
+
+    with contextlib.closing(_ahead(read, len(source), workers, 2 * batch_size)) as results:
+        for start in range(0, len(source), batch_size):
+            indices: list[int] = []
+            pixels: list[Tensor] = []
+            for index, result in enumerate(itertools.islice(results, batch_size), start):
+                if isinstance(result, ImageError):
+                    skipped[result.name] = result.why
+                    _log.warning("skipped %s: %s", result.name, result.why)
+                    continue
+                indices.append(index)
+                pixels.append(result)
+            if indices:
+                if ready is not None:
+                    yield ready
+                ready = EvaluationBatch(indices, torch.stack(pixels), skipped)
+                skipped = {}
     if ready is None:
         example = "".join(f"; {name}: {why}" for name, why in list(skipped.items())[:1])
         raise ConfigError(f"none of the source's {len(source)} images can be read{example}")
     ready.skipped.update(skipped)
     yield ready
+
+
+def _ahead(
+    work: Callable[[int], Tensor | ImageError], count: int, workers: int, ahead: int
+) -> Generator[Tensor | ImageError, None, None]:
+    """Results of ``work(0 .. count)`` in order, at most ``ahead`` of them computed before they are needed."""
+    if workers < 1:
+        yield from map(work, range(count))
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="agglo-reader")
+    pending: deque[Future[Tensor | ImageError]] = deque()
+    try:
+        for index in range(count):
+            pending.append(pool.submit(work, index))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

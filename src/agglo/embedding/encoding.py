@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from agglo.zoo.loading import DEFAULT, load
 
 Progress = Callable[[int, int], None]
 """Called with (images done, total images) at the start and after every batch."""
+
+READERS = min(4, os.cpu_count() or 1)
+"""Threads that decode and resize while the model computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +245,8 @@ def _encode_rest(job: _Job, kept: Rows, progress: Progress | None) -> dict[str, 
     was_training = job.model.training
     job.model.eval()
     try:
-        for found in evaluation_batches(rest, job.view, job.batch) if rest.has_images(skipped, needed=not done) else ():
+        readable = rest.has_images(skipped, needed=not done)
+        for found in evaluation_batches(rest, job.view, job.batch, workers=READERS) if readable else ():
             skipped |= found.skipped
             rows = np.concatenate(encode(job.model, found.images, job.head), axis=1)
             good = np.asarray(np.isfinite(rows).all(axis=1))
