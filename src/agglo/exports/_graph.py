@@ -159,12 +159,12 @@ def _culprit(program: Any, error: BaseException) -> str:
     """The operation and the module of the node that a translation failed at."""
     chain: BaseException | None = error
     while chain is not None:
-        text = str(chain)
-        for node in program.graph.nodes:
-            if re.search(rf"%{re.escape(node.name)}\b", text):
-                stack = list((node.meta.get("nn_module_stack") or {}).values())
-                where = stack[-1][0].removeprefix("model.") if stack else "the model"
-                return f"{node.target} in {where or 'the model'}: {_first_line(error)}"
+        if found := re.search(r"translating node %(\w+) .*?target=(?:torch\.ops\.)?([\w.]+)", str(chain), re.DOTALL):
+            # The exporter translates the decomposed program, whose nodes have other names.
+            nodes = {node.name: node for each in (program, program.run_decompositions()) for node in each.graph.nodes}
+            stack = list((nodes[found[1]].meta.get("nn_module_stack") or {}).values()) if found[1] in nodes else []
+            where = stack[-1][0].removeprefix("model.") if stack else ""
+            return f"{found[2]} in {where or 'the model'}: {_first_line(chain.__cause__ or chain)}"
         chain = chain.__cause__
     return f"this model: {_first_line(error)}"
 
