@@ -82,9 +82,9 @@ def test_heatmaps_are_small_and_have_their_values():
     ]  # fmt: skip
     assert {each.bytes.dtype for each in drawn} == {np.dtype(np.uint8)}
     norm = drawn[4]
-    values = norm.low + norm.bytes / 255 * (norm.high - norm.low)
+    values = norm.low + (norm.bytes - 1.0) / 254 * (norm.high - norm.low)
     expected = spatial[0].norm(dim=0).numpy().clip(norm.low, norm.high)
-    assert np.abs(values - expected).max() <= (norm.high - norm.low) / 255
+    assert np.abs(values - expected).max() <= (norm.high - norm.low) / 254
     assert drawn[5].bytes.shape == (10, 6)
     assert drawn[6].bytes[0, 0] == 255
 
@@ -96,8 +96,8 @@ def test_smoothing_spreads_a_peak_and_keeps_the_mean():
     (sharp,) = draw(Options(maps=("norm",)), {"norm": values}, scale)
     (soft,) = draw(Options(maps=("norm",), apply_smoothing=True, smoothing_sigma=1.0), {"norm": values}, scale)
     assert sharp.bytes.max() == 255
-    assert soft.bytes[10, 10] == round(255 / (2 * np.pi))
-    assert abs(int(soft.bytes.sum()) - 255) < 25
+    assert soft.bytes[10, 10] == round(1 + 254 / (2 * np.pi))  # 0 is drawn as nothing
+    assert abs(int((soft.bytes - 1).sum()) - 254) < 25
 
 
 def test_boxes_are_averaged_by_covered_area():
