@@ -160,9 +160,10 @@ def _culprit(program: Any, error: BaseException) -> str:
     chain: BaseException | None = error
     while chain is not None:
         if found := re.search(r"translating node %(\w+) .*?target=(?:torch\.ops\.)?([\w.]+)", str(chain), re.DOTALL):
-            # The exporter translates the decomposed program, whose nodes have other names.
-            nodes = {node.name: node for each in (program, program.run_decompositions()) for node in each.graph.nodes}
-            stack = list((nodes[found[1]].meta.get("nn_module_stack") or {}).values()) if found[1] in nodes else []
+            # The exporter translates a decomposed program, whose nodes are named by parts of the names in this one.
+            part = re.sub(r"_\d+$", "", found[1])
+            node = next((node for node in program.graph.nodes if part in node.name), None)
+            stack = [] if node is None else list((node.meta.get("nn_module_stack") or {}).values())
             where = stack[-1][0].removeprefix("model.") if stack else ""
             return f"{found[2]} in {where or 'the model'}: {_first_line(chain.__cause__ or chain)}"
         chain = chain.__cause__
