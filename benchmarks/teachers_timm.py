@@ -44,6 +44,8 @@ MODELS = (
     "volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41 xcit_nano_12_p16_224"
 )
 """At least one small model of each module, and one of each form that a module has."""
+DRAWS = 8
+"""Changes of a cell that are added up: in narrow networks with random weights a single one may vanish."""
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "teachers.md"
 MARKS = ("<!-- timm modules -->\n", "<!-- end of timm modules -->\n")
 
@@ -111,11 +113,13 @@ def changed_cell(
     teacher: Any, images: Tensor, spatial: Tensor, cell: tuple[int, int], generator: torch.Generator, stage: int = -1
 ) -> tuple[int, int]:
     """Row and column of the cell that changes most when the pixels of ``cell`` do, in the map or after a stage."""
-    stride, changed = teacher.spec.stride, images.clone()
-    part = changed[:, :, cell[0] * stride : (cell[0] + 1) * stride, cell[1] * stride : (cell[1] + 1) * stride]
-    part.copy_(torch.rand(part.shape, generator=generator))
-    after = teacher(changed).spatial if stage < 0 else teacher.intermediates(changed, [stage])[0]
-    change = (after - spatial).norm(dim=1).sum(0)
+    stride, change = teacher.spec.stride, torch.zeros(())
+    for _ in range(DRAWS):
+        changed = images.clone()
+        part = changed[:, :, cell[0] * stride : (cell[0] + 1) * stride, cell[1] * stride : (cell[1] + 1) * stride]
+        part.copy_(torch.rand(part.shape, generator=generator))
+        after = teacher(changed).spatial if stage < 0 else teacher.intermediates(changed, [stage])[0]
+        change = change + (after - spatial).norm(dim=1).sum(0)
     index = int(change.argmax())
     return index // change.shape[1], index % change.shape[1]
 
