@@ -88,6 +88,23 @@ def test_decoder_equals_the_original_model(decoder: str, width: int) -> None:
     assert Promptable(decoder=decoder, least=2, source=source).run(model) == found  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_decoder_stored_in_half_precision_computes_in_float32(
+    decoder: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """transformers loads it as stored; the numbers are those of its rounded weights in float32."""
+    from transformers import SamModel
+
+    sam = SamModel.from_pretrained(decoder, dtype=dtype)
+    numbers = {}
+    for name, stored in (("half", dtype), ("rounded", torch.float32)):
+        sam.to(stored).save_pretrained(tmp_path / name)
+        source: Any = Things(3)
+        numbers[name] = Promptable(decoder=str(tmp_path / name), source=source).run(Wide(12))
+    assert load(str(tmp_path / "half"), "test").dtype == torch.float32
+    assert numbers["half"] == numbers["rounded"]
+
+
 def test_heads_are_chosen_by_width(decoder: str) -> None:
     heads: dict[str, Any] = {"sam": Wide(12), "clip": lambda x: Features(None, x), "text": lambda x: Features(x, None)}
     source: Any = Things(2)
