@@ -240,7 +240,7 @@ def test_the_command_serves_the_app_until_it_is_interrupted(fo, tmp_path):
         wait_until(lambda: process.poll() is not None or server_version(port), "the App's start", 180)
         wait_until(lambda: process.poll() is not None or any("Ctrl-C" in line for line in lines), "the message")
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+        assert process.wait(180) == 0, process.stderr and process.stderr.read()
     finally:
         process.kill()
         reader.join()
