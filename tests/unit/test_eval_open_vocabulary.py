@@ -145,6 +145,8 @@ def test_sliding_windows_of_a_real_model() -> None:
         ({"background": [" "]}, "holds an empty text"),
         ({"size": 0}, "size must be positive, got 0"),
         ({"slide": -1}, "slide must be positive, got -1"),
+        ({"slide": 65, "size": 64}, "slide 65 exceeds size 64"),
+        ({"background": ["wall", "Wall"]}, "'wall' occurs twice"),
         ({"centre": 2.0}, r"centre must be in \[0, 1\], got 2.0"),
         ({"source": {"kind": "photos"}}, "Photos has no classes or no masks"),
     ],

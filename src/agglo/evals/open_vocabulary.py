@@ -13,7 +13,17 @@ from torch import Tensor
 from agglo.decoders.dense import Cells, cell_scores, image_cells
 from agglo.evals._features import check, encode_texts, read_batches, report_unusable
 from agglo.evals._pixels import IGNORE
-from agglo.evals.base import SCENES_TEST, Backbone, Eval, EvalContext, Inapplicable, ProbeError, frozen, input_size
+from agglo.evals.base import (
+    SCENES_TEST,
+    Backbone,
+    Eval,
+    EvalContext,
+    Inapplicable,
+    ProbeError,
+    device_of,
+    frozen,
+    input_size,
+)
 from agglo.evals.segmentation import confusion, iou_of, miou
 from agglo.evals.zero_shot import class_bank
 from agglo.model.model import Model
@@ -70,6 +80,8 @@ class OpenVocabulary(Eval):
         for key, value in (("size", size), ("slide", slide), ("outliers", outliers), ("affinity", affinity)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{where}: {key} must be positive, got {value}")
+        if slide is not None and slide > size:
+            raise ConfigError(f"{where}: slide {slide} exceeds size {size}; use a smaller window, or null for one pass")
         if not 0 <= centre <= 1:
             raise ConfigError(f"{where}: centre must be in [0, 1], got {centre}")
         self.background = tuple(background)
@@ -86,6 +98,12 @@ class OpenVocabulary(Eval):
         if not classes or not hasattr(source, "annotation"):
             raise ConfigError(
                 f"{type(source).__name__} has no classes or no masks: open_vocabulary needs a source such as scenes"
+            )
+        texts = [name.replace("_", " ").strip().lower() for name in (*classes, *self.background)]
+        repeated = next((text for i, text in enumerate(texts) if text in texts[:i]), None)
+        if repeated is not None:  # the second could never win
+            raise ConfigError(
+                f"evals.open_vocabulary: {repeated!r} occurs twice among classes and texts; leave it out of background"
             )
         bank = self._bank(model, classes)
         names: list[str] = []
@@ -154,7 +172,7 @@ class OpenVocabulary(Eval):
                 raise Inapplicable(f"open_vocabulary: {error}") from None
         scale = self.size / max(image.size)
         view = input_size(model, (max(1, round(image.height * scale)), max(1, round(image.width * scale))))
-        spatial = model(fit(image, view, "stretch")[None]).spatial
+        spatial = model(fit(image, view, "stretch")[None].to(device_of(model))).spatial
         if spatial is None or spatial.shape[1] != width:
             found = "no spatial features" if spatial is None else f"{spatial.shape[1]} channels"
             raise Inapplicable(
