@@ -102,7 +102,7 @@ $(DEV): pyproject.toml | $(VENV)/bin/python
 	$(call install,quickstart$(comma)dev)
 	@touch $(QUICKSTART) $@
 
-# FiftyOne moves no package that the other tests need, so it shares their environment.
+# FiftyOne shares the environment of the other tests: of their packages it lowers python-dateutil alone, to 2.9.
 $(FIFTYONE): pyproject.toml | $(DEV)
 	$(call install,quickstart$(comma)dev$(comma)test-fiftyone)
 	@touch $(QUICKSTART) $(DEV) $@
